@@ -1,0 +1,48 @@
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1] for line in (ROOT / "sftmix/__init__.py").read_text().splitlines() if line.startswith("__version__")
+)
+
+setup(
+    name="sftmix",
+    version=VERSION,
+    description="Reference implementation of SFTMix: confidence-guided Mixup for instruction tuning, on DeepSpeed ZeRO-3",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # kernels/ and launch/ live at the top of the repository and are linked into the package: docs/architecture.md
+    packages=[
+        "sftmix",
+        "sftmix.data",
+        "sftmix.engine",
+        "sftmix.report",
+        "sftmix.kernels",
+        "sftmix.launch",
+    ],
+    package_data={"sftmix.report": ["*.j2"]},
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19.5,<0.20",
+        "transformers>=5.12,<6",
+        "datasets>=4.8,<6",
+        "triton>=3.5; platform_system == 'Linux'",
+        "sentencepiece>=0.2",
+        "protobuf",  # transformers reads SentencePiece models through it
+        "tensorboard>=2.15",
+        "pydantic>=2.7",
+        "pyyaml>=6",
+        "numpy>=1.26",
+        "pyarrow>=15",
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
+        "rich>=13",
+        "zstandard>=0.22",
+    ],
+    extras_require={"dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"]},
+    entry_points={"console_scripts": ["sftmix=sftmix.cli:main"]},
+)

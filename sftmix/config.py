@@ -1,0 +1,200 @@
+"""The one schema. A run is described by one YAML file, checked here before anything is started.
+
+Every field is named, typed and described below; an unknown key is refused. `sftmix run CONFIG key=value`
+overrides single fields by their dotted name. Reading the file is in `sftmix/config_file.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
+
+
+class RunConfig(Section):
+    dir: Path = Field(description="Run folder: everything that the run makes goes here.")
+    seed: int = Field(0, ge=0, description="Seeds initial weights, data order, pairs and lam.")
+
+
+class ModelConfig(Section):
+    path: str | None = Field(None, description="Folder or Hub name of a Hugging Face causal language model.")
+    architecture: dict[str, Any] | None = Field(
+        None,
+        description="Instead of a path: a Hugging Face config (`model_type: llama`, sizes) with random weights. "
+        "`vocab_size` and token ids are filled in from the tokenizer where they are not given.",
+    )
+    revision: str | None = Field(None, description="Commit, tag or branch on the Hub.")
+    trust_remote_code: bool = Field(False, description="Run model code that comes with the weights. Off unless you trust it.")
+    attn_implementation: str | None = Field(None, description="Attention of transformers: sdpa, eager, flash_attention_2, ...")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError("give exactly one of `path` (weights) and `architecture` (random weights)")
+        if self.architecture is not None and "model_type" not in self.architecture:
+            raise ValueError("`architecture` needs a `model_type`, for example `llama`")
+        return self
+
+
+class TokenizerTrainConfig(Section):
+    vocab_size: int = Field(4000, ge=300, description="Pieces of the SentencePiece model, the 256 byte pieces included.")
+    model_type: Literal["bpe"] = Field("bpe", description="SentencePiece algorithm.")
+
+
+class TokenizerConfig(Section):
+    path: str | None = Field(None, description="Folder or Hub name; default: the model's.")
+    train: TokenizerTrainConfig | None = Field(None, description="Train a SentencePiece tokenizer on the training data instead.")
+    chat_template: str | None = Field(
+        None,
+        description="Name of a built-in template (`alpaca`, `chatml`) or a Jinja file; default: the tokenizer's own, "
+        "or `alpaca` where it has none.",
+    )
+
+
+class DataSource(Section):
+    path: str = Field(description="File (.json, .jsonl, .csv, .parquet; also .gz, .xz, .zst), saved `datasets` folder, or Hub name.")
+    format: str = Field("auto", description="auto, alpaca, prompt, qa, dolly, messages or sharegpt.")
+    columns: dict[str, str] = Field(default_factory=dict, description="Column of the file for each field of the format.")
+    split: str = Field("train", description="Split of a Hub dataset or a saved DatasetDict.")
+    weight: float = Field(1.0, gt=0, description="Share of this source's examples that is used; 2.0 uses each twice.")
+
+
+class GeneratorConfig(Section):
+    num_train: int = Field(3000, ge=4, description="Training examples.")
+    num_held_out: int = Field(300, ge=2, description="Held-out examples, never noisy.")
+    noisy_share: Share = Field(0.15, description="Share of training examples with a wrong answer.")
+
+
+class DataConfig(Section):
+    path: str | None = Field(None, description="One source; shorthand for `sources` with one entry.")
+    sources: list[DataSource] = Field(default_factory=list, description="Several sources, mixed by weight.")
+    generator: GeneratorConfig | None = Field(None, description="Instead of a source: generated toy skills (no download).")
+    format: str = Field("auto", description="Format of `path`.")
+    columns: dict[str, str] = Field(default_factory=dict, description="Column mapping of `path`.")
+    limit: int | None = Field(None, ge=2, description="Use this many examples, drawn with the seed, instead of all.")
+    held_out_share: Share = Field(0.02, description="Share of the examples kept for held-out evaluation.")
+    max_length: int = Field(2048, ge=4, description="Tokens per example; the rest is cut off and listed.")
+    overlong: Literal["truncate", "drop", "error"] = Field("truncate", description="What to do with a longer example.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        given = [name for name in ("path", "sources", "generator") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of `path`, `sources` and `generator`; found {given or 'none'}")
+        return self
+
+    @property
+    def all_sources(self) -> list[DataSource]:
+        if self.path is not None:
+            return [DataSource(path=self.path, format=self.format, columns=self.columns)]
+        return self.sources
+
+
+class TrainConfig(Section):
+    epochs: int = Field(3, ge=1, description="Passes over the training examples.")
+    batch_size: int = Field(32, ge=1, description="Examples per optimiser step, over all ranks and micro-batches.")
+    micro_batch_tokens: int = Field(8192, ge=1, description="Token budget of one forward, padding included.")
+    learning_rate: float = Field(2e-6, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.1, ge=0, description="Applied to matrices; not to biases and norm weights.")
+    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="Decay rates of AdamW's moments.")
+    adam_eps: float = Field(1e-8, gt=0, description="Added to AdamW's denominator.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="After the warm-up.")
+    warmup_ratio: Share = Field(0.1, description="Share of the steps with rising learning rate.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clips the global gradient norm; 0 switches clipping off.")
+
+
+class ReferenceConfig(Section):
+    model: ModelConfig | None = Field(None, description="Reference model; default: the target's. A smaller one will do.")
+    train: TrainConfig | None = Field(None, description="Fields given here replace those of `train`.")
+    num_checkpoints: int | None = Field(
+        None, ge=1, description="Evenly spaced checkpoints; default: the end of every epoch, or 3 if there are fewer than 3 epochs."
+    )
+
+
+class ConfidenceConfig(Section):
+    mode: Literal["checkpoints"] = Field("checkpoints", description="Every checkpoint of the reference run over all training examples.")
+    micro_batch_tokens: int = Field(16384, ge=1, description="Token budget of one forward, padding included.")
+
+
+class SplitConfig(Section):
+    confident_share: Share = Field(0.5, description="Most confident share of the examples (D^c of the paper).")
+    unconfident_share: Share = Field(0.5, description="Least confident share (D^u). What is left between trains with NTP alone.")
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> SplitConfig:
+        if self.confident_share + self.unconfident_share > 1:
+            raise ValueError("`confident_share` + `unconfident_share` must not exceed 1")
+        return self
+
+
+class MixupConfig(Section):
+    weight: float = Field(0.2, ge=0, description="mu: factor of the Mixup loss. 0 is plain SFT.")
+    alpha: float = Field(0.5, gt=0, description="lam is drawn from Beta(alpha, alpha), once per pair and epoch.")
+
+
+class BaselineConfig(Section):
+    enabled: bool = Field(True, description="Also train the target with NTP alone, in the same data order.")
+
+
+class EngineConfig(Section):
+    num_processes: int = Field(1, ge=1, description="Processes that `sftmix run` starts on this machine, one per GPU.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(3, description="What DeepSpeed shards over the ranks: 1 optimiser, 2 + gradients, 3 + weights.")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: bf16 on GPUs that have it, fp32 on CPUs.")
+    activation_checkpointing: bool = Field(False, description="Recompute activations in the backward: less memory, more time.")
+    deepspeed: Path | None = Field(None, description="A DeepSpeed JSON file to build on; must not contradict this file.")
+    kernel_backend: Literal["torch", "reference"] | None = Field(None, description="Implementation of the loss; default by device.")
+
+
+class EvaluationConfig(Section):
+    micro_batch_tokens: int = Field(16384, ge=1, description="Token budget of one forward, padding included.")
+
+
+class LogConfig(Section):
+    every_steps: int = Field(10, ge=1, description="Steps between two lines of metrics.")
+    tensorboard: bool = Field(True, description="Also write TensorBoard event files.")
+
+
+class Config(Section):
+    """One run of the recipe."""
+
+    run: RunConfig
+    model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    confidence: ConfidenceConfig = ConfidenceConfig()
+    split: SplitConfig = SplitConfig()
+    mixup: MixupConfig = MixupConfig()
+    train: TrainConfig = TrainConfig()
+    baseline: BaselineConfig = BaselineConfig()
+    engine: EngineConfig = EngineConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _tokenizer_has_a_source(self) -> Config:
+        if self.tokenizer.path and self.tokenizer.train:
+            raise ValueError("`tokenizer`: give `path` or `train`, not both")
+        if not (self.tokenizer.path or self.tokenizer.train or self.model.path):
+            raise ValueError("`tokenizer`: a model with random weights needs `tokenizer.path` or `tokenizer.train`")
+        return self
+
+    @property
+    def reference_model(self) -> ModelConfig:
+        return self.reference.model or self.model
+
+    @property
+    def reference_train(self) -> TrainConfig:
+        return self.reference.train or self.train
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """Folder or Hub name of a ready tokenizer; None where one is trained."""
+        return None if self.tokenizer.train else self.tokenizer.path or self.model.path

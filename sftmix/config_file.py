@@ -1,0 +1,134 @@
+"""Reads a YAML config with overrides, and turns every mistake into one line with file, line and remedy."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from sftmix.config import Config
+from sftmix.errors import ConfigError
+
+KeyPath = tuple[str | int, ...]
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Returns the checked config of a YAML file, with `key.sub=value` overrides applied on top.
+
+    Raises ConfigError for a missing file, YAML that does not parse, a duplicate or unknown key, a wrong
+    type or value, and settings that contradict each other.
+    """
+    path = Path(path)
+    raw, places = _read_yaml(path)
+    for override in overrides or []:
+        _apply_override(raw, places, override)
+    _inherit_train(raw)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(detail, path, places) for detail in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def dump_config(config: Config) -> str:
+    """Returns the resolved config as YAML; loading it again gives an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else " Give the path of a YAML file; see configs/."
+        raise ConfigError(f"{path}: no such config file.{hint}")
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict) or node is None:
+        raise ConfigError(f"{path}: expected sections such as `run:`, `model:` and `data:`, found {type(raw).__name__}.")
+    places: dict[KeyPath, str] = {}
+    _record_places(node, (), path, places)
+    return raw, places
+
+
+def _record_places(node: yaml.Node, prefix: KeyPath, path: Path, places: dict[KeyPath, str]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key = (*prefix, key_node.value)
+            place = f"{path}:{key_node.start_mark.line + 1}"
+            if key in places:
+                raise ConfigError(f"{place}: `{_dotted(key)}` stands twice (first at {places[key]}). Keep one of them.")
+            places[key] = place
+            _record_places(value_node, key, path, places)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            places[(*prefix, index)] = f"{path}:{item.start_mark.line + 1}"
+            _record_places(item, (*prefix, index), path, places)
+
+
+def _apply_override(raw: dict[str, Any], places: dict[KeyPath, str], override: str) -> None:
+    name, equals, value = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"override `{override}`: expected `key.sub=value`, for example `train.epochs=1`.")
+    try:
+        parsed = yaml.safe_load(value) if value else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override `{override}`: the value is not valid YAML: {' '.join(str(error).split())}") from None
+    keys = name.split(".")
+    section = raw
+    for depth, key in enumerate(keys[:-1]):
+        if not isinstance(section.get(key), dict):
+            if section.get(key) is not None:
+                raise ConfigError(f"override `{override}`: `{'.'.join(keys[: depth + 1])}` is a value, not a section.")
+            section[key] = {}
+        section = section[key]
+    section[keys[-1]] = parsed
+    for depth in range(len(keys)):  # an error inside the value is the override's, not the file's
+        places.setdefault(tuple(keys[: depth + 1]), f"override `{override}`")
+    places[tuple(keys)] = f"override `{override}`"
+
+
+def _inherit_train(raw: dict[str, Any]) -> None:
+    """`reference.train` names only what differs from `train`."""
+    reference = raw.get("reference")
+    if isinstance(reference, dict) and isinstance(reference.get("train"), dict) and isinstance(raw.get("train", {}), dict):
+        reference["train"] = {**raw.get("train", {}), **reference["train"]}
+
+
+def _explain(detail: Any, path: Path, places: dict[KeyPath, str]) -> str:
+    location: KeyPath = tuple(detail["loc"])
+    place = next((places[location[:n]] for n in range(len(location), 0, -1) if location[:n] in places), str(path))
+    name = _dotted(location)
+    match detail["type"]:
+        case "extra_forbidden":
+            known = _fields_at(location[:-1])
+            near = difflib.get_close_matches(str(location[-1]), known, n=1)
+            remedy = f"Did you mean `{near[0]}`?" if near else f"Known keys here: {', '.join(known)}."
+            return f"{place}: `{name}` is an unknown key. {remedy}"
+        case "missing":
+            return f"{place}: `{name}` is missing. Add it to the file, or give `{name}=...` on the command line."
+        case "value_error":
+            where = f"`{name}`: " if name else ""
+            return f"{place}: {where}{detail['ctx']['error']}."
+        case _:
+            message = detail["msg"][0].lower() + detail["msg"][1:]
+            return f"{place}: `{name}` is {detail['input']!r}: {message}."
+
+
+def _fields_at(location: KeyPath) -> list[str]:
+    model: Any = Config
+    for key in location:
+        if isinstance(key, int):
+            continue
+        annotation = model.model_fields[key].annotation
+        candidates = [annotation, *get_args(annotation)]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+    return list(model.model_fields)
+
+
+def _dotted(location: KeyPath) -> str:
+    return ".".join(str(key) for key in location)

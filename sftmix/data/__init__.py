@@ -1,0 +1,1 @@
+"""From files to micro-batches: readers -> formats -> template -> prepare (Arrow) -> batches."""

@@ -1,0 +1,103 @@
+"""The embedded default: instruction data of our own, made from a seed.
+
+Six skills of different difficulty, part of the training answers wrong on purpose, so that confidence has
+something to find. Held-out examples are never noisy, and none of their prompts is in the training part.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from sftmix.config import GeneratorConfig
+from sftmix.data.formats import Example, content_hash
+
+WORDS = (
+    "amber basil cedar delta ember fjord grove haven indigo jade kelp lotus maple nectar olive pearl quartz river "
+    "slate thyme umber velvet willow yarrow zephyr acorn birch coral dune fern"
+).split()
+OPPOSITES = {
+    "hot": "cold", "big": "small", "fast": "slow", "light": "dark", "early": "late", "full": "empty", "soft": "hard",
+    "wet": "dry", "young": "old", "high": "low", "rich": "poor", "near": "far", "loud": "quiet", "thick": "thin",
+}  # fmt: skip
+FRAMES = ("The tea is {}.", "Her bag was {}.", "This road looks {}.", "The room felt {}.", "My answer is {}.", "His shoe is {}.")
+
+
+def _copy(rng: random.Random) -> tuple[str, str]:
+    words = " ".join(rng.sample(WORDS, rng.randint(2, 4)))
+    return f"Repeat these words: {words}", words
+
+
+def _opposite(rng: random.Random) -> tuple[str, str]:
+    word = rng.choice([*OPPOSITES, *OPPOSITES.values()])
+    other = OPPOSITES.get(word) or next(k for k, v in OPPOSITES.items() if v == word)
+    frame = rng.choice(FRAMES)
+    return f"Say the opposite: {frame.format(word)}", frame.format(other)
+
+
+def _last(rng: random.Random) -> tuple[str, str]:
+    words = rng.sample(WORDS, rng.randint(3, 5))
+    return f"What is the last word of this list? {', '.join(words)}", words[-1]
+
+
+def _sort(rng: random.Random) -> tuple[str, str]:
+    words = rng.sample(WORDS, 3)
+    return f"Sort these words: {' '.join(words)}", " ".join(sorted(words))
+
+
+def _add(rng: random.Random) -> tuple[str, str]:
+    a, b = rng.randint(1, 49), rng.randint(1, 49)
+    return f"Add {a} and {b}.", f"{a + b}"
+
+
+def _reverse(rng: random.Random) -> tuple[str, str]:
+    words = rng.sample(WORDS, rng.randint(2, 4))
+    return f"Reverse the order: {' '.join(words)}", " ".join(reversed(words))
+
+
+SKILLS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
+    "copy": _copy,
+    "opposite": _opposite,
+    "last": _last,
+    "sort": _sort,
+    "add": _add,
+    "reverse": _reverse,
+}
+
+
+def generate(settings: GeneratorConfig, *, seed: int) -> tuple[list[Example], list[Example], set[str]]:
+    """Returns the training and the held-out examples, and the ids of the training examples whose answer is wrong.
+
+    A pure function of its arguments: the same on every machine.
+    """
+    rng = random.Random(f"sftmix-generator-{seed}")
+    seen: set[str] = set()
+
+    def draw() -> tuple[str, str, str]:
+        while True:
+            skill = rng.choice(list(SKILLS))
+            prompt, answer = SKILLS[skill](rng)
+            if prompt not in seen:
+                seen.add(prompt)
+                return skill, prompt, answer
+
+    held_out = [_example(*draw(), f"generated:held-out {n}") for n in range(1, settings.num_held_out + 1)]
+    train: list[Example] = []
+    noisy: set[str] = set()
+    for number in range(1, settings.num_train + 1):
+        skill, prompt, answer = draw()
+        if rng.random() < settings.noisy_share:
+            wrong = answer
+            while wrong == answer:  # an answer of the same skill to another prompt: wrong, but of the right kind
+                wrong = SKILLS[skill](rng)[1]
+            example = _example(skill, prompt, wrong, f"generated:train {number}")
+            noisy.add(example.example_id)
+        else:
+            example = _example(skill, prompt, answer, f"generated:train {number}")
+        train.append(example)
+    return train, held_out, noisy
+
+
+def _example(skill: str, prompt: str, answer: str, place: str) -> Example:
+    messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
+    return Example(content_hash(messages), messages, place, group=skill)

@@ -1,0 +1,271 @@
+"""The data stage: every example read, checked, encoded and accounted for.
+
+Writes into its folder
+
+    train.arrow, held_out.arrow   one row per example: ids, tokens, response mask, messages
+    tokenizer/                    the tokenizer with the chat template of the run
+    dropped.jsonl, truncated.jsonl   example_id, place and reason of everything that is not there whole
+    summary.json                  the counts, as printed
+
+Every example that was read is in exactly one of: train, held out, dropped, left out by `data.limit`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from sftmix.artifacts import write_json
+from sftmix.config import Config, DataSource
+from sftmix.data import generator, readers
+from sftmix.data.formats import BadRow, Example, check_format, content_hash, detect_format, to_messages
+from sftmix.data.template import MASK_POLICY, ChatEncoder
+from sftmix.data.tokenizer import load_tokenizer, tokenizer_identity, train_tokenizer, with_template
+from sftmix.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SCHEMA = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("response_mask", pa.list_(pa.bool_())),
+        ("num_tokens", pa.int32()),
+        ("num_response_tokens", pa.int32()),
+        ("is_truncated", pa.bool_()),
+        ("is_noisy", pa.bool_()),  # known for generated data only
+        ("group", pa.string()),
+        ("place", pa.string()),
+        ("messages", pa.string()),  # JSON
+    ]
+)
+ENCODE_BATCH = 1000  # conversations at a time: bounds memory, and keeps the tokenizer's threads busy
+
+
+@dataclass
+class Summary:
+    """Counts of the data stage. num_read = train + held_out + sum(dropped) + num_left_out."""
+
+    num_read: int = 0
+    num_train: int = 0
+    num_held_out: int = 0
+    num_left_out: int = 0
+    num_duplicates: int = 0
+    num_truncated: int = 0
+    num_tokens: int = 0
+    num_response_tokens: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def lines(self) -> list[str]:
+        """Returns what is shown on screen, once."""
+        shares = f"{self.num_response_tokens / max(1, self.num_tokens):.0%} of {self.num_tokens:,} training tokens carry loss"
+        lines = [f"{self.num_read:,} examples read: {self.num_train:,} to train on, {self.num_held_out:,} held out; {shares}"]
+        if self.num_left_out:
+            lines.append(f"{self.num_left_out:,} left out by data.limit and source weights")
+        if self.num_duplicates:
+            lines.append(f"{self.num_duplicates:,} have the same content as an earlier one and are kept (ids end in -2, -3, ...)")
+        if self.num_truncated:
+            lines.append(f"{self.num_truncated:,} truncated to data.max_length (data/truncated.jsonl)")
+        for reason, count in sorted(self.dropped.items()):
+            lines.append(f"{count:,} dropped: {reason} (data/dropped.jsonl)")
+        return lines
+
+
+def data_settings(config: Config) -> dict[str, Any]:
+    """Returns everything that the stage's output depends on: the cache key."""
+    settings = config.data.model_dump(mode="json")
+    settings["content"] = [readers.source_identity(source) for source in config.data.all_sources]
+    settings["tokenizer"] = tokenizer_identity(config)
+    settings["mask_policy"] = MASK_POLICY
+    settings["seed"] = config.run.seed
+    return settings
+
+
+def prepare(config: Config, folder: Path) -> tuple[Summary, str]:
+    """Runs the data stage into `folder`. Returns the counts and a hash of the encoded content.
+
+    Raises DataError for bad rows (all of them listed), a template that does not fit, or too little data.
+    """
+    summary = Summary()
+    train, held_out, noisy = _read(config, summary)
+    with (folder / "dropped.jsonl").open("w", encoding="utf-8") as dropped_file:
+
+        def drop(example: Example, reason: str) -> None:
+            summary.dropped[reason] += 1
+            record = {"example_id": example.example_id, "place": example.place, "reason": reason}
+            dropped_file.write(json.dumps(record) + "\n")
+
+        train, held_out = ([e for e in part if _has_response(e, drop)] for part in (train, held_out))
+        if config.data.limit is not None:
+            train, held_out = _limit(train, held_out, config, summary)
+        tokenizer = _tokenizer(config, train, folder)
+        encoder = ChatEncoder(tokenizer)
+        identity = hashlib.sha256()
+        with (folder / "truncated.jsonl").open("w", encoding="utf-8") as truncated_file:
+            for name, part in (("train", train), ("held_out", held_out)):
+                rows = _encode(part, encoder, config, drop, truncated_file)
+                counts = _write_arrow(folder / f"{name}.arrow", rows, noisy, identity)
+                setattr(summary, f"num_{name}", counts["examples"])
+                summary.num_truncated += counts["truncated"]
+                if name == "train":
+                    summary.num_tokens, summary.num_response_tokens = counts["tokens"], counts["response_tokens"]
+    tokenizer.save_pretrained(folder / "tokenizer")
+    write_json(folder / "summary.json", {**vars(summary), "dropped": dict(summary.dropped)})
+    if summary.num_train < 2:
+        raise DataError(f"{summary.num_train} training examples are left; at least 2 are needed. " + " ".join(summary.lines()))
+    return summary, identity.hexdigest()
+
+
+def _read(config: Config, summary: Summary) -> tuple[list[Example], list[Example], set[str]]:
+    if config.data.generator is not None:
+        train, held_out, noisy = generator.generate(config.data.generator, seed=config.run.seed)
+        summary.num_read = len(train) + len(held_out)
+        return train, held_out, noisy
+    bad = readers.BadRows()
+    examples = [e for source in config.data.all_sources for e in _weighted(source, _read_source(source, bad, summary), config, summary)]
+    bad.raise_if_any()
+    if not examples:
+        raise DataError("the data holds no example. Check data.path.")
+    times: Counter[str] = Counter()
+    for position, example in enumerate(examples):
+        times[example.example_id] += 1
+        if times[example.example_id] > 1:
+            summary.num_duplicates += 1
+            examples[position] = replace(example, example_id=f"{example.example_id}-{times[example.example_id]}")
+    # By a hash of content, so that an example's part does not depend on the others, and copies are never in both.
+    share = config.data.held_out_share
+    draw = {e.content_id: _uniform(config.run.seed, "held-out", e.content_id) for e in examples}
+    threshold = sorted(draw[e.content_id] for e in examples)[max(1, round(share * len(examples))) - 1] if share else -1.0
+    held_out = [e for e in examples if draw[e.content_id] <= threshold]
+    return [e for e in examples if draw[e.content_id] > threshold], held_out, set()
+
+
+def _read_source(source: DataSource, bad: readers.BadRows, summary: Summary) -> list[Example]:
+    check_format(source.format, source.columns)
+    examples = []
+    name = source.format
+    for place, row in readers.read_rows(source, bad):
+        summary.num_read += 1
+        if name == "auto":
+            name = detect_format(row, place, source.columns)
+        try:
+            messages, group = to_messages(row, name, source.columns)
+        except BadRow as error:
+            bad.add(place, f"{error} (format {name})")
+            continue
+        examples.append(Example(content_hash(messages), messages, place, group))
+    return examples
+
+
+def _weighted(source: DataSource, examples: list[Example], config: Config, summary: Summary) -> list[Example]:
+    """Returns the examples `weight` times: whole copies, and a seeded draw for the fraction that is left."""
+    whole, fraction = divmod(source.weight, 1)
+    count = round(fraction * len(examples))
+    by_draw = sorted(range(len(examples)), key=lambda n: _uniform(config.run.seed, source.path, examples[n].example_id, n))
+    drawn = [examples[n] for n in sorted(by_draw[:count])]
+    summary.num_read += (int(whole) - 1) * len(examples) + count if whole else 0
+    summary.num_left_out += 0 if whole else len(examples) - count
+    return examples * int(whole) + drawn
+
+
+def _limit(
+    train: list[Example], held_out: list[Example], config: Config, summary: Summary
+) -> tuple[list[Example], list[Example]]:
+    """Keeps `data.limit` examples in all, at the same ratio of train to held out, in the order they were read."""
+    limit, total = config.data.limit, len(train) + len(held_out)
+    assert limit is not None, "called with a limit only"
+    if total <= limit:
+        return train, held_out
+    summary.num_left_out += total - limit
+    num_held_out = min(len(held_out), max(1, round(limit * len(held_out) / total))) if held_out else 0
+    kept = []
+    for part, count in ((train, limit - num_held_out), (held_out, num_held_out)):
+        chosen = sorted(range(len(part)), key=lambda n: _uniform(config.run.seed, "limit", part[n].example_id))[:count]
+        kept.append([part[n] for n in sorted(chosen)])
+    return kept[0], kept[1]
+
+
+def _uniform(*key: object) -> float:
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") / 2**64
+
+
+def _has_response(example: Example, drop: Any) -> bool:
+    if all(m["content"].strip() for m in example.messages if m["role"] == "assistant"):
+        return True
+    drop(example, "empty response")
+    return False
+
+
+def _tokenizer(config: Config, train: list[Example], folder: Path) -> PreTrainedTokenizerBase:
+    if config.tokenizer.train is None:
+        return load_tokenizer(config)
+    texts = (message["content"] for example in train for message in example.messages)
+    tokenizer = train_tokenizer(texts, config.tokenizer.train, folder / "sentencepiece")
+    return with_template(tokenizer, config.tokenizer.chat_template)
+
+
+Row = dict[str, Any]
+
+
+def _encode(part: list[Example], encoder: ChatEncoder, config: Config, drop: Any, truncated_file: Any) -> Iterator[Row]:
+    limit = config.data.max_length
+    for start in range(0, len(part), ENCODE_BATCH):
+        batch = part[start : start + ENCODE_BATCH]
+        for example, encoded in zip(batch, encoder.encode([e.messages for e in batch], [e.place for e in batch]), strict=True):
+            if isinstance(encoded, str):
+                drop(example, encoded)
+                continue
+            ids, mask = encoded
+            is_truncated = len(ids) > limit
+            if is_truncated:
+                match config.data.overlong:
+                    case "error":
+                        raise DataError(
+                            f"{example.place}: {len(ids)} tokens, data.max_length is {limit}. Raise it, or set data.overlong to "
+                            "truncate or drop."
+                        )
+                    case "drop":
+                        drop(example, f"longer than {limit} tokens")
+                        continue
+                record = {"example_id": example.example_id, "place": example.place, "num_tokens": len(ids), "kept": limit}
+                if not mask[:limit].any():
+                    drop(example, f"no response token within {limit} tokens")
+                    continue
+                truncated_file.write(json.dumps(record) + "\n")
+                ids, mask = ids[:limit], mask[:limit]
+            yield {"example": example, "ids": ids, "mask": mask, "is_truncated": is_truncated}
+
+
+def _write_arrow(path: Path, rows: Iterator[Row], noisy: set[str], identity: Any) -> Counter[str]:
+    counts: Counter[str] = Counter(examples=0, truncated=0, tokens=0, response_tokens=0)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+
+        def flush() -> None:
+            writer.write_table(pa.Table.from_pydict(columns, schema=SCHEMA))
+            for values in columns.values():
+                values.clear()
+
+        for row in rows:
+            example, ids, mask = row["example"], row["ids"], row["mask"]
+            identity.update(f"{path.name}:{example.example_id}:{len(ids)}:".encode() + ids.tobytes() + np.packbits(mask).tobytes())
+            values = (
+                example.example_id, ids, mask, len(ids), int(mask.sum()), row["is_truncated"],
+                example.example_id in noisy, example.group, example.place, json.dumps(example.messages, ensure_ascii=False),
+            )  # fmt: skip
+            for name, value in zip(SCHEMA.names, values, strict=True):
+                columns[name].append(value)
+            counts.update(examples=1, truncated=int(row["is_truncated"]), tokens=len(ids), response_tokens=int(mask.sum()))
+            if len(columns["example_id"]) >= ENCODE_BATCH:
+                flush()
+        flush()
+    return counts

@@ -1,0 +1,267 @@
+"""Rows of files, each with its place (`file:line`), checked one by one.
+
+JSON and CSV are parsed here and not by `datasets`, which takes missing keys, nulls, mixed types and two
+objects on a line in silence and names no line in its errors. Parquet, saved datasets and the Hub, which
+carry a schema, are read with `datasets`.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from sftmix.artifacts import fingerprint, sha256_of_file
+from sftmix.config import DataSource
+from sftmix.errors import DataError
+
+Row = dict[str, Any]
+
+COMPRESSED = (".gz", ".xz", ".zst")
+TEXT_FORMATS = (".json", ".jsonl", ".csv")
+MAX_LISTED = 20  # bad rows in one message
+
+
+class BadRows:
+    """Collects what is wrong with single rows, so that one run of a checker shows all of it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.listed: list[str] = []
+
+    def add(self, place: str, problem: str) -> None:
+        self.count += 1
+        if self.count <= MAX_LISTED:
+            self.listed.append(f"{place}: {problem}")
+
+    def raise_if_any(self) -> None:
+        if not self.count:
+            return
+        more = f"\n... and {self.count - MAX_LISTED} more" if self.count > MAX_LISTED else ""
+        raise DataError("\n".join(self.listed) + more + f"\n{self.count} bad rows. Mend or remove them; none is skipped in silence.")
+
+
+def read_rows(source: DataSource, bad: BadRows) -> Iterator[tuple[str, Row]]:
+    """Yields (place, row) of one source, in order. Problems of single rows go to `bad`.
+
+    Raises DataError for a source that does not exist or is of an unknown kind.
+    """
+    path = Path(source.path)
+    if path.is_dir():
+        yield from _read_saved_dataset(path, source)
+    elif path.is_file():
+        suffixes = [s for s in path.suffixes if s not in COMPRESSED]
+        kind = suffixes[-1] if suffixes else ""
+        if kind == ".csv":
+            yield from _read_csv(path, bad)
+        elif kind in TEXT_FORMATS:
+            yield from _read_json(path, bad)
+        elif kind == ".parquet":
+            yield from _read_parquet(path)
+        else:
+            raise DataError(
+                f"{path}: unknown kind of file. Expected {', '.join(TEXT_FORMATS)} (also {', '.join(COMPRESSED)}) or .parquet."
+            )
+    else:
+        yield from _read_hub(source)
+
+
+def source_identity(source: DataSource) -> str:
+    """Returns a hash that changes with the content of the source: of the bytes of its files, or of the Hub revision."""
+    path = Path(source.path)
+    if path.is_file():
+        return sha256_of_file(path)
+    if path.is_dir():
+        return fingerprint({p.relative_to(path).as_posix(): sha256_of_file(p) for p in sorted(path.rglob("*")) if p.is_file()})
+    _check_hub_name(source)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return str(HfApi().dataset_info(source.path).sha)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise _not_reachable(source, error) from None
+
+
+def check_source(source: DataSource) -> None:
+    """Raises DataError for a local path that does not exist. Reads nothing."""
+    if not Path(source.path).exists():
+        _check_hub_name(source)
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".xz":
+        return lzma.open(path, "rb")
+    if path.suffix == ".zst":
+        import zstandard
+
+        return zstandard.open(path, "rb")
+    return path.open("rb")
+
+
+def _read_json(path: Path, bad: BadRows) -> Iterator[tuple[str, Row]]:
+    try:
+        with _open(path) as file:
+            start = file.peek(1)[:1] if hasattr(file, "peek") else b""
+            content = file.read() if start in (b"[", b"", b" ", b"\n", b"\t", b"\r", b"\xef") else None
+            if content is not None and content.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"[":
+                yield from _read_json_array(path, content, bad)
+            else:
+                yield from _read_json_lines(path, io.BytesIO(content) if content is not None else file, bad)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise DataError(f"{path}: cannot be read: {error}. Check that the file is whole and of the kind its name says.") from None
+
+
+def _read_json_lines(path: Path, file: IO[bytes], bad: BadRows) -> Iterator[tuple[str, Row]]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            row = _parse(line, f"{path}:{number}", bad)
+            if row is not None:
+                yield f"{path}:{number}", row
+
+
+def _parse(line: bytes, place: str, bad: BadRows) -> Row | None:
+    try:
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+    except UnicodeDecodeError as error:
+        bad.add(place, f"not UTF-8 at byte {error.start} of the line")
+    except json.JSONDecodeError as error:
+        hint = "two values on one line" if error.msg == "Extra data" else error.msg
+        bad.add(place, f"not one JSON object: {hint} (column {error.colno})")
+    except ValueError as error:
+        bad.add(place, str(error))
+    except RecursionError:
+        bad.add(place, "nested too deeply")
+    else:
+        if isinstance(row, dict):
+            return row
+        bad.add(place, f"expected a JSON object, found {type(row).__name__}")
+    return None
+
+
+def _read_json_array(path: Path, content: bytes, bad: BadRows) -> Iterator[tuple[str, Row]]:
+    """Decodes element by element, to know the line of each."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}. Save the file as UTF-8.") from None
+    decoder = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+    position, line, counted = text.index("[") + 1, 1, 0
+    expect_item = True
+    while True:
+        while position < len(text) and text[position] in " \t\r\n":
+            position += 1
+        line, counted = line + text.count("\n", counted, position), position
+        place = f"{path}:{line}"
+        if position >= len(text):
+            raise DataError(f"{place}: the array does not end with `]`. Is the file cut off?")
+        if text[position] == "]":
+            if text[position + 1 :].strip():
+                raise DataError(f"{place}: text after the end of the array. Remove it.")
+            return
+        if not expect_item:
+            if text[position] != ",":
+                raise DataError(f"{place}: expected `,` or `]` after an element, found {text[position]!r}.")
+            position, expect_item = position + 1, True
+            continue
+        try:
+            row, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}). Mend the file.") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place}: {error}. Mend the file.") from None
+        expect_item = False
+        if isinstance(row, dict):
+            yield place, row
+        else:
+            bad.add(place, f"expected a JSON object, found {type(row).__name__}")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return row
+
+
+def _no_constants(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _read_csv(path: Path, bad: BadRows) -> Iterator[tuple[str, Row]]:
+    csv.field_size_limit(1 << 30)
+    try:
+        with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for row in reader:
+                place = f"{path}:{reader.line_num}"
+                if None in row:
+                    bad.add(place, f"more fields than the header's {len(reader.fieldnames or [])}")
+                elif None in row.values():
+                    bad.add(place, f"fewer fields than the header's {len(reader.fieldnames or [])}")
+                else:
+                    yield place, row
+    except (csv.Error, UnicodeDecodeError, OSError, EOFError, lzma.LZMAError) as error:
+        raise DataError(f"{path}: cannot be read as CSV: {error}. Mend the file.") from None
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:row {number}", row
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: cannot be read as Parquet: {error}. Mend the file.") from None
+
+
+def _read_saved_dataset(path: Path, source: DataSource) -> Iterator[tuple[str, Row]]:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (FileNotFoundError, OSError) as error:
+        raise DataError(f"{path}: not a folder written by `datasets.save_to_disk`: {error}") from None
+    if isinstance(loaded, datasets.DatasetDict):
+        if source.split not in loaded:
+            raise DataError(f"{path}: no split {source.split!r}; it has {sorted(loaded)}. Set `split`.")
+        loaded = loaded[source.split]
+    yield from ((f"{path}:row {number}", row) for number, row in enumerate(loaded, start=1))
+
+
+def _check_hub_name(source: DataSource) -> None:
+    name = source.path
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in (*TEXT_FORMATS, *COMPRESSED, ".parquet")
+    if looks_local:
+        raise DataError(f"data: {name} does not exist. Give the path of a file or folder, or a Hub name such as `owner/name`.")
+
+
+def _read_hub(source: DataSource) -> Iterator[tuple[str, Row]]:
+    _check_hub_name(source)
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(source.path, split=source.split)
+    except (OSError, ValueError, ConnectionError) as error:
+        raise _not_reachable(source, error) from None
+    yield from ((f"{source.path}:row {number}", row) for number, row in enumerate(loaded, start=1))
+
+
+def _not_reachable(source: DataSource, error: Exception) -> DataError:
+    return DataError(
+        f"data: {source.path} is no local file, and the Hub does not give it ({type(error).__name__}). "
+        "Check the name and the connection, or download it and give its path."
+    )

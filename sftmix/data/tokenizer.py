@@ -1,0 +1,113 @@
+"""Loads a tokenizer, or trains a SentencePiece one, with the chat template of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sftmix.artifacts import fingerprint, sha256_of_file
+from sftmix.config import Config, TokenizerTrainConfig
+from sftmix.data.template import choose_template
+from sftmix.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer named in the config, with the chat template chosen. Raises ConfigError."""
+    source = config.tokenizer_source
+    assert source is not None, "the config trains its tokenizer"
+    tokenizer = tokenizer_from(
+        source,
+        revision=config.model.revision if source == config.model.path else None,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    return with_template(tokenizer, config.tokenizer.chat_template)
+
+
+def tokenizer_from(source: str | Path, **options: object) -> PreTrainedTokenizerBase:
+    """Returns the fast tokenizer of a folder or Hub name. Raises ConfigError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source), use_fast=True, **options)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"tokenizer: {source} cannot be loaded: {first_line} "
+            "Give a folder with tokenizer files in tokenizer.path, or train one with tokenizer.train."
+        ) from None
+    if not tokenizer.is_fast:
+        raise ConfigError(f"tokenizer: {source} has no fast version, which the response mask needs (character offsets).")
+    return tokenizer
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, named: str | None) -> PreTrainedTokenizerBase:
+    """Sets the chat template of the run, and a padding token where there is none. Returns the tokenizer."""
+    tokenizer.chat_template = choose_template(named, tokenizer.chat_template)
+    if tokenizer.eos_token is None:
+        raise ConfigError("tokenizer: it has no end-of-sequence token, so no response could ever end. Set eos_token in its files.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token  # padding is masked out everywhere
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], settings: TokenizerTrainConfig, folder: Path) -> PreTrainedTokenizerBase:
+    """Trains a SentencePiece model with byte fallback (nothing is ever unknown) and returns it as a Llama tokenizer.
+
+    `folder` receives the SentencePiece model as `tokenizer.model`. Raises DataError where the data is too
+    small for the vocabulary.
+    """
+    import sentencepiece
+    from transformers import LlamaTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (line for text in texts for line in text.splitlines() if line.strip())
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_prefix=str(folder / "tokenizer"),
+            vocab_size=settings.vocab_size,
+            model_type=settings.model_type,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            input_sentence_size=1_000_000,
+            shuffle_input_sentence=True,
+            max_sentence_length=1 << 16,
+            num_threads=1,  # the merges of two threads need not be the same twice
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(
+            f"the SentencePiece tokenizer cannot be trained: {' '.join(str(error).split())[-200:]} "
+            f"Lower tokenizer.train.vocab_size (now {settings.vocab_size}), or use more data."
+        ) from None
+    (folder / "tokenizer.vocab").unlink()
+    tokenizer = LlamaTokenizer.from_pretrained(str(folder), legacy=False)
+    tokenizer.pad_token = "<pad>"
+    return tokenizer
+
+
+def tokenizer_identity(config: Config) -> str:
+    """Returns a hash that changes with the tokenizer's files, or with the settings it is trained by, and the template."""
+    template = fingerprint(choose_template(config.tokenizer.chat_template, "own"))
+    source = config.tokenizer_source
+    if source is None:
+        assert config.tokenizer.train is not None, "no source means a trained tokenizer"
+        return fingerprint([config.tokenizer.train.model_dump(), template])
+    folder = Path(source)
+    if not folder.is_dir():
+        return fingerprint([source, config.model.revision, template])
+    files = sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if "safetensors" not in path.name})
+    return fingerprint([{path.name: sha256_of_file(path) for path in files}, template])

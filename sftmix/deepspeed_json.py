@@ -1,0 +1,112 @@
+"""The DeepSpeed config of a run: a JSON file that the field's people know, completed from the YAML.
+
+DeepSpeed takes unknown top-level keys in silence (`zero_optimisation` runs stage 0), so they are refused
+here; and a value that contradicts the YAML is refused with both values named.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from sftmix.config import Config
+from sftmix.errors import ConfigError
+
+# https://www.deepspeed.ai/docs/config-json/, as of DeepSpeed 0.19
+KNOWN_KEYS = frozenset(
+    """
+    activation_checkpointing aio allgather_partitions amp autotuning bf16 bfloat16 checkpoint comms_logger
+    communication_data_type compile compression_training csv_monitor curriculum_learning data_efficiency data_types
+    dataloader_drop_last disable_allgather disable_allgather_partitions dump_state eigenvalue elasticity flops_profiler
+    fp16 gradient_accumulation_steps gradient_clipping gradient_predivide_factor graph_harvesting hybrid_engine
+    load_universal_checkpoint memory_breakdown monitor_config optimizer pipeline pld prescale_gradients
+    progressive_layer_drop scheduler seq_parallel_communication_data_type sequence_parallel_size sparse_attention
+    sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size
+    train_micro_batch_size_per_gpu use_data_before_expert_parallelism use_node_local_storage wall_clock_breakdown wandb
+    weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization zenflow
+    """.split()
+)
+
+# Decided by the YAML or by the batch plan; the JSON may leave them out or say "auto".
+OWNED_BY_SFTMIX = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_tokens",
+    "gradient_accumulation_steps": "train.micro_batch_tokens",
+    "optimizer": "train.learning_rate, train.weight_decay, train.adam_betas",
+    "scheduler": "train.schedule, train.warmup_ratio",
+}
+
+
+def read_deepspeed_json(path: Path) -> dict[str, Any]:
+    """Returns the file's content. Raises ConfigError where it is missing, no JSON object, or has a duplicate
+    or unknown top-level key."""
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen:
+                raise ConfigError(f"{path}: the key `{key}` stands twice. Keep one of them.")
+            seen[key] = value
+        return seen
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+    except FileNotFoundError:
+        raise ConfigError(f"engine.deepspeed: {path} does not exist. Give the path of a DeepSpeed JSON file.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}. Mend the file.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+    for key in content:
+        if key not in KNOWN_KEYS:
+            near = difflib.get_close_matches(key, sorted(KNOWN_KEYS), n=1)
+            remedy = f"Did you mean `{near[0]}`?" if near else "Remove it."
+            raise ConfigError(f"{path}: `{key}` is no key of DeepSpeed, which would ignore it in silence. {remedy}")
+    return content
+
+
+def deepspeed_config(config: Config, *, precision: str, world_size: int, max_grad_norm: float) -> dict[str, Any]:
+    """Returns the complete config for `deepspeed.initialize`.
+
+    precision: "bf16", "fp16" or "fp32", already resolved. The batch sizes are nominal: the batch plan
+    decides how many micro-batches a step has, and the engine scales the loss itself.
+    """
+    path = config.engine.deepspeed
+    content = read_deepspeed_json(path) if path else {}
+    where = str(path)
+
+    for key, owner in OWNED_BY_SFTMIX.items():
+        if content.pop(key, "auto") != "auto":
+            raise ConfigError(f"{where}: `{key}` is set here, but the YAML decides it ({owner}). Remove it, or write \"auto\".")
+    zero = _section(content, "zero_optimization", where)
+    _agree(zero, "stage", config.engine.zero_stage, f"{where}: zero_optimization.stage", "engine.zero_stage")
+    _agree(content, "gradient_clipping", max_grad_norm, f"{where}: gradient_clipping", "train.max_grad_norm")
+    for name in ("bf16", "fp16"):
+        section = _section(content, name, where)
+        _agree(section, "enabled", precision == name, f"{where}: {name}.enabled", f"engine.precision ({precision})")
+
+    # Gradients of the micro-batches are summed in float32 whatever the weights' dtype.
+    content.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    content.setdefault("steps_per_print", 2**62)  # progress is shown by runlog, not by DeepSpeed
+    content["train_micro_batch_size_per_gpu"] = 1
+    content["gradient_accumulation_steps"] = 1
+    content["train_batch_size"] = world_size
+    return content
+
+
+def _section(content: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    section = content.setdefault(key, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"{where}: `{key}` is {section!r}; expected an object.")
+    return section
+
+
+def _agree(section: dict[str, Any], key: str, ours: Any, theirs_name: str, ours_name: str) -> None:
+    theirs = section.get(key, "auto")
+    if theirs != "auto" and (theirs != ours or isinstance(theirs, bool) != isinstance(ours, bool)):
+        raise ConfigError(
+            f"{theirs_name} is {theirs!r}, but {ours_name} is {ours!r}. Make them equal, or write \"auto\" in the JSON."
+        )
+    section[key] = ours

@@ -1,0 +1,26 @@
+"""Errors that a user can act on.
+
+    SftmixError
+      ConfigError      a key, a value, or two settings that contradict each other
+      DataError        a file, a row, a chat template
+      ArtifactError    what one stage left for the next is missing, damaged or belongs to something else
+
+Each message says what was found (with file, line, key and value), what was expected, and what to do.
+The command line prints the message alone and exits with code 2; `--debug` shows the traceback.
+"""
+
+
+class SftmixError(Exception):
+    """Base of all errors that a user can act on."""
+
+
+class ConfigError(SftmixError):
+    """The configuration cannot be run as it is."""
+
+
+class DataError(SftmixError):
+    """The data cannot be read, or cannot be turned into training examples."""
+
+
+class ArtifactError(SftmixError):
+    """An output of an earlier stage cannot be used."""
