@@ -178,7 +178,7 @@ def balanced_chunks(num_rows: int, vocab_size: int, itemsize: int, workspace_byt
     """Returns [start, stop) row ranges of nearly equal, even length whose logits fit the workspace."""
     budget = max(2, workspace_bytes // (vocab_size * itemsize))
     num_chunks = max(1, -(-num_rows // budget))
-    size = -(-num_rows // num_chunks)
+    size = max(2, -(-num_rows // num_chunks))
     size += size % 2  # even, so that a pair of neighbours stays in one chunk
     return [(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 

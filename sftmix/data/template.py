@@ -154,6 +154,9 @@ class ChatEncoder:
             mask |= inside
         if not mask.any():
             return "no response token"
-        if mask.all():
-            raise DataError(f"{place}: every token would carry loss; the chat template renders no prompt. Name another template.")
+        if mask[0]:
+            raise DataError(
+                f"{place}: the chat template renders nothing before the response (all {len(mask)} tokens would carry loss), "
+                "but its first token must be predicted from something. Name another with tokenizer.chat_template."
+            )
         return ids, mask

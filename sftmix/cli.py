@@ -1,0 +1,120 @@
+"""The command line: a config file, `key=value` overrides, and one command per stage.
+
+Heavy imports are inside the commands: `sftmix --help` must not load torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sftmix import __version__
+from sftmix.errors import SftmixError
+
+if TYPE_CHECKING:
+    from sftmix.config import Config
+
+STAGES = {
+    "data": "read, check and encode the examples",
+    "reference": "train the reference model, keeping checkpoints",
+    "score": "confidence of every example over the checkpoints",
+    "split": "divide the examples into confident and unconfident",
+    "baseline": "train the target with next-token prediction alone",
+    "train": "train the target with SFTMix",
+    "evaluate": "measure the trained models on held-out examples",
+    "report": "write the HTML report and print its table",
+}
+OTHERS = {
+    "run": "the whole recipe; stages that are up to date are not run again",
+    "inspect": "show examples with their tokens coloured by the response mask",
+    "export": "copy a trained model to a folder of your own",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of `sftmix`. Returns the exit code: 0 done, 2 a mistake that the user can mend, 1 anything else."""
+    # The deepspeed launcher adds --local_rank to what it starts; the environment says the same.
+    given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
+    options = _parser().parse_args(given)
+    try:
+        return _dispatch(options)
+    except SftmixError as error:
+        if options.debug:
+            raise
+        for line in str(error).splitlines():
+            print(f"sftmix: error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sftmix: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sftmix",
+        description="SFTMix: instruction tuning with a confidence-guided Mixup loss, on DeepSpeed.",
+        epilog="Example: sftmix run configs/quickstart.yaml train.epochs=2",
+    )
+    parser.add_argument("--version", action="version", version=f"sftmix {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in {"run": OTHERS["run"], **STAGES, **OTHERS}.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a field, for example train.epochs=1")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if name in STAGES:
+            command.add_argument("--force", action="store_true", help="run the stage though it is up to date")
+        if name == "inspect":
+            command.add_argument("--num", type=int, default=3, metavar="N", help="examples to show (default 3)")
+        if name == "export":
+            command.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
+            command.add_argument("--which", default="sftmix", help="sftmix (default) or baseline")
+    return parser
+
+
+def _dispatch(options: argparse.Namespace) -> int:
+    from sftmix.config_file import load_config
+
+    config = load_config(options.config, options.overrides)
+    if options.command == "export":
+        from sftmix.export import export
+
+        print(export(config, which=options.which, to=options.to))
+        return 0
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if "RANK" not in os.environ:
+        from sftmix.preflight import check
+
+        check(config)
+    if options.command == "inspect":
+        from sftmix.data.inspect import inspect
+
+        inspect(config, num_examples=options.num)
+        return 0
+    only = None if options.command == "run" else options.command
+    force = getattr(options, "force", False)
+    if config.engine.num_processes > 1 and "RANK" not in os.environ:
+        return _launch(config, options, only=only, force=force)
+    from sftmix.pipeline import run_pipeline
+
+    run_pipeline(config, only=only, force=force)
+    return 0
+
+
+def _launch(config: Config, options: argparse.Namespace, *, only: str | None, force: bool) -> int:
+    from sftmix.launcher import launch
+    from sftmix.pipeline import run_pipeline
+
+    if only == "data" or (only is None and config.engine.num_processes > 1):
+        # One process tokenises; ranks that wait for it would only hold GPUs.
+        run_pipeline(config, only="data", force=force and only == "data")
+    if only == "data":
+        return 0
+    return launch(config, options.config, options.overrides, only=only, force=force)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

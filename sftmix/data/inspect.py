@@ -1,0 +1,60 @@
+"""`sftmix inspect`: examples as the model will see them, tokens coloured by the response mask."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sftmix.config import Config
+from sftmix.data.batches import TokenisedExamples
+from sftmix.data.prepare import prepare
+from sftmix.data.tokenizer import tokenizer_from
+
+if TYPE_CHECKING:
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
+
+
+def inspect(config: Config, *, num_examples: int) -> None:
+    """Prints the counts of the data stage, the share of truncated examples, and examples token by token.
+
+    Runs the data stage into a temporary folder, so nothing of the run folder is touched. Raises what it raises.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        summary, _ = prepare(config, folder)
+        for line in summary.lines():
+            console.print(line)
+        total = summary.num_train + summary.num_held_out
+        console.print(f"{summary.num_truncated / total:.1%} truncated to {config.data.max_length} tokens")
+        tokenizer = tokenizer_from(folder / "tokenizer")
+        examples = TokenisedExamples(folder / "train.arrow")
+        longest = int(examples.num_tokens.max())
+        console.print(f"tokens per example: median {int(np.median(examples.num_tokens))}, longest {longest}")
+        console.print("\nloss on [bold green]green[/] tokens, none on [dim]grey[/] ones; | separates tokens")
+        for index in range(min(num_examples, len(examples))):
+            ids, mask = examples.tokens(index)
+            row = examples.table[index]
+            console.rule(f"{examples.example_ids[index]}  {row['place']}  {int(mask.sum())} of {len(ids)} tokens carry loss")
+            console.print(coloured(tokenizer, ids.tolist(), mask.tolist()))
+
+
+def coloured(tokenizer: PreTrainedTokenizerBase, ids: list[int], mask: list[bool]) -> Text:
+    """Returns the tokens as rich text, green where they carry loss; whitespace and bytes are made visible."""
+    from rich.text import Text
+
+    text = Text()
+    for token, carries_loss in zip(tokenizer.convert_ids_to_tokens(ids), mask, strict=True):
+        shown = str(token).replace("\u2581", "\u00b7").replace("\n", "\u21b5").replace("\u0120", "\u00b7").replace("\u010a", "\u21b5")
+        shown = shown.replace("<0x0A>", "\u21b5")
+        text.append(shown, style="bold green" if carries_loss else "dim")
+        text.append("|", style="dim blue")
+        if shown.endswith("\u21b5"):
+            text.append("\n")
+    return text

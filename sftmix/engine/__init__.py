@@ -1,0 +1,1 @@
+"""The only room that knows DeepSpeed and ranks: load, head, backward, step, save."""

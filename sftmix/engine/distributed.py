@@ -1,0 +1,129 @@
+"""Processes and devices: who am I, how many are we, and the few collectives that stages need."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from sftmix.errors import ConfigError
+
+
+# Rank 0 prepares the data before it joins the others.
+RENDEZVOUS_LIMIT = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """rank, world_size: of all processes. local_rank: on this machine. device: where this process computes."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def same_as_main(self, value: bool) -> bool:
+        """Returns rank 0's value on every rank. All ranks call it."""
+        return bool(self.sum(torch.tensor(float(value and self.is_main))).item())
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns the element-wise sum over all ranks. All ranks call it, with the same shape."""
+        values = values.to(self.device)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Returns the rows (N_r, K) of all ranks, concatenated in rank order; N_r may differ. All ranks call it."""
+        if self.world_size == 1:
+            return rows
+        rows = rows.to(self.device)
+        count = torch.tensor([rows.shape[0]], device=self.device)
+        counts = [torch.zeros_like(count) for _ in range(self.world_size)]
+        torch.distributed.all_gather(counts, count)
+        longest = max(int(c) for c in counts)
+        padded = rows.new_zeros(longest, *rows.shape[1:])
+        padded[: rows.shape[0]] = rows
+        gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
+        torch.distributed.all_gather(gathered, padded)
+        return torch.cat([part[: int(c)] for part, c in zip(gathered, counts, strict=True)]).cpu()
+
+
+def environment_rank() -> int:
+    """Returns this process's rank as its launcher says, before anything is initialised; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def init_ranks() -> Ranks:
+    """Joins the process group that the launcher (deepspeed, torchrun, srun) describes, or one of a single process.
+
+    NCCL on GPUs, gloo on CPUs. Calling it again returns the same group.
+    """
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    deepspeed = import_deepspeed()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        if not has_gpu:
+            # DeepSpeed would build a C++ extension for shared-memory reductions at the first start. gloo does
+            # the same without a compiler, without a lock file that a killed build leaves behind for every later
+            # start to wait on, and without leftovers in /dev/shm.
+            from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+            deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+        backend = "nccl" if has_gpu else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_LIMIT)
+    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
+
+
+def import_deepspeed():  # type: ignore[no-untyped-def]
+    """Returns the deepspeed module, with its start-up messages reduced to warnings."""
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed; once per call would drown all else.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        os.environ.setdefault("DS_LOG_LEVEL", "warning")
+        import deepspeed
+        from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    return deepspeed
+
+
+def resolve_precision(wanted: str) -> str:
+    """Returns "bf16", "fp16" or "fp32". Raises ConfigError where the device cannot compute in what is wanted."""
+    has_gpu = torch.cuda.is_available()
+    if wanted == "auto":
+        return "bf16" if has_gpu and torch.cuda.is_bf16_supported() else "fp32"
+    if wanted == "bf16" and has_gpu and not torch.cuda.is_bf16_supported():
+        raise ConfigError(f"engine.precision is bf16, which {torch.cuda.get_device_name()} does not have. Use fp16 or fp32.")
+    return wanted
+
+
+def free_port() -> int:
+    """Returns a TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+

@@ -1,0 +1,235 @@
+"""One model on DeepSpeed: the door through which every stage trains, scores and saves.
+
+Two leaks of the distributed world are sealed here, once. DeepSpeed divides a loss by its number of
+micro-batches, and averages gradients over ranks; our losses are already shares of a mean over the whole
+optimiser step, so the engine asks for no division and multiplies by the number of ranks.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sftmix.config import Config, ModelConfig, TrainConfig
+from sftmix.data.batches import MicroBatch, StepCounts
+from sftmix.deepspeed_json import deepspeed_config
+from sftmix.engine.distributed import Ranks, import_deepspeed, resolve_precision
+from sftmix.engine.head import CausalLMWithLoss, ScoreRequest, find_logit_transform
+from sftmix.errors import ConfigError
+from sftmix.engine.loading import build_model, hf_config, quiet_transformers
+from sftmix.objectives import Objective, loss_request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class MicroBatchLoss:
+    """One micro-batch's shares of its step's means, detached: summed over all micro-batches of all ranks they
+    are the step's losses. ntp, mixup, auxiliary: scalars in nats. token_nll: (T,) float32 in nats."""
+
+    ntp: Tensor
+    mixup: Tensor
+    auxiliary: Tensor
+    token_nll: Tensor
+
+
+class Engine:
+    """A model in training (`train` given) or for scoring only. Every method is called by all ranks together."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: ModelConfig,
+        ranks: Ranks,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        train: TrainConfig | None = None,
+    ):
+        deepspeed = import_deepspeed()
+        self.ranks = ranks
+        self.backend = config.engine.kernel_backend
+        self.precision = resolve_precision(config.engine.precision)
+        self.hf_config = hf_config(model, tokenizer)
+        self._model_config = model
+        self._max_grad_norm = train.max_grad_norm if train else 0.0
+        settings = deepspeed_config(
+            config,
+            precision=self.precision,
+            world_size=ranks.world_size,
+            max_grad_norm=train.max_grad_norm if train else (config.train.max_grad_norm),
+        )
+        stage = config.engine.zero_stage
+        if train is None and stage < 3:
+            settings["zero_optimization"] = {"stage": 0}  # stages 1 and 2 shard what only training has
+        self.zero_stage = settings["zero_optimization"]["stage"]
+        if train is not None and self.zero_stage == 0 and self.precision != "fp32":
+            raise ConfigError(
+                f"engine.zero_stage is 0 and the precision {self.precision}: DeepSpeed would sum the gradients of the micro-batches "
+                "in that precision. Use engine.zero_stage=1, which sums them in float32, or engine.precision=fp32."
+            )
+        module = build_model(
+            model,
+            self.hf_config,
+            dtype=DTYPES[self.precision],
+            seed=config.run.seed,
+            is_sharded=self.zero_stage == 3,
+            deepspeed_config=settings,
+        )
+        if train is not None and config.engine.activation_checkpointing:
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.module = CausalLMWithLoss(module)
+        optimizer = self._optimizer(train, settings) if train else None
+        exact_buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=settings)
+        for name, buffer in self.module.named_buffers():
+            # DeepSpeed casts buffers with the weights; rotary frequencies in bf16 are wrong at long positions.
+            buffer.data = exact_buffers[name].to(buffer.device)
+        self._deepspeed.eval()
+        self.module.projection.transform = find_logit_transform(self._deepspeed, ranks.device)
+        self._deepspeed.train(train is not None)
+
+    def _optimizer(self, train: TrainConfig, settings: dict[str, Any]) -> torch.optim.Optimizer:
+        decayed, plain = [], []
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:
+                shape = getattr(parameter, "ds_shape", parameter.shape)  # a sharded parameter is empty here
+                (decayed if len(shape) >= 2 else plain).append(parameter)
+        groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        options: dict[str, Any] = {"lr": train.learning_rate, "betas": train.adam_betas, "eps": train.adam_eps}
+        if settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)  # type: ignore[no-any-return]
+        return torch.optim.AdamW(groups, fused=self.ranks.device.type == "cuda", **options)
+
+    def start_step(self, *, seed: int, step: int) -> None:
+        """Gives dropout a stream that depends on (seed, step, rank) only, so that a resumed run repeats it."""
+        key = (seed * 1_000_003 + step) * 65_537 + self.ranks.rank
+        torch.manual_seed(key % 2**63)
+
+    def forward_backward(self, batch: MicroBatch, counts: StepCounts, objective: Objective, *, is_last: bool) -> MicroBatchLoss:
+        """Runs one micro-batch of a step and accumulates its gradients; `is_last` says that the step ends with it."""
+        batch = batch.to(self.ranks.device)
+        self._deepspeed.set_gradient_accumulation_boundary(is_last)
+        request = loss_request(objective, batch, counts, backend=self.backend)
+        loss, ntp, mixup, token_nll, auxiliary = self._deepspeed(batch.input_ids, batch.attention_mask, request)
+        self._deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
+        return MicroBatchLoss(ntp, mixup, auxiliary, token_nll)
+
+    def step(self, *, learning_rate: float) -> float | Tensor:
+        """Clips, updates and clears the gradients. Returns the global gradient norm before clipping (a tensor still
+        on the device where DeepSpeed leaves it there: reading it waits)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = None
+        if self.zero_stage == 0 and self.precision == "fp32":  # the one case in which DeepSpeed keeps no norm
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        self._deepspeed.step()
+        if norm is None:
+            norm = self._deepspeed.get_global_grad_norm()
+        return norm if norm is not None else float("nan")
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model; tied ones count once."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+
+    @property
+    def was_step_skipped(self) -> bool:
+        """Did fp16 overflow in the last step, so that nothing was updated?"""
+        return not self._deepspeed.was_step_applied()
+
+    @torch.no_grad()
+    def score(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Returns (T,) float32 losses in nats of a micro-batch's response tokens, and (T,) bool: would greedy
+        decoding have chosen each. On the CPU."""
+        was_training = self.module.training
+        self._deepspeed.eval()
+        batch = batch.to(self.ranks.device)
+        nll, match = self._deepspeed(batch.input_ids, batch.attention_mask, ScoreRequest(batch.rows, batch.labels))
+        self._deepspeed.train(was_training)
+        return nll.cpu(), match.cpu()
+
+    @torch.no_grad()
+    def logits(self, batch: MicroBatch) -> Tensor:
+        """Returns the (B, S, V) logits as the model itself gives them. For tests and small inputs."""
+        batch = batch.to(self.ranks.device)
+        return self._deepspeed(batch.input_ids, batch.attention_mask, None)  # type: ignore[no-any-return]
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields (Hugging Face name, whole tensor) of every parameter and persistent buffer, one at a time.
+
+        Tied parameters come once. Under ZeRO-3 only one is gathered at a time.
+        """
+        import deepspeed
+
+        for name, parameter in self.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                yield self.module.plain_name(name), parameter.data
+        parameters = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            if name not in parameters and isinstance(tensor, Tensor):
+                yield self.module.plain_name(name), tensor
+
+    def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Writes a Hugging Face folder on rank 0: safetensors, config, generation config, tokenizer with template.
+
+        transformers itself writes it, from a model without memory and the gathered tensors, so that names, shards
+        and weight conversions are what `AutoModelForCausalLM.from_pretrained` reads.
+        """
+        state: dict[str, Tensor] = {}
+        for name, tensor in self.named_tensors():
+            if self.ranks.is_main:
+                state[name] = tensor.detach().to("cpu", copy=True)
+        if self.ranks.is_main:
+            self._write_model(folder, state, tokenizer)
+        self.ranks.barrier()
+
+    def _write_model(self, folder: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        with quiet_transformers():
+            with torch.device("meta"):
+                shell: nn.Module = AutoModelForCausalLM.from_config(
+                    self.hf_config, dtype=DTYPES[self.precision], trust_remote_code=self._model_config.trust_remote_code
+                )
+            generation = GenerationConfig.from_model_config(self.hf_config)
+            generation.eos_token_id = generation_end_ids(tokenizer, self.hf_config)
+            generation.pad_token_id = tokenizer.pad_token_id
+            shell.generation_config = generation
+            shell.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+
+    def close(self) -> None:
+        """Frees the model, its optimiser and the hooks, so that the next engine of this process finds room."""
+        self._deepspeed.destroy()
+        del self._deepspeed, self.optimizer, self.module
+        gc.collect()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def generation_end_ids(tokenizer: PreTrainedTokenizerBase, config: Any) -> list[int]:
+    """Returns the ids that end a response: the tokenizer's and the config's end of sequence, and the token that the
+    chat template writes after an assistant's turn."""
+    ids = {tokenizer.eos_token_id}
+    configured = getattr(config, "eos_token_id", None)
+    ids.update(configured if isinstance(configured, list) else [configured])
+    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    prompt = tokenizer.apply_chat_template(conversation[:1], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(conversation, tokenize=False)
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    turn = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
+    ends = [token for token in turn if token in special]
+    ids.update(ends[-1:])
+    return sorted(i for i in ids if i is not None)

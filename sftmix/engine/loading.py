@@ -1,0 +1,174 @@
+"""Builds and loads the model, sharded from the start under ZeRO-3.
+
+Rank 0 loads, or initialises, an ordinary model on the CPU through transformers' ordinary path (all its
+weight conversions included). Every rank builds an empty, sharded shell, and the tensors are handed over one
+by one. So no rank but one holds a whole model, nothing depends on the ZeRO branch of transformers' loader,
+and random weights are the same for every ZeRO stage and number of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sftmix.config import ModelConfig
+from sftmix.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+
+
+def hf_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PretrainedConfig:
+    """Returns the transformers config of a model; for an architecture, completed from the tokenizer.
+
+    Raises ConfigError for a folder without config or weights, an unknown model type or a value it refuses.
+    """
+    from transformers import AutoConfig
+
+    if model.path is not None:
+        check_model_folder(model.path)
+        try:
+            return AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ConfigError(f"model.path: {model.path} cannot be loaded: {first_line}") from None
+    assert model.architecture is not None, "the schema wants one of path and architecture"
+    values = dict(model.architecture)
+    if tokenizer is not None:
+        values.setdefault("vocab_size", len(tokenizer))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            values.setdefault(name, getattr(tokenizer, name))
+    model_type = values.pop("model_type")
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"model.architecture (model_type {model_type!r}): {' '.join(str(error).split())[:300]}") from None
+
+
+def check_model_folder(path: str) -> None:
+    """Raises ConfigError for a local folder that is not there, or holds no config or no safetensors weights."""
+    folder = Path(path)
+    if not folder.is_dir():
+        if path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise ConfigError(f"model.path: {path} does not exist. Give a folder, or a Hub name such as `owner/name`.")
+        return
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model.path: {path} holds no config.json. Give the folder of a Hugging Face model.")
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+        found = sorted(p.name for p in folder.iterdir())[:8]
+        raise ConfigError(
+            f"model.path: {path} holds no weights (*.safetensors); it holds {found}. Complete the folder; "
+            "pickled weights (*.bin) are not read: convert them with transformers' save_pretrained."
+        )
+
+
+def check_fit(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, max_length: int, name: str) -> None:
+    """Raises ConfigError for a tokenizer larger than the embedding, or examples longer than the model's context."""
+    if len(tokenizer) > config.vocab_size:
+        raise ConfigError(
+            f"{name}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {config.vocab_size} rows, so some ids would "
+            "be out of range. Use the model's own tokenizer (tokenizer.path), or a model with a larger vocabulary."
+        )
+    check_context(config, max_length=max_length, name=name)
+
+
+def check_context(config: PretrainedConfig, *, max_length: int, name: str) -> None:
+    """Raises ConfigError for examples that may be longer than the model's context."""
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and max_length > context:
+        raise ConfigError(f"data.max_length is {max_length}, but the context of {name} is {context} tokens. Lower data.max_length.")
+
+
+def load_source(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype, seed: int) -> nn.Module:
+    """Returns an ordinary transformers model on the CPU, with its weights or with seeded random ones."""
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.trust_remote_code}
+    if model.attn_implementation:
+        options["attn_implementation"] = model.attn_implementation
+    if model.path is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            # Drawn in float32 and rounded afterwards: the same start whatever the precision.
+            random_model: nn.Module = AutoModelForCausalLM.from_config(config, **{**options, "dtype": torch.float32})
+        for parameter in random_model.parameters():  # not `.to(dtype)`: rotary frequencies stay in float32
+            parameter.data = parameter.data.to(dtype)
+        return random_model
+    with quiet_transformers():
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            model.path, config=config, revision=model.revision, use_safetensors=True, output_loading_info=True, **options
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"model.path: {model.path} lacks {len(missing)} tensors of a {type(loaded).__name__}, first {missing[0]!r}; they would be "
+            "random. Complete the folder, or correct its config.json."
+        )
+    return loaded
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hides transformers' own progress bars and advice while a model loads; errors are raised all the same."""
+    from transformers.utils import logging as hf_logging
+
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
+        hf_logging.enable_progress_bar()
+
+
+def build_model(
+    model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype, seed: int, is_sharded: bool, deepspeed_config: dict[str, Any]
+) -> nn.Module:
+    """Returns the model for `deepspeed.initialize`: whole, or, under ZeRO-3, sharded. All ranks call it."""
+    if not is_sharded:
+        return load_source(model, config, dtype=dtype, seed=seed)
+    import deepspeed
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+    from transformers.integrations.deepspeed import prevent_arange_dtype_change
+
+    options = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
+    with torch.device("meta"):
+        # Imports the model's code before zero.Init wraps constructors: a class that is defined meanwhile would lose
+        # what its decorators did to its __init__ (the experts of Mixtral lose their config).
+        AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code, **options)
+    with no_init_weights(), prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config, dtype=dtype):
+        shell = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code, **options)
+    shell.tie_weights()  # no_init_weights leaves it out
+    source = load_source(model, config, dtype=dtype, seed=seed) if torch.distributed.get_rank() == 0 else None
+    copy_weights(source, shell)
+    return shell
+
+
+def copy_weights(source: nn.Module | None, target: nn.Module) -> None:
+    """Fills a sharded model from rank 0's `source` (None elsewhere), one tensor at a time. All ranks call it."""
+    import deepspeed
+    import torch.distributed as dist
+
+    given = dict(source.named_parameters()) if source is not None else {}
+    names = [name for name, _ in target.named_parameters()]
+    if source is not None and set(given) != set(names):
+        raise ConfigError(f"the loaded model and its sharded shell differ in {sorted(set(given) ^ set(names))[:4]}: a transformers bug")
+    for name, parameter in target.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if source is not None:
+                parameter.data.copy_(given[name].data.to(parameter.device))
+    given_buffers = dict(source.named_buffers()) if source is not None else {}
+    for name, buffer in target.named_buffers():
+        if source is not None:
+            assert given_buffers[name].dtype == buffer.dtype, f"{name}: {given_buffers[name].dtype} became {buffer.dtype} in the shell"
+            buffer.data.copy_(given_buffers[name])
+        dist.broadcast(buffer.data, src=0)

@@ -1,0 +1,65 @@
+"""Exported models: the card that goes with one, and verified copies elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import yaml
+
+from sftmix import __version__, artifacts
+from sftmix.config import Config
+from sftmix.errors import ArtifactError, ConfigError
+
+FOLDERS = {"sftmix": "sftmix", "baseline": "baseline"}
+
+
+def write_model_card(folder: Path, config: Config, *, objective: str) -> None:
+    """Writes README.md with the metadata that the Hub reads, and how the model was made."""
+    is_mixup = objective == "sftmix"
+    metadata: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sft", "sftmix"]}
+    if config.model.path is not None and not Path(config.model.path).exists():
+        metadata["base_model"] = config.model.path
+    start = config.model.path or f"random weights ({(config.model.architecture or {}).get('model_type')})"
+    sources = ", ".join(Path(source.path).name for source in config.data.all_sources) or "generated toy skills"
+    train = config.train
+    lines = [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=False).strip(),
+        "---",
+        "",
+        "# " + ("SFTMix model" if is_mixup else "Next-token prediction baseline"),
+        "",
+        "Instruction-tuned with "
+        + (
+            f"SFTMix (https://arxiv.org/abs/2410.05248): next-token prediction + {config.mixup.weight} x Mixup, "
+            f"lam ~ Beta({config.mixup.alpha}, {config.mixup.alpha})."
+            if is_mixup
+            else "next-token prediction alone, in the data order of the SFTMix run beside it."
+        ),
+        "",
+        f"- start: {start}",
+        f"- data: {sources}",
+        f"- {train.epochs} epochs, {train.batch_size} examples per step, AdamW, peak learning rate {train.learning_rate:g} "
+        f"({train.schedule}), weight decay {train.weight_decay:g}",
+        f"- seed {config.run.seed}; made by sftmix {__version__}, commit {artifacts.commit() or 'unknown'}",
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def export(config: Config, *, which: str, to: Path) -> Path:
+    """Copies a verified exported model to `to`, which must not exist or be empty. Returns `to`.
+
+    Raises ArtifactError where the model is not there or damaged, ConfigError for a target that is in use.
+    """
+    if which not in FOLDERS:
+        raise ConfigError(f"--which is {which!r}; expected one of {', '.join(FOLDERS)}.")
+    folder = config.run.dir / FOLDERS[which]
+    if artifacts.read_manifest(folder) is None:
+        raise ArtifactError(f"{folder} holds no finished model. Run `sftmix run CONFIG` first.")
+    artifacts.verify(folder)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(f"--to: {to} exists and is not an empty folder. Name another.")
+    shutil.copytree(folder / "model", to, dirs_exist_ok=True)
+    return to

@@ -1,0 +1,213 @@
+"""The recipe: stages in order, what each reads, and when its published output can be used again.
+
+    data -> reference -> score -> split -> baseline, train -> evaluate -> report
+
+Stages never call each other. They meet through folders of the run folder (`sftmix/artifacts.py`); a stage
+whose output is there with the same inputs and settings is not run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sftmix import artifacts
+from sftmix.config import Config, ModelConfig
+from sftmix.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from sftmix.engine.distributed import Ranks
+
+
+@dataclass(frozen=True)
+class Stage:
+    """name: as on the command line. folder: in the run folder. reads: stages whose output it needs.
+    settings: what else its output depends on. needs_engine: runs on all ranks."""
+
+    name: str
+    folder: str
+    reads: tuple[str, ...]
+    settings: Callable[[Config], dict[str, Any]]
+    run: Callable[[StageContext], None]
+    needs_engine: bool = True
+
+
+@dataclass
+class StageContext:
+    """What a running stage sees. folder: where it writes (rank 0 only); published when it returns.
+    facts: numbers for later stages; `facts["identity"]`, where set, stands for the content in fingerprints."""
+
+    config: Config
+    folder: Path
+    inputs: dict[str, Path]
+    ranks: Ranks | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def facts_of(self, stage: str) -> dict[str, Any]:
+        """Returns what an input stage left in its manifest."""
+        manifest = artifacts.read_manifest(self.inputs[stage])
+        assert manifest is not None, f"{stage} was verified before this stage started"
+        return manifest.facts
+
+
+def stages_of(config: Config) -> list[Stage]:
+    """Returns the stages of this run, in order."""
+    from sftmix import stages
+
+    training = {"model": model_identity(config.model), "train": config.train.model_dump(mode="json"), **_numerics(config)}
+    trained = (*(("baseline",) if config.baseline.enabled else ()), "train")
+    return [
+        Stage("data", "data", (), lambda c: _data_settings(c), stages.run_data, needs_engine=False),
+        Stage(
+            "reference",
+            "reference",
+            ("data",),
+            lambda c: {
+                "model": model_identity(c.reference_model),
+                "train": c.reference_train.model_dump(mode="json"),
+                "num_checkpoints": c.reference.num_checkpoints,
+                **_numerics(c),
+            },
+            stages.run_reference,
+        ),
+        Stage("score", "confidence", ("data", "reference"), lambda c: {"mode": c.confidence.mode, **_numerics(c)}, stages.run_score),
+        Stage("split", "pairing", ("data", "score"), lambda c: c.split.model_dump(mode="json"), stages.run_split, needs_engine=False),
+        *(
+            [Stage("baseline", "baseline", ("data", "split"), lambda c: training, stages.run_baseline)]
+            if config.baseline.enabled
+            else []
+        ),
+        Stage("train", "sftmix", ("data", "split"), lambda c: {**training, "mixup": c.mixup.model_dump(mode="json")}, stages.run_train),
+        Stage("evaluate", "evaluation", ("data", *trained), _numerics, stages.run_evaluate),
+        Stage(
+            "report",
+            "report",
+            ("data", "reference", "score", "split", *trained, "evaluate"),
+            lambda c: {},
+            stages.run_report,
+            needs_engine=False,
+        ),
+    ]
+
+
+def _data_settings(config: Config) -> dict[str, Any]:
+    from sftmix.data.prepare import data_settings
+
+    return data_settings(config)
+
+
+def _numerics(config: Config) -> dict[str, Any]:
+    """Settings that every stage with a model depends on; ZeRO stage and number of ranks change nothing but rounding."""
+    return {"seed": config.run.seed, "precision": config.engine.precision}
+
+
+def model_identity(model: ModelConfig) -> dict[str, Any]:
+    """Returns what tells one model from another: settings, and for a local folder its config and the ends of its weight
+    files (hashing 100 GB whole at every start would cost minutes)."""
+    identity = model.model_dump(mode="json")
+    folder = Path(model.path) if model.path else None
+    if folder is not None and folder.is_dir():
+        identity["files"] = {}
+        for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                head = file.read(1 << 20)
+                file.seek(max(0, size - (1 << 20)))
+                identity["files"][path.name] = artifacts.fingerprint([size, head.hex(), file.read().hex()])
+    return identity
+
+
+def run_pipeline(config: Config, *, only: str | None = None, force: bool = False, say: Callable[[str], None] = print) -> Path:
+    """Runs the stages that are not up to date, or just `only`; returns the folder of the last one.
+
+    Under a launcher every rank calls it: rank 0 decides, and runs the stages without a model alone, while the
+    others wait to be joined. Raises ArtifactError where `only` misses an input.
+    """
+    from sftmix.engine.distributed import environment_rank, init_ranks
+
+    stages = stages_of(config)
+    if only is not None and only not in {stage.name for stage in stages}:
+        raise ArtifactError(f"the stage {only!r} is switched off in this config (baseline.enabled is false). Switch it on.")
+    is_main = environment_rank() == 0
+    if is_main:
+        _claim_run_folder(config)
+    folder_of = {stage.name: config.run.dir / stage.folder for stage in stages}
+    digests: dict[str, str] = {}
+    ranks: Ranks | None = None
+    for number, stage in enumerate(stages, start=1):
+        if stage.needs_engine and ranks is None:
+            ranks = init_ranks()
+        if not is_main and not stage.needs_engine:
+            continue
+        folder, title = folder_of[stage.name], f"[{number}/{len(stages)}] {stage.name}"
+        settings = stage.settings(config) if is_main else {}
+        inputs = {name: digests[name] for name in stage.reads} if is_main else {}
+        is_wanted = only in (None, stage.name)
+        must_run = is_main and (not _is_current(stage, folder, settings, inputs) or (force and is_wanted))
+        if must_run and not is_wanted:
+            raise ArtifactError(
+                f"{only} needs the output of {stage.name}, and {folder} is missing or was made with other settings. "
+                f"Run `sftmix {stage.name} CONFIG` first, or the whole recipe with `sftmix run CONFIG`."
+            )
+        if stage.needs_engine and ranks is not None:
+            must_run = ranks.same_as_main(must_run)
+        if must_run:
+            if is_main:
+                say(title)
+            start = time.perf_counter()
+            context = StageContext(config, folder, {name: folder_of[name] for name in stage.reads}, ranks)
+            with _publishing(stage, context, settings, inputs, is_main=is_main):
+                stage.run(context)
+            if is_main:
+                say(f"{title}: {time.perf_counter() - start:.1f} s")
+        elif is_main and is_wanted:
+            say(f"{title}: up to date")
+        if is_main:
+            manifest = artifacts.read_manifest(folder)
+            assert manifest is not None, f"{folder} was published or verified just now"
+            digests[stage.name] = manifest.digest
+        if stage.name == only:
+            break
+    if ranks is not None:
+        ranks.barrier()
+    return folder_of[only or stages[-1].name]
+
+
+def _is_current(stage: Stage, folder: Path, settings: dict[str, Any], inputs: dict[str, str]) -> bool:
+    manifest = artifacts.read_manifest(folder)
+    if manifest is None or manifest.fingerprint != artifacts.stage_fingerprint(stage.name, settings, inputs):
+        return False
+    artifacts.verify(folder)
+    return True
+
+
+@contextlib.contextmanager
+def _publishing(
+    stage: Stage, context: StageContext, settings: dict[str, Any], inputs: dict[str, str], *, is_main: bool
+) -> Iterator[None]:
+    if not is_main:
+        yield
+        return
+    with artifacts.publish(context.folder, stage=stage.name, settings=settings, inputs=inputs, facts=context.facts) as staging:
+        context.folder = staging
+        yield
+
+
+def _claim_run_folder(config: Config) -> None:
+    """Creates the run folder and writes the resolved config into it. Refuses a folder that holds something else."""
+    from sftmix.config_file import dump_config
+
+    folder = config.run.dir
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"run.dir: {folder} is a file. Name a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
+        raise ArtifactError(f"run.dir: {folder} is not empty and is no run folder. Name another, or an empty one.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        artifacts.write_text(folder / "config.yaml", dump_config(config))
+    except OSError as error:
+        raise ArtifactError(f"run.dir: {folder} cannot be written: {error.strerror}. Name another folder.") from None

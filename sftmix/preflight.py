@@ -1,0 +1,63 @@
+"""Checks that need no process group and no data pass: whatever can be refused is refused here, in seconds."""
+
+from __future__ import annotations
+
+from sftmix.config import Config, ModelConfig
+from sftmix.errors import ConfigError
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError or DataError for the first thing that would stop the run later.
+
+    Looks at: the sources' paths, formats and column mappings; the DeepSpeed JSON; model folders and
+    architectures; the tokenizer, its size against the embedding, its chat template; max length against the context.
+    """
+    from sftmix.data.formats import check_format
+    from sftmix.data.readers import check_source
+    from sftmix.data.template import choose_template
+    from sftmix.deepspeed_json import deepspeed_config
+    from sftmix.engine.distributed import resolve_precision
+    from sftmix.engine.loading import check_model_folder
+
+    for source in config.data.all_sources:
+        check_source(source)
+        check_format(source.format, source.columns)
+    if config.engine.deepspeed is not None:
+        for train in (config.train, config.reference_train):
+            precision = resolve_precision(config.engine.precision)
+            deepspeed_config(config, precision=precision, world_size=1, max_grad_norm=train.max_grad_norm)
+    choose_template(config.tokenizer.chat_template, None)
+    models = _models(config)
+    for model in models.values():
+        if model.path is not None:
+            check_model_folder(model.path)
+    _check_fit(config, models)
+
+
+def _models(config: Config) -> dict[str, ModelConfig]:
+    models = {"model": config.model}
+    if config.reference.model is not None:
+        models["reference.model"] = config.reference.model
+    return models
+
+
+def _check_fit(config: Config, models: dict[str, ModelConfig]) -> None:
+    from sftmix.engine.loading import check_context, check_fit, hf_config
+
+    max_length = config.data.max_length
+    if config.tokenizer.train is None:
+        from sftmix.data.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(config)
+        for name, model in models.items():
+            check_fit(hf_config(model, tokenizer), tokenizer, max_length=max_length, name=name)
+        return
+    size = config.tokenizer.train.vocab_size
+    for name, model in models.items():
+        settings = hf_config(model)
+        check_context(settings, max_length=max_length, name=name)
+        is_given = model.path is not None or "vocab_size" in (model.architecture or {})
+        if is_given and size > settings.vocab_size:
+            raise ConfigError(
+                f"{name}: tokenizer.train.vocab_size is {size}, the model's embedding has {settings.vocab_size} rows. Lower it."
+            )

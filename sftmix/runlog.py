@@ -1,0 +1,179 @@
+"""Metrics of a training stage: JSON lines and TensorBoard, and what the user sees meanwhile.
+
+On a terminal a progress bar; otherwise one plain line every N steps, since bars ruin log files. Losses are
+in nats: per response token (NTP), per mixed position (Mixup). Tokens per second are counted three ways:
+real (no padding), response (those that carry loss) and padded (what the transformer computed).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sftmix.data.batches import MicroBatch, StepCounts
+from sftmix.engine.distributed import Ranks
+
+if TYPE_CHECKING:
+    from sftmix.engine.engine import MicroBatchLoss
+
+NTP = "loss/ntp (nats/token)"
+MIXUP = "loss/mixup (nats/position)"
+AUXILIARY = "loss/router (nats)"
+GRAD_NORM = "grad_norm"
+LEARNING_RATE = "learning_rate"
+LAM = "mixup/lam (mean)"
+REAL_RATE = "tokens/real (tokens/s)"
+RESPONSE_RATE = "tokens/response (tokens/s)"
+PADDED_RATE = "tokens/padded (tokens/s)"
+SKIPPED = "steps/skipped (steps)"
+
+
+class RunLog:
+    """Collects one training stage. `metrics` is the JSONL file; only rank 0 writes or prints.
+
+    Windowed values are means over the steps since the last line. All ranks call every method.
+    """
+
+    def __init__(
+        self, stage: str, ranks: Ranks, *, metrics: Path, tensorboard: Path | None, every_steps: int, has_mixup: bool, has_router: bool
+    ):
+        self.stage, self.ranks, self.every_steps = stage, ranks, every_steps
+        self.has_mixup, self.has_router = has_mixup, has_router
+        self.total = {"real": 0.0, "response": 0.0, "padded": 0.0, "seconds": 0.0}
+        self.num_skipped = 0
+        self.num_steps = 0
+        self._file = metrics.open("w", encoding="utf-8") if ranks.is_main else None
+        self._writer: Any = None
+        if ranks.is_main and tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(tensorboard))
+        self._bar: Any = None
+        self._clear()
+
+    def start(self, *, num_steps: int) -> None:
+        """Begins to measure."""
+        self.num_steps = num_steps
+        self._window_start = time.perf_counter()
+        if self.ranks.is_main and sys.stdout.isatty():
+            self._bar = progress_bar()
+            self._bar.start()
+            self._task = self._bar.add_task(self.stage, total=num_steps, info="")
+
+    def add(self, batch: MicroBatch, loss: MicroBatchLoss) -> None:
+        """Adds one micro-batch. Tensors are only summed here: nothing waits for the device."""
+        self._losses += torch.stack([loss.ntp, loss.mixup, loss.auxiliary]).double()
+        if batch.indices:
+            self._tokens["real"] += batch.num_real_tokens
+            self._tokens["response"] += batch.labels.numel()
+        self._tokens["padded"] += batch.input_ids.numel()
+
+    def end_step(
+        self,
+        step: int,
+        *,
+        counts: StepCounts,
+        lam: NDArray[np.float64],
+        learning_rate: float,
+        grad_norm: float | torch.Tensor,
+        is_skipped: bool,
+        epoch: int,
+    ) -> None:
+        """Ends an optimiser step; writes a line every `every_steps` and at the last."""
+        self._lam.extend(lam.tolist())
+        self._window_steps += 1
+        self.num_skipped += is_skipped
+        if step % self.every_steps and step != self.num_steps:
+            return
+        seconds = time.perf_counter() - self._window_start
+        sums = self.ranks.sum(torch.cat([self._losses.cpu(), torch.tensor([self._tokens[k] for k in ("real", "response", "padded")]).double()]))
+        ntp, mixup, auxiliary, real, response, padded = sums.tolist()
+        for name, count in (("real", real), ("response", response), ("padded", padded), ("seconds", seconds)):
+            self.total[name] += count
+        line: dict[str, float] = {"step": step, "epoch": epoch, NTP: ntp / self._window_steps}
+        if self.has_mixup:
+            line[MIXUP] = mixup / self._window_steps
+            line[LAM] = float(np.mean(self._lam)) if self._lam else float("nan")
+        if self.has_router:
+            line[AUXILIARY] = auxiliary / self._window_steps
+        line |= {
+            GRAD_NORM: float(grad_norm),
+            LEARNING_RATE: learning_rate,
+            REAL_RATE: real / seconds,
+            RESPONSE_RATE: response / seconds,
+            PADDED_RATE: padded / seconds,
+            SKIPPED: self.num_skipped,
+        }
+        self._write(step, line)
+        self._clear()
+        self._window_start = time.perf_counter()
+
+    def finish(self) -> None:
+        """Closes files and the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def facts(self) -> dict[str, float]:
+        """Returns what a report wants of the whole stage."""
+        seconds = max(self.total["seconds"], 1e-9)
+        rates = {f"{name}_tokens_per_second": self.total[name] / seconds for name in ("real", "response", "padded")}
+        return {"num_steps": self.num_steps, "training_seconds": self.total["seconds"], "num_skipped_steps": self.num_skipped, **rates}
+
+    def _write(self, step: int, line: dict[str, float]) -> None:
+        if self._file is None:
+            return
+        # NaN is no JSON: a reader must not choke on the very line that shows what went wrong.
+        printable = {k: v if np.isfinite(v) else None for k, v in line.items()}
+        self._file.write(json.dumps(printable) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in line.items():
+                if name not in ("step", "epoch"):
+                    # TensorBoard takes no spaces or brackets in names.
+                    self._writer.add_scalar(f"{self.stage}/" + name.replace(" (", "_").replace("/s)", "_per_s").strip(")"), value, step)
+        mixup = f" mixup {line[MIXUP]:.4f}" if self.has_mixup else ""
+        info = f"ntp {line[NTP]:.4f}{mixup} |g| {line[GRAD_NORM]:.3g} lr {line[LEARNING_RATE]:.2e} {line[REAL_RATE]:,.0f} tok/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, info=info)
+        else:
+            print(f"{self.stage} {step}/{self.num_steps} {info}", flush=True)
+
+    def _clear(self) -> None:
+        self._losses = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
+        self._tokens = {"real": 0, "response": 0, "padded": 0}
+        self._lam: list[float] = []
+        self._window_steps = 0
+
+
+def progress_bar() -> Any:
+    """Returns the rich progress bar that all stages share."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description:>10}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[info]}"),
+    )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics file; a last line cut off by a kill is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines

@@ -1,0 +1,113 @@
+"""The one training loop. Reference run, baseline and SFTMix differ only in the plan and the objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sftmix.config import TrainConfig
+from sftmix.data.batches import TokenisedExamples, collate, count_step, cut_step
+from sftmix.engine.engine import Engine
+from sftmix.objectives import Objective
+from sftmix.pairing import EpochPlan, steps_of_epoch
+from sftmix.runlog import RunLog
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What is trained, in order: a plan for each epoch. A pure function of seed and scores; holds no state."""
+
+    epochs: Sequence[EpochPlan]
+    batch_size: int
+
+    def steps(self) -> list[tuple[int, int, int]]:
+        """Returns (epoch, first unit, end unit) of every optimiser step."""
+        return [
+            (epoch, start, stop)
+            for epoch, plan in enumerate(self.epochs)
+            for start, stop in steps_of_epoch(plan, batch_size=self.batch_size)
+        ]
+
+
+def train(
+    engine: Engine,
+    examples: TokenisedExamples,
+    plan: TrainingPlan,
+    objective: Objective,
+    settings: TrainConfig,
+    log: RunLog,
+    *,
+    seed: int,
+    pad_id: int,
+    checkpoint_steps: Sequence[int] = (),
+    save_checkpoint: Callable[[int], None] | None = None,
+) -> None:
+    """Takes every step of the plan; calls `save_checkpoint(step)` after each of `checkpoint_steps`. All ranks."""
+    steps = plan.steps()
+    log.start(num_steps=len(steps))
+    for step, (epoch, start, stop) in enumerate(steps, start=1):
+        epoch_plan, units = plan.epochs[epoch], np.arange(start, stop)
+
+        # Counts come from the plan, before any forward, so that every rank divides by the same global number.
+        counts = count_step(epoch_plan, units, examples.num_response_tokens)
+        pieces = cut_step(
+            epoch_plan,
+            units,
+            examples.num_tokens,
+            micro_batch_tokens=settings.micro_batch_tokens,
+            num_ranks=engine.ranks.world_size,
+        )[engine.ranks.rank]
+
+        engine.start_step(seed=seed, step=step)
+        for number, piece in enumerate(pieces, start=1):
+            batch = collate(examples, epoch_plan, piece, pad_id=pad_id)
+            loss = engine.forward_backward(batch, counts, objective, is_last=number == len(pieces))
+            log.add(batch, loss)
+
+        learning_rate = learning_rate_at(step, num_steps=len(steps), settings=settings)
+        grad_norm = engine.step(learning_rate=learning_rate)
+        log.end_step(
+            step,
+            counts=counts,
+            lam=epoch_plan.lam[units[epoch_plan.units[units, 1] >= 0]],
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            is_skipped=engine.was_step_skipped,
+            epoch=epoch,
+        )
+        if step in checkpoint_steps and save_checkpoint is not None:
+            save_checkpoint(step)
+    log.finish()
+
+
+def learning_rate_at(step: int, *, num_steps: int, settings: TrainConfig) -> float:
+    """Returns the learning rate of optimiser step 1..num_steps: linear warm-up to the peak, then the schedule down to 0."""
+    warmup = math.ceil(settings.warmup_ratio * num_steps)
+    if step <= warmup:
+        return settings.learning_rate * step / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)  # reaches 1 with the last step
+    match settings.schedule:
+        case "cosine":
+            return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            return settings.learning_rate * (1 - progress)
+        case "constant":
+            return settings.learning_rate
+
+
+def choose_checkpoint_steps(plan: TrainingPlan, num_checkpoints: int | None) -> list[int]:
+    """Returns the steps after which the reference run keeps a checkpoint, the last step among them.
+
+    Chosen (the paper leaves the places open): the end of every epoch, or 3 evenly spaced ones where there are
+    fewer than 3 epochs; `num_checkpoints` spaces that many evenly.
+    """
+    steps = plan.steps()
+    if num_checkpoints is None:
+        if len(plan.epochs) >= 3:
+            last_of_epoch = {epoch: number for number, (epoch, _, _) in enumerate(steps, start=1)}
+            return sorted(last_of_epoch.values())
+        num_checkpoints = 3
+    return sorted({math.ceil(len(steps) * n / num_checkpoints) for n in range(1, num_checkpoints + 1)})
