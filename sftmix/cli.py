@@ -38,7 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point of `sftmix`. Returns the exit code: 0 done, 2 a mistake that the user can mend, 1 anything else."""
     # The deepspeed launcher adds --local_rank to what it starts; the environment says the same.
     given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
-    options = _parser().parse_args(given)
+    parser = _parser()
+    options, rest = parser.parse_known_args(given)
+    if any(argument.startswith("-") for argument in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.overrides += rest  # overrides may stand behind an option
     try:
         return _dispatch(options)
     except SftmixError as error:

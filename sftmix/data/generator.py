@@ -12,31 +12,27 @@ from collections.abc import Callable
 from sftmix.config import GeneratorConfig
 from sftmix.data.formats import Example, content_hash
 
-WORDS = (
-    "amber basil cedar delta ember fjord grove haven indigo jade kelp lotus maple nectar olive pearl quartz river "
-    "slate thyme umber velvet willow yarrow zephyr acorn birch coral dune fern"
-).split()
+WORDS = "amber basil cedar delta ember fjord grove haven indigo jade kelp lotus maple nectar olive pearl".split()
 OPPOSITES = {
     "hot": "cold", "big": "small", "fast": "slow", "light": "dark", "early": "late", "full": "empty", "soft": "hard",
     "wet": "dry", "young": "old", "high": "low", "rich": "poor", "near": "far", "loud": "quiet", "thick": "thin",
 }  # fmt: skip
-FRAMES = ("The tea is {}.", "Her bag was {}.", "This road looks {}.", "The room felt {}.", "My answer is {}.", "His shoe is {}.")
 
 
 def _copy(rng: random.Random) -> tuple[str, str]:
-    words = " ".join(rng.sample(WORDS, rng.randint(2, 4)))
+    words = " ".join(rng.sample(WORDS, rng.randint(2, 3)))
     return f"Repeat these words: {words}", words
 
 
 def _opposite(rng: random.Random) -> tuple[str, str]:
     word = rng.choice([*OPPOSITES, *OPPOSITES.values()])
     other = OPPOSITES.get(word) or next(k for k, v in OPPOSITES.items() if v == word)
-    frame = rng.choice(FRAMES)
-    return f"Say the opposite: {frame.format(word)}", frame.format(other)
+    subject = rng.choice(WORDS)
+    return f"Say the opposite: the {subject} is {word}", f"the {subject} is {other}"
 
 
 def _last(rng: random.Random) -> tuple[str, str]:
-    words = rng.sample(WORDS, rng.randint(3, 5))
+    words = rng.sample(WORDS, rng.randint(3, 4))
     return f"What is the last word of this list? {', '.join(words)}", words[-1]
 
 
@@ -46,12 +42,12 @@ def _sort(rng: random.Random) -> tuple[str, str]:
 
 
 def _add(rng: random.Random) -> tuple[str, str]:
-    a, b = rng.randint(1, 49), rng.randint(1, 49)
+    a, b = rng.randint(1, 30), rng.randint(1, 30)
     return f"Add {a} and {b}.", f"{a + b}"
 
 
 def _reverse(rng: random.Random) -> tuple[str, str]:
-    words = rng.sample(WORDS, rng.randint(2, 4))
+    words = rng.sample(WORDS, rng.randint(2, 3))
     return f"Reverse the order: {' '.join(words)}", " ".join(reversed(words))
 
 

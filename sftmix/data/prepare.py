@@ -27,8 +27,8 @@ from sftmix.artifacts import write_json
 from sftmix.config import Config, DataSource
 from sftmix.data import generator, readers
 from sftmix.data.formats import BadRow, Example, check_format, content_hash, detect_format, to_messages
-from sftmix.data.template import MASK_POLICY, ChatEncoder
-from sftmix.data.tokenizer import load_tokenizer, tokenizer_identity, train_tokenizer, with_template
+from sftmix.data.template import MASK_POLICY, ChatEncoder, choose_template
+from sftmix.data.tokenizer import load_tokenizer, render_for_training, tokenizer_identity, train_tokenizer, with_template
 from sftmix.errors import DataError
 
 if TYPE_CHECKING:
@@ -208,7 +208,8 @@ def _has_response(example: Example, drop: Any) -> bool:
 def _tokenizer(config: Config, train: list[Example], folder: Path) -> PreTrainedTokenizerBase:
     if config.tokenizer.train is None:
         return load_tokenizer(config)
-    texts = (message["content"] for example in train for message in example.messages)
+    template = choose_template(config.tokenizer.chat_template, None)
+    texts = render_for_training([example.messages for example in train], template)
     tokenizer = train_tokenizer(texts, config.tokenizer.train, folder / "sentencepiece")
     return with_template(tokenizer, config.tokenizer.chat_template)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sftmix.artifacts import fingerprint, sha256_of_file
 from sftmix.config import Config, TokenizerTrainConfig
+from sftmix.data.formats import Message
 from sftmix.data.template import choose_template
 from sftmix.errors import ConfigError, DataError
 
@@ -56,6 +57,14 @@ def with_template(tokenizer: PreTrainedTokenizerBase, named: str | None) -> PreT
     return tokenizer
 
 
+def render_for_training(conversations: list[tuple[Message, ...]], template: str) -> list[str]:
+    """Returns the conversations as the template writes them, without special tokens: what a tokenizer should learn from."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered, _ = render_jinja_template([list(c) for c in conversations], chat_template=template, bos_token="", eos_token="")
+    return list(rendered)
+
+
 def train_tokenizer(texts: Iterable[str], settings: TokenizerTrainConfig, folder: Path) -> PreTrainedTokenizerBase:
     """Trains a SentencePiece model with byte fallback (nothing is ever unknown) and returns it as a Llama tokenizer.
 
@@ -80,6 +89,7 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizerTrainConfig, folder
             max_sentence_length=1 << 16,
             num_threads=1,  # the merges of two threads need not be the same twice
             split_digits=True,
+            add_dummy_prefix=False,  # a word after a line break is not the word after a space
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             unk_id=0,
@@ -94,7 +104,7 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizerTrainConfig, folder
             f"Lower tokenizer.train.vocab_size (now {settings.vocab_size}), or use more data."
         ) from None
     (folder / "tokenizer.vocab").unlink()
-    tokenizer = LlamaTokenizer.from_pretrained(str(folder), legacy=False)
+    tokenizer = LlamaTokenizer.from_pretrained(str(folder), legacy=False, add_prefix_space=False)
     tokenizer.pad_token = "<pad>"
     return tokenizer
 
