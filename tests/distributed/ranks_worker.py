@@ -1,0 +1,86 @@
+"""Runs on every rank: trains two steps of a tiny model in several layouts and writes what it saw (rank 0).
+
+Arguments: a working folder with `tokenizer/` and the model folders `tied/`, `untied/`; a file to write.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
+import torch
+from pairs import COUNTS, micro_batch
+from safetensors.torch import load_file
+
+from sftmix.config import Config, ModelConfig
+from sftmix.data.tokenizer import tokenizer_from
+from sftmix.engine.distributed import init_ranks
+from sftmix.engine.engine import Engine
+from sftmix.objectives import Objective
+
+folder, result_path = Path(sys.argv[1]), Path(sys.argv[2])
+ranks = init_ranks()
+tokenizer = tokenizer_from(folder / "tokenizer")
+
+# For each rank its micro-batches, each a list of pairs.
+LAYOUTS = {
+    1: {"1 x 4": [[[0], [1], [2], [3]]]},
+    2: {
+        "2 x 2": [[[0], [1]], [[2], [3]]],
+        "2 x 1": [[[0, 3]], [[1, 2]]],
+        "one rank without a response token": [[[0, 1, 2, 3]], [[]]],
+        "one rank without a response token at times": [[[2], [0, 1]], [[3], []]],
+    },
+}
+
+
+def config_for(stage, model):
+    return Config.model_validate(
+        {
+            "run": {"dir": str(folder / "run")},
+            "model": {"path": str(folder / model)},
+            "tokenizer": {"path": str(folder / "tokenizer")},
+            "data": {"generator": {}},
+            "train": {"learning_rate": 1e-2},
+            "engine": {"zero_stage": stage, "precision": "fp32"},
+        }
+    )
+
+
+results = {}
+for stage in (0, 1, 2, 3):
+    for model in ("tied", "untied"):
+        config = config_for(stage, model)
+        for name, layout in LAYOUTS[ranks.world_size].items():
+            engine = Engine(config, config.model, ranks, tokenizer, train=config.train)
+            if stage == 3:  # what was loaded is the file's content, tensor by tensor
+                file = load_file(folder / model / "model.safetensors")
+                loaded = {n: t.clone() for n, t in engine.named_tensors()}
+                assert set(loaded) == set(file), set(loaded) ^ set(file)
+                assert all(torch.equal(loaded[n], file[n]) for n in file), "a loaded tensor differs from the file"
+            steps = []
+            for step in (1, 2, 3):
+                engine.start_step(seed=0, step=step)
+                pieces = layout[ranks.rank]
+                sums = torch.zeros(2, dtype=torch.float64)
+                for number, piece in enumerate(pieces, start=1):
+                    loss = engine.forward_backward(micro_batch(piece), COUNTS, Objective(0.4), is_last=number == len(pieces))
+                    sums += torch.stack([loss.ntp, loss.mixup]).double()
+                norm = float(engine.step(learning_rate=1e-2))
+                steps.append([*ranks.sum(sums).tolist(), norm])
+            results[f"{stage} {model} {name}"] = steps
+            if name in ("1 x 4", "2 x 2"):
+                export = folder / f"exported-{stage}-{model}-{ranks.world_size}"
+                engine.export(export, tokenizer)
+                logits = engine.logits(micro_batch([0, 2]))
+                if ranks.is_main:
+                    torch.save(logits, export / "logits.pt")
+            engine.close()
+
+# A scoring engine reads what another one wrote.
+engine = Engine(config_for(3, "tied"), ModelConfig(path=str(folder / "tied")), ranks, tokenizer)
+nll, _ = engine.score(micro_batch([0, 1, 2, 3]))
+if ranks.is_main:
+    torch.save(nll, folder / f"nll-{ranks.world_size}.pt")
+    result_path.write_text(json.dumps(results))

@@ -1,0 +1,95 @@
+"""Loss, gradient norm and weights do not depend on how a step is cut up: real processes, ZeRO stages 0 to 3."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pairs import COUNTS, PAIRS, micro_batch
+from processes import run_ranks
+from tokenizers_for_tests import character_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sftmix.data.batches import build_micro_batch
+from sftmix.data.template import ALPACA
+
+pytestmark = pytest.mark.distributed
+WORKER = Path(__file__).parent / "ranks_worker.py"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    character_tokenizer(chat_template=ALPACA).save_pretrained(folder / "tokenizer")
+    for name in ("tied", "untied"):
+        torch.manual_seed(1)
+        config = AutoConfig.for_model(
+            "llama", vocab_size=99, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=64, tie_word_embeddings=name == "tied",
+        )  # fmt: skip
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+    found = {}
+    for num_ranks in (1, 2):
+        run_ranks(WORKER, num_ranks, str(folder), str(folder / f"{num_ranks}.json"))
+        found |= json.loads((folder / f"{num_ranks}.json").read_text())
+    return folder, found
+
+
+LAYOUTS = ["2 x 2", "2 x 1", "one rank without a response token", "one rank without a response token at times"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_cut_gives_the_losses_and_gradient_norms_of_one_process(results, stage, model, layout):
+    _, found = results
+    expected = found[f"{stage} {model} 1 x 4"]
+    assert found[f"{stage} {model} {layout}"] == [pytest.approx(step, rel=1e-5) for step in expected]
+
+
+@pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_zero_stage_gives_the_losses_of_stage_0(results, stage, model):
+    _, found = results
+    assert found[f"{stage} {model} 1 x 4"] == [pytest.approx(step, rel=1e-5) for step in found[f"0 {model} 1 x 4"]]
+
+
+def test_the_steps_differ_from_each_other(results):  # else the comparisons above would show nothing about updates
+    for steps in results[1].values():
+        assert steps[0][0] > steps[1][0] > steps[2][0]
+
+
+def test_the_first_losses_equal_a_plain_model(results):
+    folder, found = results
+    model = AutoModelForCausalLM.from_pretrained(folder / "untied")
+    total = count = 0.0
+    for member in [m for pair in PAIRS for m in pair[:2]]:
+        batch = build_micro_batch([member], [], indices=(0,), pad_id=0)
+        logits = model(input_ids=batch.input_ids).logits[0]
+        total += torch.nn.functional.cross_entropy(logits[batch.rows], batch.labels, reduction="sum").item()
+        count += batch.labels.numel()
+    assert count == COUNTS.num_ntp_tokens
+    assert found["3 untied 1 x 4"][0][0] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_exported_model_gives_the_engines_logits(results, stage, model, num_ranks):
+    folder, _ = results
+    export = folder / f"exported-{stage}-{model}-{num_ranks}"
+    loaded = AutoModelForCausalLM.from_pretrained(export)
+    is_tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert is_tied == (model == "tied")
+    batch = micro_batch([0, 2])
+    with torch.no_grad():
+        logits = loaded(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    expected = torch.load(export / "logits.pt", weights_only=True)
+    real = batch.attention_mask.bool()
+    assert torch.allclose(logits[real], expected[real], rtol=1e-5, atol=1e-6)
+
+
+def test_scores_do_not_depend_on_the_number_of_ranks(results):
+    folder, _ = results
+    one, two = (torch.load(folder / f"nll-{n}.pt", weights_only=True) for n in (1, 2))
+    assert torch.equal(one, two) and len(one)

@@ -1,0 +1,203 @@
+"""The chunked loss against its definition, in float64; the definition against autograd on soft labels."""
+
+import pytest
+import torch
+
+import sftmix.kernels.fused_linear_mixup_cross_entropy as module
+from sftmix.kernels.fused_linear_mixup_cross_entropy import IGNORE_INDEX, balanced_chunks, pair_order
+from sftmix.kernels.fused_linear_mixup_cross_entropy import fused_linear_mixup_cross_entropy as loss_of
+
+
+def draw(num_rows=11, hidden_size=5, vocab_size=7, num_pairs=3, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(num_rows, generator=generator)
+    return {
+        "hidden": torch.randn(num_rows, hidden_size, generator=generator, dtype=dtype).requires_grad_(),
+        "weight": torch.randn(vocab_size, hidden_size, generator=generator, dtype=dtype).requires_grad_(),
+        "bias": torch.randn(vocab_size, generator=generator, dtype=dtype).requires_grad_(),
+        "labels": torch.randint(vocab_size, (num_rows,), generator=generator),
+        "pairs": order[: 2 * num_pairs].reshape(-1, 2),
+        "lam": torch.rand(num_pairs, generator=generator),
+    }
+
+
+def run(inputs, *, upstream=1.0, **options):
+    leaves = {k: v.detach().clone().requires_grad_() for k, v in inputs.items() if v is not None and v.is_floating_point() and k != "lam"}
+    out = loss_of(**{**inputs, **leaves}, **options)
+    (out.loss * upstream).backward()
+    return out, {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def assert_same(first, second, tolerance=1e-12):
+    (out_a, grads_a), (out_b, grads_b) = first, second
+    for a, b in ((out_a.loss, out_b.loss), (out_a.ntp, out_b.ntp), (out_a.mixup, out_b.mixup)):
+        assert torch.allclose(a, b, rtol=tolerance, atol=tolerance), (a, b)
+    assert torch.allclose(out_a.token_nll, out_b.token_nll, rtol=1e-6, atol=1e-6)
+    for name, grad in grads_a.items():
+        assert torch.allclose(grad, grads_b[name], rtol=tolerance, atol=tolerance), name
+
+
+CASES = {
+    "plain": {},
+    "pure confident and pure unconfident": {"lam": torch.tensor([0.0, 1.0, 0.5])},
+    "lam next to 0 and 1": {"lam": torch.tensor([1e-7, 1 - 1e-7, 0.3])},
+    "equal labels": {"labels": torch.full((11,), 4)},
+    "ignored rows, of pairs too": {"labels": torch.tensor([1, IGNORE_INDEX, 3, 4, IGNORE_INDEX, 6, 0, 1, IGNORE_INDEX, 3, 4])},
+    "all rows ignored": {"labels": torch.full((11,), IGNORE_INDEX)},
+    "no pair": {"pairs": torch.zeros(0, 2, dtype=torch.int64), "lam": torch.zeros(0)},
+    "no bias": {"bias": None},
+}
+TRANSFORMS = {"no transform": {}, "scale": {"logit_scale": 0.25}, "soft-cap": {"logit_softcap": 1.5}, "both": {"logit_scale": 3.0, "logit_softcap": 2.0}}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("case", CASES)
+def test_chunked_loss_and_gradients_equal_the_definition(case, transform):
+    inputs = {**draw(), **CASES[case]}
+    options = {**TRANSFORMS[transform], "mixup_weight": 0.7, "upstream": -3.0}  # a dropped upstream factor must show
+    assert_same(run(inputs, backend="torch", **options), run(inputs, backend="reference", **options))
+
+
+def test_the_definition_equals_soft_label_cross_entropy_on_mixed_hidden_states():
+    inputs = draw()
+    out, grads = run(inputs, backend="reference", mixup_weight=0.7)
+    hidden, weight, bias = (inputs[k].detach().clone().requires_grad_() for k in ("hidden", "weight", "bias"))
+    ntp = torch.nn.functional.cross_entropy(hidden @ weight.T + bias, inputs["labels"])
+    lam = inputs["lam"].double()[:, None]
+    confident, unconfident = inputs["pairs"].T
+    mixed = lam * hidden[confident] + (1 - lam) * hidden[unconfident]
+    one_hot = torch.nn.functional.one_hot(inputs["labels"], 7).double()
+    target = lam * one_hot[confident] + (1 - lam) * one_hot[unconfident]
+    mixup = torch.nn.functional.cross_entropy(mixed @ weight.T + bias, target)
+    (ntp + 0.7 * mixup).backward()
+    assert torch.allclose(out.loss, ntp + 0.7 * mixup, rtol=1e-12)
+    for name, leaf in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        assert torch.allclose(grads[name], leaf.grad, rtol=1e-11, atol=1e-13), name
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_gradients_pass_gradcheck(transform):
+    inputs = draw(num_rows=6, num_pairs=2)
+
+    def loss(hidden, weight, bias):
+        return loss_of(**{**inputs, "hidden": hidden, "weight": weight, "bias": bias}, **TRANSFORMS[transform], backend="torch").loss
+
+    assert torch.autograd.gradcheck(loss, (inputs["hidden"], inputs["weight"], inputs["bias"]))
+
+
+@pytest.mark.parametrize("rows_per_chunk", [2, 4, 6, 100])  # a pair each; uneven last chunk; paired and alone in one; one chunk
+def test_result_does_not_depend_on_the_chunks(rows_per_chunk, monkeypatch):
+    inputs = draw(num_rows=13, num_pairs=4)
+    whole = run(inputs, backend="torch")
+    monkeypatch.setattr(module, "WORKSPACE_BYTES", rows_per_chunk * 7 * 8)
+    assert_same(run(inputs, backend="torch"), whole, tolerance=1e-13)
+
+
+def test_swapping_the_members_and_lam_changes_nothing():
+    inputs = draw()
+    inputs["lam"] = inputs["lam"].double()  # 1 - lam is exact enough in float64 only
+    swapped = {**inputs, "pairs": inputs["pairs"].flip(1), "lam": 1 - inputs["lam"]}
+    assert_same(run(inputs, backend="torch"), run(swapped, backend="torch"))
+
+
+def test_members_must_not_be_mistaken_for_each_other():  # the test of the test above
+    inputs = draw()
+    swapped = {**inputs, "pairs": inputs["pairs"].flip(1)}
+    assert not torch.allclose(run(inputs, backend="torch")[0].mixup, run(swapped, backend="torch")[0].mixup, rtol=1e-3)
+
+
+def test_sums_of_pieces_with_global_counts_are_the_whole():
+    inputs = draw(num_rows=12, num_pairs=4)
+    order = pair_order(12, inputs["pairs"])
+    whole, grads = run(inputs, backend="torch")
+    pieces = []
+    for rows, pairs in ((order[:4], slice(0, 2)), (order[4:], slice(2, 4))):
+        pairs_here = torch.arange(4).reshape(-1, 2)
+        part = {**inputs, "hidden": inputs["hidden"][rows].detach(), "labels": inputs["labels"][rows], "pairs": pairs_here}
+        pieces.append(run({**part, "lam": inputs["lam"][pairs]}, backend="torch", num_ntp_tokens=12, num_mixup_tokens=4))
+    assert torch.allclose(sum(p[0].loss for p in pieces), whole.loss, rtol=1e-12)
+    assert torch.allclose(sum(p[1]["weight"] for p in pieces), grads["weight"], rtol=1e-12, atol=1e-14)
+
+
+def test_no_rows_give_zero_loss_and_exact_zero_gradients():
+    inputs = draw(num_rows=4, num_pairs=1)
+    empty = {**inputs, "hidden": inputs["hidden"][:0].detach(), "labels": inputs["labels"][:0], "pairs": inputs["pairs"][:0], "lam": inputs["lam"][:0]}
+    out, grads = run(empty, backend="torch", num_ntp_tokens=10, num_mixup_tokens=0)
+    assert out.loss.item() == 0 and out.loss.requires_grad
+    assert grads["weight"].shape == inputs["weight"].shape and not grads["weight"].any()
+
+
+def test_frozen_head_gets_no_gradient():
+    inputs = draw()
+    out = loss_of(**{**inputs, "weight": inputs["weight"].detach(), "bias": None}, backend="torch")
+    out.loss.backward()
+    reference, grads = run({**inputs, "bias": None}, backend="reference")
+    assert torch.allclose(inputs["hidden"].grad, grads["hidden"], rtol=1e-12, atol=1e-14)
+
+
+def test_no_gradient_wanted_gives_the_same_loss():
+    inputs = draw()
+    with torch.no_grad():
+        out = loss_of(**inputs, backend="torch")
+    assert torch.equal(out.loss, run(inputs, backend="torch")[0].loss.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_is_as_close_to_float64_as_the_definition(dtype):
+    inputs = draw(num_rows=40, hidden_size=64, vocab_size=97, num_pairs=15, dtype=dtype)
+    exact = {k: v.detach().double() if v.is_floating_point() and k != "lam" else v for k, v in inputs.items()}
+    truth = run(exact, backend="reference")
+    definition, ours = run(inputs, backend="reference"), run(inputs, backend="torch")
+    one_ulp = torch.finfo(dtype).eps
+    for name in ("hidden", "weight", "bias"):
+        t = truth[1][name]
+        error = (ours[1][name].double() - t).norm() / t.norm()
+        allowed = 2 * (definition[1][name].double() - t).norm() / t.norm() + one_ulp
+        assert error <= allowed, (name, error, allowed)
+
+
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.numel = max([self.numel, *(t.numel() for t in tensors)])
+        return out
+
+
+def test_no_tensor_of_all_logits_is_made(monkeypatch):
+    inputs = draw(num_rows=64, vocab_size=50, num_pairs=20, dtype=torch.float32)
+    monkeypatch.setattr(module, "WORKSPACE_BYTES", 16 * 50 * 4)
+    with LargestTensor() as largest:
+        run(inputs, backend="torch")
+    assert largest.numel <= 16 * 50
+    with LargestTensor() as of_reference:  # the test of the test
+        run(inputs, backend="reference")
+    assert of_reference.numel >= 64 * 50
+
+
+def test_chunks_cover_all_rows_and_never_split_a_pair():
+    for rows in (0, 1, 2, 7, 64, 65):
+        chunks = balanced_chunks(rows, vocab_size=10, itemsize=4, workspace_bytes=8 * 10 * 4)
+        assert [r for start, stop in chunks for r in range(start, stop)] == list(range(rows))
+        assert all(start % 2 == 0 and stop - start <= 8 for start, stop in chunks)
+
+
+def test_pair_order_is_a_permutation_with_partners_as_neighbours():
+    pairs = torch.tensor([[5, 2], [0, 6]])
+    assert pair_order(8, pairs).tolist() == [5, 2, 0, 6, 1, 3, 4, 7]
+
+
+def test_weight_that_zero3_has_not_gathered_is_refused():
+    inputs = draw()
+    with pytest.raises(RuntimeError, match="inside the forward of the module that owns the weight"):
+        loss_of(**{**inputs, "weight": torch.zeros(0)})
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_backend_that_is_not_there_is_refused(backend):
+    with pytest.raises(ValueError, match="backend"):
+        loss_of(**draw(), backend=backend)

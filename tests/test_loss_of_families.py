@@ -1,0 +1,207 @@
+"""The loss on real architectures against a naive one on the unmodified Hugging Face model: two forwards,
+mixed hidden states, one-hot labels, autograd, float64."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sftmix.data.batches import StepCounts, build_micro_batch
+from sftmix.engine.head import CausalLMWithLoss, LogitTransform, ScoreRequest, find_logit_transform
+from sftmix.errors import ConfigError
+from sftmix.objectives import Objective, loss_request
+
+IN_FLOAT32 = {"gemma2", "cohere-scaled-logits"}  # their norms compute in float32 whatever they are given
+MU = 0.3
+# (total tokens, response tokens): ragged pairs, one of them with responses of very different length
+LENGTHS = [(12, 7), (9, 3), (6, 5), (14, 2), (8, 4)]
+PARTNERS = [(0, 1, 0.3), (3, 2, 0.85)]  # the last example has no partner
+
+
+def make_model(name):
+    settings, transform = FAMILIES[name]
+    config = AutoConfig.for_model(**settings)
+    torch.manual_seed(0)
+    options = {"experts_implementation": "eager"} if "moe" in name else {}
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float64, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from zero biases and equal norms
+            parameter.add_(0.1 * torch.randn(parameter.shape, dtype=torch.float64))
+    return model.eval(), transform
+
+
+def make_examples():
+    rng = np.random.default_rng(0)
+    examples = []
+    for length, responses in LENGTHS:
+        mask = np.zeros(length, dtype=bool)
+        mask[length - responses :] = True
+        examples.append((rng.integers(3, 97, length).astype(np.int32), mask))
+    return examples
+
+
+def hidden_before_head(model, ids):
+    """Runs the unmodified model on one unpadded sequence; returns what its head is given, and its logits."""
+    seen = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    output = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None])
+    hook.remove()
+    return seen[0][0], output.logits[0]
+
+
+def naive_loss(model, examples, transform):
+    """The method as the paper writes it: means over all response tokens, and over all mixed positions."""
+
+    def finished(logits):
+        logits = logits * transform.get("scale", 1.0)
+        cap = transform.get("softcap")
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    hidden, labels, ntp = [], [], []
+    for ids, mask in examples:
+        z, logits = hidden_before_head(model, ids)
+        at = np.flatnonzero(mask)
+        label = torch.from_numpy(ids[at].astype(np.int64))
+        ntp.append(torch.nn.functional.cross_entropy(logits[at - 1], label, reduction="sum"))
+        hidden.append(z[at - 1])
+        labels.append(torch.nn.functional.one_hot(label, 97).double())
+    mixup, count = [], 0
+    for c, u, lam in PARTNERS:
+        n = min(len(hidden[c]), len(hidden[u]))
+        lam = float(np.float32(lam))
+        mixed = finished(model.get_output_embeddings()(lam * hidden[c][:n] + (1 - lam) * hidden[u][:n]))
+        target = lam * labels[c][:n] + (1 - lam) * labels[u][:n]
+        mixup.append(torch.nn.functional.cross_entropy(mixed, target, reduction="sum"))
+        count += n
+    num_tokens = sum(responses for _, responses in LENGTHS)
+    return sum(ntp) / num_tokens, sum(mixup) / count, StepCounts(num_tokens, count)
+
+
+def ours_of(model):
+    wrapped = CausalLMWithLoss(model)
+    wrapped.projection.transform = find_logit_transform(wrapped, torch.device("cpu"))
+    return wrapped
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sftmix_loss_and_gradients_equal_the_naive_ones(name, backend):
+    model, transform = make_model(name)
+    ours = ours_of(copy.deepcopy(model))
+    examples = make_examples()
+    ntp, mixup, counts = naive_loss(model, examples, transform)
+    (ntp + MU * mixup).backward()
+
+    batch = build_micro_batch(examples, PARTNERS, indices=tuple(range(len(examples))), pad_id=0)
+    assert batch.pairs.shape[0] == counts.num_mixup_tokens
+    request = loss_request(Objective(MU), batch, counts, backend=backend)
+    loss, our_ntp, our_mixup, _, auxiliary = ours(batch.input_ids, batch.attention_mask, request)
+    if "moe" in name:
+        # The router loss is a function of the whole padded batch: compared in its own test; its gradient is taken out here.
+        ours.auxiliary_weight = 0.0
+        loss = ours(batch.input_ids, batch.attention_mask, request)[0]
+    loss.backward()
+
+    loss_tolerance = 1e-6 if name in IN_FLOAT32 else 1e-9
+    assert our_ntp.item() == pytest.approx(ntp.item(), rel=loss_tolerance)
+    assert our_mixup.item() == pytest.approx(mixup.item(), rel=loss_tolerance)
+    expected = {n: p.grad for n, p in model.named_parameters()}
+    got = {ours.plain_name(n): p.grad for n, p in ours.named_parameters()}
+    assert set(got) == set(expected)
+    for parameter, grad in expected.items():
+        if grad is None:  # an expert that no token chose
+            assert got[parameter] is None or not got[parameter].any()
+            continue
+        scale = grad.abs().max().item() or 1.0
+        tolerance = 1e-5 if name in IN_FLOAT32 else 1e-8
+        assert torch.allclose(got[parameter], grad, rtol=tolerance, atol=tolerance / 10 * scale), parameter
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ntp_loss_equals_that_of_transformers(name):
+    model, _ = make_model(name)
+    ours = ours_of(copy.deepcopy(model))
+    examples = make_examples()
+    batch = build_micro_batch(examples, [], indices=tuple(range(len(examples))), pad_id=0)
+    labels = torch.full_like(batch.input_ids, -100)
+    for row, (ids, mask) in enumerate(examples):
+        labels[row, : len(ids)] = torch.where(torch.from_numpy(mask), torch.from_numpy(ids.astype(np.int64)), -100)
+    options = {"output_router_logits": True} if "moe" in name else {}
+    theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels, **options)
+    request = loss_request(Objective(), batch, StepCounts(batch.labels.numel(), 0))
+    loss, ntp, _, _, auxiliary = ours(batch.input_ids, batch.attention_mask, request)
+    assert loss.item() == pytest.approx(theirs.loss.item(), rel=1e-6)  # transformers computes its loss in float32
+    assert (auxiliary.item() > 0) == ("moe" in name)
+    theirs.loss.backward()
+    loss.backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    got = {ours.plain_name(n): p.grad for n, p in ours.named_parameters()}
+    for parameter, grad in expected.items():
+        assert torch.allclose(got[parameter], grad, rtol=1e-4, atol=1e-6 * (grad.abs().max().item() or 1.0)), parameter
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_the_model_does_to_its_logits_is_found(name):
+    model, transform = make_model(name)
+    found = ours_of(model).projection.transform
+    assert found.scale == (pytest.approx(transform["scale"], rel=1e-5) if "scale" in transform else None)
+    assert found.softcap == (pytest.approx(transform["softcap"], rel=1e-6) if "softcap" in transform else None)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere-scaled-logits", "phi-head-with-bias"])
+def test_scores_equal_the_unmodified_models_losses_one_example_at_a_time(name):
+    model, _ = make_model(name)
+    examples = make_examples()
+    expected = []
+    for ids, mask in examples:
+        _, logits = hidden_before_head(model, ids)
+        at = np.flatnonzero(mask)
+        label = torch.from_numpy(ids[at].astype(np.int64))
+        expected.append(torch.nn.functional.cross_entropy(logits[at - 1], label, reduction="none").detach())
+    ours = ours_of(model)
+    batch = build_micro_batch(examples, [], indices=tuple(range(len(examples))), pad_id=0)
+    nll, _ = ours(batch.input_ids, batch.attention_mask, ScoreRequest(batch.rows, batch.labels))
+    assert torch.allclose(nll.double(), torch.cat(expected), rtol=1e-5)
+
+
+def test_without_a_request_the_head_gives_the_models_logits():
+    model, _ = make_model("gemma2")
+    ids = torch.arange(3, 15)[None]
+    expected = model(input_ids=ids).logits
+    assert torch.equal(ours_of(model)(ids, torch.ones_like(ids), None), expected)
+
+
+def test_tied_weights_stay_one_parameter():
+    model, _ = make_model("llama-tied")
+    ours = CausalLMWithLoss(model)
+    assert ours.projection.weight is model.get_input_embeddings().weight
+    assert "lm_head.weight" not in {ours.plain_name(n) for n, _ in ours.named_parameters()}
+
+
+def test_a_model_that_squares_its_logits_is_refused():
+    model, _ = make_model("llama")
+    ours = CausalLMWithLoss(model)
+    original = model.forward
+
+    def forward(*args, **kwargs):
+        output = original(*args, **kwargs)
+        output.logits = output.logits**2
+        return output
+
+    model.forward = forward
+    with pytest.raises(ConfigError, match="neither a scale nor a soft-cap"):
+        find_logit_transform(ours, torch.device("cpu"))
+
+
+def test_the_wrong_order_of_mix_and_soft_cap_would_be_noticed():  # the test of the test
+    model, transform = make_model("gemma2")
+    examples = make_examples()
+    _, mixup, counts = naive_loss(model, examples, transform)
+    ours = CausalLMWithLoss(model)
+    ours.projection.transform = LogitTransform()
+    batch = build_micro_batch(examples, PARTNERS, indices=(0, 1, 2, 3, 4), pad_id=0)
+    wrong = ours(batch.input_ids, batch.attention_mask, loss_request(Objective(MU), batch, counts))[2]
+    assert abs(wrong.item() - mixup.item()) > 1e-4
