@@ -3,9 +3,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-VERSION = next(
-    line.split('"')[1] for line in (ROOT / "sftmix/__init__.py").read_text().splitlines() if line.startswith("__version__")
-)
+VERSION = next(line.split('"')[1] for line in (ROOT / "sftmix/__init__.py").read_text().splitlines() if line.startswith("__version__"))
 
 setup(
     name="sftmix",

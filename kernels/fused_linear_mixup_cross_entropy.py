@@ -279,6 +279,7 @@ def _loss_and_gradient_in_place(
 ) -> Tensor:
     """Returns (N,) cross-entropy of (N, V) raw `logits` against targets given as (index (N, 1), share (N, 1)),
     and overwrites the logits with `row_weight` times the gradient with respect to them."""
+    d_softcap: Tensor | None = None
     if softcap is not None:
         logits.div_(softcap).tanh_()
         d_softcap = 1 - logits.square() if want_gradient else None
@@ -294,6 +295,6 @@ def _loss_and_gradient_in_place(
             logits.scatter_add_(1, index, -torch.ones_like(logits[:, :1]) if share is None else -share)
         # A row of weight 0 must leave exact zeros, also where its logits were infinite.
         logits.mul_(row_weight[:, None]).masked_fill_((row_weight == 0)[:, None], 0.0)
-        if softcap is not None:
+        if d_softcap is not None:
             logits.mul_(d_softcap)
     return nll

@@ -30,7 +30,8 @@ PACKAGES = ("sftmix", "torch", "deepspeed", "transformers", "datasets", "triton"
 @dataclass(frozen=True)
 class Manifest:
     """fingerprint: hash of inputs and settings. settings: what went into it, for people. digest: hash of the
-    content, which the fingerprint of the next stage is made from. facts: numbers that the stage wants to pass on."""
+    content, which the fingerprint of the next stage is made from. facts: numbers that the stage wants to pass on;
+    `facts["identity"]`, where set, stands for the content (files that hold a date differ without meaning to)."""
 
     stage: str
     fingerprint: str
@@ -43,7 +44,8 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        return fingerprint({"files": self.files, "facts": self.facts.get("identity")})
+        identity = self.facts.get("identity")
+        return fingerprint({"identity": identity} if identity else {"files": self.files})
 
 
 def fingerprint(content: Any) -> str:
@@ -75,7 +77,7 @@ def publish(
     yield staging
     seal(staging, stage=stage, settings=settings, inputs=inputs, facts=facts)
     discard(folder)
-    os.rename(staging, folder)
+    staging.rename(folder)
     _sync_folder(folder.parent)
 
 
@@ -163,7 +165,7 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def versions() -> dict[str, str]:

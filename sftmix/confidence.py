@@ -43,9 +43,7 @@ def perplexity(nll_sum: NDArray[np.float64], num_response_tokens: NDArray[np.int
         return np.exp(nll_sum / num_response_tokens)
 
 
-def perplexity_table(
-    example_ids: list[str], nll_sum: dict[int, NDArray[np.float64]], num_response_tokens: NDArray[np.int64]
-) -> pa.Table:
+def perplexity_table(example_ids: list[str], nll_sum: dict[int, NDArray[np.float64]], num_response_tokens: NDArray[np.int64]) -> pa.Table:
     """Returns one row per checkpoint and example; `nll_sum` maps the checkpoint's step to (N,) sums in nats."""
     parts = [
         pa.table(

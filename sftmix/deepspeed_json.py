@@ -19,13 +19,13 @@ KNOWN_KEYS = frozenset(
     """
     activation_checkpointing aio allgather_partitions amp autotuning bf16 bfloat16 checkpoint comms_logger
     communication_data_type compile compression_training csv_monitor curriculum_learning data_efficiency data_types
-    dataloader_drop_last disable_allgather disable_allgather_partitions dump_state eigenvalue elasticity flops_profiler
+    dataloader_drop_last disable_allgather dump_state eigenvalue elasticity flops_profiler
     fp16 gradient_accumulation_steps gradient_clipping gradient_predivide_factor graph_harvesting hybrid_engine
-    load_universal_checkpoint memory_breakdown monitor_config optimizer pipeline pld prescale_gradients
+    memory_breakdown optimizer pipeline prescale_gradients
     progressive_layer_drop scheduler seq_parallel_communication_data_type sequence_parallel_size sparse_attention
     sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size
-    train_micro_batch_size_per_gpu use_data_before_expert_parallelism use_node_local_storage wall_clock_breakdown wandb
-    weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization zenflow
+    train_micro_batch_size_per_gpu use_data_before_expert_parallelism wall_clock_breakdown wandb
+    weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
     """.split()
 )
 
@@ -79,7 +79,7 @@ def deepspeed_config(config: Config, *, precision: str, world_size: int, max_gra
 
     for key, owner in OWNED_BY_SFTMIX.items():
         if content.pop(key, "auto") != "auto":
-            raise ConfigError(f"{where}: `{key}` is set here, but the YAML decides it ({owner}). Remove it, or write \"auto\".")
+            raise ConfigError(f'{where}: `{key}` is set here, but the YAML decides it ({owner}). Remove it, or write "auto".')
     zero = _section(content, "zero_optimization", where)
     _agree(zero, "stage", config.engine.zero_stage, f"{where}: zero_optimization.stage", "engine.zero_stage")
     _agree(content, "gradient_clipping", max_grad_norm, f"{where}: gradient_clipping", "train.max_grad_norm")
@@ -106,7 +106,5 @@ def _section(content: dict[str, Any], key: str, where: str) -> dict[str, Any]:
 def _agree(section: dict[str, Any], key: str, ours: Any, theirs_name: str, ours_name: str) -> None:
     theirs = section.get(key, "auto")
     if theirs != "auto" and (theirs != ours or isinstance(theirs, bool) != isinstance(ours, bool)):
-        raise ConfigError(
-            f"{theirs_name} is {theirs!r}, but {ours_name} is {ours!r}. Make them equal, or write \"auto\" in the JSON."
-        )
+        raise ConfigError(f'{theirs_name} is {theirs!r}, but {ours_name} is {ours!r}. Make them equal, or write "auto" in the JSON.')
     section[key] = ours

@@ -61,7 +61,7 @@ def stages_of(config: Config) -> list[Stage]:
     training = {"model": model_identity(config.model), "train": config.train.model_dump(mode="json"), **_numerics(config)}
     trained = (*(("baseline",) if config.baseline.enabled else ()), "train")
     return [
-        Stage("data", "data", (), lambda c: _data_settings(c), stages.run_data, needs_engine=False),
+        Stage("data", "data", (), _data_settings, stages.run_data, needs_engine=False),
         Stage(
             "reference",
             "reference",
@@ -76,11 +76,7 @@ def stages_of(config: Config) -> list[Stage]:
         ),
         Stage("score", "confidence", ("data", "reference"), lambda c: {"mode": c.confidence.mode, **_numerics(c)}, stages.run_score),
         Stage("split", "pairing", ("data", "score"), lambda c: c.split.model_dump(mode="json"), stages.run_split, needs_engine=False),
-        *(
-            [Stage("baseline", "baseline", ("data", "split"), lambda c: training, stages.run_baseline)]
-            if config.baseline.enabled
-            else []
-        ),
+        *([Stage("baseline", "baseline", ("data", "split"), lambda c: training, stages.run_baseline)] if config.baseline.enabled else []),
         Stage("train", "sftmix", ("data", "split"), lambda c: {**training, "mixup": c.mixup.model_dump(mode="json")}, stages.run_train),
         Stage("evaluate", "evaluation", ("data", *trained), _numerics, stages.run_evaluate),
         Stage(
@@ -186,9 +182,7 @@ def _is_current(stage: Stage, folder: Path, settings: dict[str, Any], inputs: di
 
 
 @contextlib.contextmanager
-def _publishing(
-    stage: Stage, context: StageContext, settings: dict[str, Any], inputs: dict[str, str], *, is_main: bool
-) -> Iterator[None]:
+def _publishing(stage: Stage, context: StageContext, settings: dict[str, Any], inputs: dict[str, str], *, is_main: bool) -> Iterator[None]:
     if not is_main:
         yield
         return

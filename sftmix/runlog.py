@@ -94,7 +94,9 @@ class RunLog:
         if step % self.every_steps and step != self.num_steps:
             return
         seconds = time.perf_counter() - self._window_start
-        sums = self.ranks.sum(torch.cat([self._losses.cpu(), torch.tensor([self._tokens[k] for k in ("real", "response", "padded")]).double()]))
+        sums = self.ranks.sum(
+            torch.cat([self._losses.cpu(), torch.tensor([self._tokens[k] for k in ("real", "response", "padded")]).double()])
+        )
         ntp, mixup, auxiliary, real, response, padded = sums.tolist()
         for name, count in (("real", real), ("response", response), ("padded", padded), ("seconds", seconds)):
             self.total[name] += count

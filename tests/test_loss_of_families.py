@@ -69,9 +69,9 @@ def naive_loss(model, examples, transform):
         hidden.append(z[at - 1])
         labels.append(torch.nn.functional.one_hot(label, 97).double())
     mixup, count = [], 0
-    for c, u, lam in PARTNERS:
+    for c, u, share in PARTNERS:
         n = min(len(hidden[c]), len(hidden[u]))
-        lam = float(np.float32(lam))
+        lam = float(np.float32(share))
         mixed = finished(model.get_output_embeddings()(lam * hidden[c][:n] + (1 - lam) * hidden[u][:n]))
         target = lam * labels[c][:n] + (1 - lam) * labels[u][:n]
         mixup.append(torch.nn.functional.cross_entropy(mixed, target, reduction="sum"))
@@ -98,7 +98,7 @@ def test_sftmix_loss_and_gradients_equal_the_naive_ones(name, backend):
     batch = build_micro_batch(examples, PARTNERS, indices=tuple(range(len(examples))), pad_id=0)
     assert batch.pairs.shape[0] == counts.num_mixup_tokens
     request = loss_request(Objective(MU), batch, counts, backend=backend)
-    loss, our_ntp, our_mixup, _, auxiliary = ours(batch.input_ids, batch.attention_mask, request)
+    loss, our_ntp, our_mixup, _, _ = ours(batch.input_ids, batch.attention_mask, request)
     if "moe" in name:
         # The router loss is a function of the whole padded batch: compared in its own test; its gradient is taken out here.
         ours.auxiliary_weight = 0.0
@@ -132,7 +132,7 @@ def test_ntp_loss_equals_that_of_transformers(name):
     options = {"output_router_logits": True} if "moe" in name else {}
     theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels, **options)
     request = loss_request(Objective(), batch, StepCounts(batch.labels.numel(), 0))
-    loss, ntp, _, _, auxiliary = ours(batch.input_ids, batch.attention_mask, request)
+    loss, _, _, _, auxiliary = ours(batch.input_ids, batch.attention_mask, request)
     assert loss.item() == pytest.approx(theirs.loss.item(), rel=1e-6)  # transformers computes its loss in float32
     assert (auxiliary.item() > 0) == ("moe" in name)
     theirs.loss.backward()

@@ -79,7 +79,10 @@ def test_chatml():
 def test_llama3():
     tokenizer, encoded = encode(LLAMA3, TWO_TURNS, HEADER, bos="<|begin_of_text|>", eos="<|eot_id|>")
     assert pieces(tokenizer, encoded) == [
-        (False, "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
+        (
+            False,
+            "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
         (True, "Yes.<|eot_id|>"),
         (False, "<|start_header_id|>user<|end_header_id|>\n\nSo?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
         (True, "No<|eot_id|>"),
@@ -119,6 +122,7 @@ def test_a_batch_gives_what_its_members_give_alone():
         assert np.array_equal(ids, alone) and np.array_equal(mask, alone_mask)
 
 
+COUNTS_MESSAGES = "{{ messages | length }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
 DROPS_OLD_ANSWERS = (  # as templates of reasoning models do with earlier thoughts
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ':' }}"
     "{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
@@ -133,7 +137,7 @@ DROPS_OLD_ANSWERS = (  # as templates of reasoning models do with earlier though
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "no end-of-turn token"),
         ("{% for m in messages %}{{ m['role'] }}{{ eos_token }}{% endfor %}", "does not render the assistant's text"),
         ("{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% endfor %}", "nothing before the response"),
-        ("{{ messages | length }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}", "renders the prompt before turn 2 differently"),
+        (COUNTS_MESSAGES, "renders the prompt before turn 2 differently"),
         ("{{ raise_exception('only haiku') }}", "refuses the conversation: only haiku"),
         ("{{ ''.__class__.__mro__ }}", "refuses the conversation"),
     ],

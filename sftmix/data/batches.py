@@ -98,9 +98,7 @@ def count_step(plan: EpochPlan, units: Units, num_response_tokens: NDArray[np.in
     )
 
 
-def cut_step(
-    plan: EpochPlan, units: Units, num_tokens: NDArray[np.int64], *, micro_batch_tokens: int, num_ranks: int
-) -> list[list[Units]]:
+def cut_step(plan: EpochPlan, units: Units, num_tokens: NDArray[np.int64], *, micro_batch_tokens: int, num_ranks: int) -> list[list[Units]]:
     """Returns the micro-batches of every rank: lists of units, the same number of lists for each rank.
 
     Units of like length share a micro-batch; its padded size (examples times longest) stays within

@@ -25,7 +25,7 @@ def inspect(config: Config, *, num_examples: int) -> None:
     """
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         summary, _ = prepare(config, folder)
@@ -37,24 +37,31 @@ def inspect(config: Config, *, num_examples: int) -> None:
         examples = TokenisedExamples(folder / "train.arrow")
         longest = int(examples.num_tokens.max())
         console.print(f"tokens per example: median {int(np.median(examples.num_tokens))}, longest {longest}")
-        console.print("\nloss on [bold green]green[/] tokens, none on [dim]grey[/] ones; | separates tokens")
+        console.print("\ntokens that carry loss are [bold green]green[/] (>> << without colours); | separates tokens")
         for index in range(min(num_examples, len(examples))):
             ids, mask = examples.tokens(index)
-            row = examples.table[index]
-            console.rule(f"{examples.example_ids[index]}  {row['place']}  {int(mask.sum())} of {len(ids)} tokens carry loss")
-            console.print(coloured(tokenizer, ids.tolist(), mask.tolist()))
+            place = examples.table[index]["place"]
+            console.print(f"\n{examples.example_ids[index]}  {place}  {int(mask.sum())} of {len(ids)} tokens carry loss", style="bold")
+            console.print(coloured(tokenizer, ids.tolist(), mask.tolist(), with_marks=not console.is_terminal))
 
 
-def coloured(tokenizer: PreTrainedTokenizerBase, ids: list[int], mask: list[bool]) -> Text:
-    """Returns the tokens as rich text, green where they carry loss; whitespace and bytes are made visible."""
+def coloured(tokenizer: PreTrainedTokenizerBase, ids: list[int], mask: list[bool], *, with_marks: bool = False) -> Text:
+    """Returns the tokens as rich text, green where they carry loss (and between >> and << `with_marks`); whitespace
+    is made visible."""
     from rich.text import Text
 
     text = Text()
+    was_trained = False
     for token, carries_loss in zip(tokenizer.convert_ids_to_tokens(ids), mask, strict=True):
         shown = str(token).replace("\u2581", "\u00b7").replace("\n", "\u21b5").replace("\u0120", "\u00b7").replace("\u010a", "\u21b5")
         shown = shown.replace("<0x0A>", "\u21b5")
+        if with_marks and carries_loss != was_trained:
+            text.append(">>" if carries_loss else "<<")
+            was_trained = carries_loss
         text.append(shown, style="bold green" if carries_loss else "dim")
         text.append("|", style="dim blue")
         if shown.endswith("\u21b5"):
             text.append("\n")
+    if with_marks and was_trained:
+        text.append("<<")
     return text

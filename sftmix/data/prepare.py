@@ -177,9 +177,7 @@ def _weighted(source: DataSource, examples: list[Example], config: Config, summa
     return examples * int(whole) + drawn
 
 
-def _limit(
-    train: list[Example], held_out: list[Example], config: Config, summary: Summary
-) -> tuple[list[Example], list[Example]]:
+def _limit(train: list[Example], held_out: list[Example], config: Config, summary: Summary) -> tuple[list[Example], list[Example]]:
     """Keeps `data.limit` examples in all, at the same ratio of train to held out, in the order they were read."""
     limit, total = config.data.limit, len(train) + len(held_out)
     assert limit is not None, "called with a limit only"

@@ -14,7 +14,7 @@ import json
 import lzma
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from sftmix.artifacts import fingerprint, sha256_of_file
 from sftmix.config import DataSource
@@ -64,9 +64,7 @@ def read_rows(source: DataSource, bad: BadRows) -> Iterator[tuple[str, Row]]:
         elif kind == ".parquet":
             yield from _read_parquet(path)
         else:
-            raise DataError(
-                f"{path}: unknown kind of file. Expected {', '.join(TEXT_FORMATS)} (also {', '.join(COMPRESSED)}) or .parquet."
-            )
+            raise DataError(f"{path}: unknown kind of file. Expected {', '.join(TEXT_FORMATS)} (also {', '.join(COMPRESSED)}) or .parquet.")
     else:
         yield from _read_hub(source)
 
@@ -96,7 +94,7 @@ def check_source(source: DataSource) -> None:
 
 def _open(path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")
+        return cast(IO[bytes], gzip.open(path, "rb"))
     if path.suffix == ".xz":
         return lzma.open(path, "rb")
     if path.suffix == ".zst":

@@ -75,9 +75,7 @@ class ChatEncoder:
         encoded = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
         return [
             self._mask(np.array(ids, dtype=np.int32), np.array(offsets, dtype=np.int64).reshape(-1, 2), text_spans, place)
-            for ids, offsets, text_spans, place in zip(
-                encoded["input_ids"], encoded["offset_mapping"], spans, places, strict=True
-            )
+            for ids, offsets, text_spans, place in zip(encoded["input_ids"], encoded["offset_mapping"], spans, places, strict=True)
         ]
 
     def _render(self, conversations: list[tuple[Message, ...]], places: list[str], *, generation_prompt: bool) -> list[str]:
@@ -91,15 +89,15 @@ class ChatEncoder:
             )
         except (TemplateError, TypeError, ValueError) as error:
             where = places[0] if len(places) == 1 else f"{places[0]} to {places[-1]}"
-            raise DataError(f"{where}: the chat template refuses the conversation: {error}. Name another with tokenizer.chat_template.") from None
+            raise DataError(
+                f"{where}: the chat template refuses the conversation: {error}. Name another with tokenizer.chat_template."
+            ) from None
 
     def _assistant_spans(
         self, conversations: list[tuple[Message, ...]], places: list[str], rendered: list[str]
     ) -> list[list[tuple[int, int]]]:
         """Returns the [start, stop) character ranges of the assistant's turns, what follows the end-of-turn token included."""
-        turns = [
-            (row, index) for row, messages in enumerate(conversations) for index, m in enumerate(messages) if m["role"] == "assistant"
-        ]
+        turns = [(row, index) for row, messages in enumerate(conversations) for index, m in enumerate(messages) if m["role"] == "assistant"]
         prompts = self._render([conversations[r][:i] for r, i in turns], [places[r] for r, _ in turns], generation_prompt=True)
         # The last turn ends where the whole text does: the common single-turn case needs no third rendering.
         inner = [(r, i) for r, i in turns if i + 1 < len(conversations[r])]

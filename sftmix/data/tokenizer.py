@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sftmix.artifacts import fingerprint, sha256_of_file
 from sftmix.config import Config, TokenizerTrainConfig
@@ -61,8 +61,8 @@ def render_for_training(conversations: list[tuple[Message, ...]], template: str)
     """Returns the conversations as the template writes them, without special tokens: what a tokenizer should learn from."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    rendered, _ = render_jinja_template([list(c) for c in conversations], chat_template=template, bos_token="", eos_token="")
-    return list(rendered)
+    rendered: Any = render_jinja_template([list(c) for c in conversations], chat_template=template, bos_token="", eos_token="")
+    return list(rendered[0])
 
 
 def train_tokenizer(texts: Iterable[str], settings: TokenizerTrainConfig, folder: Path) -> PreTrainedTokenizerBase:

@@ -13,7 +13,6 @@ import torch
 
 from sftmix.errors import ConfigError
 
-
 # Rank 0 prepares the data before it joins the others.
 RENDEZVOUS_LIMIT = timedelta(hours=2)
 
@@ -126,4 +125,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-

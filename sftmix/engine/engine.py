@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sftmix.config import Config, ModelConfig, TrainConfig
 from sftmix.data.batches import MicroBatch, StepCounts
 from sftmix.deepspeed_json import deepspeed_config
 from sftmix.engine.distributed import Ranks, import_deepspeed, resolve_precision
 from sftmix.engine.head import CausalLMWithLoss, ScoreRequest, find_logit_transform
-from sftmix.errors import ConfigError
 from sftmix.engine.loading import build_model, hf_config, quiet_transformers
+from sftmix.errors import ConfigError
 from sftmix.objectives import Objective, loss_request
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ class Engine:
         self._deepspeed.train(train is not None)
 
     def _optimizer(self, train: TrainConfig, settings: dict[str, Any]) -> torch.optim.Optimizer:
-        decayed, plain = [], []
+        decayed: list[Tensor] = []
+        plain: list[Tensor] = []
         for parameter in self.module.parameters():
             if parameter.requires_grad:
                 shape = getattr(parameter, "ds_shape", parameter.shape)  # a sharded parameter is empty here
@@ -200,7 +201,7 @@ class Engine:
 
         with quiet_transformers():
             with torch.device("meta"):
-                shell: nn.Module = AutoModelForCausalLM.from_config(
+                shell: Any = AutoModelForCausalLM.from_config(
                     self.hf_config, dtype=DTYPES[self.precision], trust_remote_code=self._model_config.trust_remote_code
                 )
             generation = GenerationConfig.from_model_config(self.hf_config)

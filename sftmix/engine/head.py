@@ -14,12 +14,13 @@ Axes: B examples, S positions, T requested rows, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sftmix.errors import ConfigError
-from sftmix.kernels.fused_linear_mixup_cross_entropy import FusedLossOutput, fused_linear_mixup_cross_entropy
+from sftmix.kernels.fused_linear_mixup_cross_entropy import fused_linear_mixup_cross_entropy
 from sftmix.kernels.linear_token_nll import linear_token_nll_and_match
 from sftmix.objectives import LossRequest
 
@@ -50,7 +51,10 @@ class LogitTransform:
 class HeadProjection(nn.Module):
     """Owns the head's weight (V, D) and bias (V,). Everything that reads them happens in its forward."""
 
-    def __init__(self, head: nn.Module):
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, head: Any):
         super().__init__()
         self.weight = head.weight
         self.bias = getattr(head, "bias", None)
@@ -116,7 +120,7 @@ class LossHead:
 class CausalLMWithLoss(nn.Module):
     """A Hugging Face causal language model whose forward gives the loss, in one pass through the transformer."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):  # a transformers model with a head
         super().__init__()
         self.model = model
         self.head_name = head_name(model)
@@ -167,7 +171,7 @@ class CausalLMWithLoss(nn.Module):
         return rest if owner == "model" else f"{self.head_name}.{rest}"
 
 
-def head_name(model: nn.Module) -> str:
+def head_name(model: Any) -> str:
     """Returns the dotted name of the module that `get_output_embeddings` gives. Raises ConfigError."""
     head = model.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is None:

@@ -86,7 +86,7 @@ def check_context(config: PretrainedConfig, *, max_length: int, name: str) -> No
         raise ConfigError(f"data.max_length is {max_length}, but the context of {name} is {context} tokens. Lower data.max_length.")
 
 
-def load_source(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype, seed: int) -> nn.Module:
+def load_source(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype, seed: int) -> Any:
     """Returns an ordinary transformers model on the CPU, with its weights or with seeded random ones."""
     from transformers import AutoModelForCausalLM
 
@@ -97,14 +97,16 @@ def load_source(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dt
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             # Drawn in float32 and rounded afterwards: the same start whatever the precision.
-            random_model: nn.Module = AutoModelForCausalLM.from_config(config, **{**options, "dtype": torch.float32})
+            random_model: Any = AutoModelForCausalLM.from_config(config, **{**options, "dtype": torch.float32})
         for parameter in random_model.parameters():  # not `.to(dtype)`: rotary frequencies stay in float32
             parameter.data = parameter.data.to(dtype)
         return random_model
     with quiet_transformers():
+        loaded: Any
+        report: Any
         loaded, report = AutoModelForCausalLM.from_pretrained(
             model.path, config=config, revision=model.revision, use_safetensors=True, output_loading_info=True, **options
-        )
+        )  # type: ignore[misc]
     missing = sorted(report["missing_keys"])
     if missing:
         raise ConfigError(
@@ -131,7 +133,7 @@ def quiet_transformers() -> Iterator[None]:
 
 def build_model(
     model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype, seed: int, is_sharded: bool, deepspeed_config: dict[str, Any]
-) -> nn.Module:
+) -> Any:
     """Returns the model for `deepspeed.initialize`: whole, or, under ZeRO-3, sharded. All ranks call it."""
     if not is_sharded:
         return load_source(model, config, dtype=dtype, seed=seed)

@@ -190,5 +190,3 @@ def _facts(context: StageContext) -> list[tuple[str, str]]:
         ("made by", f"sftmix {__version__}, commit {artifacts.commit() or 'unknown'}"),
         ("versions", versions),
     ]
-
-

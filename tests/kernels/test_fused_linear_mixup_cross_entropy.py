@@ -47,7 +47,12 @@ CASES = {
     "no pair": {"pairs": torch.zeros(0, 2, dtype=torch.int64), "lam": torch.zeros(0)},
     "no bias": {"bias": None},
 }
-TRANSFORMS = {"no transform": {}, "scale": {"logit_scale": 0.25}, "soft-cap": {"logit_softcap": 1.5}, "both": {"logit_scale": 3.0, "logit_softcap": 2.0}}
+TRANSFORMS = {
+    "no transform": {},
+    "scale": {"logit_scale": 0.25},
+    "soft-cap": {"logit_softcap": 1.5},
+    "both": {"logit_scale": 3.0, "logit_softcap": 2.0},
+}
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -121,7 +126,13 @@ def test_sums_of_pieces_with_global_counts_are_the_whole():
 
 def test_no_rows_give_zero_loss_and_exact_zero_gradients():
     inputs = draw(num_rows=4, num_pairs=1)
-    empty = {**inputs, "hidden": inputs["hidden"][:0].detach(), "labels": inputs["labels"][:0], "pairs": inputs["pairs"][:0], "lam": inputs["lam"][:0]}
+    empty = {
+        **inputs,
+        "hidden": inputs["hidden"][:0].detach(),
+        "labels": inputs["labels"][:0],
+        "pairs": inputs["pairs"][:0],
+        "lam": inputs["lam"][:0],
+    }
     out, grads = run(empty, backend="torch", num_ntp_tokens=10, num_mixup_tokens=0)
     assert out.loss.item() == 0 and out.loss.requires_grad
     assert grads["weight"].shape == inputs["weight"].shape and not grads["weight"].any()
@@ -131,7 +142,7 @@ def test_frozen_head_gets_no_gradient():
     inputs = draw()
     out = loss_of(**{**inputs, "weight": inputs["weight"].detach(), "bias": None}, backend="torch")
     out.loss.backward()
-    reference, grads = run({**inputs, "bias": None}, backend="reference")
+    _, grads = run({**inputs, "bias": None}, backend="reference")
     assert torch.allclose(inputs["hidden"].grad, grads["hidden"], rtol=1e-12, atol=1e-14)
 
 

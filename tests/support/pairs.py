@@ -13,7 +13,12 @@ def example(length, responses):
     return rng.integers(3, 90, length).astype(np.int32), mask
 
 
-PAIRS = [(example(10, 2), example(12, 9), 0.2), (example(5, 1), example(6, 3), 0.9), (example(30, 25), example(8, 4), 0.5), (example(7, 2), example(7, 2), 0.01)]
+PAIRS = [
+    (example(10, 2), example(12, 9), 0.2),
+    (example(5, 1), example(6, 3), 0.9),
+    (example(30, 25), example(8, 4), 0.5),
+    (example(7, 2), example(7, 2), 0.01),
+]
 COUNTS = StepCounts(2 + 9 + 1 + 3 + 25 + 4 + 2 + 2, 2 + 1 + 4 + 2)
 
 

@@ -18,7 +18,7 @@ def character_tokenizer(special_tokens=(), *, bos="<s>", eos="</s>", chat_templa
         unk_token="<unk>",
         bos_token=bos,
         eos_token=eos,
-        additional_special_tokens=[t for t in specials[3:]],
+        additional_special_tokens=specials[3:],
     )
     tokenizer.pad_token = eos
     tokenizer.chat_template = chat_template

@@ -1,0 +1,302 @@
+"""The whole recipe through the command line, on real files and processes. The specification of the pipeline."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from processes import ROOT, sftmix
+from tiny import TINY
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sftmix.artifacts import verify
+from sftmix.runlog import MIXUP, NTP, read_metrics
+
+pytestmark = pytest.mark.recipe
+QUICKSTART = "configs/quickstart.yaml"
+STAGES = ["data", "reference", "score", "split", "baseline", "train", "evaluate", "report"]
+FOLDERS = ["data", "reference", "confidence", "pairing", "baseline", "sftmix", "evaluation", "report"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run folder of the whole recipe, and what was printed."""
+    folder = tmp_path_factory.mktemp("recipe") / "run"
+    done = sftmix("run", QUICKSTART, *TINY, f"run.dir={folder}")
+    return folder, done.stdout
+
+
+@pytest.fixture
+def copy_of(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    return folder
+
+
+def stages_run(output):
+    """Returns the stages that worked, and those that were up to date."""
+    worked = re.findall(r"^\[\d/\d\] (\w+): [\d.]+ s$", output, re.M)
+    return worked, re.findall(r"^\[\d/\d\] (\w+): up to date$", output, re.M)
+
+
+def test_every_stage_publishes_a_folder_that_verifies(finished):
+    folder, output = finished
+    assert stages_run(output) == (STAGES, [])
+    for name in FOLDERS:
+        verify(folder / name)
+    assert (folder / "config.yaml").is_file() and any((folder / "logs" / "tensorboard").rglob("events.*"))
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_the_table_and_the_path_of_the_report_are_printed_last(finished):
+    folder, output = finished
+    tail = output[output.index("SFTMix beside next-token prediction") :]
+    for word in ("NTP baseline", "SFTMix", "held-out loss", "perplexity", "exact match", "tokens/s", "minutes", "report:"):
+        assert word in tail
+    assert (folder / "report" / "index.html").is_file()
+
+
+def test_scores_and_split_cover_every_training_example_once(finished):
+    folder, _ = finished
+    perplexity = pq.read_table(folder / "confidence" / "perplexity.parquet").to_pydict()
+    steps = sorted(set(perplexity["checkpoint"]))
+    assert len(steps) == 3 and len(perplexity["example_id"]) == 3 * 61
+    split = pq.read_table(folder / "pairing" / "split.parquet").to_pydict()
+    assert len(set(split["example_id"])) == 61
+    assert [split["part"].count(p) for p in ("confident", "middle", "unconfident")] == [30, 1, 30]
+
+
+def test_perplexities_equal_a_plain_loop_over_the_saved_checkpoints(finished):
+    folder, _ = finished
+    import datasets
+
+    rows = datasets.Dataset.from_file(str(folder / "data" / "train.arrow"))
+    table = pq.read_table(folder / "confidence" / "perplexity.parquet").to_pandas()
+    for checkpoint in sorted((folder / "reference" / "checkpoints").iterdir()):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        scores = table[table["checkpoint"] == int(checkpoint.name.removeprefix("step_"))].set_index("example_id")
+        for row in rows.select(range(0, 61, 7)):
+            ids = torch.tensor(row["input_ids"])[None]
+            labels = torch.where(torch.tensor(row["response_mask"])[None], ids, -100)
+            with torch.no_grad():
+                loss = model(input_ids=ids, labels=labels).loss
+            assert scores.loc[row["example_id"], "perplexity"] == pytest.approx(loss.exp().item(), rel=1e-5)
+
+
+def test_metrics_have_losses_rates_and_lam(finished):
+    folder, _ = finished
+    lines = read_metrics(folder / "sftmix" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    expected = {
+        "step", "epoch", NTP, MIXUP, "mixup/lam (mean)", "grad_norm", "learning_rate",
+        "tokens/real (tokens/s)", "tokens/response (tokens/s)", "tokens/padded (tokens/s)", "steps/skipped (steps)",
+    }  # fmt: skip
+    assert set(lines[0]) == expected
+    for line in lines:
+        assert line["tokens/response (tokens/s)"] < line["tokens/real (tokens/s)"] <= line["tokens/padded (tokens/s)"]
+    assert MIXUP not in read_metrics(folder / "baseline" / "metrics.jsonl")[0]
+
+
+def test_exported_models_load_with_plain_transformers_and_stop(finished):
+    folder, _ = finished
+    for name in ("baseline", "sftmix"):
+        model = AutoModelForCausalLM.from_pretrained(folder / name / "model")
+        tokenizer = AutoTokenizer.from_pretrained(folder / name / "model")
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert tokenizer.eos_token_id in model.generation_config.eos_token_id
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Add 1 and 2."}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        assert model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+        card = (folder / name / "model" / "README.md").read_text()
+        assert card.startswith("---\nlibrary_name: transformers") and ("lam ~ Beta" in card) == (name == "sftmix")
+
+
+def test_exact_match_is_what_greedy_generation_writes(finished):
+    folder, _ = finished
+    import datasets
+
+    scores = pq.read_table(folder / "evaluation" / "per_example.parquet").to_pandas()
+    scores = scores[scores["model"] == "SFTMix"].set_index("example_id")
+    model = AutoModelForCausalLM.from_pretrained(folder / "sftmix" / "model")
+    for row in datasets.Dataset.from_file(str(folder / "data" / "held_out.arrow")):
+        ids, mask = torch.tensor(row["input_ids"]), torch.tensor(row["response_mask"])
+        prompt, response = ids[: mask.int().argmax()], ids[mask]
+        written = model.generate(prompt[None], max_new_tokens=len(response), do_sample=False, pad_token_id=3)[0, len(prompt) :]
+        assert torch.equal(written, response) == scores.loc[row["example_id"], "is_exact"]
+
+
+def test_a_second_run_does_nothing(copy_of):
+    output = sftmix("run", QUICKSTART, *TINY, f"run.dir={copy_of}").stdout
+    assert stages_run(output) == ([], STAGES)
+
+
+@pytest.mark.parametrize(
+    ("override", "again"),
+    [
+        ("mixup.weight=0.5", ["train", "evaluate", "report"]),
+        ("split.confident_share=0.3", ["split", "baseline", "train", "evaluate", "report"]),
+    ],
+)
+def test_a_changed_setting_runs_again_only_what_depends_on_it(copy_of, override, again):
+    output = sftmix("run", QUICKSTART, *TINY, f"run.dir={copy_of}", override).stdout
+    assert stages_run(output) == (again, [stage for stage in STAGES if stage not in again])
+
+
+def test_damaged_output_is_refused_and_named(copy_of):
+    file = copy_of / "confidence" / "confidence.parquet"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    done = sftmix("run", QUICKSTART, *TINY, f"run.dir={copy_of}", check=False)
+    assert done.returncode == 2 and "confidence.parquet differs from what was written" in done.stderr
+
+
+def test_mixup_weight_zero_is_plain_sft_to_the_last_bit(copy_of):
+    sftmix("train", QUICKSTART, *TINY, f"run.dir={copy_of}", "mixup.weight=0")
+    ours, plain = (copy_of / name / "model" / "model.safetensors" for name in ("sftmix", "baseline"))
+    assert ours.read_bytes() == plain.read_bytes()
+    losses = [[line[NTP] for line in read_metrics(copy_of / name / "metrics.jsonl")] for name in ("sftmix", "baseline")]
+    assert losses[0] == losses[1]
+
+
+def test_mixup_changes_the_model(finished):  # the test of the test
+    ours, plain = (finished[0] / name / "model" / "model.safetensors" for name in ("sftmix", "baseline"))
+    assert ours.read_bytes() != plain.read_bytes()
+
+
+LAUNCHERS = {
+    "sftmix": lambda arguments: ["-m", "sftmix.cli", "train", *arguments, "engine.num_processes=2"],
+    "deepspeed": lambda arguments: ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29871", "launch/run.py",
+                                    *arguments, "--stage", "train"],
+    "torchrun": lambda arguments: ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29872", "launch/run.py",
+                                   *arguments, "--stage", "train"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_of_any_launcher_train_as_one_does(finished, copy_of, launcher):
+    import os
+
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    arguments = [QUICKSTART, *TINY, f"run.dir={copy_of}", "--force"]
+    command = [sys.executable, *LAUNCHERS[launcher](arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    manifest = json.loads((copy_of / "sftmix" / "manifest.json").read_text())
+    assert manifest["facts"]["world_size"] == 2
+    one, two = (read_metrics(folder / "sftmix" / "metrics.jsonl") for folder in (finished[0], copy_of))
+    for a, b in zip(one, two, strict=True):
+        assert (b[NTP], b[MIXUP], b["grad_norm"]) == pytest.approx((a[NTP], a[MIXUP], a["grad_norm"]), rel=2e-4)
+
+
+def test_no_baseline_and_no_held_out_examples(tmp_path):
+    sources = tmp_path / "data.jsonl"
+    rows = [{"question": f"Q{n} <script>alert({n})</script>?", "answer": f"answer {n % 7} & more"} for n in range(40)]
+    sources.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [*TINY, f"data.path={sources}", "data.generator=", "tokenizer.train={vocab_size: 320}", "data.held_out_share=0"]
+    overrides += ["baseline.enabled=false"]
+    done = sftmix("run", QUICKSTART, *overrides, f"run.dir={tmp_path / 'run'}")
+    assert stages_run(done.stdout)[0] == [stage for stage in STAGES if stage != "baseline"]
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;alert(" in page  # data is escaped
+    refused = sftmix("baseline", QUICKSTART, *overrides, f"run.dir={tmp_path / 'run'}", check=False)
+    assert refused.returncode == 2 and "switched off" in refused.stderr
+
+
+def test_inspect_shows_tokens_and_touches_nothing(tmp_path):
+    done = sftmix("inspect", QUICKSTART, *TINY, f"run.dir={tmp_path / 'run'}", "--num", "2", "data.max_length=24")
+    assert "% truncated to 24 tokens" in done.stdout and len(re.findall(r"\d+ of \d+ tokens carry loss", done.stdout)) == 2
+    assert done.stdout.count("<<\n") == 2  # marks stand in for colours where there is no terminal
+    assert not (tmp_path / "run").exists()
+
+
+def test_export_copies_a_verified_model(finished, tmp_path):
+    folder, _ = finished
+    target = tmp_path / "model"
+    sftmix("export", QUICKSTART, *TINY, f"run.dir={folder}", "--to", str(target), "--which", "baseline")
+    assert (target / "model.safetensors").read_bytes() == (folder / "baseline" / "model" / "model.safetensors").read_bytes()
+    again = sftmix("export", QUICKSTART, *TINY, f"run.dir={folder}", "--to", str(target), check=False)
+    assert again.returncode == 2 and "not an empty folder" in again.stderr
+
+
+def test_a_trained_model_can_be_the_start_and_a_smaller_one_the_reference(finished, tmp_path):
+    start = finished[0] / "sftmix" / "model"
+    reference = "reference.model={architecture: {model_type: gpt2, n_embd: 16, n_layer: 1, n_head: 2, n_positions: 128}}"
+    overrides = [*TINY, f"model.path={start}", "model.architecture=", "tokenizer.train=", "data.generator={num_train: 24, num_held_out: 4}"]
+    sftmix("run", QUICKSTART, *overrides, reference, "baseline.enabled=false", "data.max_length=100", f"run.dir={tmp_path / 'run'}")
+    config = json.loads((tmp_path / "run" / "reference" / "checkpoints" / "step_000001" / "config.json").read_text())
+    assert config["model_type"] == "gpt2"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains(tmp_path, precision):
+    sftmix("data", QUICKSTART, *TINY, f"run.dir={tmp_path}", f"engine.precision={precision}")
+    sftmix("reference", QUICKSTART, *TINY, f"run.dir={tmp_path}", f"engine.precision={precision}", "engine.activation_checkpointing=true")
+    lines = read_metrics(tmp_path / "reference" / "metrics.jsonl")
+    assert lines[-1][NTP] < lines[0][NTP] and all(line["grad_norm"] is not None for line in lines if line["steps/skipped (steps)"] == 0)
+
+
+def test_stage_0_with_low_precision_is_refused(tmp_path):
+    sftmix("data", QUICKSTART, *TINY, f"run.dir={tmp_path}", "engine.precision=bf16")
+    done = sftmix("reference", QUICKSTART, *TINY, f"run.dir={tmp_path}", "engine.precision=bf16", "engine.zero_stage=0", check=False)
+    assert done.returncode == 2 and "Use engine.zero_stage=1" in done.stderr
+
+
+CONFIGS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c != QUICKSTART])
+def test_every_config_runs_when_shrunk(config, tmp_path):
+    sftmix("run", config, *TINY, f"run.dir={tmp_path / 'run'}", "baseline.enabled=false", "reference.num_checkpoints=1")
+    verify(tmp_path / "run" / "report")
+
+
+def readme_commands():
+    """Returns the lines of the README's shell blocks that call the project's commands."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith(("sftmix ", "deepspeed ", "torchrun "))]
+
+
+def test_the_readme_names_commands():
+    assert len(readme_commands()) >= 5
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_the_readmes_commands_are_understood(line, tmp_path):
+    """Parses each command, loads its config with its overrides, and looks up the script that a launcher would start."""
+    from sftmix.cli import _parser
+    from sftmix.config_file import load_config
+
+    words = line.split()
+    if words[0] != "sftmix":
+        script = words.index("launch/run.py")
+        sys.path.insert(0, str(ROOT / "launch"))
+        try:
+            from run import as_command
+        finally:
+            sys.path.pop(0)
+        words = ["sftmix", *as_command(words[script + 1 :])]
+    options = _parser().parse_args(words[1:])
+    config = ROOT / options.config
+    assert config.is_file() or "my" in options.config, f"{options.config} is not in the repository"
+    if config.is_file():
+        load_config(config, options.overrides)
+
+
+def test_pages_name_only_files_that_exist():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_probe_of_stages_would_notice_a_missing_one():  # the test of the test
+    assert stages_run("[1/8] data: 0.1 s\n[2/8] reference: up to date\n") == (["data"], ["reference"])
+
+
+def test_the_shared_folder_of_configs_is_found():
+    assert QUICKSTART in CONFIGS and Path(ROOT / QUICKSTART).is_file()

@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+
+from sftmix.config import TrainConfig
+from sftmix.pairing import plan_epoch_without_pairs
+from sftmix.train import TrainingPlan, choose_checkpoint_steps, learning_rate_at
+
+
+def rates(num_steps, **settings):
+    train = TrainConfig(learning_rate=1.0, **settings)
+    return np.array([learning_rate_at(step, num_steps=num_steps, settings=train) for step in range(1, num_steps + 1)])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("num_steps", [1, 2, 10, 101])
+def test_rates_rise_to_the_peak_and_never_after(schedule, num_steps):
+    curve = rates(num_steps, schedule=schedule, warmup_ratio=0.1)
+    warmup = int(np.ceil(0.1 * num_steps))
+    assert curve[warmup - 1] == 1.0 == curve.max() and (curve >= 0).all()
+    assert (np.diff(curve[:warmup]) > 0).all() and (np.diff(curve[warmup - 1 :]) <= 0).all()
+    if num_steps > warmup:
+        assert curve[-1] == pytest.approx(1.0 if schedule == "constant" else 0.0, abs=1e-12)
+
+
+def test_without_warm_up_the_first_step_is_on_the_schedule():
+    assert rates(4, schedule="linear", warmup_ratio=0.0).tolist() == [0.75, 0.5, 0.25, 0.0]
+
+
+def test_cosine_is_at_half_the_peak_in_the_middle():
+    assert rates(100, schedule="cosine", warmup_ratio=0.0)[49] == pytest.approx(0.5)
+
+
+def plan(epochs, examples=20, batch_size=4):
+    return TrainingPlan([plan_epoch_without_pairs(examples, seed=0, epoch=e) for e in range(epochs)], batch_size)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "wanted", "expected"),
+    [
+        (3, None, [5, 10, 15]),  # the end of every epoch
+        (1, None, [2, 4, 5]),  # three evenly spaced
+        (2, None, [4, 7, 10]),
+        (3, 2, [8, 15]),
+        (1, 100, [1, 2, 3, 4, 5]),  # not more than there are steps
+    ],
+)
+def test_checkpoints_of_the_reference_run(epochs, wanted, expected):
+    assert choose_checkpoint_steps(plan(epochs), wanted) == expected
