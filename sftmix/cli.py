@@ -9,13 +9,9 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sftmix import __version__
 from sftmix.errors import SftmixError
-
-if TYPE_CHECKING:
-    from sftmix.config import Config
 
 STAGES = {
     "data": "read, check and encode the examples",
@@ -89,7 +85,7 @@ def _dispatch(options: argparse.Namespace) -> int:
         print(export(config, which=options.which, to=options.to))
         return 0
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if "RANK" not in os.environ:
+    if os.environ.get("RANK", "0") == "0":
         from sftmix.preflight import check
 
         check(config)
@@ -100,24 +96,18 @@ def _dispatch(options: argparse.Namespace) -> int:
         return 0
     only = None if options.command == "run" else options.command
     force = getattr(options, "force", False)
-    if config.engine.num_processes > 1 and "RANK" not in os.environ:
-        return _launch(config, options, only=only, force=force)
     from sftmix.pipeline import run_pipeline
 
+    if config.engine.num_processes > 1 and "RANK" not in os.environ:
+        from sftmix.launcher import launch
+
+        if only in (None, "data"):  # one process tokenises: ranks that wait for it would only hold GPUs
+            run_pipeline(config, only="data", force=force)
+        if only != "data":
+            return launch(config, options.config, options.overrides, only=only, force=force)
+        return 0
     run_pipeline(config, only=only, force=force)
     return 0
-
-
-def _launch(config: Config, options: argparse.Namespace, *, only: str | None, force: bool) -> int:
-    from sftmix.launcher import launch
-    from sftmix.pipeline import run_pipeline
-
-    if only == "data" or (only is None and config.engine.num_processes > 1):
-        # One process tokenises; ranks that wait for it would only hold GPUs.
-        run_pipeline(config, only="data", force=force and only == "data")
-    if only == "data":
-        return 0
-    return launch(config, options.config, options.overrides, only=only, force=force)
 
 
 if __name__ == "__main__":

@@ -173,6 +173,27 @@ def run_pipeline(config: Config, *, only: str | None = None, force: bool = False
     return folder_of[only or stages[-1].name]
 
 
+def folder_of_last(config: Config, only: str | None) -> Path:
+    """Returns the folder that is published last: that of `only`, or of the last stage."""
+    folders = {stage.name: config.run.dir / stage.folder for stage in stages_of(config)}
+    return folders[only] if only else list(folders.values())[-1]
+
+
+def first_unfinished_stage(config: Config, only: str | None = None) -> str | None:
+    """Returns the first stage, up to `only`, whose output is missing or was made with other settings; None if all are done."""
+    digests: dict[str, str] = {}
+    for stage in stages_of(config):
+        folder = config.run.dir / stage.folder
+        manifest = artifacts.read_manifest(folder)
+        inputs = {name: digests[name] for name in stage.reads}
+        if manifest is None or not _is_current(stage, folder, stage.settings(config), inputs):
+            return stage.name
+        digests[stage.name] = manifest.digest
+        if stage.name == only:
+            break
+    return None
+
+
 def _is_current(stage: Stage, folder: Path, settings: dict[str, Any], inputs: dict[str, str]) -> bool:
     manifest = artifacts.read_manifest(folder)
     if manifest is None or manifest.fingerprint != artifacts.stage_fingerprint(stage.name, settings, inputs):

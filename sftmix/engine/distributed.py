@@ -67,30 +67,34 @@ def environment_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def has_gpu() -> bool:
+    """Is there a device that torch and NCCL can use?"""
+    return torch.cuda.is_available()
+
+
 def init_ranks() -> Ranks:
     """Joins the process group that the launcher (deepspeed, torchrun, srun) describes, or one of a single process.
 
     NCCL on GPUs, gloo on CPUs. Calling it again returns the same group.
     """
-    has_gpu = torch.cuda.is_available()
-    if not has_gpu:
+    if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     deepspeed = import_deepspeed()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
-    if has_gpu:
+    device = torch.device("cuda", local_rank) if has_gpu() else torch.device("cpu")
+    if has_gpu():
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        if not has_gpu:
+        if not has_gpu():
             # DeepSpeed would build a C++ extension for shared-memory reductions at the first start. gloo does
             # the same without a compiler, without a lock file that a killed build leaves behind for every later
             # start to wait on, and without leftovers in /dev/shm.
             from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
             deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
-        backend = "nccl" if has_gpu else "gloo"
+        backend = "nccl" if has_gpu() else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_LIMIT)
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
 
@@ -112,10 +116,9 @@ def import_deepspeed():  # type: ignore[no-untyped-def]
 
 def resolve_precision(wanted: str) -> str:
     """Returns "bf16", "fp16" or "fp32". Raises ConfigError where the device cannot compute in what is wanted."""
-    has_gpu = torch.cuda.is_available()
     if wanted == "auto":
-        return "bf16" if has_gpu and torch.cuda.is_bf16_supported() else "fp32"
-    if wanted == "bf16" and has_gpu and not torch.cuda.is_bf16_supported():
+        return "bf16" if has_gpu() and torch.cuda.is_bf16_supported() else "fp32"
+    if wanted == "bf16" and has_gpu() and not torch.cuda.is_bf16_supported():
         raise ConfigError(f"engine.precision is bf16, which {torch.cuda.get_device_name()} does not have. Use fp16 or fp32.")
     return wanted
 
