@@ -39,7 +39,6 @@ setup(
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "rich>=13",
-        "zstandard>=0.22",
     ],
     extras_require={"dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"]},
     entry_points={"console_scripts": ["sftmix=sftmix.cli:main"]},

@@ -9,9 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Share = Annotated[float, Field(ge=0, le=1)]
+
+def _no_bool(value: Any) -> Any:
+    """`yes` is no number, though Python takes it for 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"{value} is no number")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Share = Annotated[Float, Field(ge=0, le=1)]
+DecayRate = Annotated[Float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -20,7 +31,7 @@ class Section(BaseModel):
 
 class RunConfig(Section):
     dir: Path = Field(description="Run folder: everything that the run makes goes here.")
-    seed: int = Field(0, ge=0, description="Seeds initial weights, data order, pairs and lam.")
+    seed: Int = Field(0, ge=0, description="Seeds initial weights, data order, pairs and lam.")
 
 
 class ModelConfig(Section):
@@ -44,7 +55,7 @@ class ModelConfig(Section):
 
 
 class TokenizerTrainConfig(Section):
-    vocab_size: int = Field(4000, ge=300, description="Pieces of the SentencePiece model, the 256 byte pieces included.")
+    vocab_size: Int = Field(4000, ge=300, description="Pieces of the SentencePiece model, the 256 byte pieces included.")
     model_type: Literal["bpe"] = Field("bpe", description="SentencePiece algorithm.")
 
 
@@ -63,12 +74,12 @@ class DataSource(Section):
     format: str = Field("auto", description="auto, alpaca, prompt, qa, dolly, messages or sharegpt.")
     columns: dict[str, str] = Field(default_factory=dict, description="Column of the file for each field of the format.")
     split: str = Field("train", description="Split of a Hub dataset or a saved DatasetDict.")
-    weight: float = Field(1.0, gt=0, description="Share of this source's examples that is used; 2.0 uses each twice.")
+    weight: Float = Field(1.0, gt=0, description="Share of this source's examples that is used; 2.0 uses each twice.")
 
 
 class GeneratorConfig(Section):
-    num_train: int = Field(3000, ge=4, description="Training examples.")
-    num_held_out: int = Field(300, ge=2, description="Held-out examples, never noisy.")
+    num_train: Int = Field(3000, ge=4, le=40_000, description="Training examples; there are about 59,000 distinct ones.")
+    num_held_out: Int = Field(300, ge=2, le=10_000, description="Held-out examples, never noisy.")
     noisy_share: Share = Field(0.15, description="Share of training examples with a wrong answer.")
 
 
@@ -78,9 +89,9 @@ class DataConfig(Section):
     generator: GeneratorConfig | None = Field(None, description="Instead of a source: generated toy skills (no download).")
     format: str = Field("auto", description="Format of `path`.")
     columns: dict[str, str] = Field(default_factory=dict, description="Column mapping of `path`.")
-    limit: int | None = Field(None, ge=2, description="Use this many examples, drawn with the seed, instead of all.")
+    limit: Int | None = Field(None, ge=2, description="Use this many examples, drawn with the seed, instead of all.")
     held_out_share: Share = Field(0.02, description="Share of the examples kept for held-out evaluation.")
-    max_length: int = Field(2048, ge=4, description="Tokens per example; the rest is cut off and listed.")
+    max_length: Int = Field(2048, ge=4, description="Tokens per example; the rest is cut off and listed.")
     overlong: Literal["truncate", "drop", "error"] = Field("truncate", description="What to do with a longer example.")
 
     @model_validator(mode="after")
@@ -98,29 +109,29 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    epochs: int = Field(3, ge=1, description="Passes over the training examples.")
-    batch_size: int = Field(32, ge=1, description="Examples per optimiser step, over all ranks and micro-batches.")
-    micro_batch_tokens: int = Field(8192, ge=1, description="Token budget of one forward, padding included.")
-    learning_rate: float = Field(2e-6, gt=0, description="Peak learning rate of AdamW.")
-    weight_decay: float = Field(0.1, ge=0, description="Applied to matrices; not to biases and norm weights.")
-    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="Decay rates of AdamW's moments.")
-    adam_eps: float = Field(1e-8, gt=0, description="Added to AdamW's denominator.")
+    epochs: Int = Field(3, ge=1, description="Passes over the training examples.")
+    batch_size: Int = Field(32, ge=1, description="Examples per optimiser step, over all ranks and micro-batches.")
+    micro_batch_tokens: Int = Field(8192, ge=1, description="Token budget of one forward, padding included.")
+    learning_rate: Float = Field(2e-6, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: Float = Field(0.1, ge=0, description="Applied to matrices; not to biases and norm weights.")
+    adam_betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.999), description="Decay rates of AdamW's moments.")
+    adam_eps: Float = Field(1e-8, gt=0, description="Added to AdamW's denominator.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="After the warm-up.")
     warmup_ratio: Share = Field(0.1, description="Share of the steps with rising learning rate.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Clips the global gradient norm; 0 switches clipping off.")
+    max_grad_norm: Float = Field(1.0, ge=0, description="Clips the global gradient norm; 0 switches clipping off.")
 
 
 class ReferenceConfig(Section):
     model: ModelConfig | None = Field(None, description="Reference model; default: the target's. A smaller one will do.")
     train: TrainConfig | None = Field(None, description="Fields given here replace those of `train`.")
-    num_checkpoints: int | None = Field(
+    num_checkpoints: Int | None = Field(
         None, ge=1, description="Evenly spaced checkpoints; default: the end of every epoch, or 3 if there are fewer than 3 epochs."
     )
 
 
 class ConfidenceConfig(Section):
     mode: Literal["checkpoints"] = Field("checkpoints", description="Every checkpoint of the reference run over all training examples.")
-    micro_batch_tokens: int = Field(16384, ge=1, description="Token budget of one forward, padding included.")
+    micro_batch_tokens: Int = Field(16384, ge=1, description="Token budget of one forward, padding included.")
 
 
 class SplitConfig(Section):
@@ -135,8 +146,8 @@ class SplitConfig(Section):
 
 
 class MixupConfig(Section):
-    weight: float = Field(0.2, ge=0, description="mu: factor of the Mixup loss. 0 is plain SFT.")
-    alpha: float = Field(0.5, gt=0, description="lam is drawn from Beta(alpha, alpha), once per pair and epoch.")
+    weight: Float = Field(0.2, ge=0, description="mu: factor of the Mixup loss. 0 is plain SFT.")
+    alpha: Float = Field(0.5, gt=0, description="lam is drawn from Beta(alpha, alpha), once per pair and epoch.")
 
 
 class BaselineConfig(Section):
@@ -144,8 +155,10 @@ class BaselineConfig(Section):
 
 
 class EngineConfig(Section):
-    num_processes: int = Field(1, ge=1, description="Processes that `sftmix run` starts on this machine, one per GPU.")
-    zero_stage: Literal[0, 1, 2, 3] = Field(3, description="What DeepSpeed shards over the ranks: 1 optimiser, 2 + gradients, 3 + weights.")
+    num_processes: Int = Field(1, ge=1, description="Processes that `sftmix run` starts on this machine, one per GPU.")
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_bool)] = Field(
+        3, description="What DeepSpeed shards over the ranks: 1 optimiser, 2 + gradients, 3 + weights."
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: bf16 on GPUs that have it, fp32 on CPUs.")
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward: less memory, more time.")
     deepspeed: Path | None = Field(None, description="A DeepSpeed JSON file to build on; must not contradict this file.")
@@ -153,11 +166,11 @@ class EngineConfig(Section):
 
 
 class EvaluationConfig(Section):
-    micro_batch_tokens: int = Field(16384, ge=1, description="Token budget of one forward, padding included.")
+    micro_batch_tokens: Int = Field(16384, ge=1, description="Token budget of one forward, padding included.")
 
 
 class LogConfig(Section):
-    every_steps: int = Field(10, ge=1, description="Steps between two lines of metrics.")
+    every_steps: Int = Field(10, ge=1, description="Steps between two lines of metrics.")
     tensorboard: bool = Field(True, description="Also write TensorBoard event files.")
 
 

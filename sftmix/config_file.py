@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +14,18 @@ from sftmix.config import Config
 from sftmix.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which knows no Python types, with numbers such as 2e-6, which YAML 1.1 takes for text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Its counterpart, which quotes text that looks like such a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -29,13 +42,16 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(detail, path, places) for detail in error.errors()]
-        raise ConfigError("\n".join(lines)) from None
+        # What `reference.train` inherits from `train` is reported where it stands.
+        inherited = {("train", *d["loc"][2:]) for d in error.errors() if d["loc"][:2] == ("reference", "train")}
+        at_home = {d["loc"] for d in error.errors()} & inherited
+        details = [d for d in error.errors() if d["loc"][:2] != ("reference", "train") or ("train", *d["loc"][2:]) not in at_home]
+        raise ConfigError("\n".join(_explain(detail, path, places) for detail in details)) from None
 
 
 def dump_config(config: Config) -> str:
     """Returns the resolved config as YAML; loading it again gives an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
@@ -44,14 +60,16 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
         hint = f" Did you mean {path.parent / near[0]}?" if near else " Give the path of a YAML file; see configs/."
         raise ConfigError(f"{path}: no such config file.{hint}")
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=_Loader)
+        places: dict[KeyPath, str] = {}
+        if node is not None:
+            _record_places(node, (), path, places)
+        raw = _Loader(text).get_single_data()
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict) or node is None:
         raise ConfigError(f"{path}: expected sections such as `run:`, `model:` and `data:`, found {type(raw).__name__}.")
-    places: dict[KeyPath, str] = {}
-    _record_places(node, (), path, places)
     return raw, places
 
 
@@ -75,8 +93,8 @@ def _apply_override(raw: dict[str, Any], places: dict[KeyPath, str], override: s
     if not equals or not name:
         raise ConfigError(f"override `{override}`: expected `key.sub=value`, for example `train.epochs=1`.")
     try:
-        parsed = yaml.safe_load(value) if value else None
-    except yaml.YAMLError as error:
+        parsed = _Loader(value).get_single_data() if value else None
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"override `{override}`: the value is not valid YAML: {' '.join(str(error).split())}") from None
     keys = name.split(".")
     section = raw
@@ -87,6 +105,8 @@ def _apply_override(raw: dict[str, Any], places: dict[KeyPath, str], override: s
             section[key] = {}
         section = section[key]
     section[keys[-1]] = parsed
+    for inside in [place for place in places if place[: len(keys)] == tuple(keys)]:
+        del places[inside]  # what the file says there is replaced
     for depth in range(len(keys)):  # an error inside the value is the override's, not the file's
         places.setdefault(tuple(keys[: depth + 1]), f"override `{override}`")
     places[tuple(keys)] = f"override `{override}`"

@@ -17,25 +17,26 @@ from sftmix.errors import ConfigError
 # https://www.deepspeed.ai/docs/config-json/, as of DeepSpeed 0.19
 KNOWN_KEYS = frozenset(
     """
-    activation_checkpointing aio allgather_partitions amp autotuning bf16 bfloat16 checkpoint comms_logger
-    communication_data_type compile compression_training csv_monitor curriculum_learning data_efficiency data_types
-    dataloader_drop_last disable_allgather dump_state eigenvalue elasticity flops_profiler
-    fp16 gradient_accumulation_steps gradient_clipping gradient_predivide_factor graph_harvesting hybrid_engine
-    memory_breakdown optimizer pipeline prescale_gradients
-    progressive_layer_drop scheduler seq_parallel_communication_data_type sequence_parallel_size sparse_attention
-    sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size
-    train_micro_batch_size_per_gpu use_data_before_expert_parallelism wall_clock_breakdown wandb
-    weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+    activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile
+    csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc
+    dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
+    gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline
+    prescale_gradients scheduler seq_parallel_communication_data_type sequence_parallel_size steps_per_print
+    tensor_parallel tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
+    use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb weight_quantization
+    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
     """.split()
 )
 
-# Decided by the YAML or by the batch plan; the JSON may leave them out or say "auto".
+# Decided by the YAML or by what follows from it; the JSON may leave them out or say "auto".
 OWNED_BY_SFTMIX = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_tokens",
     "gradient_accumulation_steps": "train.micro_batch_tokens",
     "optimizer": "train.learning_rate, train.weight_decay, train.adam_betas",
     "scheduler": "train.schedule, train.warmup_ratio",
+    "managed_gradient_accumulation": "the batch plan",
+    "gradient_allreduce_op": "the loss, which is a mean over the whole step",
 }
 
 
@@ -53,8 +54,8 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
-    except FileNotFoundError:
-        raise ConfigError(f"engine.deepspeed: {path} does not exist. Give the path of a DeepSpeed JSON file.") from None
+    except OSError as error:
+        raise ConfigError(f"engine.deepspeed: {path}: {error.strerror}. Give the path of a DeepSpeed JSON file.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid JSON: {error}. Mend the file.") from None
     if not isinstance(content, dict):
@@ -83,12 +84,12 @@ def deepspeed_config(config: Config, *, precision: str, world_size: int, max_gra
     zero = _section(content, "zero_optimization", where)
     _agree(zero, "stage", config.engine.zero_stage, f"{where}: zero_optimization.stage", "engine.zero_stage")
     _agree(content, "gradient_clipping", max_grad_norm, f"{where}: gradient_clipping", "train.max_grad_norm")
-    for name in ("bf16", "fp16"):
-        section = _section(content, name, where)
-        _agree(section, "enabled", precision == name, f"{where}: {name}.enabled", f"engine.precision ({precision})")
+    for name, key in (("bf16", "bfloat16" if "bfloat16" in content else "bf16"), ("fp16", "fp16")):  # DeepSpeed reads both names
+        section = _section(content, key, where)
+        _agree(section, "enabled", precision == name, f"{where}: {key}.enabled", f"engine.precision ({precision})")
 
     # Gradients of the micro-batches are summed in float32 whatever the weights' dtype.
-    content.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    _section(content, "data_types", where).setdefault("grad_accum_dtype", "fp32")
     content.setdefault("steps_per_print", 2**62)  # progress is shown by runlog, not by DeepSpeed
     content["train_micro_batch_size_per_gpu"] = 1
     content["gradient_accumulation_steps"] = 1

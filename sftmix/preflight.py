@@ -28,9 +28,9 @@ def check(config: Config) -> None:
             deepspeed_config(config, precision=precision, world_size=1, max_grad_norm=train.max_grad_norm)
     choose_template(config.tokenizer.chat_template, None)
     models = _models(config)
-    for model in models.values():
+    for name, model in models.items():
         if model.path is not None:
-            check_model_folder(model.path)
+            check_model_folder(model.path, name=name)
     _check_fit(config, models)
 
 
@@ -50,11 +50,11 @@ def _check_fit(config: Config, models: dict[str, ModelConfig]) -> None:
 
         tokenizer = load_tokenizer(config)
         for name, model in models.items():
-            check_fit(hf_config(model, tokenizer), tokenizer, max_length=max_length, name=name)
+            check_fit(hf_config(model, tokenizer, name=name), tokenizer, max_length=max_length, name=name)
         return
     size = config.tokenizer.train.vocab_size
     for name, model in models.items():
-        settings = hf_config(model)
+        settings = hf_config(model, name=name)
         check_context(settings, max_length=max_length, name=name)
         is_given = model.path is not None or "vocab_size" in (model.architecture or {})
         if is_given and size > settings.vocab_size:

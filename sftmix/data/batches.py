@@ -42,7 +42,7 @@ class TokenisedExamples:
     def tokens(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Returns the (S,) token ids and the (S,) response mask of one example."""
         row = self._tokens[int(index)]
-        return np.asarray(row["input_ids"]), np.asarray(row["response_mask"], dtype=bool)
+        return np.asarray(row["input_ids"], dtype=np.int32), np.asarray(row["response_mask"], dtype=bool)
 
 
 @dataclass(frozen=True)

@@ -78,9 +78,9 @@ def to_messages(row: dict[str, Any], format_name: str, columns: dict[str, str]) 
         fields[field] = row[column]
     group = fields.pop("group", None)
     messages = convert(fields)
-    for message in messages:
+    for text in (*(message["content"] for message in messages), str(group)):
         try:
-            message["content"].encode("utf-8")
+            text.encode("utf-8")
         except UnicodeEncodeError:
             raise BadRow("the text holds half of a surrogate pair, which is no character") from None
     return tuple(messages), None if group is None else str(group)
@@ -135,7 +135,7 @@ def _turns(fields: dict[str, Any], name: str, role_key: str, content_key: str) -
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict) or role_key not in turn or content_key not in turn:
             raise BadRow(f"turn {number} of {name!r} has no {role_key!r} and {content_key!r}")
-        role, content = _ROLES.get(turn[role_key]), turn[content_key]
+        role, content = _ROLES.get(str(turn[role_key])), turn[content_key]
         if role is None:
             raise BadRow(f"turn {number} of {name!r} has the role {turn[role_key]!r}, expected one of {sorted(_ROLES)}")
         if not isinstance(content, str):

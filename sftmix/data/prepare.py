@@ -256,7 +256,8 @@ def _write_arrow(path: Path, rows: Iterator[Row], noisy: set[str], identity: Any
 
         for row in rows:
             example, ids, mask = row["example"], row["ids"], row["mask"]
-            identity.update(f"{path.name}:{example.example_id}:{len(ids)}:".encode() + ids.tobytes() + np.packbits(mask).tobytes())
+            identity.update(repr((path.name, example.example_id, example.group, len(ids))).encode())
+            identity.update(ids.tobytes() + np.packbits(mask).tobytes())
             values = (
                 example.example_id, ids, mask, len(ids), int(mask.sum()), row["is_truncated"],
                 example.example_id in noisy, example.group, example.place, json.dumps(example.messages, ensure_ascii=False),

@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -25,6 +26,7 @@ Row = dict[str, Any]
 COMPRESSED = (".gz", ".xz", ".zst")
 TEXT_FORMATS = (".json", ".jsonl", ".csv")
 MAX_LISTED = 20  # bad rows in one message
+UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)  # a file that is cut off, damaged, or of another kind
 
 
 class BadRows:
@@ -98,9 +100,10 @@ def _open(path: Path) -> IO[bytes]:
     if path.suffix == ".xz":
         return lzma.open(path, "rb")
     if path.suffix == ".zst":
-        import zstandard
+        import pyarrow
 
-        return zstandard.open(path, "rb")
+        # Not the package zstandard: it takes the end of a file that was cut off for the end of its content.
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
     return path.open("rb")
 
 
@@ -113,7 +116,7 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[tuple[str, Row]]:
                 yield from _read_json_array(path, content, bad)
             else:
                 yield from _read_json_lines(path, io.BytesIO(content) if content is not None else file, bad)
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path}: cannot be read: {error}. Check that the file is whole and of the kind its name says.") from None
 
 
@@ -149,10 +152,11 @@ def _read_json_array(path: Path, content: bytes, bad: BadRows) -> Iterator[tuple
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}. Save the file as UTF-8.") from None
+        line = content[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: not UTF-8 at byte {error.start} of the file. Save it as UTF-8.") from None
     decoder = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
     position, line, counted = text.index("[") + 1, 1, 0
-    expect_item = True
+    expect_item, has_items = True, False
     while True:
         while position < len(text) and text[position] in " \t\r\n":
             position += 1
@@ -160,7 +164,7 @@ def _read_json_array(path: Path, content: bytes, bad: BadRows) -> Iterator[tuple
         place = f"{path}:{line}"
         if position >= len(text):
             raise DataError(f"{place}: the array does not end with `]`. Is the file cut off?")
-        if text[position] == "]":
+        if text[position] == "]" and not (expect_item and has_items):
             if text[position + 1 :].strip():
                 raise DataError(f"{place}: text after the end of the array. Remove it.")
             return
@@ -175,7 +179,7 @@ def _read_json_array(path: Path, content: bytes, bad: BadRows) -> Iterator[tuple
             raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}). Mend the file.") from None
         except (ValueError, RecursionError) as error:
             raise DataError(f"{place}: {error}. Mend the file.") from None
-        expect_item = False
+        expect_item, has_items = False, True
         if isinstance(row, dict):
             yield place, row
         else:
@@ -197,19 +201,32 @@ def _no_constants(name: str) -> None:
 
 def _read_csv(path: Path, bad: BadRows) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(1 << 30)
+    line = 0
+
+    def lines(file: IO[bytes]) -> Iterator[str]:
+        nonlocal line
+        for line, raw in enumerate(file, start=1):
+            yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
+
     try:
-        with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
+        with _open(path) as file:
+            reader = csv.DictReader(lines(file), strict=True)
+            names = list(reader.fieldnames or [])
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise DataError(f"{path}:1: the header names {', '.join(map(repr, twice))} twice. Rename one of the columns.")
             for row in reader:
                 place = f"{path}:{reader.line_num}"
                 if None in row:
-                    bad.add(place, f"more fields than the header's {len(reader.fieldnames or [])}")
+                    bad.add(place, f"more fields than the header's {len(names)}")
                 elif None in row.values():
-                    bad.add(place, f"fewer fields than the header's {len(reader.fieldnames or [])}")
+                    bad.add(place, f"fewer fields than the header's {len(names)}")
                 else:
                     yield place, row
-    except (csv.Error, UnicodeDecodeError, OSError, EOFError, lzma.LZMAError) as error:
-        raise DataError(f"{path}: cannot be read as CSV: {error}. Mend the file.") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}:{line}: not valid CSV in UTF-8: {error}. Mend the file.") from None
+    except UNREADABLE as error:
+        raise DataError(f"{path}: cannot be read: {error}. Check that the file is whole and of the kind its name says.") from None
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
@@ -222,7 +239,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}:row {number}", row
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {error}. Mend the file.") from None
 
 
@@ -231,11 +248,11 @@ def _read_saved_dataset(path: Path, source: DataSource) -> Iterator[tuple[str, R
 
     try:
         loaded = datasets.load_from_disk(str(path))
-    except (FileNotFoundError, OSError) as error:
-        raise DataError(f"{path}: not a folder written by `datasets.save_to_disk`: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:  # JSON and Arrow errors are ValueErrors
+        raise DataError(f"{path}: not a folder written by `datasets.save_to_disk`: {error}. Save it again.") from None
     if isinstance(loaded, datasets.DatasetDict):
         if source.split not in loaded:
-            raise DataError(f"{path}: no split {source.split!r}; it has {sorted(loaded)}. Set `split`.")
+            raise DataError(f"{path}: no split {source.split!r}; it has {sorted(loaded)}. Set `split` of the source (data.sources).")
         loaded = loaded[source.split]
     yield from ((f"{path}:row {number}", row) for number, row in enumerate(loaded, start=1))
 

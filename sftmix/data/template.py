@@ -52,7 +52,16 @@ def choose_template(named: str | None, own: str | None) -> str:
     path = Path(named)
     if not path.is_file():
         raise ConfigError(f"tokenizer.chat_template: {named} is neither a built-in template ({', '.join(BUILT_IN)}) nor a file.")
-    return path.read_text(encoding="utf-8")
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"tokenizer.chat_template: {named} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"tokenizer.chat_template: {named}:{error.lineno}: not a Jinja template: {error.message}. Mend it.") from None
+    return text
 
 
 class ChatEncoder:

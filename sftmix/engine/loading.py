@@ -9,6 +9,7 @@ and random weights are the same for every ZeRO stage and number of ranks.
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,20 +26,21 @@ if TYPE_CHECKING:
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
-def hf_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PretrainedConfig:
+def hf_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str = "model") -> PretrainedConfig:
     """Returns the transformers config of a model; for an architecture, completed from the tokenizer.
 
     Raises ConfigError for a folder without config or weights, an unknown model type or a value it refuses.
     """
-    from transformers import AutoConfig
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if model.path is not None:
-        check_model_folder(model.path)
+        check_model_folder(model.path, name=name)
         try:
             return AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ConfigError(f"model.path: {model.path} cannot be loaded: {first_line}") from None
+            raise ConfigError(f"{name}.path: {model.path} cannot be loaded: {first_line} Give a folder.") from None
     assert model.architecture is not None, "the schema wants one of path and architecture"
     values = dict(model.architecture)
     if tokenizer is not None:
@@ -46,25 +48,36 @@ def hf_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = No
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             values.setdefault(name, getattr(tokenizer, name))
     model_type = values.pop("model_type")
+    where = f"{name}.architecture (model_type {model_type!r})"
     try:
-        return AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"model.architecture (model_type {model_type!r}): {' '.join(str(error).split())[:300]}") from None
+        config = AutoConfig.for_model(model_type, **values)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        cause = error.__cause__ or error  # what transformers wraps says it in one line
+        raise ConfigError(f"{where}: {' '.join(str(cause).split())[:300]} Correct the value.") from None
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ConfigError(f"{where} is no causal language model of transformers. Name one, for example llama.")
+    known = set(type(config)().to_dict()) | set(config.attribute_map)
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            remedy = f"Did you mean `{near[0]}`?" if near else "Remove it."
+            raise ConfigError(f"{where}: `{key}` is no key of {type(config).__name__}, which would ignore it. {remedy}")
+    return config
 
 
-def check_model_folder(path: str) -> None:
+def check_model_folder(path: str, *, name: str = "model") -> None:
     """Raises ConfigError for a local folder that is not there, or holds no config or no safetensors weights."""
     folder = Path(path)
     if not folder.is_dir():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise ConfigError(f"model.path: {path} does not exist. Give a folder, or a Hub name such as `owner/name`.")
+            raise ConfigError(f"{name}.path: {path} does not exist. Give a folder, or a Hub name such as `owner/name`.")
         return
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"model.path: {path} holds no config.json. Give the folder of a Hugging Face model.")
+        raise ConfigError(f"{name}.path: {path} holds no config.json. Give the folder of a Hugging Face model.")
     if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
         found = sorted(p.name for p in folder.iterdir())[:8]
         raise ConfigError(
-            f"model.path: {path} holds no weights (*.safetensors); it holds {found}. Complete the folder; "
+            f"{name}.path: {path} holds no weights (*.safetensors); it holds {found}. Complete the folder; "
             "pickled weights (*.bin) are not read: convert them with transformers' save_pretrained."
         )
 

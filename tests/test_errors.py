@@ -1,0 +1,247 @@
+"""Whatever a user gets wrong ends with exit code 2 and a line that says what is wrong and what to do: no traceback."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from tokenizers_for_tests import character_tokenizer
+
+from sftmix.cli import main
+from sftmix.engine.distributed import Ranks
+from sftmix.errors import SftmixError
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 256,
+}
+NEEDED_LATER = ["torch", "transformers", "deepspeed", "datasets"]
+
+
+@pytest.fixture(autouse=True)
+def offline_and_without_a_launcher(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # read from the environment only once
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # left behind by tests that join a process group
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A folder with data, a tokenizer of 99 tokens, and models that are whole and that are not."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("given")
+    rows = [{"question": f"What is {n} and {n}?", "answer": f"It is {2 * n}."} for n in range(200)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "rows.txt").write_text("rows")
+    (folder / "broken.jinja").write_text("{% for")
+    (folder / "latin1.jinja").write_bytes(b"\xff")
+    (folder / "stage2.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (folder / "misspelled.json").write_text('{"zero_optimisation": {"stage": 3}}')
+    character_tokenizer().save_pretrained(folder / "tokenizer")
+    config = AutoConfig.for_model(**LLAMA, vocab_size=50)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model-of-50-tokens")
+    config.save_pretrained(folder / "model-without-weights")
+    config.save_pretrained(folder / "model-with-pickled-weights")
+    (folder / "model-with-pickled-weights" / "pytorch_model.bin").write_bytes(b"")
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.fixture
+def config(given, tmp_path):
+    """A config that is in order; its run folder does not exist yet."""
+    content = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"architecture": LLAMA},
+        "tokenizer": {"train": {"vocab_size": 330}},
+        "data": {"path": str(given / "rows.jsonl"), "max_length": 256},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def mistake(capsys, *arguments):
+    """Runs the command line in this process, which must end as a user's mistake does; returns what it says."""
+    code = main([str(argument) for argument in arguments])
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("sftmix: error: ")]
+    assert code == 2 and lines and "Traceback" not in said
+    return "\n".join(lines)
+
+
+GIVEN_TOKENIZER = ["tokenizer.train=", "tokenizer.path=GIVEN/tokenizer"]
+
+
+def model(name, folder="GIVEN/"):
+    return ["model.architecture=", f"model.path={folder}{name}", *GIVEN_TOKENIZER]
+
+
+# name -> (overrides, the cause, the remedy); GIVEN stands for the folder of that fixture
+FOUND_BEFORE_ANYTHING_STARTS = {
+    "unknown key": (["train.epohcs=1"], "`train.epohcs` is an unknown key", "Did you mean `epochs`?"),
+    "wrong type": (["train.epochs=many"], "`train.epochs` is 'many'", "should be a valid integer"),
+    "no override": (["epochs"], "override `epochs`", "for example `train.epochs=1`"),
+    "missing data": (["data.path=GIVEN/no.jsonl"], "GIVEN/no.jsonl does not exist", "Give the path of a file"),
+    "unknown format": (["data.format=alpacca"], "data.format is 'alpacca'", "expected auto, "),
+    "field of another format": (["data.format=qa", "data.columns={prompt: q}"], "data.columns maps ['prompt']", "it has ['answer',"),
+    "field of no format": (["data.columns={promt: q}"], "data.columns maps ['promt']", "it has ["),
+    "missing model": (model("none"), "model.path: GIVEN/none does not exist", "Give a folder, or a Hub name"),
+    "model not on the Hub": (model("none", folder=""), "model.path: none cannot be loaded", "Give a folder"),
+    "model without config": (model("empty"), "model.path: GIVEN/empty holds no config.json", "Give the folder of a Hugging Face model"),
+    "model without weights": (model("model-without-weights"), "holds no weights (*.safetensors)", "Complete the folder"),
+    "pickled weights": (model("model-with-pickled-weights"), "pickled weights (*.bin) are not read", "convert them"),
+    "missing reference model": (["reference.model={path: GIVEN/none}"], "reference.model.path: GIVEN/none does not exist", "Give a folder"),
+    "larger tokenizer": (model("model-of-50-tokens"), "the tokenizer has 99 tokens, the model's embedding 50 rows", "Use the model's own"),
+    "larger tokenizer to train": (["model.architecture.vocab_size=329"], "tokenizer.train.vocab_size is 330", "Lower it"),
+    "missing tokenizer": (["tokenizer.train=", "tokenizer.path=GIVEN/none"], "tokenizer: GIVEN/none cannot be loaded", "tokenizer.train"),
+    "model without tokenizer": (["model={path: GIVEN/model-of-50-tokens}", "tokenizer.train="], "cannot be loaded", "tokenizer.path"),
+    "long examples": (["data.max_length=257"], "data.max_length is 257, but the context of model is 256", "Lower data.max_length"),
+    "long examples for gpt2": (["model.architecture={model_type: gpt2, n_positions: 9}"], "the context of model is 9 tokens", "Lower"),
+    "unknown architecture": (["model.architecture.model_type=lama"], "model_type 'lama'", "Should contain one of"),
+    "no language model": (["model.architecture.model_type=vit"], "model.architecture (model_type 'vit')", "language model"),
+    "size that is no number": (["model.architecture.hidden_size=wide"], "model.architecture (model_type 'llama')", "hidden_size"),
+    "sizes that do not fit": (["model.architecture.hidden_size=9"], "model.architecture (model_type 'llama')", "multiple"),
+    "unknown key of an architecture": (["model.architecture.hiden_size=9"], "hiden_size", "Did you mean `hidden_size`?"),
+    "unknown template": (["tokenizer.chat_template=chatlm"], "chatlm is neither a built-in template", "alpaca, chatml"),
+    "template that does not parse": (["tokenizer.chat_template=GIVEN/broken.jinja"], "GIVEN/broken.jinja", "tokenizer.chat_template"),
+    "template that is not UTF-8": (["tokenizer.chat_template=GIVEN/latin1.jinja"], "GIVEN/latin1.jinja", "tokenizer.chat_template"),
+    "contradiction": (["engine.deepspeed=GIVEN/stage2.json"], "stage is 2, but engine.zero_stage is 3", "Make them equal"),
+    "unknown DeepSpeed key": (["engine.deepspeed=GIVEN/misspelled.json"], "`zero_optimisation`", "Did you mean `zero_optimization`?"),
+    "DeepSpeed file is a folder": (["engine.deepspeed=GIVEN/empty"], "GIVEN/empty", "Give the path of a DeepSpeed JSON file"),
+}
+
+
+@pytest.mark.parametrize("name", FOUND_BEFORE_ANYTHING_STARTS)
+def test_a_mistake_is_named_with_its_remedy_before_anything_is_written(name, config, given, tmp_path, capsys):
+    overrides, cause, remedy = FOUND_BEFORE_ANYTHING_STARTS[name]
+    said = mistake(capsys, "data", config, *[text.replace("GIVEN", str(given)) for text in overrides])
+    assert cause.replace("GIVEN", str(given)) in said and remedy in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_config_that_the_mistakes_are_made_in_is_in_order(config, tmp_path):  # the test of the test
+    assert main(["data", str(config)]) == 0
+    assert (tmp_path / "run" / "data" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("override", "cause", "remedy"),
+    [
+        ("data.path=GIVEN/rows.txt", "GIVEN/rows.txt: unknown kind of file", "Expected .json, .jsonl"),
+        ("data.path=owner/name", "owner/name is no local file", "download it and give its path"),
+        ("tokenizer.train.vocab_size=90000", "cannot be trained", "Lower tokenizer.train.vocab_size"),
+        ("run.dir=GIVEN/rows.txt", "GIVEN/rows.txt is a file", "Name a folder"),
+        ("run.dir=GIVEN/rows.txt/run", "GIVEN/rows.txt/run cannot be written", "Name another folder"),
+        ("run.dir=GIVEN/tokenizer", "GIVEN/tokenizer is not empty and is no run folder", "Name another, or an empty one"),
+    ],
+)
+def test_a_mistake_that_shows_only_later_is_named_with_its_remedy(override, cause, remedy, config, given, capsys):
+    said = mistake(capsys, "data", config, override.replace("GIVEN", str(given)))
+    assert cause.replace("GIVEN", str(given)) in said and remedy in said
+
+
+def test_a_foreign_run_folder_is_left_as_it_was(config, given, capsys):
+    before = sorted(given.rglob("*"))
+    mistake(capsys, "data", config, f"run.dir={given}")
+    assert sorted(given.rglob("*")) == before
+
+
+def test_a_stage_names_the_stage_that_must_run_before_it(config, capsys, monkeypatch):
+    alone = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    monkeypatch.setattr("sftmix.engine.distributed.init_ranks", lambda: alone)  # no process group is left behind
+    assert "Run `sftmix data CONFIG` first" in mistake(capsys, "score", config)
+    assert main(["data", str(config)]) == 0
+    assert "Run `sftmix reference CONFIG` first" in mistake(capsys, "score", config)
+
+
+def test_a_stage_that_is_switched_off_is_not_run(config, capsys):
+    assert "Switch it on" in mistake(capsys, "baseline", config, "baseline.enabled=false")
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [([], "holds no finished model. Run `sftmix run CONFIG` first"), (["--which", "reference"], "expected one of sftmix, baseline")],
+)
+def test_there_is_nothing_to_export_before_a_run(options, cause, config, tmp_path, capsys):
+    assert cause in mistake(capsys, "export", config, "--to", tmp_path / "new", *options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_each_of_several_mistakes_has_a_line_of_its_own(config, capsys):
+    assert len(mistake(capsys, "data", config, "train.epohcs=1", "log.every_steps=0").splitlines()) == 2
+
+
+def test_overrides_count_before_and_behind_an_option(config, capsys):
+    assert len(mistake(capsys, "data", config, "train.epohcs=1", "--force", "log.every_steps=0").splitlines()) == 2
+
+
+def test_a_missing_config_suggests_one_with_a_near_name(config, capsys):
+    assert f"Did you mean {config}?" in mistake(capsys, "run", config.with_name("runn.yaml"))
+
+
+def test_debug_shows_the_traceback(config):
+    with pytest.raises(SftmixError, match="epohcs"):
+        main(["data", str(config), "train.epohcs=1", "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "COMMAND"),
+        (["trian", "CONFIG"], "invalid choice: 'trian'"),
+        (["run"], "CONFIG"),
+        (["run", "CONFIG", "--fast"], "unrecognized arguments: --fast"),
+        (["run", "CONFIG", "train.epochs=1", "--fast", "log.every_steps=1"], "--fast"),
+        (["export", "CONFIG"], "--to"),
+        (["inspect", "CONFIG", "--num", "many"], "invalid int value: 'many'"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_usage_and_code_2(arguments, said, config, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([str(config) if argument == "CONFIG" else argument for argument in arguments])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("usage: sftmix") and said in error
+
+
+# Nobody waits for torch to read a help text or the name of a misspelled key.
+
+
+def modules_loaded_by(code, *arguments):
+    """Runs `code` in a fresh interpreter; returns its exit code and the modules that it has loaded."""
+    script = f"import sys, json\ncode = 0\ntry:\n    {code}\nexcept SystemExit as end:\n    code = end.code\nprint()\n"
+    script += "print(json.dumps([code or 0, sorted(sys.modules)]))"
+    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=True)
+    code, modules = json.loads(done.stdout.splitlines()[-1])
+    return code, set(modules)
+
+
+@pytest.mark.parametrize("code", ["import sftmix", "import sftmix.cli", "import sftmix.cli; sftmix.cli.main(['--help'])"])
+def test_help_and_import_load_nothing_heavy(code):
+    ended_with, modules = modules_loaded_by(code)
+    assert ended_with == 0 and "sftmix" in modules
+    assert not modules & {*NEEDED_LATER, "pydantic", "yaml"}
+
+
+def test_a_mistake_in_the_config_is_reported_without_loading_torch(config):
+    config.write_text(config.read_text() + "trian: {}\n")
+    code, modules = modules_loaded_by("import sftmix.cli; sys.exit(sftmix.cli.main(['run', sys.argv[1]]))", config)
+    assert code == 2 and "pydantic" in modules
+    assert not modules & set(NEEDED_LATER)
+
+
+def test_the_probe_of_modules_sees_what_is_loaded():  # the test of the test
+    assert "pydantic" in modules_loaded_by("import pydantic")[1]
+    assert "pydantic" not in modules_loaded_by("pass")[1]
+    assert modules_loaded_by("sys.exit(3)")[0] == 3
