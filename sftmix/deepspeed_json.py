@@ -84,9 +84,11 @@ def deepspeed_config(config: Config, *, precision: str, world_size: int, max_gra
     zero = _section(content, "zero_optimization", where)
     _agree(zero, "stage", config.engine.zero_stage, f"{where}: zero_optimization.stage", "engine.zero_stage")
     _agree(content, "gradient_clipping", max_grad_norm, f"{where}: gradient_clipping", "train.max_grad_norm")
-    for name, key in (("bf16", "bfloat16" if "bfloat16" in content else "bf16"), ("fp16", "fp16")):  # DeepSpeed reads both names
-        section = _section(content, key, where)
-        _agree(section, "enabled", precision == name, f"{where}: {key}.enabled", f"engine.precision ({precision})")
+    if "bfloat16" in content:
+        raise ConfigError(f"{where}: `bfloat16` is an old name, which DeepSpeed ignores beside `bf16`. Rename it to `bf16`.")
+    for name in ("bf16", "fp16"):
+        section = _section(content, name, where)
+        _agree(section, "enabled", precision == name, f"{where}: {name}.enabled", f"engine.precision ({precision})")
 
     # Gradients of the micro-batches are summed in float32 whatever the weights' dtype.
     _section(content, "data_types", where).setdefault("grad_accum_dtype", "fp32")
