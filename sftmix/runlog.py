@@ -91,6 +91,8 @@ class RunLog:
         self._lam.extend(lam.tolist())
         self._window_steps += 1
         self.num_skipped += is_skipped
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
         if step % self.every_steps and step != self.num_steps:
             return
         seconds = time.perf_counter() - self._window_start
@@ -145,12 +147,13 @@ class RunLog:
                 if name not in ("step", "epoch"):
                     # TensorBoard takes no spaces or brackets in names.
                     self._writer.add_scalar(f"{self.stage}/" + name.replace(" (", "_").replace("/s)", "_per_s").strip(")"), value, step)
-        mixup = f" mixup {line[MIXUP]:.4f}" if self.has_mixup else ""
-        info = f"ntp {line[NTP]:.4f}{mixup} |g| {line[GRAD_NORM]:.3g} lr {line[LEARNING_RATE]:.2e} {line[REAL_RATE]:,.0f} tok/s"
+        losses = f"ntp {line[NTP]:.4f}" + (f" mixup {line[MIXUP]:.4f}" if self.has_mixup else "")
+        rate = f"{line[REAL_RATE]:,.0f} tok/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, info=info)
+            self._bar.update(self._task, info=f"{losses} {rate}")
         else:
-            print(f"{self.stage} {step}/{self.num_steps} {info}", flush=True)
+            optimiser = f"|g| {line[GRAD_NORM]:.3g} lr {line[LEARNING_RATE]:.2e}"
+            print(f"{self.stage} {step}/{self.num_steps} {losses} {optimiser} {rate}", flush=True)
 
     def _clear(self) -> None:
         self._losses = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
@@ -162,13 +165,15 @@ class RunLog:
 def progress_bar() -> Any:
     """Returns the rich progress bar that all stages share."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
+    fixed = Column(no_wrap=True, min_width=7)  # on a narrow terminal the losses give way, not the step
     return Progress(
-        TextColumn("{task.description:>10}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[info]}"),
+        TextColumn("{task.description:>10}", table_column=Column(no_wrap=True, min_width=10)),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(table_column=fixed),
+        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
+        TextColumn("{task.fields[info]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
     )
 
 
