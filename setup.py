@@ -40,6 +40,6 @@ setup(
         "matplotlib>=3.8",
         "rich>=13",
     ],
-    extras_require={"dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"]},
+    extras_require={"dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "types-PyYAML", "zstandard"]},
     entry_points={"console_scripts": ["sftmix=sftmix.cli:main"]},
 )
