@@ -22,10 +22,13 @@ Axes: T rows that predict a response token, M mixed positions, D hidden size, V 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sftmix.kernels.pair_epilogue import pair_epilogue_torch
 
 IGNORE_INDEX = -100
 
@@ -73,12 +76,12 @@ def fused_linear_mixup_cross_entropy(
     lam: (M,) float32 in [0, 1]; share of the confident member.
     num_ntp_tokens, num_mixup_tokens: what the sums are divided by; default: this call's own counts.
         Pass the counts of the whole optimiser step to make the result independent of how it is cut up.
-    backend: "torch" (chunked; no (T, V) tensor lives beyond a chunk), "reference" (materialised, plain
-        autograd) or "triton"; default by device.
+    backend: "torch" or "triton" (chunked: no (T, V) tensor lives beyond a chunk) or "reference" (materialised,
+        plain autograd); default "torch".
 
     With no rows the loss is 0 with exact zero gradients and the graph attached, so that every rank of a
     sharded run takes part in the same collectives.
-    Raises ValueError for an unknown backend, RuntimeError for a weight that ZeRO-3 has not gathered.
+    Raises ValueError for an unknown backend or Triton without a GPU, RuntimeError for a weight that ZeRO-3 has not gathered.
     """
     if weight.numel() == 0:
         raise RuntimeError(
@@ -100,12 +103,20 @@ def fused_linear_mixup_cross_entropy(
     )
     if backend == "reference":
         return _reference(hidden, weight, bias, labels, pairs, lam, scales)
+    epilogue = _epilogue(backend)
+    loss, ntp, mixup, nll = _FusedLinearMixupCrossEntropy.apply(hidden, weight, bias, labels, pairs, lam, scales, epilogue)
+    return FusedLossOutput(loss, ntp, mixup, nll)
+
+
+def _epilogue(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     if backend == "torch":
-        loss, ntp, mixup, nll = _FusedLinearMixupCrossEntropy.apply(hidden, weight, bias, labels, pairs, lam, scales)
-        return FusedLossOutput(loss, ntp, mixup, nll)
+        return pair_epilogue_torch
     if backend == "triton":
-        raise ValueError('backend="triton" is not implemented yet; use "torch" or "reference"')
-    raise ValueError(f'unknown backend {backend!r}: expected "torch", "reference" or "triton"')
+        # Imported when asked for: triton does not exist on every platform, and decides then whether to interpret.
+        from sftmix.kernels.pair_epilogue_triton import pair_epilogue
+
+        return pair_epilogue
+    raise ValueError(f'unknown backend {backend!r}: expected "torch", "triton" or "reference"')
 
 
 class _Scales(NamedTuple):
@@ -184,11 +195,11 @@ def balanced_chunks(num_rows: int, vocab_size: int, itemsize: int, workspace_byt
 
 
 class _FusedLinearMixupCrossEntropy(torch.autograd.Function):
-    """Chunked in plain PyTorch. Gradients are formed in the forward, while a chunk's logits are there, and
-    returned from `backward`, so that autograd (and ZeRO-3's hooks) see the weight's gradient once."""
+    """Chunked products with an epilogue between them. Gradients are formed in the forward, while a chunk's logits are
+    there, and returned from `backward`, so that autograd (and ZeRO-3's hooks) see the weight's gradient once."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, pairs, lam, scales):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, hidden, weight, bias, labels, pairs, lam, scales, epilogue):  # type: ignore[no-untyped-def, override]
         num_rows, vocab_size = hidden.shape[0], weight.shape[0]
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
@@ -205,41 +216,26 @@ class _FusedLinearMixupCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=accumulate) if want_weight else None
         d_bias = hidden.new_zeros(vocab_size, dtype=accumulate) if want_bias else None
 
-        itemsize = torch.empty((), dtype=accumulate).element_size()
+        # The torch epilogue works on a copy in float32 where the logits are not; the Triton one in registers.
+        itemsize = hidden.element_size() if epilogue is not pair_epilogue_torch else torch.empty((), dtype=accumulate).element_size()
         for start, stop in balanced_chunks(num_rows, vocab_size, itemsize, WORKSPACE_BYTES):
             chunk = rows[start:stop]
-            logits = torch.nn.functional.linear(chunk, weight, bias).to(accumulate)
-            if scales.logit_scale != 1.0:
-                logits *= scales.logit_scale
-            first, last = start // 2, min(stop // 2, num_pairs)  # pairs of neighbours in this chunk
-            paired = max(0, 2 * (last - first))
-
-            # The mixed part is read off the raw logits first: the NTP part then overwrites them in place.
-            if paired:
-                share = lam[first:last, None].to(accumulate)
-                mixed = torch.lerp(logits[1:paired:2], logits[0:paired:2], share)
-                alive = (targets[start : start + paired].view(-1, 2) != scales.ignore_index).all(dim=1)
-                a = targets[start : start + paired : 2].clamp(min=0)[:, None]
-                b = targets[start + 1 : start + paired : 2].clamp(min=0)[:, None]
-                row_weight = alive * (scales.mixup_weight * scales.mixup)
-                mixup_nll[first:last] = alive * _loss_and_gradient_in_place(
-                    mixed, ((a, share), (b, 1 - share)), row_weight, scales.logit_softcap, want_any
-                )
-            valid = targets[start:stop] != scales.ignore_index
-            target = targets[start:stop].clamp(min=0)[:, None]
-            token_nll[start:stop] = valid * _loss_and_gradient_in_place(
-                logits, ((target, None),), valid * scales.ntp, scales.logit_softcap, want_any
+            logits = torch.nn.functional.linear(chunk, weight, bias)
+            first, last = min(start // 2, num_pairs), min(stop // 2, num_pairs)  # pairs of neighbours in this chunk
+            token_nll[start:stop], mixup_nll[first:last] = epilogue(
+                logits,
+                targets[start:stop],
+                lam[first:last],
+                scales.ntp,
+                scales.mixup * scales.mixup_weight,
+                scales.logit_scale,
+                scales.logit_softcap,
+                scales.ignore_index,
+                want_any,
             )
-            if not want_any:
-                continue
-            if paired:
-                logits[0:paired:2].addcmul_(mixed, share)
-                logits[1:paired:2].addcmul_(mixed, 1 - share)
-            if scales.logit_scale != 1.0:
-                logits *= scales.logit_scale
+            d_logits = logits  # overwritten
             if d_bias is not None:
-                d_bias += logits.sum(dim=0)
-            d_logits = logits.to(hidden.dtype)
+                d_bias += d_logits.sum(dim=0, dtype=accumulate)
             if d_rows is not None:
                 torch.mm(d_logits, weight, out=d_rows[start:stop])
             if d_weight is not None:
@@ -267,34 +263,4 @@ class _FusedLinearMixupCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss, *_):  # type: ignore[no-untyped-def, override]
         scaled = [None if saved is None else saved * d_loss.to(saved.dtype) for saved in ctx.saved_tensors]
-        return (*scaled, None, None, None, None)
-
-
-def _loss_and_gradient_in_place(
-    logits: Tensor,
-    targets: tuple[tuple[Tensor, Tensor | None], ...],
-    row_weight: Tensor,
-    softcap: float | None,
-    want_gradient: bool,
-) -> Tensor:
-    """Returns (N,) cross-entropy of (N, V) raw `logits` against targets given as (index (N, 1), share (N, 1)),
-    and overwrites the logits with `row_weight` times the gradient with respect to them."""
-    d_softcap: Tensor | None = None
-    if softcap is not None:
-        logits.div_(softcap).tanh_()
-        d_softcap = 1 - logits.square() if want_gradient else None
-        logits.mul_(softcap)
-    logsumexp = torch.logsumexp(logits, dim=1)
-    nll = logsumexp.clone()
-    for index, share in targets:
-        at_target = logits.gather(1, index)
-        nll -= (at_target if share is None else share * at_target).squeeze(1)
-    if want_gradient:
-        logits.sub_(logsumexp[:, None]).exp_()
-        for index, share in targets:
-            logits.scatter_add_(1, index, -torch.ones_like(logits[:, :1]) if share is None else -share)
-        # A row of weight 0 must leave exact zeros, also where its logits were infinite.
-        logits.mul_(row_weight[:, None]).masked_fill_((row_weight == 0)[:, None], 0.0)
-        if d_softcap is not None:
-            logits.mul_(d_softcap)
-    return nll
+        return (*scaled, None, None, None, None, None)

@@ -162,7 +162,7 @@ class EngineConfig(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: bf16 on GPUs that have it, fp32 on CPUs.")
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward: less memory, more time.")
     deepspeed: Path | None = Field(None, description="A DeepSpeed JSON file to build on; must not contradict this file.")
-    kernel_backend: Literal["torch", "reference"] | None = Field(None, description="Implementation of the loss; default by device.")
+    kernel_backend: Literal["torch", "triton", "reference"] = Field("torch", description="Implementation of the loss; triton needs a GPU.")
 
 
 class EvaluationConfig(Section):

@@ -1,0 +1,216 @@
+"""The Triton version of `pair_epilogue.py`, where the mathematics stand: one program per pair of logit rows.
+
+Three log-sum-exps run online in one pass over V; a second pass reads the logits again and overwrites them
+with scale * dz. The logits are read twice and written once, as a plain cross-entropy kernel would.
+
+Compiled ahead of time for sm_80, sm_90, sm_100 and gfx942 in `tests/kernels/test_ahead_of_time.py`: no spills.
+
+Axes: N rows of the chunk, M pairs among them, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+MAX_BLOCK = 4096  # columns of V per tile: with 8 warps 128 registers and no spills on sm_90; wider tiles spill
+
+
+def pair_epilogue(
+    logits: Tensor,
+    labels: Tensor,
+    lam: Tensor,
+    ntp_weight: Tensor,
+    mixup_weight: Tensor,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    want_gradient: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Returns the (N,) NTP and (M,) Mixup losses in nats, and overwrites the raw logits with their gradient.
+
+    logits: (N, V), contiguous rows; labels: (N,) int64; lam: (M,), M <= N // 2, share of row 2i in pair i.
+    ntp_weight, mixup_weight: 0-d tensors, what each row's and each pair's gradient is multiplied by; they stay on
+    the device. Losses are float32 (float64 for float64 logits) and are not multiplied by them.
+    A row with an ignored label gives 0 and exact zeros, and so does the mixed part of a pair with one.
+    `want_gradient=False`: the logits' content is undefined afterwards.
+    """
+    if not logits.is_cuda and not INTERPRETED:
+        raise ValueError(
+            f'backend="triton" needs a GPU, and the tensors are on {logits.device}. Use backend="torch", or set '
+            "TRITON_INTERPRET=1 before the start to interpret the kernels (for tests: it is slow)."
+        )
+    num_rows, vocab_size = logits.shape
+    num_pairs = lam.shape[0]
+    accumulate = torch.promote_types(logits.dtype, torch.float32)
+    nll = torch.empty(num_rows, dtype=accumulate, device=logits.device)
+    mixup = torch.empty(num_pairs, dtype=accumulate, device=logits.device)
+    options = {
+        "SCALE": float(logit_scale),  # compile-time: one value per model, and exact in float64
+        "CAP": None if logit_softcap is None else float(logit_softcap),
+        "WANT_GRADIENT": want_gradient,
+        "ACCUMULATE": tl.float64 if accumulate == torch.float64 else tl.float32,
+        "BLOCK": min(MAX_BLOCK, triton.next_power_of_2(vocab_size)),
+        "num_warps": 8,
+    }
+    weights = (ntp_weight.to(accumulate), mixup_weight.to(accumulate))
+    scalars = (logits.stride(0), vocab_size, ignore_index)
+    if num_pairs:
+        _pair_kernel[(num_pairs,)](logits, labels, lam.to(accumulate), nll, mixup, *weights, *scalars, **options)
+    if num_rows > 2 * num_pairs:
+        _row_kernel[(num_rows - 2 * num_pairs,)](logits, labels, nll, weights[0], *scalars, 2 * num_pairs, **options)
+    return nll, mixup
+
+
+@triton.jit
+def _softcap(z, CAP: tl.constexpr):
+    # CAP * tanh(z / CAP); written with exp because the interpreter has no tanh. exp overflows to inf, and 2 / inf is 0.
+    if CAP is None:
+        return z
+    else:
+        return CAP * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * z / CAP)))
+
+
+@triton.jit
+def _d_softcap(capped, CAP: tl.constexpr):
+    if CAP is None:
+        return 1.0
+    else:
+        return 1.0 - (capped / CAP) * (capped / CAP)
+
+
+@triton.jit
+def _online(maximum, total, values):
+    # Online softmax (https://arxiv.org/abs/1805.02867): running maximum, and the sum rescaled to it.
+    larger = tl.maximum(maximum, tl.max(values, axis=0))
+    return larger, total * tl.exp(maximum - larger) + tl.sum(tl.exp(values - larger), axis=0)
+
+
+@triton.jit
+def _pair_kernel(
+    logits_ptr,
+    labels_ptr,
+    lam_ptr,
+    nll_ptr,
+    mixup_ptr,
+    ntp_weight_ptr,
+    mixup_weight_ptr,
+    row_stride,
+    V,
+    ignore_index,
+    SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+    WANT_GRADIENT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pair = tl.program_id(0).to(tl.int64)  # int64: row * row_stride overflows int32 once N * V > 2**31
+    c_ptr = logits_ptr + 2 * pair * row_stride
+    u_ptr = c_ptr + row_stride
+    lam = tl.load(lam_ptr + pair)
+    rest = 1.0 - lam
+    y_c = tl.load(labels_ptr + 2 * pair)
+    y_u = tl.load(labels_ptr + 2 * pair + 1)
+    has_c = y_c != ignore_index
+    has_u = y_u != ignore_index
+
+    minus_inf = tl.full((), -float("inf"), ACCUMULATE)
+    zero = tl.full((), 0.0, ACCUMULATE)
+    m_c, m_u, m_m = minus_inf, minus_inf, minus_inf
+    s_c, s_u, s_m = zero, zero, zero
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < V
+        # Padding is 0 and masked to -inf after the mix: lam * -inf + 0 * -inf would be NaN.
+        z_c = tl.load(c_ptr + column, mask=inside, other=0.0).to(ACCUMULATE) * SCALE
+        z_u = tl.load(u_ptr + column, mask=inside, other=0.0).to(ACCUMULATE) * SCALE
+        mixed = _softcap(lam * z_c + rest * z_u, CAP)  # mixing comes before the soft-cap
+        m_c, s_c = _online(m_c, s_c, tl.where(inside, _softcap(z_c, CAP), minus_inf))
+        m_u, s_u = _online(m_u, s_u, tl.where(inside, _softcap(z_u, CAP), minus_inf))
+        m_m, s_m = _online(m_m, s_m, tl.where(inside, mixed, minus_inf))
+
+    # The logits at the labels, read before the second pass overwrites them.
+    at_c = tl.where(has_c, y_c, 0)
+    at_u = tl.where(has_u, y_u, 0)
+    cc = tl.load(c_ptr + at_c).to(ACCUMULATE) * SCALE
+    cu = tl.load(c_ptr + at_u).to(ACCUMULATE) * SCALE
+    uc = tl.load(u_ptr + at_c).to(ACCUMULATE) * SCALE
+    uu = tl.load(u_ptr + at_u).to(ACCUMULATE) * SCALE
+    mixed_c = _softcap(lam * cc + rest * uc, CAP)
+    mixed_u = _softcap(lam * cu + rest * uu, CAP)
+    # Shifted by the maximum before anything is subtracted from the logarithm: no cancellation between large logits.
+    nll_c = tl.log(s_c) - (_softcap(cc, CAP) - m_c)
+    nll_u = tl.log(s_u) - (_softcap(uu, CAP) - m_u)
+    nll_m = tl.log(s_m) - (lam * (mixed_c - m_m) + rest * (mixed_u - m_m))
+    tl.store(nll_ptr + 2 * pair, tl.where(has_c, nll_c, zero))
+    tl.store(nll_ptr + 2 * pair + 1, tl.where(has_u, nll_u, zero))
+    tl.store(mixup_ptr + pair, tl.where(has_c & has_u, nll_m, zero))
+
+    if WANT_GRADIENT:
+        w_ntp = tl.load(ntp_weight_ptr)
+        w_mix = tl.load(mixup_weight_ptr)
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < V
+            z_c = tl.load(c_ptr + column, mask=inside, other=0.0).to(ACCUMULATE) * SCALE
+            z_u = tl.load(u_ptr + column, mask=inside, other=0.0).to(ACCUMULATE) * SCALE
+            l_c = _softcap(z_c, CAP)
+            l_u = _softcap(z_u, CAP)
+            l_m = _softcap(lam * z_c + rest * z_u, CAP)
+            hit_c = tl.where(column == y_c, 1.0, 0.0)
+            hit_u = tl.where(column == y_u, 1.0, 0.0)
+            g_c = w_ntp * (tl.exp(l_c - m_c) / s_c - hit_c) * _d_softcap(l_c, CAP)
+            g_u = w_ntp * (tl.exp(l_u - m_u) / s_u - hit_u) * _d_softcap(l_u, CAP)
+            g_m = w_mix * (tl.exp(l_m - m_m) / s_m - lam * hit_c - rest * hit_u) * _d_softcap(l_m, CAP)
+            # Selected, not multiplied by 0: an ignored row leaves exact zeros where its logits are infinite, too.
+            g_m = tl.where(has_c & has_u, g_m, zero)
+            d_c = (tl.where(has_c, g_c, zero) + lam * g_m) * SCALE
+            d_u = (tl.where(has_u, g_u, zero) + rest * g_m) * SCALE
+            tl.store(c_ptr + column, d_c.to(c_ptr.dtype.element_ty), mask=inside)
+            tl.store(u_ptr + column, d_u.to(u_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _row_kernel(
+    logits_ptr,
+    labels_ptr,
+    nll_ptr,
+    ntp_weight_ptr,
+    row_stride,
+    V,
+    ignore_index,
+    first_row,
+    SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+    WANT_GRADIENT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = first_row + tl.program_id(0).to(tl.int64)
+    z_ptr = logits_ptr + row * row_stride
+    y = tl.load(labels_ptr + row)
+    has_label = y != ignore_index
+    minus_inf = tl.full((), -float("inf"), ACCUMULATE)
+    zero = tl.full((), 0.0, ACCUMULATE)
+    m = minus_inf
+    s = zero
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < V
+        z = tl.load(z_ptr + column, mask=inside, other=0.0).to(ACCUMULATE) * SCALE
+        m, s = _online(m, s, tl.where(inside, _softcap(z, CAP), minus_inf))
+    at_label = _softcap(tl.load(z_ptr + tl.where(has_label, y, 0)).to(ACCUMULATE) * SCALE, CAP)
+    tl.store(nll_ptr + row, tl.where(has_label, tl.log(s) - (at_label - m), zero))
+    if WANT_GRADIENT:
+        w_ntp = tl.load(ntp_weight_ptr)
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < V
+            z = tl.load(z_ptr + column, mask=inside, other=0.0).to(ACCUMULATE) * SCALE
+            capped = _softcap(z, CAP)
+            hit = tl.where(column == y, 1.0, 0.0)
+            g = w_ntp * (tl.exp(capped - m) / s - hit) * _d_softcap(capped, CAP) * SCALE
+            tl.store(z_ptr + column, tl.where(has_label, g, zero).to(z_ptr.dtype.element_ty), mask=inside)
