@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sftmix.config import Config
-from sftmix.errors import ConfigError
+from sftmix.errors import ConfigError, did_you_mean
 
 KeyPath = tuple[str | int, ...]
 
@@ -56,9 +56,9 @@ def dump_config(config: Config) -> str:
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f" Did you mean {path.parent / near[0]}?" if near else " Give the path of a YAML file; see configs/."
-        raise ConfigError(f"{path}: no such config file.{hint}")
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.yaml")], n=1)
+        hint = f"Did you mean {path.parent / near[0]}?" if near else "Give the path of a YAML file; see configs/."
+        raise ConfigError(f"{path}: no such config file. {hint}")
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=_Loader)
@@ -126,8 +126,7 @@ def _explain(detail: Any, path: Path, places: dict[KeyPath, str]) -> str:
     match detail["type"]:
         case "extra_forbidden":
             known = _fields_at(location[:-1])
-            near = difflib.get_close_matches(str(location[-1]), known, n=1)
-            remedy = f"Did you mean `{near[0]}`?" if near else f"Known keys here: {', '.join(known)}."
+            remedy = did_you_mean(str(location[-1]), known, f"Known keys here: {', '.join(known)}.")
             return f"{place}: `{name}` is an unknown key. {remedy}"
         case "missing":
             return f"{place}: `{name}` is missing. Add it to the file, or give `{name}=...` on the command line."

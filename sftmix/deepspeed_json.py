@@ -6,13 +6,12 @@ here; and a value that contradicts the YAML is refused with both values named.
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 from sftmix.config import Config
-from sftmix.errors import ConfigError
+from sftmix.errors import ConfigError, did_you_mean
 
 # https://www.deepspeed.ai/docs/config-json/, as of DeepSpeed 0.19
 KNOWN_KEYS = frozenset(
@@ -62,8 +61,7 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: expected a JSON object, found {type(content).__name__}.")
     for key in content:
         if key not in KNOWN_KEYS:
-            near = difflib.get_close_matches(key, sorted(KNOWN_KEYS), n=1)
-            remedy = f"Did you mean `{near[0]}`?" if near else "Remove it."
+            remedy = did_you_mean(key, KNOWN_KEYS, "Remove it.")
             raise ConfigError(f"{path}: `{key}` is no key of DeepSpeed, which would ignore it in silence. {remedy}")
     return content
 

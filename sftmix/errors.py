@@ -9,6 +9,17 @@ Each message says what was found (with file, line, key and value), what was expe
 The command line prints the message alone and exits with code 2; `--debug` shows the traceback.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
+    """Returns a question with the known word nearest to a misspelt one, or `otherwise` where none is near."""
+    near = difflib.get_close_matches(word, sorted(known), n=1)
+    return f"Did you mean `{near[0]}`?" if near else otherwise
+
 
 class SftmixError(Exception):
     """Base of all errors that a user can act on."""

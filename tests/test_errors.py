@@ -113,6 +113,7 @@ FOUND_BEFORE_ANYTHING_STARTS = {
     "no language model": (["model.architecture.model_type=vit"], "model.architecture (model_type 'vit')", "language model"),
     "size that is no number": (["model.architecture.hidden_size=wide"], "model.architecture (model_type 'llama')", "hidden_size"),
     "sizes that do not fit": (["model.architecture.hidden_size=9"], "model.architecture (model_type 'llama')", "multiple"),
+    "size for a ready tokenizer": (["model.architecture.hidden_size=a", *GIVEN_TOKENIZER], "model.architecture (model_type", "hidden_size"),
     "unknown key of an architecture": (["model.architecture.hiden_size=9"], "hiden_size", "Did you mean `hidden_size`?"),
     "unknown template": (["tokenizer.chat_template=chatlm"], "chatlm is neither a built-in template", "alpaca, chatml"),
     "template that does not parse": (["tokenizer.chat_template=GIVEN/broken.jinja"], "GIVEN/broken.jinja", "tokenizer.chat_template"),
@@ -134,6 +135,20 @@ def test_a_mistake_is_named_with_its_remedy_before_anything_is_written(name, con
 def test_the_config_that_the_mistakes_are_made_in_is_in_order(config, tmp_path):  # the test of the test
     assert main(["data", str(config)]) == 0
     assert (tmp_path / "run" / "data" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.architecture.rope_theta=5e5"],  # becomes a part of rope_parameters
+        ["model.architecture.rope_scaling={rope_type: linear, factor: 2.0}"],
+        ["model.architecture={model_type: qwen2, hidden_size: 32, num_attention_heads: 2, head_dim: 8}"],  # read with a default
+        ["model.architecture={model_type: gpt2, hidden_size: 16, n_head: 2}"],  # another name of n_embd
+        ["model.architecture={model_type: rwkv}", *GIVEN_TOKENIZER],  # which has no pad_token_id to fill in
+    ],
+)
+def test_keys_that_transformers_honours_are_taken_in_an_architecture(overrides, config, given):
+    assert main(["data", str(config), *[text.replace("GIVEN", str(given)) for text in overrides]]) == 0
 
 
 @pytest.mark.parametrize(

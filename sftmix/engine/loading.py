@@ -9,7 +9,8 @@ and random weights are the same for every ZeRO stage and number of ranks.
 from __future__ import annotations
 
 import contextlib
-import difflib
+import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from sftmix.config import ModelConfig
-from sftmix.errors import ConfigError
+from sftmix.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -45,8 +46,8 @@ def hf_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = No
     values = dict(model.architecture)
     if tokenizer is not None:
         values.setdefault("vocab_size", len(tokenizer))
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            values.setdefault(name, getattr(tokenizer, name))
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            values.setdefault(token, getattr(tokenizer, token))
     model_type = values.pop("model_type")
     where = f"{name}.architecture (model_type {model_type!r})"
     try:
@@ -56,13 +57,29 @@ def hf_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = No
         raise ConfigError(f"{where}: {' '.join(str(cause).split())[:300]} Correct the value.") from None
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ConfigError(f"{where} is no causal language model of transformers. Name one, for example llama.")
-    known = set(type(config)().to_dict()) | set(config.attribute_map)
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), n=1)
-            remedy = f"Did you mean `{near[0]}`?" if near else "Remove it."
+    read = _words_of_model_code(type(config))
+    for key in model.architecture:
+        if key not in read and key not in config.attribute_map and key != "model_type":
+            remedy = did_you_mean(key, type(config)().to_dict(), "Remove it.")
             raise ConfigError(f"{where}: `{key}` is no key of {type(config).__name__}, which would ignore it. {remedy}")
     return config
+
+
+def _words_of_model_code(config_class: type) -> set[str]:
+    """Returns every word in the code that reads a config of this class. transformers keeps any key it is given in
+    silence, and no list says which it reads: some are old names, some are read with a default far from the class."""
+    modules = (
+        config_class.__module__,
+        config_class.__module__.replace(".configuration_", ".modeling_"),
+        "transformers.configuration_utils",
+        "transformers.modeling_rope_utils",
+    )
+    words: set[str] = set()
+    for module in modules:
+        found = importlib.util.find_spec(module)
+        if found is not None and found.origin is not None:
+            words.update(re.findall(r"\w+", Path(found.origin).read_text(encoding="utf-8")))
+    return words
 
 
 def check_model_folder(path: str, *, name: str = "model") -> None:
