@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+CACHE_BYTES = 1 << 21  # of logits in one piece on a CPU; measured in benchmarks/kernels.py
+
 
 def pair_epilogue_reference(
     logits: Tensor,
@@ -77,23 +79,50 @@ def pair_epilogue_torch(
     A row with an ignored label gives 0 and exact zeros, and so does the mixed part of a pair with one.
     `want_gradient=False`: the logits' content is undefined afterwards.
     """
-    raw = logits.to(torch.promote_types(logits.dtype, torch.float32))  # the same tensor where it is float32 already
-    if logit_scale != 1.0:
-        raw *= logit_scale
-    paired = 2 * lam.shape[0]
-    share = lam.to(raw.dtype)[:, None]
+    num_rows, vocab_size = logits.shape
+    accumulate = torch.promote_types(logits.dtype, torch.float32)
+    nll = logits.new_empty(num_rows, dtype=accumulate)
+    mixup = logits.new_empty(lam.shape[0], dtype=accumulate)
     valid = labels != ignore_index
     target = labels.clamp(min=0)[:, None]
+    share = lam.to(accumulate)[:, None]
+    options = (ntp_weight, mixup_weight, logit_scale, logit_softcap, want_gradient)
+    # A dozen passes go over the logits: on a CPU, over a piece of them that stays in its cache meanwhile.
+    size = max(2, CACHE_BYTES // (vocab_size * nll.element_size()) // 2 * 2) if logits.device.type == "cpu" else max(1, num_rows)
+    for start in range(0, num_rows, size):
+        rows = slice(start, min(start + size, num_rows))
+        pairs = slice(min(start // 2, len(mixup)), min((start + size) // 2, len(mixup)))
+        nll[rows], mixup[pairs] = _epilogue_of_piece(logits[rows], target[rows], valid[rows], share[pairs], *options)
+    return nll, mixup
 
-    # The mixed part is read off the raw logits first: the NTP part then overwrites them.
-    mixed = torch.lerp(raw[1:paired:2], raw[0:paired:2], share)
-    alive = valid[:paired].view(-1, 2).all(dim=1)
-    targets = ((target[0:paired:2], share), (target[1:paired:2], 1 - share))
-    mixup = _loss_and_gradient_in_place(mixed, targets, alive, mixup_weight, logit_softcap, want_gradient)
+
+def _epilogue_of_piece(
+    logits: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    share: Tensor,
+    ntp_weight: Tensor,
+    mixup_weight: Tensor,
+    logit_scale: float,
+    logit_softcap: float | None,
+    want_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    raw = logits.to(share.dtype)  # the same tensor where it has this dtype already
+    if logit_scale != 1.0:
+        raw *= logit_scale
+    paired = 2 * share.shape[0]
+    mixup = share.new_zeros(0)
+    mixed = None
+    if paired:  # the mixed part is read off the raw logits first: the NTP part then overwrites them
+        mixed = torch.lerp(raw[1:paired:2], raw[0:paired:2], share)
+        alive = valid[:paired].view(-1, 2).all(dim=1)
+        targets = ((target[0:paired:2], share), (target[1:paired:2], 1 - share))
+        mixup = _loss_and_gradient_in_place(mixed, targets, alive, mixup_weight, logit_softcap, want_gradient)
     nll = _loss_and_gradient_in_place(raw, ((target, None),), valid, ntp_weight, logit_softcap, want_gradient)
     if want_gradient:
-        raw[0:paired:2].addcmul_(mixed, share)
-        raw[1:paired:2].addcmul_(mixed, 1 - share)
+        if mixed is not None:
+            raw[0:paired:2].addcmul_(mixed, share)
+            raw[1:paired:2].addcmul_(mixed, 1 - share)
         if logit_scale != 1.0:
             raw *= logit_scale
         if raw is not logits:
@@ -116,17 +145,24 @@ def _loss_and_gradient_in_place(
         logits.div_(softcap).tanh_()
         d_softcap = 1 - logits.square() if want_gradient else None
         logits.mul_(softcap)
-    logsumexp = torch.logsumexp(logits, dim=1)
-    nll = logsumexp.clone()
+    # exp is taken once, of the logits less their maximum, for the loss and the gradient both.
+    logits.sub_(logits.amax(dim=1, keepdim=True))
+    nll = torch.zeros_like(logits[:, 0])
     for index, share in targets:
         at_target = logits.gather(1, index)
         nll -= (at_target if share is None else share * at_target).squeeze(1)
+    total = logits.exp_().sum(dim=1, keepdim=True)
+    nll += total.squeeze(1).log()
     if want_gradient:
-        logits.sub_(logsumexp[:, None]).exp_()
+        logits.mul_(weight / total)
         for index, share in targets:
-            logits.scatter_add_(1, index, -torch.ones_like(logits[:, :1]) if share is None else -share)
-        # Filled, not multiplied by 0: a dead row leaves exact zeros where its logits are infinite, too.
-        logits.mul_(weight).masked_fill_(~alive[:, None], 0.0)
+            at_target = -weight.to(total.dtype).expand_as(total)
+            logits.scatter_add_(1, index, at_target if share is None else share * at_target)
         if d_softcap is not None:
             logits.mul_(d_softcap)
+        # Filled, not multiplied by 0: a dead row leaves exact zeros where its logits are infinite, too.
+        if logits.device.type == "cpu":
+            logits.index_fill_(0, (~alive).nonzero().squeeze(1), 0.0)
+        else:  # the same without waiting for the device
+            logits.masked_fill_(~alive[:, None], 0.0)
     return torch.where(alive, nll, torch.zeros_like(nll))
