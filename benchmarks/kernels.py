@@ -12,7 +12,6 @@ power depend on the data.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -61,7 +60,6 @@ def textbook(hidden, weight, labels, pairs, lam):  # type: ignore[no-untyped-def
 def providers(problem: dict[str, torch.Tensor], backend: str):  # type: ignore[no-untyped-def]
     """Returns name -> function of one forward and backward."""
     hidden, weight, labels, pairs, lam = problem.values()
-    none, no_lam = pairs[:0], lam[:0]
 
     def bare_products() -> None:
         with torch.no_grad():
@@ -69,9 +67,12 @@ def providers(problem: dict[str, torch.Tensor], backend: str):  # type: ignore[n
             logits @ weight
             logits.T @ hidden
 
+    def ours(pairs, lam) -> None:  # type: ignore[no-untyped-def]
+        fused_linear_mixup_cross_entropy(hidden, weight, labels, pairs, lam, MU, backend=backend).loss.backward()
+
     return {
-        "sftmix (ours)": lambda: fused_linear_mixup_cross_entropy(hidden, weight, labels, pairs, lam, MU, backend=backend).loss.backward(),
-        "ntp (ours)": lambda: fused_linear_mixup_cross_entropy(hidden, weight, labels, none, no_lam, MU, backend=backend).loss.backward(),
+        "sftmix (ours)": lambda: ours(pairs, lam),
+        "ntp (ours)": lambda: ours(pairs[:0], lam[:0]),
         "sftmix (textbook)": lambda: textbook(hidden, weight, labels, pairs, lam).backward(),
         "ntp (torch cross_entropy)": lambda: torch.nn.functional.cross_entropy((hidden @ weight.T).float(), labels).backward(),
         "three bare products": bare_products,

@@ -99,6 +99,8 @@ class DataConfig(Section):
         given = [name for name in ("path", "sources", "generator") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(f"give exactly one of `path`, `sources` and `generator`; found {given or 'none'}")
+        if self.path is None and (self.columns or self.format != "auto"):
+            raise ValueError("`format` and `columns` belong to `path`; with `sources`, give them to each source")
         return self
 
     @property

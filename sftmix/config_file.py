@@ -67,7 +67,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
             _record_places(node, (), path, places)
         raw = _Loader(text).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        text = " ".join(str(error).split()).replace('"<unicode string>"', str(path))
+        raise ConfigError(f"{path}: not valid YAML: {text}") from None
     if not isinstance(raw, dict) or node is None:
         raise ConfigError(f"{path}: expected sections such as `run:`, `model:` and `data:`, found {type(raw).__name__}.")
     return raw, places

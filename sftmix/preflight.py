@@ -16,7 +16,7 @@ def check(config: Config) -> None:
     from sftmix.data.readers import check_source
     from sftmix.data.template import choose_template
     from sftmix.deepspeed_json import deepspeed_config
-    from sftmix.engine.distributed import resolve_precision
+    from sftmix.engine.distributed import check_zero_section, resolve_precision
     from sftmix.engine.loading import check_model_folder
 
     for source in config.data.all_sources:
@@ -25,7 +25,8 @@ def check(config: Config) -> None:
     if config.engine.deepspeed is not None:
         for train in (config.train, config.reference_train):
             precision = resolve_precision(config.engine.precision)
-            deepspeed_config(config, precision=precision, world_size=1, max_grad_norm=train.max_grad_norm)
+            settings = deepspeed_config(config, precision=precision, world_size=1, max_grad_norm=train.max_grad_norm)
+            check_zero_section(settings["zero_optimization"], str(config.engine.deepspeed))
     choose_template(config.tokenizer.chat_template, None)
     models = _models(config)
     for name, model in models.items():

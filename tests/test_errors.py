@@ -47,6 +47,7 @@ def given(tmp_path_factory):
     (folder / "broken.jinja").write_text("{% for")
     (folder / "latin1.jinja").write_bytes(b"\xff")
     (folder / "stage2.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (folder / "zero.json").write_text('{"zero_optimization": {"overlap_com": true}}')
     (folder / "misspelled.json").write_text('{"zero_optimisation": {"stage": 3}}')
     character_tokenizer().save_pretrained(folder / "tokenizer")
     config = AutoConfig.for_model(**LLAMA, vocab_size=50)
@@ -120,6 +121,16 @@ FOUND_BEFORE_ANYTHING_STARTS = {
     "template that is not UTF-8": (["tokenizer.chat_template=GIVEN/latin1.jinja"], "GIVEN/latin1.jinja", "tokenizer.chat_template"),
     "contradiction": (["engine.deepspeed=GIVEN/stage2.json"], "stage is 2, but engine.zero_stage is 3", "Make them equal"),
     "unknown DeepSpeed key": (["engine.deepspeed=GIVEN/misspelled.json"], "`zero_optimisation`", "Did you mean `zero_optimization`?"),
+    "misspelt key of ZeRO": (
+        ["engine.deepspeed=GIVEN/zero.json"],
+        "`zero_optimization.overlap_com` is no key of DeepSpeed",
+        "Did you mean `overlap_comm`?",
+    ),
+    "format beside sources": (
+        ["data.path=", "data.generator=", "data.sources=[{path: GIVEN/rows.jsonl}]", "data.format=qa"],
+        "`format` and `columns` belong to `path`",
+        "give them to each source",
+    ),
     "DeepSpeed file is a folder": (["engine.deepspeed=GIVEN/empty"], "GIVEN/empty", "Give the path of a DeepSpeed JSON file"),
 }
 

@@ -57,16 +57,13 @@ def read_rows(source: DataSource, bad: BadRows) -> Iterator[tuple[str, Row]]:
     if path.is_dir():
         yield from _read_saved_dataset(path, source)
     elif path.is_file():
-        suffixes = [s for s in path.suffixes if s not in COMPRESSED]
-        kind = suffixes[-1] if suffixes else ""
+        kind = _kind(path)
         if kind == ".csv":
             yield from _read_csv(path, bad)
-        elif kind in TEXT_FORMATS:
-            yield from _read_json(path, bad)
         elif kind == ".parquet":
             yield from _read_parquet(path)
         else:
-            raise DataError(f"{path}: unknown kind of file. Expected {', '.join(TEXT_FORMATS)} (also {', '.join(COMPRESSED)}) or .parquet.")
+            yield from _read_json(path, bad)
     else:
         yield from _read_hub(source)
 
@@ -89,9 +86,21 @@ def source_identity(source: DataSource) -> str:
 
 
 def check_source(source: DataSource) -> None:
-    """Raises DataError for a local path that does not exist. Reads nothing."""
-    if not Path(source.path).exists():
+    """Raises DataError for a local path that does not exist or is of an unknown kind. Reads nothing."""
+    path = Path(source.path)
+    if path.is_file():
+        _kind(path)
+    elif not path.exists():
         _check_hub_name(source)
+
+
+def _kind(path: Path) -> str:
+    """Returns the ending that says how a file is written, compression aside."""
+    endings = [s for s in path.suffixes if s not in COMPRESSED]
+    kind = endings[-1] if endings else ""
+    if kind not in (*TEXT_FORMATS, ".parquet"):
+        raise DataError(f"{path}: unknown kind of file. Expected {', '.join(TEXT_FORMATS)} (also {', '.join(COMPRESSED)}) or .parquet.")
+    return kind
 
 
 def _open(path: Path) -> IO[bytes]:

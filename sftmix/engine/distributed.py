@@ -8,10 +8,11 @@ import socket
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 
-from sftmix.errors import ConfigError
+from sftmix.errors import ConfigError, did_you_mean
 
 # Rank 0 prepares the data before it joins the others.
 RENDEZVOUS_LIMIT = timedelta(hours=2)
@@ -112,6 +113,23 @@ def import_deepspeed():  # type: ignore[no-untyped-def]
 
     logger.setLevel(logging.WARNING)
     return deepspeed
+
+
+def check_zero_section(section: dict[str, Any], where: str) -> None:
+    """Raises ConfigError for a key or value that DeepSpeed's own schema of `zero_optimization` refuses."""
+    import_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**section)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        name = ".".join(["zero_optimization", *map(str, detail["loc"])])
+        if detail["type"] == "extra_forbidden":
+            remedy = did_you_mean(str(detail["loc"][-1]), DeepSpeedZeroConfig.model_fields, "Remove it.")
+            raise ConfigError(f"{where}: `{name}` is no key of DeepSpeed. {remedy}") from None
+        raise ConfigError(f"{where}: `{name}` is {detail['input']!r}: {detail['msg'].lower()}. Correct the value.") from None
 
 
 def resolve_precision(wanted: str) -> str:
