@@ -109,7 +109,8 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str]:
             train, held_out = _limit(train, held_out, config, summary)
         tokenizer = _tokenizer(config, train, folder)
         encoder = ChatEncoder(tokenizer)
-        identity = hashlib.sha256()
+        # The tokenizer and its template too: they go into every exported model.
+        identity = hashlib.sha256((tokenizer.chat_template + tokenizer.backend_tokenizer.to_str()).encode())
         with (folder / "truncated.jsonl").open("w", encoding="utf-8") as truncated_file:
             for name, part in (("train", train), ("held_out", held_out)):
                 rows = _encode(part, encoder, config, drop, truncated_file)
