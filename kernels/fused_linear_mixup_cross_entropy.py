@@ -131,7 +131,9 @@ class _Scales(NamedTuple):
 def _one_over(count: float | Tensor, like: Tensor) -> Tensor:
     # clamp: a step without any such token has the sum 0, and 0 / 1 is its mean here, not NaN.
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return torch.as_tensor(count, dtype=dtype, device=like.device).clamp(min=1).reciprocal()
+    if isinstance(count, Tensor):
+        return count.to(device=like.device, dtype=dtype).clamp(min=1).reciprocal()
+    return like.new_full((), 1 / max(1.0, float(count)), dtype=dtype)  # filled on the device: nothing waits for a copy
 
 
 def _live_pairs(labels: Tensor, pairs: Tensor, ignore_index: int) -> Tensor:
@@ -216,6 +218,8 @@ class _FusedLinearMixupCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=accumulate) if want_weight else None
         d_bias = hidden.new_zeros(vocab_size, dtype=accumulate) if want_bias else None
 
+        # Weights of order one in the chunks; 1 / tokens, which float16 cannot hold, follows in float32 in `backward`.
+        one = torch.ones_like(scales.ntp)
         # The torch epilogue works on a copy in float32 where the logits are not; the Triton one in registers.
         itemsize = hidden.element_size() if epilogue is not pair_epilogue_torch else torch.empty((), dtype=accumulate).element_size()
         for start, stop in balanced_chunks(num_rows, vocab_size, itemsize, WORKSPACE_BYTES):
@@ -226,8 +230,8 @@ class _FusedLinearMixupCrossEntropy(torch.autograd.Function):
                 logits,
                 targets[start:stop],
                 lam[first:last],
-                scales.ntp,
-                scales.mixup * scales.mixup_weight,
+                one,
+                scales.mixup_weight * scales.mixup / scales.ntp,
                 scales.logit_scale,
                 scales.logit_softcap,
                 scales.ignore_index,
@@ -250,17 +254,20 @@ class _FusedLinearMixupCrossEntropy(torch.autograd.Function):
         mixup = mixup_nll.sum() * scales.mixup
         loss = ntp + scales.mixup_weight * mixup
         token_nll = token_nll.float()
-        # The gradients are kept in the dtype of their input: autograd would cast them without a word.
-        ctx.save_for_backward(
-            d_hidden,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if d_bias is None else d_bias.to(bias.dtype),
-        )
+        ctx.save_for_backward(d_hidden, d_weight, d_bias, scales.ntp)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(ntp, mixup, token_nll)
         return loss, ntp, mixup, token_nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss, *_):  # type: ignore[no-untyped-def, override]
-        scaled = [None if saved is None else saved * d_loss.to(saved.dtype) for saved in ctx.saved_tensors]
+        *gradients, one_over_tokens = ctx.saved_tensors
+        # In float32 until the end: a loss scale of 2**16 is infinite in float16. Cast here, since autograd would do so
+        # without a word.
+        factor = d_loss.to(one_over_tokens.dtype) * one_over_tokens
+        scaled = [
+            None if gradient is None else (gradient.to(factor.dtype) * factor).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
         return (*scaled, None, None, None, None, None)

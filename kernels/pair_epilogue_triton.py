@@ -150,6 +150,7 @@ def _pair_kernel(
     tl.store(mixup_ptr + pair, tl.where(has_c & has_u, nll_m, zero))
 
     if WANT_GRADIENT:
+        tl.debug_barrier()  # every warp has read the logits at the labels before any overwrites them
         w_ntp = tl.load(ntp_weight_ptr)
         w_mix = tl.load(mixup_weight_ptr)
         for start in range(0, V, BLOCK):
@@ -205,6 +206,7 @@ def _row_kernel(
     at_label = _softcap(tl.load(z_ptr + tl.where(has_label, y, 0)).to(ACCUMULATE) * SCALE, CAP)
     tl.store(nll_ptr + row, tl.where(has_label, tl.log(s) - (at_label - m), zero))
     if WANT_GRADIENT:
+        tl.debug_barrier()  # every warp has read the logits at the labels before any overwrites them
         w_ntp = tl.load(ntp_weight_ptr)
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)

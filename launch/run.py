@@ -1,6 +1,6 @@
 """What a launcher starts on every rank: the whole recipe, or one stage.
 
-deepspeed --hostfile launch/hostfile launch/run.py CONFIG [key=value ...] [--stage NAME]
+deepspeed --hostfile HOSTFILE launch/run.py CONFIG [key=value ...] [--stage NAME]
 torchrun --nproc-per-node 8 launch/run.py CONFIG [key=value ...]
 """
 

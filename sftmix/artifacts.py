@@ -69,16 +69,21 @@ def publish(
 ) -> Iterator[Path]:
     """Yields a staging folder; when the block ends without an error it replaces `folder` as a whole.
 
-    `facts` may be filled inside the block. After an error, or a kill, `folder` is as it was before.
+    `facts` may be filled inside the block. After an error, or a kill, `folder` is as it was before; only between two
+    renames it is absent, and whole beside its place.
     """
     staging = folder.with_name(f".{folder.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     yield staging
     seal(staging, stage=stage, settings=settings, inputs=inputs, facts=facts)
-    discard(folder)
+    old = folder.with_name(f".{folder.name}.old")
+    discard(old)
+    if folder.exists():
+        folder.rename(old)
     staging.rename(folder)
     _sync_folder(folder.parent)
+    discard(old)
 
 
 def seal(

@@ -34,6 +34,7 @@ OWNED_BY_SFTMIX = {
     "gradient_accumulation_steps": "train.micro_batch_tokens",
     "optimizer": "train.learning_rate, train.weight_decay, train.adam_betas",
     "scheduler": "train.schedule, train.warmup_ratio",
+    "torch_autocast": "engine.precision",
     "managed_gradient_accumulation": "the batch plan",
     "gradient_allreduce_op": "the loss, which is a mean over the whole step",
 }

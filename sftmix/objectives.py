@@ -22,10 +22,6 @@ class Objective:
 
     mixup_weight: float = 0.0
 
-    @property
-    def name(self) -> str:
-        return "mixup" if self.mixup_weight else "next-token"
-
 
 @dataclass(frozen=True)
 class LossRequest:

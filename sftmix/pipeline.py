@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from sftmix import artifacts
 from sftmix.config import Config, ModelConfig
+from sftmix.config_file import dump_config
+from sftmix.deepspeed_json import read_deepspeed_json
 from sftmix.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ def stages_of(config: Config) -> list[Stage]:
             "report",
             "report",
             ("data", "reference", "score", "split", *trained, "evaluate"),
-            lambda c: {},
+            lambda c: {"summary": artifacts.sha256_of_file(c.run.dir / "data" / "summary.json")},
             stages.run_report,
             needs_engine=False,
         ),
@@ -98,7 +100,10 @@ def _data_settings(config: Config) -> dict[str, Any]:
 
 def _numerics(config: Config) -> dict[str, Any]:
     """Settings that every stage with a model depends on; ZeRO stage and number of ranks change nothing but rounding."""
-    return {"seed": config.run.seed, "precision": config.engine.precision}
+    from sftmix.engine.distributed import resolve_precision
+
+    deepspeed = read_deepspeed_json(config.engine.deepspeed) if config.engine.deepspeed else None
+    return {"seed": config.run.seed, "precision": resolve_precision(config.engine.precision), "deepspeed": deepspeed}
 
 
 def model_identity(model: ModelConfig) -> dict[str, Any]:
@@ -108,7 +113,7 @@ def model_identity(model: ModelConfig) -> dict[str, Any]:
     folder = Path(model.path) if model.path else None
     if folder is not None and folder.is_dir():
         identity["files"] = {}
-        for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.py")]):
             size = path.stat().st_size
             with path.open("rb") as file:
                 head = file.read(1 << 20)
@@ -159,6 +164,7 @@ def run_pipeline(config: Config, *, only: str | None = None, force: bool = False
             with _publishing(stage, context, settings, inputs, is_main=is_main):
                 stage.run(context)
             if is_main:
+                artifacts.write_text(config.run.dir / "config.yaml", dump_config(config))  # what the folder now holds
                 say(f"{title}: {time.perf_counter() - start:.1f} s")
         elif is_main and is_wanted:
             say(f"{title}: up to date")
@@ -186,7 +192,7 @@ def first_unfinished_stage(config: Config, only: str | None = None) -> str | Non
         folder = config.run.dir / stage.folder
         manifest = artifacts.read_manifest(folder)
         inputs = {name: digests[name] for name in stage.reads}
-        if manifest is None or not _is_current(stage, folder, stage.settings(config), inputs):
+        if manifest is None or not _is_current(stage, folder, stage.settings(config), inputs, digests=False):
             return stage.name
         digests[stage.name] = manifest.digest
         if stage.name == only:
@@ -194,11 +200,11 @@ def first_unfinished_stage(config: Config, only: str | None = None) -> str | Non
     return None
 
 
-def _is_current(stage: Stage, folder: Path, settings: dict[str, Any], inputs: dict[str, str]) -> bool:
+def _is_current(stage: Stage, folder: Path, settings: dict[str, Any], inputs: dict[str, str], *, digests: bool = True) -> bool:
     manifest = artifacts.read_manifest(folder)
     if manifest is None or manifest.fingerprint != artifacts.stage_fingerprint(stage.name, settings, inputs):
         return False
-    artifacts.verify(folder)
+    artifacts.verify(folder, digests=digests)
     return True
 
 
@@ -213,9 +219,7 @@ def _publishing(stage: Stage, context: StageContext, settings: dict[str, Any], i
 
 
 def _claim_run_folder(config: Config) -> None:
-    """Creates the run folder and writes the resolved config into it. Refuses a folder that holds something else."""
-    from sftmix.config_file import dump_config
-
+    """Creates the run folder, with the resolved config in it. Refuses a folder that holds something else."""
     folder = config.run.dir
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"run.dir: {folder} is a file. Name a folder.")
@@ -223,6 +227,7 @@ def _claim_run_folder(config: Config) -> None:
         raise ArtifactError(f"run.dir: {folder} is not empty and is no run folder. Name another, or an empty one.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        artifacts.write_text(folder / "config.yaml", dump_config(config))
+        if not (folder / "config.yaml").is_file():
+            artifacts.write_text(folder / "config.yaml", dump_config(config))
     except OSError as error:
         raise ArtifactError(f"run.dir: {folder} cannot be written: {error.strerror}. Name another folder.") from None

@@ -16,15 +16,22 @@ def check(config: Config) -> None:
     from sftmix.data.readers import check_source
     from sftmix.data.template import choose_template
     from sftmix.deepspeed_json import deepspeed_config
-    from sftmix.engine.distributed import check_zero_section, resolve_precision
+    from sftmix.engine.distributed import check_zero_section, has_gpu, resolve_precision
     from sftmix.engine.loading import check_model_folder
 
     for source in config.data.all_sources:
         check_source(source)
         check_format(source.format, source.columns)
+    precision = resolve_precision(config.engine.precision)
+    if config.engine.zero_stage == 0 and precision != "fp32":
+        raise ConfigError(
+            f"engine.zero_stage is 0 and the precision {precision}: DeepSpeed would sum the gradients of the micro-batches in that "
+            "precision. Use engine.zero_stage=1, which sums them in float32, or engine.precision=fp32."
+        )
+    if config.engine.kernel_backend == "triton" and not has_gpu():
+        raise ConfigError("engine.kernel_backend is triton, which needs a GPU, and there is none here. Use torch.")
     if config.engine.deepspeed is not None:
         for train in (config.train, config.reference_train):
-            precision = resolve_precision(config.engine.precision)
             settings = deepspeed_config(config, precision=precision, world_size=1, max_grad_norm=train.max_grad_norm)
             check_zero_section(settings["zero_optimization"], str(config.engine.deepspeed))
     choose_template(config.tokenizer.chat_template, None)

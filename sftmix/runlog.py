@@ -8,6 +8,7 @@ real (no padding), response (those that carry loss) and padded (what the transfo
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from contextlib import suppress
@@ -55,6 +56,7 @@ class RunLog:
         if ranks.is_main and tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
 
+            shutil.rmtree(tensorboard, ignore_errors=True)  # of an earlier attempt: its curves would lie over these
             self._writer = SummaryWriter(str(tensorboard))
         self._bar: Any = None
         self._clear()
@@ -95,10 +97,9 @@ class RunLog:
             self._bar.update(self._task, completed=step)
         if step % self.every_steps and step != self.num_steps:
             return
+        losses = self._losses.cpu()  # waits for the device: before the clock is read
         seconds = time.perf_counter() - self._window_start
-        sums = self.ranks.sum(
-            torch.cat([self._losses.cpu(), torch.tensor([self._tokens[k] for k in ("real", "response", "padded")]).double()])
-        )
+        sums = self.ranks.sum(torch.cat([losses, torch.tensor([self._tokens[k] for k in ("real", "response", "padded")]).double()]))
         ntp, mixup, auxiliary, real, response, padded = sums.tolist()
         for name, count in (("real", real), ("response", response), ("padded", padded), ("seconds", seconds)):
             self.total[name] += count
@@ -118,6 +119,10 @@ class RunLog:
         }
         self._write(step, line)
         self._clear()
+        self._window_start = time.perf_counter()
+
+    def leave_out_time(self) -> None:
+        """Begins the window's time anew: what was done since the last line (a checkpoint) is no training."""
         self._window_start = time.perf_counter()
 
     def finish(self) -> None:

@@ -67,7 +67,7 @@ def run_score(context: StageContext) -> None:
     nll_sum: dict[int, Any] = {}
     for step in steps:
         checkpoint = context.inputs["reference"] / "checkpoints" / checkpoint_name(step)
-        engine = Engine(config, ModelConfig(path=str(checkpoint)), ranks, tokenizer)
+        engine = Engine(config, trained_model(config.reference_model, checkpoint), ranks, tokenizer)
         scores = score_examples(
             engine,
             examples,
@@ -210,7 +210,7 @@ def run_evaluate(context: StageContext) -> None:
     for name in ("baseline", "train"):
         if name not in context.inputs or not len(examples):
             continue
-        engine = Engine(config, ModelConfig(path=str(context.inputs[name] / "model")), ranks, tokenizer)
+        engine = Engine(config, trained_model(config.model, context.inputs[name] / "model"), ranks, tokenizer)
         scores = score_examples(
             engine,
             examples,
@@ -240,6 +240,11 @@ def run_report(context: StageContext) -> None:
     from sftmix.report.build import build_report
 
     build_report(context)
+
+
+def trained_model(start: ModelConfig, folder: Path) -> ModelConfig:
+    """Returns the model that was trained from `start` into `folder`, with its other settings (attention, trust)."""
+    return start.model_copy(update={"path": str(folder), "architecture": None, "revision": None})
 
 
 MODEL_NAMES = {"baseline": "NTP baseline", "train": "SFTMix"}

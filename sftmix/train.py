@@ -80,15 +80,16 @@ def train(
         )
         if step in checkpoint_steps and save_checkpoint is not None:
             save_checkpoint(step)
+            log.leave_out_time()
     log.finish()
 
 
 def learning_rate_at(step: int, *, num_steps: int, settings: TrainConfig) -> float:
-    """Returns the learning rate of optimiser step 1..num_steps: linear warm-up to the peak, then the schedule down to 0."""
+    """Returns the learning rate of optimiser step 1..num_steps: linear warm-up to the peak, then the schedule towards 0."""
     warmup = math.ceil(settings.warmup_ratio * num_steps)
     if step <= warmup:
         return settings.learning_rate * step / warmup
-    progress = (step - warmup) / max(1, num_steps - warmup)  # reaches 1 with the last step
+    progress = (step - 1 - warmup) / max(1, num_steps - warmup)  # below 1: the last step still learns
     match settings.schedule:
         case "cosine":
             return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))

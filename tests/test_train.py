@@ -16,18 +16,18 @@ def rates(num_steps, **settings):
 def test_rates_rise_to_the_peak_and_never_after(schedule, num_steps):
     curve = rates(num_steps, schedule=schedule, warmup_ratio=0.1)
     warmup = int(np.ceil(0.1 * num_steps))
-    assert curve[warmup - 1] == 1.0 == curve.max() and (curve >= 0).all()
+    assert curve[warmup - 1] == pytest.approx(1.0) == curve.max() and (curve >= 0).all()
     assert (np.diff(curve[:warmup]) > 0).all() and (np.diff(curve[warmup - 1 :]) <= 0).all()
     if num_steps > warmup:
-        assert curve[-1] == pytest.approx(1.0 if schedule == "constant" else 0.0, abs=1e-12)
+        assert 0 < curve[-1] <= (1.0 if schedule == "constant" or num_steps - warmup == 1 else 0.6)  # the last step still learns
 
 
 def test_without_warm_up_the_first_step_is_on_the_schedule():
-    assert rates(4, schedule="linear", warmup_ratio=0.0).tolist() == [0.75, 0.5, 0.25, 0.0]
+    assert rates(4, schedule="linear", warmup_ratio=0.0).tolist() == [1.0, 0.75, 0.5, 0.25]
 
 
 def test_cosine_is_at_half_the_peak_in_the_middle():
-    assert rates(100, schedule="cosine", warmup_ratio=0.0)[49] == pytest.approx(0.5)
+    assert rates(100, schedule="cosine", warmup_ratio=0.0)[50] == pytest.approx(0.5)
 
 
 def plan(epochs, examples=20, batch_size=4):

@@ -64,12 +64,18 @@ def choose_template(named: str | None, own: str | None) -> str:
     return text
 
 
+def marker_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Returns the ids that can end a turn: special tokens, and added ones that are no white space (Gemma adds newlines)."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special or token.content.strip()}
+    return added | set(tokenizer.all_special_ids)
+
+
 class ChatEncoder:
     """Turns conversations into token ids with a response mask. Needs a fast tokenizer with a chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.special_ids = np.array(sorted({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}), dtype=np.int64)
+        self.special_ids = np.array(sorted(marker_ids(tokenizer)), dtype=np.int64)
 
     def encode(
         self, conversations: list[tuple[Message, ...]], places: list[str]

@@ -74,12 +74,17 @@ def has_gpu() -> bool:
 
 
 def init_ranks() -> Ranks:
-    """Joins the process group that the launcher (deepspeed, torchrun, srun) describes, or one of a single process.
+    """Joins the process group that the launcher (deepspeed, torchrun) describes, or one of a single process.
 
     NCCL on GPUs, gloo on CPUs. Calling it again returns the same group.
     """
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        raise ConfigError(
+            f"srun started {os.environ['SLURM_NTASKS']} tasks, but RANK, WORLD_SIZE and LOCAL_RANK are not set, so each would run alone. "
+            "Let srun start torchrun or deepspeed, one per node."
+        )
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     deepspeed = import_deepspeed()

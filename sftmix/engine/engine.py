@@ -18,11 +18,11 @@ from torch import Tensor
 
 from sftmix.config import Config, ModelConfig, TrainConfig
 from sftmix.data.batches import MicroBatch, StepCounts
+from sftmix.data.template import marker_ids
 from sftmix.deepspeed_json import deepspeed_config
 from sftmix.engine.distributed import Ranks, import_deepspeed, resolve_precision
 from sftmix.engine.head import CausalLMWithLoss, ScoreRequest, find_logit_transform
 from sftmix.engine.loading import build_model, hf_config, quiet_transformers
-from sftmix.errors import ConfigError
 from sftmix.objectives import Objective, loss_request
 
 if TYPE_CHECKING:
@@ -60,7 +60,6 @@ class Engine:
         self.precision = resolve_precision(config.engine.precision)
         self.hf_config = hf_config(model, tokenizer)
         self._model_config = model
-        self._max_grad_norm = train.max_grad_norm if train else 0.0
         settings = deepspeed_config(
             config,
             precision=self.precision,
@@ -71,11 +70,6 @@ class Engine:
         if train is None and stage < 3:
             settings["zero_optimization"] = {"stage": 0}  # stages 1 and 2 shard what only training has
         self.zero_stage = settings["zero_optimization"]["stage"]
-        if train is not None and self.zero_stage == 0 and self.precision != "fp32":
-            raise ConfigError(
-                f"engine.zero_stage is 0 and the precision {self.precision}: DeepSpeed would sum the gradients of the micro-batches "
-                "in that precision. Use engine.zero_stage=1, which sums them in float32, or engine.precision=fp32."
-            )
         module = build_model(
             model,
             self.hf_config,
@@ -229,7 +223,7 @@ def generation_end_ids(tokenizer: PreTrainedTokenizerBase, config: Any) -> list[
     conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     prompt = tokenizer.apply_chat_template(conversation[:1], tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(conversation, tokenize=False)
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    special = marker_ids(tokenizer)
     turn = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
     ends = [token for token in turn if token in special]
     ids.update(ends[-1:])
