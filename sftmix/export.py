@@ -11,7 +11,7 @@ from sftmix import __version__, artifacts
 from sftmix.config import Config
 from sftmix.errors import ArtifactError, ConfigError
 
-FOLDERS = {"sftmix": "sftmix", "baseline": "baseline"}
+MODELS = ("sftmix", "baseline")  # as their folders in the run folder are called
 
 
 def write_model_card(folder: Path, config: Config, *, objective: str) -> None:
@@ -53,9 +53,9 @@ def export(config: Config, *, which: str, to: Path) -> Path:
 
     Raises ArtifactError where the model is not there or damaged, ConfigError for a target that is in use.
     """
-    if which not in FOLDERS:
-        raise ConfigError(f"--which is {which!r}; expected one of {', '.join(FOLDERS)}.")
-    folder = config.run.dir / FOLDERS[which]
+    if which not in MODELS:
+        raise ConfigError(f"--which is {which!r}; expected one of {', '.join(MODELS)}.")
+    folder = config.run.dir / which
     if artifacts.read_manifest(folder) is None:
         raise ArtifactError(f"{folder} holds no finished model. Run `sftmix run CONFIG` first.")
     artifacts.verify(folder)

@@ -28,7 +28,8 @@ def build_report(context: StageContext) -> None:
     environment = Environment(loader=PackageLoader("sftmix.report", "."), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template("report.html.j2").render(
         title=context.config.run.dir.name,
-        table=table,
+        titles=[title for _, title, _ in COLUMNS],
+        table=[cells(row) for row in table],
         groups=group_table(context),
         figures=_figures(context),
         extremes=_extremes(context),
