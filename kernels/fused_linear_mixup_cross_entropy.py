@@ -22,24 +22,20 @@ Axes: T rows that predict a response token, M mixed positions, D hidden size, V 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sftmix.kernels.pair_epilogue import pair_epilogue_torch
+from sftmix.kernels.chunked_linear_mixup import chunked_linear_mixup, softcapped
 
 IGNORE_INDEX = -100
-
-# Bytes of raw logits that live at once. Chunks are balanced, and a pair is never split between two.
-WORKSPACE_BYTES = 1 << 30
 
 
 class FusedLossOutput(NamedTuple):
     """What `fused_linear_mixup_cross_entropy` returns.
 
-    loss: scalar, `ntp + mixup_weight * mixup`; differentiable in hidden, weight and bias.
+    loss: scalar, `ntp + mixup_weight * mixup`; differentiable, once, in hidden, weight and bias.
     ntp: scalar, detached; mean negative log-likelihood in nats per response token.
     mixup: scalar, detached; mean Mixup cross-entropy in nats per mixed position.
     token_nll: (T,) float32, detached; NTP loss of each row in nats, 0 where the label is ignored.
@@ -68,27 +64,28 @@ def fused_linear_mixup_cross_entropy(
 ) -> FusedLossOutput:
     """Returns the SFTMix loss of `logits = softcap(logit_scale * (hidden @ weight.T + bias))`.
 
-    hidden: (T, D) rows that predict a token; bf16, fp16, fp32 or fp64.
-    weight: (V, D), bias: (V,) or None; the linear head.
+    hidden: (T, D) rows that predict a token; bf16, fp16, fp32 or fp64. Leave other rows out: each costs as much as
+        one with a label.
+    weight: (V, D), bias: (V,) or None; the linear head. All in the dtype of hidden, or under autocast.
     labels: (T,) int64; rows with `ignore_index` contribute nothing to NTP.
     pairs: (M, 2) int64; the row of the confident and of the unconfident member of each mixed position.
         A row may occur once at most. A pair with an ignored member contributes nothing.
     lam: (M,) float32 in [0, 1]; share of the confident member.
     num_ntp_tokens, num_mixup_tokens: what the sums are divided by; default: this call's own counts.
         Pass the counts of the whole optimiser step to make the result independent of how it is cut up.
-    backend: "torch" or "triton" (chunked: no (T, V) tensor lives beyond a chunk) or "reference" (materialised,
-        plain autograd); default "torch".
+    backend: "triton" or "torch" (chunked: no (T, V) tensor lives beyond a chunk) or "reference" (materialised,
+        plain autograd); default "triton" for tensors on a GPU, else "torch". What is asked for is what runs.
 
     With no rows the loss is 0 with exact zero gradients and the graph attached, so that every rank of a
-    sharded run takes part in the same collectives.
-    Raises ValueError for an unknown backend or Triton without a GPU, RuntimeError for a weight that ZeRO-3 has not gathered.
+    sharded run takes part in the same collectives. Nothing waits for the device.
+    Raises ValueError for arguments that do not fit each other, an unknown backend, or Triton without a GPU, and
+    RuntimeError for a weight that ZeRO-3 has not gathered. On a GPU a label outside the vocabulary or a row in two
+    pairs fails as a device-side assertion.
     """
-    if weight.numel() == 0:
-        raise RuntimeError(
-            "the head's weight is empty: ZeRO-3 holds it sharded. Call the loss inside the forward of the "
-            "module that owns the weight, inside the engine's forward."
-        )
-    backend = backend or "torch"
+    hidden, weight, bias = under_autocast(hidden, weight, bias)
+    check_arguments(hidden, weight, labels, pairs, lam, bias)
+    backend = choose_backend(backend, hidden, "reference")
+    labels = labels.to(torch.int64)
     if num_ntp_tokens is None:
         num_ntp_tokens = (labels != ignore_index).sum()
     if num_mixup_tokens is None:
@@ -98,25 +95,15 @@ def fused_linear_mixup_cross_entropy(
         mixup=_one_over(num_mixup_tokens, hidden),
         mixup_weight=float(mixup_weight),
         logit_scale=1.0 if logit_scale is None else float(logit_scale),
-        logit_softcap=logit_softcap,
+        logit_softcap=None if logit_softcap is None else float(logit_softcap),
         ignore_index=ignore_index,
     )
     if backend == "reference":
         return _reference(hidden, weight, bias, labels, pairs, lam, scales)
-    epilogue = _epilogue(backend)
-    loss, ntp, mixup, nll = _FusedLinearMixupCrossEntropy.apply(hidden, weight, bias, labels, pairs, lam, scales, epilogue)
-    return FusedLossOutput(loss, ntp, mixup, nll)
-
-
-def _epilogue(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    if backend == "torch":
-        return pair_epilogue_torch
-    if backend == "triton":
-        # Imported when asked for: triton does not exist on every platform, and decides then whether to interpret.
-        from sftmix.kernels.pair_epilogue_triton import pair_epilogue
-
-        return pair_epilogue
-    raise ValueError(f'unknown backend {backend!r}: expected "torch", "triton" or "reference"')
+    # Gradients are formed in the forward: it has to know which are wanted.
+    want = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    loss, ntp, mixup, nll, *_ = chunked_linear_mixup(hidden, weight, bias, labels, pairs, lam, *scales, backend, *want)
+    return FusedLossOutput(loss, ntp.detach(), mixup.detach(), nll.detach())
 
 
 class _Scales(NamedTuple):
@@ -126,6 +113,47 @@ class _Scales(NamedTuple):
     logit_scale: float
     logit_softcap: float | None
     ignore_index: int
+
+
+def choose_backend(backend: str | None, like: Tensor, *others: str) -> str:
+    """Returns the backend asked for, or the device's own. Raises ValueError."""
+    backend = backend or ("triton" if like.is_cuda else "torch")
+    known = ("torch", "triton", *others)
+    if backend not in known:
+        raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(known)}")
+    return backend
+
+
+def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the three cast as autocast, if it is on, would cast them for a linear layer; it does not see into our ops."""
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def check_arguments(
+    hidden: Tensor, weight: Tensor, labels: Tensor, pairs: Tensor | None = None, lam: Tensor | None = None, bias: Tensor | None = None
+) -> None:
+    """Raises RuntimeError for a weight that ZeRO-3 has not gathered, ValueError for shapes or dtypes that do not fit."""
+    if weight.numel() == 0:
+        raise RuntimeError(
+            "the head's weight is empty: ZeRO-3 holds it sharded. Call the loss inside the forward of the "
+            "module that owns the weight, inside the engine's forward."
+        )
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}, expected (T, D) and (V, D)")
+    expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+        ("labels", labels, (hidden.shape[0],)),
+        ("bias", bias, (weight.shape[0],)),
+        ("pairs", pairs, (0 if lam is None else lam.shape[0], 2)),
+    ]
+    for name, tensor, shape in expected:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape} to fit the other arguments")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} and hidden is {hidden.dtype}: cast one of them, or use autocast")
 
 
 def _one_over(count: float | Tensor, like: Tensor) -> Tensor:
@@ -138,10 +166,6 @@ def _one_over(count: float | Tensor, like: Tensor) -> Tensor:
 
 def _live_pairs(labels: Tensor, pairs: Tensor, ignore_index: int) -> Tensor:
     return (labels[pairs] != ignore_index).all(dim=1)  # (M,)
-
-
-def _softcap(logits: Tensor, cap: float | None) -> Tensor:
-    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _reference(
@@ -158,7 +182,7 @@ def _reference(
 
     def log_probabilities(rows: Tensor) -> Tensor:
         raw = torch.nn.functional.linear(rows, weight, bias).to(accumulate)
-        return torch.log_softmax(_softcap(scales.logit_scale * raw, scales.logit_softcap), dim=-1)
+        return torch.log_softmax(softcapped(scales.logit_scale * raw, scales.logit_softcap), dim=-1)
 
     valid = labels != scales.ignore_index
     safe = labels.clamp(min=0)
@@ -175,99 +199,3 @@ def _reference(
 
     loss = ntp + scales.mixup_weight * mixup
     return FusedLossOutput(loss, ntp.detach(), mixup.detach(), nll.detach().float())
-
-
-def pair_order(num_rows: int, pairs: Tensor) -> Tensor:
-    """Returns (T,) int64: a permutation of the rows in which partners are neighbours (c0, u0, c1, u1, ...),
-    followed by the rows without a partner in their own order. No device-to-host sync."""
-    paired = pairs.reshape(-1)
-    has_partner = torch.zeros(num_rows, dtype=torch.int8, device=pairs.device)
-    has_partner[paired] = 1
-    alone = torch.argsort(has_partner, stable=True)[: num_rows - paired.numel()]
-    return torch.cat([paired, alone])
-
-
-def balanced_chunks(num_rows: int, vocab_size: int, itemsize: int, workspace_bytes: int) -> list[tuple[int, int]]:
-    """Returns [start, stop) row ranges of nearly equal, even length whose logits fit the workspace."""
-    budget = max(2, workspace_bytes // (vocab_size * itemsize))
-    num_chunks = max(1, -(-num_rows // budget))
-    size = max(2, -(-num_rows // num_chunks))
-    size += size % 2  # even, so that a pair of neighbours stays in one chunk
-    return [(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
-
-
-class _FusedLinearMixupCrossEntropy(torch.autograd.Function):
-    """Chunked products with an epilogue between them. Gradients are formed in the forward, while a chunk's logits are
-    there, and returned from `backward`, so that autograd (and ZeRO-3's hooks) see the weight's gradient once."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, pairs, lam, scales, epilogue):  # type: ignore[no-untyped-def, override]
-        num_rows, vocab_size = hidden.shape[0], weight.shape[0]
-        accumulate = torch.promote_types(hidden.dtype, torch.float32)
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        want_any = want_hidden or want_weight or want_bias
-
-        num_pairs = pairs.shape[0]
-        order = pair_order(num_rows, pairs) if num_pairs else None
-        rows = hidden if order is None else hidden.index_select(0, order)
-        targets = labels if order is None else labels.index_select(0, order)
-
-        token_nll = hidden.new_zeros(num_rows, dtype=accumulate)
-        mixup_nll = hidden.new_zeros(num_pairs, dtype=accumulate)
-        d_rows = torch.zeros_like(rows) if want_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=accumulate) if want_weight else None
-        d_bias = hidden.new_zeros(vocab_size, dtype=accumulate) if want_bias else None
-
-        # Weights of order one in the chunks; 1 / tokens, which float16 cannot hold, follows in float32 in `backward`.
-        one = torch.ones_like(scales.ntp)
-        # The torch epilogue works on a copy in float32 where the logits are not; the Triton one in registers.
-        itemsize = hidden.element_size() if epilogue is not pair_epilogue_torch else torch.empty((), dtype=accumulate).element_size()
-        for start, stop in balanced_chunks(num_rows, vocab_size, itemsize, WORKSPACE_BYTES):
-            chunk = rows[start:stop]
-            logits = torch.nn.functional.linear(chunk, weight, bias)
-            first, last = min(start // 2, num_pairs), min(stop // 2, num_pairs)  # pairs of neighbours in this chunk
-            token_nll[start:stop], mixup_nll[first:last] = epilogue(
-                logits,
-                targets[start:stop],
-                lam[first:last],
-                one,
-                scales.mixup_weight * scales.mixup / scales.ntp,
-                scales.logit_scale,
-                scales.logit_softcap,
-                scales.ignore_index,
-                want_any,
-            )
-            d_logits = logits  # overwritten
-            if d_bias is not None:
-                d_bias += d_logits.sum(dim=0, dtype=accumulate)
-            if d_rows is not None:
-                torch.mm(d_logits, weight, out=d_rows[start:stop])
-            if d_weight is not None:
-                d_weight += (d_logits.t() @ chunk).to(accumulate)
-
-        d_hidden = d_rows
-        if order is not None:
-            token_nll = torch.zeros_like(token_nll).index_copy_(0, order, token_nll)
-            if d_rows is not None:
-                d_hidden = torch.empty_like(d_rows).index_copy_(0, order, d_rows)
-        ntp = token_nll.sum() * scales.ntp
-        mixup = mixup_nll.sum() * scales.mixup
-        loss = ntp + scales.mixup_weight * mixup
-        token_nll = token_nll.float()
-        ctx.save_for_backward(d_hidden, d_weight, d_bias, scales.ntp)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.mark_non_differentiable(ntp, mixup, token_nll)
-        return loss, ntp, mixup, token_nll
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_loss, *_):  # type: ignore[no-untyped-def, override]
-        *gradients, one_over_tokens = ctx.saved_tensors
-        # In float32 until the end: a loss scale of 2**16 is infinite in float16. Cast here, since autograd would do so
-        # without a word.
-        factor = d_loss.to(one_over_tokens.dtype) * one_over_tokens
-        scaled = [
-            None if gradient is None else (gradient.to(factor.dtype) * factor).to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        ]
-        return (*scaled, None, None, None, None, None)

@@ -12,7 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sftmix.kernels.fused_linear_mixup_cross_entropy import IGNORE_INDEX, WORKSPACE_BYTES, _softcap, balanced_chunks
+from sftmix.kernels.chunked_linear_mixup import balanced_chunks, check_rows, logits_of, softcapped
+from sftmix.kernels.fused_linear_mixup_cross_entropy import IGNORE_INDEX, check_arguments, choose_backend, under_autocast
+from sftmix.kernels.pair_epilogue import pieces_in_cache
 
 
 def linear_token_nll(
@@ -23,15 +25,16 @@ def linear_token_nll(
     logit_scale: float | None = None,
     logit_softcap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
+    backend: str | None = None,
 ) -> Tensor:
-    """Returns (T,) float32 negative log-likelihoods in nats, 0 where the label is ignored.
+    """Returns (T,) float32 negative log-likelihoods in nats, 0 where the label is ignored; no gradient.
 
-    hidden: (T, D); weight: (V, D); labels: (T,) int64; bias: (V,) or None.
+    hidden: (T, D); weight: (V, D); labels: (T,) int64; bias: (V,) or None. Backends and errors as
+    `fused_linear_mixup_cross_entropy`.
     """
-    return linear_token_nll_and_match(hidden, weight, labels, bias, logit_scale, logit_softcap, ignore_index)[0]
+    return linear_token_nll_and_match(hidden, weight, labels, bias, logit_scale, logit_softcap, ignore_index, backend)[0]
 
 
-@torch.no_grad()
 def linear_token_nll_and_match(
     hidden: Tensor,
     weight: Tensor,
@@ -40,20 +43,62 @@ def linear_token_nll_and_match(
     logit_scale: float | None = None,
     logit_softcap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the (T,) float32 losses of `linear_token_nll` and a (T,) bool tensor: is the label the most
-    likely token? A response all of whose tokens match is what greedy decoding would have written."""
-    accumulate = torch.promote_types(hidden.dtype, torch.float32)
-    nll = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
-    match = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
-    itemsize = torch.empty((), dtype=accumulate).element_size()
-    for start, stop in balanced_chunks(hidden.shape[0], weight.shape[0], itemsize, WORKSPACE_BYTES):
-        logits = torch.nn.functional.linear(hidden[start:stop], weight, bias).to(accumulate)
-        if logit_scale is not None:
-            logits *= logit_scale
-        logits = _softcap(logits, logit_softcap)
-        label = labels[start:stop]
-        at_label = logits.gather(1, label.clamp(min=0)[:, None]).squeeze(1)
-        nll[start:stop] = ((torch.logsumexp(logits, dim=1) - at_label) * (label != ignore_index)).float()
-        match[start:stop] = logits.argmax(dim=1) == label
+    """Returns the (T,) float32 losses of `linear_token_nll` and a (T,) bool tensor: is no token more likely than the
+    label? A response all of whose tokens match is what greedy decoding would have written (ties apart)."""
+    hidden, weight, bias = under_autocast(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
+    check_arguments(hidden, weight, labels, bias=bias)
+    scale = 1.0 if logit_scale is None else float(logit_scale)
+    cap = None if logit_softcap is None else float(logit_softcap)
+    return _chunked_token_nll(hidden, weight, bias, labels.to(torch.int64), scale, cap, ignore_index, choose_backend(backend, hidden))
+
+
+@torch.library.custom_op("sftmix::chunked_token_nll", mutates_args=())
+def _chunked_token_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    logit_scale: float,
+    logit_softcap: float | None,
+    ignore_index: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    num_rows, vocab_size = hidden.shape[0], weight.shape[0]
+    check_rows(labels, labels.new_empty(0, 2), vocab_size, ignore_index)
+    row_nll = row_nll_torch
+    if backend == "triton":
+        from sftmix.kernels.pair_epilogue_triton import row_nll
+
+    nll = hidden.new_empty(num_rows, dtype=torch.float32)
+    match = torch.empty(num_rows, dtype=torch.bool, device=hidden.device)
+    chunks = balanced_chunks(num_rows, vocab_size, hidden.element_size())
+    slab = hidden.new_empty(max((stop - start for start, stop in chunks), default=0), vocab_size)
+    for start, stop in chunks:
+        logits = logits_of(hidden[start:stop], weight, bias, out=slab[: stop - start])
+        row_nll(logits, labels[start:stop], logit_scale, logit_softcap, ignore_index, nll[start:stop], match[start:stop])
     return nll, match
+
+
+@_chunked_token_nll.register_fake
+def _(hidden, *_):  # type: ignore[no-untyped-def]
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32), hidden.new_empty(hidden.shape[0], dtype=torch.bool)
+
+
+def row_nll_torch(
+    logits: Tensor, labels: Tensor, logit_scale: float, logit_softcap: float | None, ignore_index: int, nll: Tensor, match: Tensor
+) -> None:
+    """Fills nll (N,) and match (N,) from raw logits (N, V), whose content is undefined afterwards."""
+    accumulate = torch.promote_types(logits.dtype, torch.float32)
+    for rows in pieces_in_cache(logits, accumulate):
+        piece = logits[rows].to(accumulate)
+        if logit_scale != 1.0:
+            piece *= logit_scale
+        piece = softcapped(piece, logit_softcap)
+        maximum = piece.amax(dim=1, keepdim=True)
+        at_label = piece.gather(1, labels[rows].clamp(min=0)[:, None])
+        has_label = labels[rows] != ignore_index
+        match[rows] = (at_label >= maximum).squeeze(1) & has_label
+        loss = piece.sub_(maximum).exp_().sum(dim=1).log() - (at_label - maximum).squeeze(1)
+        nll[rows] = torch.where(has_label, loss, 0.0).float()

@@ -16,6 +16,8 @@ Axes: N rows of the chunk, M pairs among them, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -79,21 +81,28 @@ def pair_epilogue_torch(
     A row with an ignored label gives 0 and exact zeros, and so does the mixed part of a pair with one.
     `want_gradient=False`: the logits' content is undefined afterwards.
     """
-    num_rows, vocab_size = logits.shape
     accumulate = torch.promote_types(logits.dtype, torch.float32)
-    nll = logits.new_empty(num_rows, dtype=accumulate)
+    nll = logits.new_empty(logits.shape[0], dtype=accumulate)
     mixup = logits.new_empty(lam.shape[0], dtype=accumulate)
     valid = labels != ignore_index
     target = labels.clamp(min=0)[:, None]
     share = lam.to(accumulate)[:, None]
     options = (ntp_weight, mixup_weight, logit_scale, logit_softcap, want_gradient)
-    # A dozen passes go over the logits: on a CPU, over a piece of them that stays in its cache meanwhile.
-    size = max(2, CACHE_BYTES // (vocab_size * nll.element_size()) // 2 * 2) if logits.device.type == "cpu" else max(1, num_rows)
-    for start in range(0, num_rows, size):
-        rows = slice(start, min(start + size, num_rows))
-        pairs = slice(min(start // 2, len(mixup)), min((start + size) // 2, len(mixup)))
+    for rows in pieces_in_cache(logits, accumulate):
+        pairs = slice(min(rows.start // 2, len(mixup)), min(rows.stop // 2, len(mixup)))
         nll[rows], mixup[pairs] = _epilogue_of_piece(logits[rows], target[rows], valid[rows], share[pairs], *options)
     return nll, mixup
+
+
+def pieces_in_cache(logits: Tensor, accumulate: torch.dtype) -> Iterator[slice]:
+    """Yields ranges of whole pairs of rows. A dozen passes go over the logits: on a CPU, over a piece that stays in its
+    cache meanwhile; elsewhere all rows are one piece."""
+    num_rows, vocab_size = logits.shape
+    size = max(1, num_rows)
+    if logits.device.type == "cpu":
+        size = max(2, CACHE_BYTES // (vocab_size * accumulate.itemsize) // 2 * 2)
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
 
 
 def _epilogue_of_piece(

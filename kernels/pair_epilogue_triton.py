@@ -38,31 +38,52 @@ def pair_epilogue(
     A row with an ignored label gives 0 and exact zeros, and so does the mixed part of a pair with one.
     `want_gradient=False`: the logits' content is undefined afterwards.
     """
-    if not logits.is_cuda and not INTERPRETED:
-        raise ValueError(
-            f'backend="triton" needs a GPU, and the tensors are on {logits.device}. Use backend="torch", or set '
-            "TRITON_INTERPRET=1 before the start to interpret the kernels (for tests: it is slow)."
-        )
+    need_gpu(logits)
     num_rows, vocab_size = logits.shape
     num_pairs = lam.shape[0]
     accumulate = torch.promote_types(logits.dtype, torch.float32)
     nll = torch.empty(num_rows, dtype=accumulate, device=logits.device)
     mixup = torch.empty(num_pairs, dtype=accumulate, device=logits.device)
-    options = {
-        "SCALE": float(logit_scale),  # compile-time: one value per model, and exact in float64
-        "CAP": None if logit_softcap is None else float(logit_softcap),
-        "WANT_GRADIENT": want_gradient,
-        "ACCUMULATE": tl.float64 if accumulate == torch.float64 else tl.float32,
-        "BLOCK": min(MAX_BLOCK, triton.next_power_of_2(vocab_size)),
-        "num_warps": 8,
-    }
+    options = {**_options(logits, logit_scale, logit_softcap), "WANT_GRADIENT": want_gradient}
     weights = (ntp_weight.to(accumulate), mixup_weight.to(accumulate))
     scalars = (logits.stride(0), vocab_size, ignore_index)
     if num_pairs:
         _pair_kernel[(num_pairs,)](logits, labels, lam.to(accumulate), nll, mixup, *weights, *scalars, **options)
     if num_rows > 2 * num_pairs:
-        _row_kernel[(num_rows - 2 * num_pairs,)](logits, labels, nll, weights[0], *scalars, 2 * num_pairs, **options)
+        alone = (num_rows - 2 * num_pairs,)
+        _row_kernel[alone](logits, labels, nll, nll, weights[0], *scalars, 2 * num_pairs, WANT_MATCH=False, **options)
     return nll, mixup
+
+
+def row_nll(
+    logits: Tensor, labels: Tensor, logit_scale: float, logit_softcap: float | None, ignore_index: int, nll: Tensor, match: Tensor
+) -> None:
+    """Fills nll (N,) float32 and match (N,) bool from raw logits (N, V), read once; as `row_nll_torch`."""
+    need_gpu(logits)
+    num_rows, vocab_size = logits.shape
+    options = {**_options(logits, logit_scale, logit_softcap), "WANT_GRADIENT": False, "WANT_MATCH": True}
+    if num_rows:
+        scalars = (logits.stride(0), vocab_size, ignore_index, 0)
+        _row_kernel[(num_rows,)](logits, labels, nll, match.view(torch.int8), nll, *scalars, **options)
+
+
+def need_gpu(tensor: Tensor) -> None:
+    """Raises ValueError where a kernel could not run on the tensor."""
+    if not tensor.is_cuda and not INTERPRETED:
+        raise ValueError(
+            f'backend="triton" needs a GPU, and the tensors are on {tensor.device}. Use backend="torch", or set '
+            "TRITON_INTERPRET=1 before the start to interpret the kernels (for tests: it is slow)."
+        )
+
+
+def _options(logits: Tensor, logit_scale: float, logit_softcap: float | None) -> dict[str, object]:
+    return {
+        "SCALE": float(logit_scale),  # compile-time: one value per model, and exact in float64
+        "CAP": None if logit_softcap is None else float(logit_softcap),
+        "ACCUMULATE": tl.float64 if logits.dtype == torch.float64 else tl.float32,
+        "BLOCK": min(MAX_BLOCK, triton.next_power_of_2(logits.shape[1])),
+        "num_warps": 8,
+    }
 
 
 @triton.jit
@@ -179,6 +200,7 @@ def _row_kernel(
     logits_ptr,
     labels_ptr,
     nll_ptr,
+    match_ptr,
     ntp_weight_ptr,
     row_stride,
     V,
@@ -187,6 +209,7 @@ def _row_kernel(
     SCALE: tl.constexpr,
     CAP: tl.constexpr,
     WANT_GRADIENT: tl.constexpr,
+    WANT_MATCH: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -205,6 +228,8 @@ def _row_kernel(
         m, s = _online(m, s, tl.where(inside, _softcap(z, CAP), minus_inf))
     at_label = _softcap(tl.load(z_ptr + tl.where(has_label, y, 0)).to(ACCUMULATE) * SCALE, CAP)
     tl.store(nll_ptr + row, tl.where(has_label, tl.log(s) - (at_label - m), zero))
+    if WANT_MATCH:
+        tl.store(match_ptr + row, (has_label & (at_label >= m)).to(tl.int8))
     if WANT_GRADIENT:
         tl.debug_barrier()  # every warp has read the logits at the labels before any overwrites them
         w_ntp = tl.load(ntp_weight_ptr)

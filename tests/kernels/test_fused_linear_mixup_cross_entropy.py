@@ -3,11 +3,17 @@
 import pytest
 import torch
 
-import sftmix.kernels.fused_linear_mixup_cross_entropy as module
-from sftmix.kernels.fused_linear_mixup_cross_entropy import IGNORE_INDEX, balanced_chunks, pair_order
+import sftmix.kernels.chunked_linear_mixup as module
+from sftmix.kernels.chunked_linear_mixup import balanced_chunks, pair_order
+from sftmix.kernels.fused_linear_mixup_cross_entropy import IGNORE_INDEX
 from sftmix.kernels.fused_linear_mixup_cross_entropy import fused_linear_mixup_cross_entropy as loss_of
 
 CHUNKED = ["torch", "triton"]  # triton: interpreted where there is no GPU (tests/conftest.py)
+
+
+def set_chunk_rows(monkeypatch, num_rows, *, vocab_size, itemsize):
+    monkeypatch.setattr(module, "WORKSPACE_BYTES", num_rows * vocab_size * itemsize)
+    monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 2)
 
 
 def draw(num_rows=11, hidden_size=5, vocab_size=7, num_pairs=3, seed=0, dtype=torch.float64):
@@ -98,7 +104,7 @@ def test_gradients_pass_gradcheck(transform, backend):
 def test_result_does_not_depend_on_the_chunks(rows_per_chunk, monkeypatch):
     inputs = draw(num_rows=13, num_pairs=4)
     whole = run(inputs, backend="torch")
-    monkeypatch.setattr(module, "WORKSPACE_BYTES", rows_per_chunk * 7 * 8)
+    set_chunk_rows(monkeypatch, rows_per_chunk, vocab_size=7, itemsize=8)
     assert_same(run(inputs, backend="torch"), whole, tolerance=1e-13)
 
 
@@ -157,6 +163,119 @@ def test_no_gradient_wanted_gives_the_same_loss():
     assert torch.equal(out.loss, run(inputs, backend="torch")[0].loss.detach())
 
 
+def test_only_wanted_gradients_are_computed():
+    inputs = draw()
+    for frozen in ("hidden", "weight", "bias"):
+        leaves = {**inputs, frozen: inputs[frozen].detach()}
+        with RecordedCalls() as calls:
+            out = loss_of(**leaves, backend="torch")
+        products = [name for name in calls.names if name in ("aten.mm.out", "aten.addmm.out", "aten.addmm_.default")]
+        assert len(products) == {"hidden": 2, "weight": 2, "bias": 3}[frozen]
+        out.loss.backward()
+    with torch.no_grad(), RecordedCalls() as calls:
+        loss_of(**inputs, backend="torch")
+    assert sum(name.startswith("aten.addmm") or name.startswith("aten.mm") for name in calls.names) == 1
+
+
+@pytest.mark.parametrize("backend", CHUNKED)
+def test_a_second_backward_through_a_retained_graph_finds_the_gradients_as_they_were(backend):
+    inputs = draw()
+    out = loss_of(**inputs, backend=backend)
+    first = torch.autograd.grad(2.0 * out.loss, inputs["weight"], retain_graph=True)[0]
+    second = torch.autograd.grad(-0.5 * out.loss, inputs["weight"])[0]
+    assert torch.allclose(first, -4 * second, rtol=1e-14)
+
+
+def test_a_second_derivative_is_refused_not_wrong():
+    inputs = draw()
+    with pytest.raises(RuntimeError, match="first derivative only"):
+        torch.autograd.grad(loss_of(**inputs, backend="torch").loss, inputs["hidden"], create_graph=True)
+    grad = torch.autograd.grad(loss_of(**inputs, backend="reference").loss, inputs["hidden"], create_graph=True)[0]
+    assert grad.requires_grad
+
+
+def test_only_the_loss_can_be_differentiated():
+    out = loss_of(**draw(), backend="torch")
+    assert out.loss.requires_grad and not any(part.requires_grad for part in (out.ntp, out.mixup, out.token_nll))
+
+
+@pytest.mark.parametrize("backend", CHUNKED)
+def test_strided_inputs_and_int32_labels(backend):
+    inputs = draw(dtype=torch.float32)
+    wide = {"hidden": torch.zeros(11, 10), "weight": torch.zeros(5, 7)}
+    wide["hidden"][:, ::2] = inputs["hidden"].detach()
+    wide["weight"][:] = inputs["weight"].detach().T
+    strided = {"hidden": wide["hidden"][:, ::2].requires_grad_(), "weight": wide["weight"].T.requires_grad_()}
+    out = loss_of(**{**inputs, **strided, "labels": inputs["labels"].int()}, backend=backend)
+    out.loss.backward()
+    expected, grads = run(inputs, backend="reference")
+    assert torch.allclose(out.loss, expected.loss, rtol=1e-5)
+    assert torch.allclose(strided["weight"].grad, grads["weight"], rtol=1e-4, atol=1e-6)
+    assert torch.allclose(strided["hidden"].grad, grads["hidden"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", CHUNKED)
+def test_one_row_one_token_of_vocabulary(backend):
+    inputs = draw(num_rows=2, vocab_size=1, num_pairs=1)
+    out, grads = run(inputs, backend=backend)
+    assert out.loss == 0 and not any(grad.any() for grad in grads.values())
+
+
+def test_without_pairs_it_is_ntp_to_the_bit_whatever_mu():
+    inputs = {**draw(), "pairs": torch.zeros(0, 2, dtype=torch.int64), "lam": torch.zeros(0)}
+    (a, grads_a), (b, grads_b) = (run(inputs, backend="torch", mixup_weight=mu) for mu in (0.0, 0.2))
+    assert torch.equal(a.loss, b.loss) and all(torch.equal(grads_a[name], grads_b[name]) for name in grads_a)
+
+
+def test_extreme_logits_neither_overflow_nor_hide_nan():
+    inputs = {k: v.detach() if v.is_floating_point() else v for k, v in draw().items()}
+    large = run({**inputs, "hidden": 1e4 * inputs["hidden"]}, backend="torch")
+    assert_same(large, run({**inputs, "hidden": 1e4 * inputs["hidden"]}, backend="reference"), tolerance=1e-10)
+    broken = inputs["hidden"].clone()
+    broken[3] = torch.nan
+    assert run({**inputs, "hidden": broken}, backend="torch")[0].loss.isnan()
+
+
+@pytest.mark.parametrize("backend", CHUNKED)
+@pytest.mark.parametrize("pieces", ["forward only", "forward and backward"])
+def test_compiled_in_one_graph_it_is_the_same(pieces, backend):
+    inputs = draw()
+
+    def loss(hidden, weight, bias):
+        return loss_of(**{**inputs, "hidden": hidden * 1.5, "weight": weight, "bias": bias}, backend=backend).loss * 2.0
+
+    leaves = [inputs[name] for name in ("hidden", "weight", "bias")]
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    if pieces == "forward only":
+        with torch.no_grad():
+            assert torch.equal(compiled(*leaves), loss(*leaves))
+        return
+    for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(loss(*leaves), leaves), strict=True):
+        assert torch.allclose(a, b, rtol=1e-13, atol=1e-15)
+
+
+def test_operator_obeys_the_rules_of_custom_operators():
+    inputs = draw(num_rows=5, num_pairs=1)
+    one = torch.ones((), dtype=torch.float64)
+    tensors = [inputs[name] for name in ("hidden", "weight", "bias", "labels", "pairs", "lam")]
+    torch.library.opcheck(
+        module.chunked_linear_mixup,
+        (*tensors, one / 5, one, 0.2, 1.0, None, IGNORE_INDEX, "torch", True, True, True),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+def test_under_autocast_the_head_is_cast_as_a_linear_layer_would_be():
+    inputs = draw(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = loss_of(**inputs, backend="torch")
+    out.loss.backward()
+    cast = {k: v.detach().bfloat16() if v.is_floating_point() and k != "lam" else v for k, v in inputs.items()}
+    expected, grads = run(cast, backend="torch")
+    assert torch.equal(out.loss, expected.loss)
+    assert inputs["weight"].grad.dtype == torch.float32 and torch.equal(inputs["weight"].grad, grads["weight"].float())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_low_precision_is_as_close_to_float64_as_the_definition(dtype):
     inputs = draw(num_rows=40, hidden_size=64, vocab_size=97, num_pairs=15, dtype=dtype)
@@ -171,34 +290,52 @@ def test_low_precision_is_as_close_to_float64_as_the_definition(dtype):
         assert error <= allowed, (name, error, allowed)
 
 
-class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+class RecordedCalls(torch.utils._python_dispatch.TorchDispatchMode):
+    """What is called, inside our operators too, and the elements of the largest tensor that comes out."""
+
     def __init__(self):
         super().__init__()
-        self.numel = 0
+        self.names = []
+        self.largest = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
+        self.names.append(str(function))
+        if function.namespace == "sftmix":
+            with self:
+                out = module.chunked_linear_mixup._init_fn(*args)  # our function as we wrote it
+        else:
+            out = function(*args, **(kwargs or {}))
         tensors = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-        self.numel = max([self.numel, *(t.numel() for t in tensors)])
+        self.largest = max([self.largest, *(t.numel() for t in tensors)])
         return out
 
 
 def test_no_tensor_of_all_logits_is_made(monkeypatch):
     inputs = draw(num_rows=64, vocab_size=50, num_pairs=20, dtype=torch.float32)
-    monkeypatch.setattr(module, "WORKSPACE_BYTES", 16 * 50 * 4)
-    with LargestTensor() as largest:
+    set_chunk_rows(monkeypatch, 16, vocab_size=50, itemsize=4)
+    with RecordedCalls() as calls:
         run(inputs, backend="torch")
-    assert largest.numel <= 16 * 50
-    with LargestTensor() as of_reference:  # the test of the test
+    assert calls.largest == 16 * 50
+    with RecordedCalls() as of_reference:  # the test of the test
         run(inputs, backend="reference")
-    assert of_reference.numel >= 64 * 50
+    assert of_reference.largest >= 64 * 50
 
 
-def test_chunks_cover_all_rows_and_never_split_a_pair():
-    for rows in (0, 1, 2, 7, 64, 65):
-        chunks = balanced_chunks(rows, vocab_size=10, itemsize=4, workspace_bytes=8 * 10 * 4)
+@pytest.mark.parametrize("multiple", [2, 4])
+def test_chunks_cover_all_rows_and_never_split_a_pair(multiple, monkeypatch):
+    set_chunk_rows(monkeypatch, 8, vocab_size=10, itemsize=4)
+    monkeypatch.setattr(module, "ROW_MULTIPLE", multiple)
+    for rows in (0, 1, 2, 7, 30, 64, 65):
+        chunks = balanced_chunks(rows, vocab_size=10, itemsize=4)
         assert [r for start, stop in chunks for r in range(start, stop)] == list(range(rows))
-        assert all(start % 2 == 0 and stop - start <= 8 for start, stop in chunks)
+        assert all(start % 2 == 0 and stop - start <= 8 + multiple - 1 for start, stop in chunks)
+        sizes = [stop - start for start, stop in chunks[:-1]]
+        assert len(set(sizes)) <= 1 and all(size % multiple == 0 for size in sizes)
+
+
+def test_chunks_are_wide_enough_for_the_product_where_the_vocabulary_is_large():
+    chunks = balanced_chunks(8192, vocab_size=256_000, itemsize=4)
+    assert [stop - start for start, stop in chunks] == [2048] * 4
 
 
 def test_pair_order_is_a_permutation_with_partners_as_neighbours():
@@ -213,5 +350,36 @@ def test_weight_that_zero3_has_not_gathered_is_refused():
 
 
 def test_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="unknown backend 'cuda'"):
+    with pytest.raises(ValueError, match="unknown backend 'cuda': expected one of torch, triton, reference"):
         loss_of(**draw(), backend="cuda")
+
+
+@pytest.mark.parametrize("backend", CHUNKED)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"pairs": torch.tensor([[0, 1], [2, 1], [4, 5]])}, "row 1 stands in two pairs"),
+        ({"pairs": torch.tensor([[0, 0], [2, 1], [4, 5]])}, "row 0 stands in two pairs"),
+        ({"pairs": torch.tensor([[0, 3], [2, 1], [4, 11]])}, "pairs name row 11, and there are 11 rows"),
+        ({"labels": torch.arange(11)}, r"label 7 in row 7: expected 0 to 6, or -100"),
+        ({"labels": torch.arange(11) - 1}, r"label -1 in row 0: expected 0 to 6, or -100"),
+    ],
+)
+def test_rows_and_labels_that_would_read_the_memory_of_others_are_refused(wrong, message, backend):
+    with pytest.raises(ValueError, match=message):
+        loss_of(**{**draw(), **wrong}, num_mixup_tokens=3, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"labels": torch.zeros(4, dtype=torch.int64)}, r"labels has shape \(4,\), expected \(11,\)"),
+        ({"lam": torch.zeros(2)}, r"pairs has shape \(3, 2\), expected \(2, 2\)"),
+        ({"bias": torch.zeros(3, dtype=torch.float64)}, r"bias has shape \(3,\), expected \(7,\)"),
+        ({"hidden": torch.zeros(11, 4, dtype=torch.float64)}, r"hidden has shape \(11, 4\) and weight \(7, 5\)"),
+        ({"hidden": torch.zeros(11, 5)}, "weight is torch.float64 and hidden is torch.float32: cast one of them"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        loss_of(**{**draw(), **wrong})
