@@ -59,12 +59,11 @@ def chunked_linear_mixup(
     check_rows(labels, pairs, vocab_size, ignore_index)
 
     order = pair_order(num_rows, pairs) if num_pairs else None
-    rows = hidden if order is None else hidden.index_select(0, order)
     targets = labels if order is None else labels.index_select(0, order)
 
     token_nll = hidden.new_zeros(num_rows, dtype=accumulate)
     mixup_nll = hidden.new_zeros(num_pairs, dtype=accumulate)
-    d_rows = rows.new_empty(rows.shape if want_hidden else (0, rows.shape[1]))
+    d_hidden = hidden.new_empty(hidden.shape if want_hidden else (0, hidden.shape[1]))
     d_weight = weight.new_empty(weight.shape if want_weight else 0, dtype=accumulate)  # the first product fills it
     if not num_rows:
         d_weight.zero_()
@@ -78,7 +77,8 @@ def chunked_linear_mixup(
     chunks = balanced_chunks(num_rows, vocab_size, itemsize)
     slab = hidden.new_empty(max((stop - start for start, stop in chunks), default=0), vocab_size)
     for start, stop in chunks:
-        chunk = rows[start:stop]
+        here = None if order is None else order[start:stop]
+        chunk = hidden[start:stop] if here is None else hidden.index_select(0, here)
         logits = logits_of(chunk, weight, bias, out=slab[: stop - start])
         first, last = min(start // 2, num_pairs), min(stop // 2, num_pairs)  # pairs of neighbours in this chunk
         token_nll[start:stop], mixup_nll[first:last] = epilogue(
@@ -96,15 +96,15 @@ def chunked_linear_mixup(
         if want_bias:
             d_bias += d_logits.sum(dim=0, dtype=accumulate)
         if want_hidden:
-            torch.mm(d_logits, weight, out=d_rows[start:stop])
+            if here is None:
+                torch.mm(d_logits, weight, out=d_hidden[start:stop])
+            else:
+                d_hidden.index_copy_(0, here, d_logits @ weight)
         if want_weight:
             add_product(d_weight, d_logits.t(), chunk, is_first=start == 0)
 
-    d_hidden = d_rows
     if order is not None:
         token_nll = torch.empty_like(token_nll).index_copy_(0, order, token_nll)
-        if want_hidden:
-            d_hidden = torch.empty_like(d_rows).index_copy_(0, order, d_rows)
     ntp = token_nll.sum() * one_over_ntp
     mixup = mixup_nll.sum() * one_over_mixup
     return ntp + mixup_weight * mixup, ntp, mixup, token_nll.float(), d_hidden, d_weight, d_bias
@@ -144,10 +144,16 @@ def _backward(ctx: Any, d_loss: Tensor | None, *d_others: Tensor | None) -> tupl
     # without a word. New tensors: a second backward through a retained graph finds the saved ones as they were.
     factor = d_loss.to(one_over_ntp.dtype) * one_over_ntp
     scaled = [
-        (gradient.to(factor.dtype) * factor).to(dtype) if wanted else None
+        _scaled(gradient, factor, dtype) if wanted else None
         for gradient, wanted, dtype in zip(gradients, ctx.wanted, ctx.dtypes, strict=True)
     ]
     return (*scaled, *[None] * 13)
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    if gradient.dtype == factor.dtype != dtype:  # the weight's: rounded while it is written, without a second float32 copy
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    return (gradient.to(factor.dtype) * factor).to(dtype)
 
 
 chunked_linear_mixup.register_autograd(_backward, setup_context=_save)

@@ -150,6 +150,9 @@ class SplitConfig(Section):
 class MixupConfig(Section):
     weight: Float = Field(0.2, ge=0, description="mu: factor of the Mixup loss. 0 is plain SFT.")
     alpha: Float = Field(0.5, gt=0, description="lam is drawn from Beta(alpha, alpha), once per pair and epoch.")
+    site: Literal["head", "input_embeddings"] = Field(
+        "head", description="Where pairs are interpolated: before the head (the method), or at the input (an ablation: a third forward)."
+    )
 
 
 class BaselineConfig(Section):
@@ -164,7 +167,9 @@ class EngineConfig(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: bf16 on GPUs that have it, fp32 on CPUs.")
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward: less memory, more time.")
     deepspeed: Path | None = Field(None, description="A DeepSpeed JSON file to build on; must not contradict this file.")
-    kernel_backend: Literal["torch", "triton", "reference"] = Field("torch", description="Implementation of the loss; triton needs a GPU.")
+    kernel_backend: Literal["auto", "torch", "triton", "reference"] = Field(
+        "auto", description="Implementation of the loss; auto: triton on GPUs, torch elsewhere."
+    )
 
 
 class EvaluationConfig(Section):

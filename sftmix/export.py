@@ -33,7 +33,8 @@ def write_model_card(folder: Path, config: Config, *, objective: str) -> None:
         "Instruction-tuned with "
         + (
             f"SFTMix (https://arxiv.org/abs/2410.05248): next-token prediction + {config.mixup.weight} x Mixup, "
-            f"lam ~ Beta({config.mixup.alpha}, {config.mixup.alpha})."
+            f"lam ~ Beta({config.mixup.alpha}, {config.mixup.alpha})"
+            + (", interpolated at the input embeddings (an ablation)." if config.mixup.site == "input_embeddings" else ".")
             if is_mixup
             else "next-token prediction alone, in the data order of the SFTMix run beside it."
         ),

@@ -14,18 +14,26 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sftmix.data.batches import MicroBatch, StepCounts
+from sftmix.data.mixed_inputs import MixedInputs
 
 
 @dataclass(frozen=True)
 class Objective:
-    """mixup_weight: mu; 0 is next-token prediction, to the bit: no position is mixed then."""
+    """mixup_weight: mu; 0 is next-token prediction, to the bit: no position is mixed then. site: where the
+    interpolation happens, "head" (the method) or "input_embeddings" (an ablation: a third forward)."""
 
     mixup_weight: float = 0.0
+    site: str = "head"
+
+    @property
+    def mixes_inputs(self) -> bool:
+        return self.mixup_weight > 0 and self.site == "input_embeddings"
 
 
 @dataclass(frozen=True)
 class LossRequest:
-    """What the head needs to turn hidden states into the loss. Shapes as in `MicroBatch`."""
+    """What the head needs to turn hidden states into the loss. Shapes as in `MicroBatch`; `mixed_inputs` is given
+    where a forward over mixed input embeddings takes the place of `pairs`."""
 
     rows: Tensor
     labels: Tensor
@@ -35,11 +43,12 @@ class LossRequest:
     num_mixup_tokens: int
     mixup_weight: float
     backend: str | None = None
+    mixed_inputs: MixedInputs | None = None
 
 
 def loss_request(objective: Objective, batch: MicroBatch, counts: StepCounts, *, backend: str | None = None) -> LossRequest:
     """Returns the request for one micro-batch of a step with the given counts."""
-    mixes = objective.mixup_weight > 0
+    mixes = objective.mixup_weight > 0 and not objective.mixes_inputs
     return LossRequest(
         rows=batch.rows,
         labels=batch.labels,
@@ -49,4 +58,5 @@ def loss_request(objective: Objective, batch: MicroBatch, counts: StepCounts, *,
         num_mixup_tokens=counts.num_mixup_tokens,
         mixup_weight=objective.mixup_weight,
         backend=backend,
+        mixed_inputs=batch.mixed_inputs if objective.mixes_inputs else None,
     )

@@ -29,7 +29,7 @@ def check(config: Config) -> None:
             "precision. Use engine.zero_stage=1, which sums them in float32, or engine.precision=fp32."
         )
     if config.engine.kernel_backend == "triton" and not has_gpu():
-        raise ConfigError("engine.kernel_backend is triton, which needs a GPU, and there is none here. Use torch.")
+        raise ConfigError("engine.kernel_backend is triton, which needs a GPU, and there is none here. Use auto or torch.")
     if config.engine.deepspeed is not None:
         for train in (config.train, config.reference_train):
             settings = deepspeed_config(config, precision=precision, world_size=1, max_grad_norm=train.max_grad_norm)

@@ -131,6 +131,9 @@ def _run_target(context: StageContext, name: str, *, mixup_weight: float) -> Non
     settings, seed = config.train, config.run.seed
     examples = _examples(context, "train")
     parts = read_split(context.inputs["split"] / "split.parquet", examples.example_ids)
+    objective = Objective(mixup_weight, config.mixup.site)
+    if objective.mixes_inputs:
+        examples.check_single_spans()
     plan = TrainingPlan(
         [plan_epoch(examples.example_ids, parts, seed=seed, epoch=epoch, alpha=config.mixup.alpha) for epoch in range(settings.epochs)],
         settings.batch_size,
@@ -144,7 +147,7 @@ def _run_target(context: StageContext, name: str, *, mixup_weight: float) -> Non
             write_model_card(context.folder / "model", config, objective=name)
 
     last = len(plan.steps())
-    _train(context, name, config.model, settings, examples, plan, Objective(mixup_weight), checkpoint_steps=[last], save=save_model)
+    _train(context, name, config.model, settings, examples, plan, objective, checkpoint_steps=[last], save=save_model)
 
 
 def _train(

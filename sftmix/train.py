@@ -63,7 +63,7 @@ def train(
 
         engine.start_step(seed=seed, step=step)
         for number, piece in enumerate(pieces, start=1):
-            batch = collate(examples, epoch_plan, piece, pad_id=pad_id)
+            batch = collate(examples, epoch_plan, piece, pad_id=pad_id, mixes_inputs=objective.mixes_inputs)
             loss = engine.forward_backward(batch, counts, objective, is_last=number == len(pieces))
             log.add(batch, loss)
 

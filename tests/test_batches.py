@@ -1,7 +1,9 @@
+import datasets
 import numpy as np
 import pytest
 
-from sftmix.data.batches import build_micro_batch, count_step, cut_step
+from sftmix.data.batches import TokenisedExamples, build_micro_batch, count_step, cut_step
+from sftmix.errors import DataError
 from sftmix.pairing import plan_epoch, split_by_confidence
 from sftmix.scoring import cut_by_length
 
@@ -94,3 +96,22 @@ def test_scoring_units_cover_all_examples_within_the_budget():
     units = cut_by_length(num_tokens, micro_batch_tokens=200)
     assert sorted(np.concatenate(units).tolist()) == list(range(57))
     assert all(len(unit) * num_tokens[unit].max() <= 200 for unit in units)
+
+
+def test_examples_of_several_turns_are_refused_where_inputs_are_mixed(tmp_path):
+    masks = {"one": [0, 0, 1, 1], "at the end": [0, 1], "two": [0, 1, 0, 1, 1], "all": [1, 1], "three": [1, 0, 1, 0, 1]}
+    rows = [
+        {
+            "example_id": name,
+            "input_ids": mask,
+            "response_mask": [bool(m) for m in mask],
+            "num_tokens": len(mask),
+            "num_response_tokens": sum(mask),
+        }
+        for name, mask in masks.items()
+    ]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "all")
+    datasets.Dataset.from_list([row for row in rows if row["example_id"] not in ("two", "three")]).save_to_disk(tmp_path / "single")
+    TokenisedExamples(next((tmp_path / "single").glob("*.arrow"))).check_single_spans()
+    with pytest.raises(DataError, match=r"2 of 5 examples have\s+several, the first being two"):
+        TokenisedExamples(next((tmp_path / "all").glob("*.arrow"))).check_single_spans()

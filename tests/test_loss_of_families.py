@@ -120,6 +120,55 @@ def test_sftmix_loss_and_gradients_equal_the_naive_ones(name, backend):
         assert torch.allclose(got[parameter], grad, rtol=tolerance, atol=tolerance / 10 * scale), parameter
 
 
+def naive_mixup_of_inputs(model, examples):
+    """Each pair's sequence written out position by position, aligned at the first response token."""
+    table = model.get_input_embeddings()
+    losses = []
+    for c, u, share in PARTNERS:
+        lam = float(np.float32(share))
+        members = [
+            (torch.from_numpy(ids.astype(np.int64)), int(mask.argmax()), int(mask.sum())) for ids, mask in (examples[c], examples[u])
+        ]
+        (ids_c, start_c, n_c), (ids_u, start_u, n_u) = members
+        n, prompt = min(n_c, n_u), max(start_c, start_u)
+        sequence = []
+        for position in range(prompt + n - 1):
+            at_c, at_u = position - prompt + start_c, position - prompt + start_u
+            if at_c < 0:
+                sequence.append(table(ids_u[at_u]))
+            elif at_u < 0:
+                sequence.append(table(ids_c[at_c]))
+            else:
+                sequence.append(lam * table(ids_c[at_c]) + (1 - lam) * table(ids_u[at_u]))
+        log_p = torch.log_softmax(model(inputs_embeds=torch.stack(sequence)[None]).logits[0, prompt - 1 :], dim=-1)
+        assert len(log_p) == n
+        for k in range(n):
+            losses.append(-lam * log_p[k, ids_c[start_c + k]] - (1 - lam) * log_p[k, ids_u[start_u + k]])
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2", "phi-head-with-bias"])
+def test_mixing_at_the_input_equals_sequences_written_out(name):
+    model, transform = make_model(name)
+    ours = ours_of(copy.deepcopy(model))
+    examples = make_examples()
+    ntp, _, counts = naive_loss(model, examples, transform)
+    mixup = naive_mixup_of_inputs(model, examples)
+    (ntp + MU * mixup).backward()
+
+    batch = build_micro_batch(examples, PARTNERS, indices=tuple(range(len(examples))), pad_id=0, mixes_inputs=True)
+    request = loss_request(Objective(MU, "input_embeddings"), batch, counts)
+    loss, our_ntp, our_mixup, _, _ = ours(batch.input_ids, batch.attention_mask, request)
+    loss.backward()
+    tolerance = 1e-5 if name in IN_FLOAT32 else 1e-9
+    assert our_ntp.item() == pytest.approx(ntp.item(), rel=tolerance)
+    assert our_mixup.item() == pytest.approx(mixup.item(), rel=tolerance)
+    got = {ours.plain_name(n): p.grad for n, p in ours.named_parameters()}
+    for parameter, tensor in model.named_parameters():
+        scale = tensor.grad.abs().max().item() or 1.0
+        assert torch.allclose(got[parameter], tensor.grad, rtol=10 * tolerance, atol=tolerance * scale), parameter
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ntp_loss_equals_that_of_transformers(name):
     model, _ = make_model(name)

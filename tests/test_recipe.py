@@ -163,6 +163,14 @@ def test_mixup_weight_zero_is_plain_sft_to_the_last_bit(copy_of):
     assert losses[0] == losses[1]
 
 
+def test_mixing_at_the_input_embeddings_trains_another_model_with_the_same_ntp_at_first(finished, copy_of):
+    sftmix("train", QUICKSTART, *TINY, f"run.dir={copy_of}", "mixup.site=input_embeddings")
+    lines, at_head = (read_metrics(folder / "sftmix" / "metrics.jsonl") for folder in (copy_of, finished[0]))
+    assert lines[0][NTP] == pytest.approx(at_head[0][NTP], rel=1e-2) and lines[0][MIXUP] != at_head[0][MIXUP]
+    assert lines[-1][MIXUP] < lines[0][MIXUP]
+    assert "interpolated at the input embeddings" in (copy_of / "sftmix" / "model" / "README.md").read_text()
+
+
 def test_mixup_changes_the_model(finished):  # the test of the test
     ours, plain = (finished[0] / name / "model" / "model.safetensors" for name in ("sftmix", "baseline"))
     assert ours.read_bytes() != plain.read_bytes()

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sftmix.errors import ArtifactError
+from sftmix.data.mixed_inputs import MixedInputs, mix_inputs
+from sftmix.errors import ArtifactError, DataError
 from sftmix.pairing import EpochPlan
 
 
@@ -39,6 +40,20 @@ class TokenisedExamples:
     def __len__(self) -> int:
         return len(self.example_ids)
 
+    def check_single_spans(self) -> None:
+        """Raises DataError for an example whose response tokens are not one span, as in a conversation of several turns."""
+        masks = self.table.data.table.column("response_mask").combine_chunks()
+        flat = masks.values.to_numpy(zero_copy_only=False)
+        starts = np.diff(flat.astype(np.int8), prepend=0) == 1
+        starts[masks.offsets.to_numpy()[:-1]] = flat[masks.offsets.to_numpy()[:-1]]
+        spans = np.add.reduceat(starts, masks.offsets.to_numpy()[:-1])
+        several = np.flatnonzero(spans > 1)
+        if len(several):
+            raise DataError(
+                f"mixup.site is input_embeddings, which aligns one response per example, and {len(several)} of {len(self)} examples have "
+                f"several, the first being {self.example_ids[several[0]]}. Use mixup.site=head, or data with a single turn."
+            )
+
     def tokens(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Returns the (S,) token ids and the (S,) response mask of one example."""
         row = self._tokens[int(index)]
@@ -58,7 +73,8 @@ class MicroBatch:
     """input_ids, attention_mask: (B, S) int64. rows: (T,) int64, flat positions b * S + s whose hidden state
     predicts a response token; partners' rows need not be neighbours. labels: (T,) int64, the tokens predicted.
     owner: (T,) int64, which of the B examples a row belongs to. pairs: (M, 2) int64 indices into the T rows.
-    lam: (M,) float32. indices: dataset index of each example; empty in a micro-batch that only keeps step."""
+    lam: (M,) float32. indices: dataset index of each example; empty in a micro-batch that only keeps step.
+    mixed_inputs: the third sequences, where mixing happens at the input embeddings."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -68,6 +84,7 @@ class MicroBatch:
     pairs: Tensor
     lam: Tensor
     indices: tuple[int, ...]
+    mixed_inputs: MixedInputs | None = None
 
     @property
     def num_real_tokens(self) -> int:
@@ -77,7 +94,8 @@ class MicroBatch:
         """Returns the same micro-batch on another device."""
         names = ("input_ids", "attention_mask", "rows", "labels", "owner", "pairs", "lam")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return MicroBatch(**moved, indices=self.indices)
+        mixed_inputs = None if self.mixed_inputs is None else self.mixed_inputs.to(device)
+        return MicroBatch(**moved, indices=self.indices, mixed_inputs=mixed_inputs)
 
 
 Units = NDArray[np.int64]  # positions of units in an epoch plan
@@ -140,8 +158,9 @@ def cut_step(plan: EpochPlan, units: Units, num_tokens: NDArray[np.int64], *, mi
     return [[units[piece] if piece else units[:0] for piece in rank] for rank in ranks]
 
 
-def collate(examples: TokenisedExamples, plan: EpochPlan, units: Units, *, pad_id: int) -> MicroBatch:
-    """Returns the tensors of one micro-batch; for no units, one padding token that carries no loss."""
+def collate(examples: TokenisedExamples, plan: EpochPlan, units: Units, *, pad_id: int, mixes_inputs: bool = False) -> MicroBatch:
+    """Returns the tensors of one micro-batch; for no units, one padding token that carries no loss. `mixes_inputs` adds
+    the sequences of mixed input embeddings."""
     indices: list[int] = []
     partners: list[tuple[int, int, float]] = []  # places in `indices` of a pair, and its lam
     for unit in units:
@@ -150,7 +169,8 @@ def collate(examples: TokenisedExamples, plan: EpochPlan, units: Units, *, pad_i
         if second >= 0:
             indices.append(int(second))
             partners.append((len(indices) - 2, len(indices) - 1, float(plan.lam[unit])))
-    return build_micro_batch([examples.tokens(i) for i in indices], partners, indices=tuple(indices), pad_id=pad_id)
+    tokens = [examples.tokens(i) for i in indices]
+    return build_micro_batch(tokens, partners, indices=tuple(indices), pad_id=pad_id, mixes_inputs=mixes_inputs)
 
 
 def build_micro_batch(
@@ -159,6 +179,7 @@ def build_micro_batch(
     *,
     indices: tuple[int, ...],
     pad_id: int,
+    mixes_inputs: bool = False,
 ) -> MicroBatch:
     """Returns a micro-batch of (ids, response mask) examples; `partners` lists (confident, unconfident, lam)."""
     width = max((len(ids) for ids, _ in tokens), default=1)
@@ -195,4 +216,5 @@ def build_micro_batch(
         pairs=joined(pairs).reshape(-1, 2),
         lam=torch.from_numpy(np.concatenate(lam)) if lam else torch.zeros(0),
         indices=indices,
+        mixed_inputs=mix_inputs(tokens, partners, width=width) if mixes_inputs else None,
     )

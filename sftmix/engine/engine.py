@@ -56,7 +56,7 @@ class Engine:
     ):
         deepspeed = import_deepspeed()
         self.ranks = ranks
-        self.backend = config.engine.kernel_backend
+        self.backend = None if config.engine.kernel_backend == "auto" else config.engine.kernel_backend
         self.precision = resolve_precision(config.engine.precision)
         self.hf_config = hf_config(model, tokenizer)
         self._model_config = model
@@ -151,7 +151,7 @@ class Engine:
         was_training = self.module.training
         self._deepspeed.eval()
         batch = batch.to(self.ranks.device)
-        nll, match = self._deepspeed(batch.input_ids, batch.attention_mask, ScoreRequest(batch.rows, batch.labels))
+        nll, match = self._deepspeed(batch.input_ids, batch.attention_mask, ScoreRequest(batch.rows, batch.labels, self.backend))
         self._deepspeed.train(was_training)
         return nll.cpu(), match.cpu()
 

@@ -19,9 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sftmix.data.mixed_inputs import MixedInputs
 from sftmix.errors import ConfigError
 from sftmix.kernels.fused_linear_mixup_cross_entropy import fused_linear_mixup_cross_entropy
 from sftmix.kernels.linear_token_nll import linear_token_nll_and_match
+from sftmix.kernels.mixed_embeddings import mixed_embeddings
+from sftmix.kernels.mixup_cross_entropy import mixup_cross_entropy
 from sftmix.objectives import LossRequest
 
 
@@ -31,6 +34,18 @@ class ScoreRequest:
 
     rows: Tensor
     labels: Tensor
+    backend: str | None = None
+
+
+@dataclass(frozen=True)
+class MixedRequest:
+    """The Mixup loss of hidden states that come of mixed inputs. rows: (M,) flat positions; labels: (M, 2)."""
+
+    rows: Tensor
+    labels: Tensor
+    lam: Tensor
+    num_mixup_tokens: int
+    backend: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,13 +75,19 @@ class HeadProjection(nn.Module):
         self.bias = getattr(head, "bias", None)
         self.transform = LogitTransform()
 
-    def forward(self, hidden: Tensor, request: LossRequest | ScoreRequest | None) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, hidden: Tensor, request: LossRequest | ScoreRequest | MixedRequest | None) -> Tensor | tuple[Tensor, ...]:
         weight, bias, transform = self.weight, self.bias, self.transform
         if request is None:
             return nn.functional.linear(hidden, weight, bias)
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, request.rows)
         if isinstance(request, ScoreRequest):
-            return linear_token_nll_and_match(rows, weight, request.labels, bias, transform.scale, transform.softcap)
+            backend = None if request.backend == "reference" else request.backend
+            return linear_token_nll_and_match(rows, weight, request.labels, bias, transform.scale, transform.softcap, backend=backend)
+        if isinstance(request, MixedRequest):
+            logits = nn.functional.linear(rows, weight, bias)
+            backend = "torch" if request.backend == "reference" else request.backend
+            losses = mixup_cross_entropy(logits, None, request.labels, request.lam, transform.scale, transform.softcap, backend=backend)
+            return (losses.sum() / max(1, request.num_mixup_tokens),)
         return tuple(
             fused_linear_mixup_cross_entropy(
                 rows,
@@ -95,7 +116,7 @@ class LossHead:
 
     def __init__(self, projection: HeadProjection):
         self.projection = projection
-        self.request: LossRequest | ScoreRequest | ProbeRequest | None = None
+        self.request: LossRequest | ScoreRequest | MixedRequest | ProbeRequest | None = None
         self.result: tuple[Tensor, ...] | None = None
 
     @property
@@ -144,19 +165,17 @@ class CausalLMWithLoss(nn.Module):
         ScoreRequest: (nll, match), both (T,);
         otherwise: the model's logits (B, S, V or K).
         """
-        self.head.request, self.head.result = request, None
         options = {"output_router_logits": True} if self.has_router and isinstance(request, LossRequest) else {}
-        try:
-            output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
-            result = self.head.result
-        finally:
-            self.head.request = self.head.result = None
+        output, result = self._run(request, input_ids=input_ids, attention_mask=attention_mask, **options)
         if request is None or isinstance(request, ProbeRequest):
             return output.logits  # type: ignore[no-any-return]
         assert result is not None, "the model never called its head"
         if isinstance(request, ScoreRequest):
             return result
         loss, *parts = result
+        if request.mixed_inputs is not None:
+            mixup = self._mixup_of_mixed_inputs(input_ids, request, request.mixed_inputs)
+            loss, parts[1] = loss + request.mixup_weight * mixup, mixup.detach()
         auxiliary = getattr(output, "aux_loss", None) if self.has_router else None
         if auxiliary is None:
             return (loss, *parts, torch.zeros_like(loss))
@@ -164,6 +183,29 @@ class CausalLMWithLoss(nn.Module):
         share = request.labels.numel() / max(1, request.num_ntp_tokens)
         auxiliary = auxiliary.to(loss.device) * (self.auxiliary_weight * share)
         return (loss + auxiliary, *parts, auxiliary.detach())
+
+    def _run(self, request: Any, **inputs: Any) -> tuple[Any, tuple[Tensor, ...] | None]:
+        self.head.request, self.head.result = request, None
+        try:
+            return self.model(**inputs, use_cache=False), self.head.result
+        finally:
+            self.head.request = self.head.result = None
+
+    def _mixup_of_mixed_inputs(self, input_ids: Tensor, request: LossRequest, mixed: MixedInputs) -> Tensor:
+        # All ranks run this forward in every micro-batch, over one masked-out position where there is no pair, so that
+        # the number of ZeRO-3's collectives does not depend on data.
+        embedded = self.model.get_input_embeddings()(input_ids)
+        flat = embedded.reshape(-1, embedded.shape[-1])
+        backend = "torch" if request.backend == "reference" else request.backend
+        interpolated = mixed_embeddings(flat, mixed.sources, mixed.source_lam, backend=backend)
+        inputs = flat.new_zeros(mixed.attention_mask.numel(), flat.shape[1]).index_copy(0, mixed.places, interpolated)
+        _, result = self._run(
+            MixedRequest(mixed.rows, mixed.labels, mixed.lam, request.num_mixup_tokens, request.backend),
+            inputs_embeds=inputs.view(*mixed.attention_mask.shape, -1),
+            attention_mask=mixed.attention_mask,
+        )
+        assert result is not None, "the model never called its head"
+        return result[0]
 
     def plain_name(self, name: str) -> str:
         """Returns the Hugging Face name of one of this module's parameters or buffers."""

@@ -48,6 +48,22 @@ def config_for(stage, model):
     )
 
 
+def train_steps(engine, layout, objective):
+    """Takes three steps; returns the NTP and Mixup loss and the gradient norm of each."""
+    steps = []
+    for step in (1, 2, 3):
+        engine.start_step(seed=0, step=step)
+        pieces = layout[ranks.rank]
+        sums = torch.zeros(2, dtype=torch.float64)
+        for number, piece in enumerate(pieces, start=1):
+            batch = micro_batch(piece, mixes_inputs=objective.mixes_inputs)
+            loss = engine.forward_backward(batch, COUNTS, objective, is_last=number == len(pieces))
+            sums += torch.stack([loss.ntp, loss.mixup]).double()
+        norm = float(engine.step(learning_rate=1e-2))
+        steps.append([*ranks.sum(sums).tolist(), norm])
+    return steps
+
+
 results = {}
 for stage in (0, 1, 2, 3):
     for model in ("tied", "untied"):
@@ -59,23 +75,22 @@ for stage in (0, 1, 2, 3):
                 loaded = {n: t.clone() for n, t in engine.named_tensors()}
                 assert set(loaded) == set(file), set(loaded) ^ set(file)
                 assert all(torch.equal(loaded[n], file[n]) for n in file), "a loaded tensor differs from the file"
-            steps = []
-            for step in (1, 2, 3):
-                engine.start_step(seed=0, step=step)
-                pieces = layout[ranks.rank]
-                sums = torch.zeros(2, dtype=torch.float64)
-                for number, piece in enumerate(pieces, start=1):
-                    loss = engine.forward_backward(micro_batch(piece), COUNTS, Objective(0.4), is_last=number == len(pieces))
-                    sums += torch.stack([loss.ntp, loss.mixup]).double()
-                norm = float(engine.step(learning_rate=1e-2))
-                steps.append([*ranks.sum(sums).tolist(), norm])
-            results[f"{stage} {model} {name}"] = steps
+            results[f"{stage} {model} {name}"] = train_steps(engine, layout, Objective(0.4))
             if name in ("1 x 4", "2 x 2"):
                 export = folder / f"exported-{stage}-{model}-{ranks.world_size}"
                 engine.export(export, tokenizer)
                 logits = engine.logits(micro_batch([0, 2]))
                 if ranks.is_main:
                     torch.save(logits, export / "logits.pt")
+            engine.close()
+
+# Mixing at the input embeddings: a third forward on every rank, over nothing where a rank has no pair.
+for stage in (0, 3):
+    for model in ("tied", "untied"):
+        config = config_for(stage, model)
+        for name, layout in LAYOUTS[ranks.world_size].items():
+            engine = Engine(config, config.model, ranks, tokenizer, train=config.train)
+            results[f"inputs {stage} {model} {name}"] = train_steps(engine, layout, Objective(0.4, "input_embeddings"))
             engine.close()
 
 # A scoring engine reads what another one wrote.

@@ -47,6 +47,17 @@ def test_every_cut_gives_the_losses_and_gradient_norms_of_one_process(results, s
     assert found[f"{stage} {model} {layout}"] == [pytest.approx(step, rel=1e-5) for step in expected]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_mixing_at_the_input_does_not_depend_on_the_cut_either(results, stage, model, layout):
+    _, found = results
+    expected = found[f"inputs 0 {model} 1 x 4"]
+    assert found[f"inputs {stage} {model} {layout}"] == [pytest.approx(step, rel=1e-5) for step in expected]
+    at_head = found[f"0 {model} 1 x 4"][0]
+    assert expected[0][0] == pytest.approx(at_head[0]) and expected[0][1] != pytest.approx(at_head[1], rel=1e-6)
+
+
 @pytest.mark.parametrize("model", ["tied", "untied"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_zero_stage_gives_the_losses_of_stage_0(results, stage, model):

@@ -12,39 +12,57 @@ import json, re, subprocess, sys, tempfile
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-import sftmix.kernels.pair_epilogue_triton as module
+import sftmix.kernels.mixed_embeddings_triton as embeddings
+import sftmix.kernels.mixup_cross_entropy_triton as mixup
+import sftmix.kernels.pair_epilogue_triton as epilogue
 
 backend, architecture = sys.argv[1], sys.argv[2]
 target = GPUTarget(backend, int(architecture) if backend == "cuda" else architecture, 32 if backend == "cuda" else 64)
+INTEGERS = ("labels_ptr", "pairs_ptr", "slots_ptr")
+ROWS = ("logits_ptr", "c_ptr", "u_ptr", "d_c_ptr", "d_u_ptr", "rows_ptr", "mixed_ptr", "d_mixed_ptr", "d_rows_ptr")  # in bfloat16
+
+def kind(name, constants):
+    if name in constants:
+        return "constexpr"
+    if name.endswith("_ptr"):
+        return "*i64" if name in INTEGERS else "*bf16" if name in ROWS else "*fp32"
+    return "i64" if name.endswith("_stride") else "i32"
+
+def report_of(kernel, num_warps, constants):
+    names = kernel.arg_names
+    aligned = [n for n in names if n.endswith(("_ptr", "_stride")) or n in ("V", "D")]
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if n not in constants}
+    constexprs = {(names.index(n),): v for n, v in constants.items()}
+    source = ASTSource(kernel, {n: kind(n, constants) for n in names}, constexprs, attributes)
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    if backend == "cuda":
+        text = compiled.asm["ptx"]
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True).stdout
+        found = {k: int(v) for k, v in re.findall(r"\\b(REG|STACK|LOCAL):(\\d+)", usage)}
+        registers, spilled, double = found["REG"], found["STACK"] + found["LOCAL"], ".f64" in text
+        loads, stores = (re.search(rf"\\b{verb}\\.global\\S*\\.v4\\.b32", text) for verb in ("ld", "st"))
+    else:
+        text = compiled.asm["amdgcn"]
+        registers = int(re.search(r"\\.vgpr_count:\\s*(\\d+)", text)[1])
+        spilled, double = sum(int(n) for n in re.findall(r"\\.[sv]gpr_spill_count:\\s*(\\d+)", text)), "_f64" in text
+        loads, stores = (re.search(rf"(global|buffer)_{verb}_dwordx4", text) for verb in ("load", "store"))
+    return dict(registers=registers, spilled=spilled, float64=double, wide_loads=bool(loads), wide_stores=bool(stores))
+
 report = {}
-for kernel in (module._pair_kernel, module._row_kernel):
-    for cap in (None, 30.0):
-        constants = {"SCALE": 1.0, "CAP": cap, "WANT_GRADIENT": True, "ACCUMULATE": tl.float32, "BLOCK": module.MAX_BLOCK}
-        def kind(name):
-            if name in constants:
-                return "constexpr"
-            if name.endswith("_ptr"):
-                return {"logits_ptr": "*bf16", "labels_ptr": "*i64"}.get(name, "*fp32")
-            return "i64" if name == "row_stride" else "i32"
-        names = kernel.arg_names
-        attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in names if n.endswith("_ptr") or n in ("row_stride", "V")}
-        source = ASTSource(kernel, {n: kind(n) for n in names}, {(names.index(n),): v for n, v in constants.items()}, attributes)
-        compiled = triton.compile(source, target=target, options={"num_warps": 8})
-        if backend == "cuda":
-            text = compiled.asm["ptx"]
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(compiled.asm["cubin"])
-                file.flush()
-                usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True).stdout
-            found = {k: int(v) for k, v in re.findall(r"\\b(REG|STACK|LOCAL):(\\d+)", usage)}
-            registers, spilled = found["REG"], found["STACK"] + found["LOCAL"]
-            float64, wide = ".f64" in text, "ld.global.v4.b32" in text and "st.global.v4.b32" in text
-        else:
-            text = compiled.asm["amdgcn"]
-            registers = int(re.search(r"\\.vgpr_count:\\s*(\\d+)", text)[1])
-            spilled = sum(int(n) for n in re.findall(r"\\.[sv]gpr_spill_count:\\s*(\\d+)", text))
-            float64, wide = "_f64" in text, "global_load_dwordx4" in text or "buffer_load_dwordx4" in text
-        report[f"{kernel.__name__} cap={cap}"] = dict(registers=registers, spilled=spilled, float64=float64, wide=wide)
+of_logits = {"SCALE": 1.0, "ACCUMULATE": tl.float32}
+for cap in (None, 30.0):
+    for kernel in (epilogue._pair_kernel, epilogue._row_kernel):
+        constants = {**of_logits, "CAP": cap, "WANT_GRADIENT": True, "BLOCK": epilogue.MAX_BLOCK}
+        report[f"epilogue {kernel.__name__} cap={cap}"] = report_of(kernel, 8, constants)
+    for form, absent in {"two members": {}, "mixed already": {"u_ptr": None, "d_u_ptr": None}}.items():
+        for kernel in (mixup._forward_kernel, mixup._backward_kernel):
+            constants = {**of_logits, "CAP": cap, "BLOCK": mixup.MAX_BLOCK, **{n: v for n, v in absent.items() if n in kernel.arg_names}}
+            report[f"mixup {kernel.__name__} {form} cap={cap}"] = report_of(kernel, 8, constants)
+for kernel in (embeddings._forward_kernel, embeddings._backward_kernel):
+    report[f"embeddings {kernel.__name__}"] = report_of(kernel, 4, {"BLOCK": embeddings.MAX_BLOCK})
 print(json.dumps(report))
 """
 
@@ -57,10 +75,12 @@ def test_kernels_compile_without_spills(backend, architecture, record_property):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert len(report) == 4
+    assert len(report) == 14
     for kernel, figures in report.items():
         record_property(kernel, figures)
         print(architecture, kernel, figures)  # shown by pytest -s
         assert figures["spilled"] == 0, (kernel, figures)
         assert not figures["float64"], kernel
-        assert figures["wide"], f"{kernel}: no 16-byte loads and stores"
+        assert figures["wide_loads"], f"{kernel}: no 16-byte loads"
+        if not kernel.startswith("mixup _forward_kernel"):  # which stores three numbers a pair
+            assert figures["wide_stores"], f"{kernel}: no 16-byte stores"

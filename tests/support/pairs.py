@@ -22,7 +22,7 @@ PAIRS = [
 COUNTS = StepCounts(2 + 9 + 1 + 3 + 25 + 4 + 2 + 2, 2 + 1 + 4 + 2)
 
 
-def micro_batch(numbers):
+def micro_batch(numbers, *, mixes_inputs=False):
     examples = [member for n in numbers for member in PAIRS[n][:2]]
     partners = [(2 * place, 2 * place + 1, PAIRS[n][2]) for place, n in enumerate(numbers)]
-    return build_micro_batch(examples, partners, indices=tuple(range(len(examples))), pad_id=0)
+    return build_micro_batch(examples, partners, indices=tuple(range(len(examples))), pad_id=0, mixes_inputs=mixes_inputs)

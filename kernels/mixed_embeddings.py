@@ -1,0 +1,89 @@
+"""Interpolated rows of an embedding (or hidden state) matrix, one per pair, with a deterministic gradient.
+
+Manifold Mixup below the head: row m of the result is lam_m E[c_m] + (1 - lam_m) E[u_m]. A row of E is the confident
+member of one pair at most and the unconfident member of one pair at most, so its gradient has two terms at most. They
+are found by two inverse maps (row -> pair), and no two threads ever add to one number:
+
+    dE[r] = lam_m g_m, m the pair of which r is the confident member    +    (1 - lam_n) g_n, n that of which it is the unconfident
+
+Where only one member exists (the longer of two responses goes on alone) the pair (r, r) gives the row itself.
+
+Axes: T rows, M pairs, D hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mixed_embeddings(embeddings: Tensor, pairs: Tensor, lam: Tensor, backend: str | None = None) -> Tensor:
+    """Returns (M, D) `lam * embeddings[pairs[:, 0]] + (1 - lam) * embeddings[pairs[:, 1]]` in the dtype of the embeddings.
+
+    embeddings: (T, D); interpolated in float32 (float64 where they are that) and rounded once, and so is their gradient.
+    pairs: (M, 2) int64 or int32; the row of the confident and of the unconfident member. No row twice in one column;
+        in both is allowed, also in one pair, (r, r), whose result is the row bit for bit whatever lam is.
+    lam: (M,) float32 or float64 in [0, 1], the share of the confident member; gets no gradient.
+    backend: "torch" or "triton"; default: "triton" for tensors on a GPU, else "torch".
+
+    "triton" refuses a second derivative; "torch" has all of them.
+    Raises ValueError for arguments that do not fit together, an unknown backend, Triton without a GPU, or, on a CPU, a
+    row twice in a column; a GPU reports that by a device-side assertion, for which nothing waits.
+    """
+    backend = backend or ("triton" if embeddings.is_cuda else "torch")
+    if backend not in ("torch", "triton"):
+        raise ValueError(f'unknown backend {backend!r}: expected "torch" or "triton"')
+    _check(embeddings, pairs, lam)
+    accumulate = torch.promote_types(embeddings.dtype, torch.float32)
+    slots = inverse_maps(pairs, embeddings.shape[0])
+    # All of a row paired with itself, not two shares of it: lam x + (1 - lam) x is x up to rounding only.
+    share = lam.detach().to(accumulate).masked_fill(pairs[:, 0] == pairs[:, 1], 1.0)
+    if backend == "torch":
+        rows = embeddings.to(accumulate)  # before the rows are taken: the two terms of the gradient are then added unrounded
+        mixed = share[:, None] * rows[pairs[:, 0]] + (1 - share[:, None]) * rows[pairs[:, 1]]
+        return mixed.to(embeddings.dtype)
+    # Imported when asked for: triton does not exist on every platform, and decides then whether to interpret.
+    from sftmix.kernels.mixed_embeddings_triton import mixed_forward
+
+    return mixed_forward(embeddings, pairs, share, slots)
+
+
+def inverse_maps(pairs: Tensor, num_rows: int) -> Tensor:
+    """Returns (2, T) int64: the pair of which each row is the confident and the unconfident member, -1 where of none.
+
+    Refuses a row that is twice in one column of `pairs`: by ValueError on a CPU, by an assertion of the device elsewhere
+    and in compiled code (RuntimeError on a CPU).
+    """
+    remedy = "A row may be the confident member of one pair, and the unconfident member of one."
+    order = torch.arange(pairs.shape[0], device=pairs.device)
+    slots = torch.full((2, num_rows), -1, dtype=torch.int64, device=pairs.device)
+    for column, member in enumerate(("confident", "unconfident")):
+        rows = pairs[:, column].long()
+        slots[column].index_copy_(0, rows, order)
+        # Of two pairs that wrote to one row one finds the other's number there.
+        repeated = slots[column].index_select(0, rows) != order
+        if pairs.device.type == "cpu" and not torch.compiler.is_compiling():
+            if repeated.any():
+                row = int(rows[repeated][0])
+                raise ValueError(f"mixed_embeddings: row {row} is the {member} member of more than one pair. {remedy}")
+        else:  # a look at the value would wait for the device, and cannot be compiled
+            torch._assert_async(~repeated.any(), f"mixed_embeddings: a row is the {member} member of more than one pair. {remedy}")
+    return slots
+
+
+def _check(embeddings: Tensor, pairs: Tensor, lam: Tensor) -> None:
+    num_pairs = lam.shape[0] if lam.dim() else 0
+    fits = (
+        embeddings.dim() == 2
+        and embeddings.is_floating_point()
+        and pairs.shape == (num_pairs, 2)
+        and pairs.dtype in (torch.int64, torch.int32)
+        and lam.shape == (num_pairs,)
+        and lam.dtype in (torch.float32, torch.float64)
+    )
+    if not fits:
+        arguments = {"embeddings": embeddings, "pairs": pairs, "lam": lam}
+        found = ", ".join(f"{name} {tuple(t.shape), t.dtype}" for name, t in arguments.items())
+        raise ValueError(
+            f"mixed_embeddings found {found}; expected embeddings (T, D), pairs (M, 2) int64 or int32, lam (M,) float32 or float64"
+        )
