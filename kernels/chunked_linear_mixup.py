@@ -99,7 +99,7 @@ def chunked_linear_mixup(
             if here is None:
                 torch.mm(d_logits, weight, out=d_hidden[start:stop])
             else:
-                d_hidden.index_copy_(0, here, d_logits @ weight)
+                d_hidden.index_copy_(0, here, torch.mm(d_logits, weight))
         if want_weight:
             add_product(d_weight, d_logits.t(), chunk, is_first=start == 0)
 
@@ -226,9 +226,9 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -
     elif _has_wide_products(right):
         torch.addmm(total, left, right, out_dtype=total.dtype, beta=beta, out=total)  # type: ignore[call-overload]
     elif is_first:
-        total.copy_(left @ right)
+        total.copy_(torch.mm(left, right))
     else:
-        total.add_(left @ right)
+        total.add_(torch.mm(left, right))
 
 
 def _has_wide_products(operand: Tensor) -> bool:

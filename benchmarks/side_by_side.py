@@ -1,0 +1,59 @@
+"""What the benchmarks share: rounds in rotating order, percentiles, and the record of machine and versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from sftmix import artifacts
+
+
+def rounds(functions: dict[str, Callable[[int], Any]], *, num_rounds: int, device: torch.device) -> Iterator[dict[str, tuple[float, Any]]]:
+    """Calls every function once a round, with the round's number, and yields name -> (seconds, result) of the round.
+
+    The order rotates, so that drift of clocks and load falls on all of them. Seconds end when the device is idle.
+    """
+    names = list(functions)
+    for number in range(num_rounds):
+        measured: dict[str, tuple[float, Any]] = {}
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            _wait_for(device)
+            start = time.perf_counter()
+            result = functions[name](number)
+            _wait_for(device)
+            measured[name] = time.perf_counter() - start, result
+        yield measured
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def spread(values: Iterable[float]) -> tuple[float, float, float]:
+    """Returns the 20th, 50th and 80th percentile of at least two values."""
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return deciles[1], deciles[4], deciles[7]
+
+
+def machine(device: torch.device, script: str, *, packages: Iterable[str] = ()) -> dict[str, Any]:
+    """Returns hardware, its load at this moment, versions (also of further `packages`) and command, for the record."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    found = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
+    return {
+        "device": name,
+        "cpu_threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "load_average_before": os.getloadavg()[0],
+        "versions": artifacts.versions() | found,
+        "commit": artifacts.commit(),
+        "command": " ".join(["python", script, *sys.argv[1:]]),
+    }
