@@ -1,5 +1,6 @@
 """Both in-place versions against autograd; the Triton one interpreted where there is no GPU."""
 
+import os
 import subprocess
 import sys
 
@@ -168,3 +169,30 @@ def test_triton_without_a_gpu_is_refused_with_the_remedy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}, check=False)
     assert done.returncode == 1 and "needs a GPU" in done.stderr and 'Use backend="torch"' in done.stderr
+
+
+BEYOND_INT32 = """
+import torch
+from sftmix.kernels.pair_epilogue_triton import pair_epilogue
+torch.manual_seed(0)
+STRIDE = 2**30  # the third row begins at 2**31: a row number times a stride in 32 bits would be negative
+try:
+    storage = torch.empty(4 * STRIDE, dtype=torch.float16)  # address space; only the rows' own pages are ever touched
+except RuntimeError as error:
+    print("SKIP", error)
+    raise SystemExit
+one = torch.ones(())
+for num_pairs in (2, 0):
+    compact, labels, lam = torch.randn(4, 9).half(), torch.tensor([1, 0, 8, 3]), torch.rand(num_pairs)
+    spread = storage.as_strided((4, 9), (STRIDE, 1)).copy_(compact)
+    results = [pair_epilogue(logits, labels, lam, one, one) for logits in (compact, spread)]
+    assert all(torch.equal(a, b) for a, b in zip(*results)) and torch.equal(compact, spread)
+"""
+
+
+def test_rows_beyond_two_to_the_31_elements():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", BEYOND_INT32], capture_output=True, text=True, env=environment, check=False)
+    if done.stdout.startswith("SKIP"):
+        pytest.skip(f"no 8 GiB of address space: {done.stdout}")
+    assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-1000:]}"
