@@ -340,7 +340,7 @@ def main() -> None:
     parser.add_argument("--zero-stage", type=int, default=None, choices=[0, 1, 2, 3], help="ours; default: 0 in fp32, else 1")
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="default: bf16 on GPUs that have it")
     parser.add_argument("--backend", default=None, choices=["torch", "triton"], help="of our loss; default: the recipe's")
-    parser.add_argument("--device", default=None, choices=["cuda", "cpu"], help="cuda without a GPU: every row says so")
+    parser.add_argument("--device", default=None, choices=["cuda"], help="insist on a GPU: without one every row is \"not measured\"")
     parser.add_argument("--rounds", type=int, default=20, help=f"at least 2, after {NUM_WARMUP_ROUNDS} that are not timed")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
@@ -353,7 +353,7 @@ def main() -> None:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             artifacts.write_json(options.out, {"device": "not measured: no GPU", "providers": rows})
         return
-    device = torch.device("cuda" if has_gpu() and options.device != "cpu" else "cpu")
+    device = torch.device("cuda" if has_gpu() else "cpu")
     record = side_by_side.machine(device, "benchmarks/step.py", packages=("trl", "accelerate"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sftmix.kernels.mixup_cross_entropy_triton import require_gpu
+from sftmix.kernels.pair_epilogue_triton import need_gpu
 
 MAX_BLOCK = 2048  # columns of D per tile: with 4 warps 16 bytes of bfloat16 per thread, on AMD (64 threads a warp) too
 
@@ -31,7 +31,7 @@ def mixed_forward(embeddings: Tensor, pairs: Tensor, lam: Tensor, slots: Tensor)
     Arguments as `mixed_embeddings`, already checked; lam: (M,) in the dtype to interpolate in; slots: (2, T) from
     `inverse_maps`, read by the backward alone.
     """
-    require_gpu(embeddings)
+    need_gpu(embeddings)
     mixed = _mixed_like(embeddings, pairs, lam, slots)
     if mixed.numel():
         rows, options = _rows(embeddings)
@@ -47,7 +47,7 @@ def _mixed_like(embeddings, pairs, lam, slots):
 @torch.library.custom_op("sftmix::mixed_embeddings_backward", mutates_args=())
 def mixed_backward(d_mixed: Tensor, lam: Tensor, slots: Tensor) -> Tensor:
     """Returns the (T, D) gradient in the embeddings. d_mixed: (M, D), the upstream gradient, with any strides."""
-    require_gpu(d_mixed)
+    need_gpu(d_mixed)
     d_embeddings = _embeddings_like(d_mixed, lam, slots)
     if not d_mixed.numel():
         return d_embeddings.zero_()

@@ -19,20 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sftmix.kernels.pair_epilogue_triton import _d_softcap, _online, _softcap
+from sftmix.kernels.pair_epilogue_triton import _d_softcap, _online, _softcap, need_gpu
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 MAX_BLOCK = 4096  # columns of V per tile, for 8 warps
 LOWEST = tl.constexpr(-3.0e38)  # below every logit but -inf
-
-
-def require_gpu(tensor: Tensor) -> None:
-    """Raises ValueError with the remedy where Triton cannot run on the tensor's device."""
-    if not tensor.is_cuda and not INTERPRETED:
-        raise ValueError(
-            f'backend="triton" needs a GPU, and the tensors are on {tensor.device}. Use backend="torch", or set '
-            "TRITON_INTERPRET=1 before the start to interpret the kernels (for tests: it is slow)."
-        )
 
 
 @torch.library.custom_op("sftmix::mixup_forward", mutates_args=())
@@ -49,7 +39,7 @@ def mixup_forward(
 
     Arguments as `mixup_cross_entropy`, already checked. A label outside [0, V) gives NaN; no memory outside is read.
     """
-    require_gpu(confident)
+    need_gpu(confident)
     loss, maximum, total = _forward_outputs(confident, unconfident, labels, lam, scale, cap, ignore_index)
     arguments, options = _common(confident, unconfident, labels, lam, scale, cap, ignore_index)
     if confident.shape[0]:
@@ -82,7 +72,7 @@ def mixup_backward(
 
     maximum, total: from `mixup_forward`; d_loss: (M,), the upstream gradient, with any strides.
     """
-    require_gpu(confident)
+    need_gpu(confident)
     d_confident, d_unconfident = _backward_outputs(
         confident, unconfident, labels, lam, scale, cap, ignore_index, maximum, total, d_loss, want_confident, want_unconfident
     )

@@ -123,7 +123,7 @@ def _epilogue_of_piece(
     mixup = share.new_zeros(0)
     mixed = None
     if paired:  # the mixed part is read off the raw logits first: the NTP part then overwrites them
-        mixed = torch.lerp(raw[1:paired:2], raw[0:paired:2], share)
+        mixed = (raw[0:paired:2] * share).addcmul_(raw[1:paired:2], 1 - share)  # lerp makes NaN of two -inf
         alive = valid[:paired].view(-1, 2).all(dim=1)
         targets = ((target[0:paired:2], share), (target[1:paired:2], 1 - share))
         mixup = _loss_and_gradient_in_place(mixed, targets, alive, mixup_weight, logit_softcap, want_gradient)

@@ -140,7 +140,9 @@ def _pair_kernel(
 
     minus_inf = tl.full((), -float("inf"), ACCUMULATE)
     zero = tl.full((), 0.0, ACCUMULATE)
-    m_c, m_u, m_m = minus_inf, minus_inf, minus_inf
+    # Finite: a first tile of logits that are all -inf (masked-out tokens) would give -inf - -inf.
+    lowest = tl.full((), -3.0e38, ACCUMULATE)
+    m_c, m_u, m_m = lowest, lowest, lowest
     s_c, s_u, s_m = zero, zero, zero
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -219,7 +221,7 @@ def _row_kernel(
     has_label = y != ignore_index
     minus_inf = tl.full((), -float("inf"), ACCUMULATE)
     zero = tl.full((), 0.0, ACCUMULATE)
-    m = minus_inf
+    m = tl.full((), -3.0e38, ACCUMULATE)  # finite, as above
     s = zero
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)

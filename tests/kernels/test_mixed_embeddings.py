@@ -124,6 +124,14 @@ def test_rows_in_no_pair_get_exact_zeros_whatever_the_gradient_is(backend):
 
 
 @both_backends
+def test_no_pair_gives_exact_zeros_and_starts_no_kernel(backend, monkeypatch):
+    for kernel in ("_forward_kernel", "_backward_kernel"):
+        monkeypatch.setattr(module, kernel, None)
+    mixed, gradient = run(mixed_embeddings, draw(pairs=PAIRS[:0]), backend=backend)
+    assert mixed.shape == (0, 5) and gradient.shape == (9, 5) and not gradient.any()
+
+
+@both_backends
 def test_members_are_not_mistaken_for_each_other(backend):
     inputs = draw()
     swapped = {**inputs, "pairs": inputs["pairs"].flip(1)}
@@ -224,12 +232,13 @@ def test_rows_far_apart_in_memory_are_found(rows):
     """The offset of the last row exceeds int32; the interpreter wraps as a GPU would."""
     if DEVICE == "cuda":
         pytest.skip("a sparse file stands for the memory, which only a CPU can read")
-    inputs, stride = draw(pairs=torch.tensor([[1, 0], [0, 1]])), 2**31 // 8 + 16
-    inputs["embeddings"] = inputs["embeddings"][:2]
+    inputs = draw(pairs=torch.tensor([[1, 0], [0, 2], [2, 1]], dtype=torch.int32), dtype=torch.float16)
+    inputs["embeddings"], stride = inputs["embeddings"][:3], 2**30 + 16  # the stride itself fits int32, twice the stride does not
     near = run(mixed_embeddings, inputs, backend="triton")
     with tempfile.NamedTemporaryFile() as file:
-        file.truncate((stride + 16) * 8)
-        far = torch.from_file(file.name, shared=True, size=stride + 16, dtype=torch.float64).as_strided((2, 5), (stride, 1))
+        file.truncate(2 * (2 * stride + 16))
+        storage = torch.from_file(file.name, shared=True, size=2 * stride + 16, dtype=torch.float16)
+        far = storage.as_strided((3, 5), (stride, 1))
         leaf = inputs["embeddings"] if rows == "upstream" else far.copy_(inputs["embeddings"]).detach()
         mixed = mixed_embeddings(leaf.requires_grad_(), inputs["pairs"], inputs["lam"], backend="triton")
         upstream = upstream_of(mixed) if rows == "embeddings" else far.copy_(upstream_of(mixed))
@@ -246,9 +255,12 @@ def test_compiles_in_one_graph(backend):
 
 def test_operators_keep_the_contract_of_custom_operators():
     inputs = draw()
-    slots = inverse_maps(inputs["pairs"], 9)
-    torch.library.opcheck(module.mixed_forward, (inputs["embeddings"].requires_grad_(), inputs["pairs"], inputs["lam"].double(), slots))
-    torch.library.opcheck(module.mixed_backward, (upstream_of(inputs["embeddings"][:5]), inputs["lam"].double(), slots))
+    slots, lam, upstream = inverse_maps(inputs["pairs"], 9), inputs["lam"].double(), upstream_of(inputs["embeddings"][:5])
+    for layout in (lambda t: t, LAYOUTS["every second column"]):  # a compiler may choose the strides
+        forward = (inputs["embeddings"].requires_grad_(), inputs["pairs"], layout(lam), layout(slots))
+        torch.library.opcheck(module.mixed_forward, forward)
+        torch.library.opcheck(module.mixed_backward, (upstream, *forward[2:]))
+        assert_equal((module.mixed_forward(*forward), module.mixed_backward(upstream, *forward[2:])), run(truth, inputs))
 
 
 def test_second_derivative_is_right_or_refused():
@@ -286,7 +298,7 @@ def test_unknown_backend_is_refused():
 def test_triton_without_a_gpu_is_refused_with_the_remedy(monkeypatch):
     if DEVICE == "cuda":
         pytest.skip("there is a GPU")
-    import sftmix.kernels.mixup_cross_entropy_triton as where_it_is_asked
+    import sftmix.kernels.pair_epilogue_triton as where_it_is_asked
 
     monkeypatch.setattr(where_it_is_asked, "INTERPRETED", False)
     with pytest.raises(ValueError, match='needs a GPU, and the tensors are on cpu. Use backend="torch"'):

@@ -77,6 +77,19 @@ def test_any_share(share, version):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_a_tile_of_masked_out_tokens_has_no_part(version):
+    inputs = draw(vocab_size=37)
+    inputs["labels"] = inputs["labels"].clamp(min=20)
+    narrow = {**inputs, "logits": inputs["logits"][:, 20:].clone(), "labels": inputs["labels"] - 20}
+    expected = run(pair_epilogue_reference, narrow)
+    inputs["logits"][:, :20] = -float("inf")  # all of the first tile, with which the running maximum begins
+    nll, mixup, gradient = run(VERSIONS[version], inputs)
+    for a, b in zip((nll, mixup, gradient[:, 20:]), expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+    assert not gradient[:, :20].any()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("ignored", [[0], [1], [0, 1], [6], list(range(7))])
 def test_ignored_rows_leave_exact_zeros(ignored, version):
     inputs = draw()
