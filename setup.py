@@ -36,10 +36,11 @@ setup(
         "pyyaml>=6",
         "numpy>=1.26",
         "pyarrow>=15",
+        "polars>=1.30",
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "rich>=13",
     ],
-    extras_require={"dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "types-PyYAML", "zstandard"]},
+    extras_require={"dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "types-PyYAML", "zstandard", "duckdb"]},
     entry_points={"console_scripts": ["sftmix=sftmix.cli:main"]},
 )

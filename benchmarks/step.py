@@ -47,7 +47,7 @@ from sftmix.engine.distributed import has_gpu, init_ranks, resolve_precision
 from sftmix.engine.engine import Engine
 from sftmix.engine.loading import hf_config, load_source
 from sftmix.objectives import Objective
-from sftmix.pairing import EpochPlan, plan_epoch, split_by_confidence
+from sftmix.pairing import StepUnits, match_parts, split_by_confidence
 
 MIXUP, NTP, TRL_NTP, TRL_MIXUP = "sftmix (ours)", "ntp (ours)", "ntp (trl)", "sftmix (textbook on trl)"
 TWINS = ((TRL_NTP, NTP), (TRL_MIXUP, MIXUP))
@@ -75,7 +75,7 @@ class Work:
     config: Config
     tokenizer: Any
     examples: TokenisedExamples
-    plan: EpochPlan
+    plan: StepUnits
     steps: list[NDArray[np.int64]]
 
     def cut(self, number: int) -> list[NDArray[np.int64]]:
@@ -130,7 +130,8 @@ def build_work(config: Config, folder: Path, *, num_rounds: int) -> Work:
     prepare(config, folder)
     examples = TokenisedExamples(folder / "train.arrow")
     parts = split_by_confidence(examples.example_ids, np.random.default_rng(0).random(len(examples)))
-    plan = plan_epoch(examples.example_ids, parts, seed=config.run.seed, epoch=0, alpha=config.mixup.alpha)
+    matching = match_parts(np.array(parts), examples.num_response_tokens, seed=config.run.seed, alpha=config.mixup.alpha)
+    plan = matching.units(0, 0, matching.num_units)
     pairs = np.flatnonzero(plan.units[:, 1] >= 0)
     size = config.train.batch_size // 2
     num_steps = len(pairs) // size
@@ -340,7 +341,7 @@ def main() -> None:
     parser.add_argument("--zero-stage", type=int, default=None, choices=[0, 1, 2, 3], help="ours; default: 0 in fp32, else 1")
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="default: bf16 on GPUs that have it")
     parser.add_argument("--backend", default=None, choices=["torch", "triton"], help="of our loss; default: the recipe's")
-    parser.add_argument("--device", default=None, choices=["cuda"], help="insist on a GPU: without one every row is \"not measured\"")
+    parser.add_argument("--device", default=None, choices=["cuda"], help='insist on a GPU: without one every row is "not measured"')
     parser.add_argument("--rounds", type=int, default=20, help=f"at least 2, after {NUM_WARMUP_ROUNDS} that are not timed")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sftmix import faults
 from sftmix.errors import ArtifactError
 
 MANIFEST = "manifest.json"
@@ -79,10 +80,13 @@ def publish(
     seal(staging, stage=stage, settings=settings, inputs=inputs, facts=facts)
     old = folder.with_name(f".{folder.name}.old")
     discard(old)
+    faults.point("publish.aside")
     if folder.exists():
         folder.rename(old)
+    faults.point("publish.rename")
     staging.rename(folder)
-    _sync_folder(folder.parent)
+    faults.point("publish.done")
+    sync_folder(folder.parent)
     discard(old)
 
 
@@ -110,8 +114,9 @@ def seal(
         versions=versions(),
         commit=commit(),
     )
+    faults.point("publish.manifest")
     write_json(folder / MANIFEST, asdict(manifest))
-    _sync_folder(folder)
+    sync_folder(folder)
     return manifest
 
 
@@ -197,7 +202,8 @@ def commit() -> str | None:
     return head + ("+changes" if changed else "")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder's entries, so that a rename in it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

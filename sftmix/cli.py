@@ -28,6 +28,12 @@ OTHERS = {
     "inspect": "show examples with their tokens coloured by the response mask",
     "export": "copy a trained model to a folder of your own",
 }
+SCORES = {
+    "show": "what a score table holds, and how it was made",
+    "check": "whether a score table fits the data of a config",
+    "merge": "one table of several: of other examples, or of other checkpoints",
+    "export": "a folder with a dataset card, ready for the Hub",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,9 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
     given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
     parser = _parser()
     options, rest = parser.parse_known_args(given)
-    if any(argument.startswith("-") for argument in rest):
+    if any(argument.startswith("-") for argument in rest) or (rest and "overrides" not in options):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    options.overrides += rest  # overrides may stand behind an option
+    if rest:
+        options.overrides += rest  # overrides may stand behind an option
     try:
         return _dispatch(options)
     except SftmixError as error:
@@ -62,8 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in {"run": OTHERS["run"], **STAGES, **OTHERS}.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        command.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a field, for example train.epochs=1")
+        _add_config(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if name in STAGES:
             command.add_argument("--force", action="store_true", help="run the stage though it is up to date")
@@ -72,10 +78,39 @@ def _parser() -> argparse.ArgumentParser:
         if name == "export":
             command.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
             command.add_argument("--which", default="sftmix", help="sftmix (default) or baseline")
+    _add_scores(commands.add_parser("scores", help="show, check, merge or export score tables", description="Score tables as artifacts."))
     return parser
 
 
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a field, for example train.epochs=1")
+
+
+def _add_scores(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="scores_command", required=True, metavar="COMMAND")
+    for name, text in SCORES.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == "merge":
+            command.add_argument("tables", nargs="+", metavar="TABLE", help="folder or Hub name; two or more")
+        else:
+            command.add_argument("table", metavar="TABLE", help="folder, Parquet file, or Hub name")
+        if name == "show":
+            command.add_argument("--num", type=int, default=5, metavar="N", help="examples to show at either end (default 5)")
+            command.add_argument("--column", metavar="NAME", help="column to take for the confidence")
+        if name == "check":
+            _add_config(command)
+        if name in ("merge", "export"):
+            command.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
 def _dispatch(options: argparse.Namespace) -> int:
+    if options.command == "scores":
+        from sftmix.score_commands import run
+
+        run(options)
+        return 0
     from sftmix.config_file import load_config
 
     config = load_config(options.config, options.overrides)

@@ -131,14 +131,58 @@ class ReferenceConfig(Section):
     )
 
 
+ScoreMode = Literal["checkpoints", "live", "online"]
+
+
 class ConfidenceConfig(Section):
-    mode: Literal["checkpoints"] = Field("checkpoints", description="Every checkpoint of the reference run over all training examples.")
+    mode: ScoreMode = Field(
+        "checkpoints",
+        description="Where perplexities come from. checkpoints: every saved checkpoint of the reference run over all training examples "
+        "(the paper). live: the same passes inside the reference run, nothing saved. online: the losses of the reference run's own "
+        "forwards, one per epoch, no pass at all.",
+    )
+    compare: list[ScoreMode] = Field(default_factory=list, description="Further modes, scored too; the report shows how far they agree.")
+    models: list[ModelConfig] = Field(default_factory=list, description="Score with these models instead; there is no reference run then.")
+    scores: str | None = Field(None, description="Use this published score table (folder or Hub name) instead; nothing is scored.")
+    scores_revision: str | None = Field(None, description="Commit, tag or branch of a table on the Hub.")
+    scores_column: str | None = Field(None, description="Column of the table to take for the confidence; higher is more confident.")
+    allow_differences: list[Literal["tokenizer", "template", "mask_policy", "max_length", "dtype"]] = Field(
+        default_factory=list, description="In what a table from elsewhere may differ from this data."
+    )
     micro_batch_tokens: Int = Field(16384, ge=1, description="Token budget of one forward, padding included.")
+    unit_examples: Int = Field(1024, ge=1, description="Examples of one unit of work, which one rank scores and publishes as a whole.")
+    sharding: Literal["auto", "replicated", "zero3"] = Field(
+        "auto", description="replicated: every rank holds the whole model; zero3: sharded over the ranks; auto: by its size."
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ConfidenceConfig:
+        if self.models and self.scores:
+            raise ValueError("give `models` or `scores`, not both")
+        if (self.models or self.scores) and (self.compare or self.mode != "checkpoints"):
+            raise ValueError("`mode` and `compare` are about the reference run, and with `models` or `scores` there is none")
+        if self.mode in self.compare or len(set(self.compare)) < len(self.compare):
+            raise ValueError("`compare` names modes other than `mode`, each once")
+        if self.scores is None and (self.scores_revision or self.scores_column or self.allow_differences):
+            raise ValueError("`scores_revision`, `scores_column` and `allow_differences` belong to `scores`")
+        return self
+
+    @property
+    def has_reference(self) -> bool:
+        return not self.models and self.scores is None
+
+    @property
+    def modes(self) -> list[ScoreMode]:
+        """Returns the modes that are scored, the one that counts first."""
+        return [self.mode, *self.compare] if self.has_reference else []
 
 
 class SplitConfig(Section):
     confident_share: Share = Field(0.5, description="Most confident share of the examples (D^c of the paper).")
     unconfident_share: Share = Field(0.5, description="Least confident share (D^u). What is left between trains with NTP alone.")
+    by: str = Field("confidence", description="Column of the score table to rank by: confidence, variability, or one of your own table.")
+    highest_is_confident: bool = Field(True, description="Are the highest values the confident ones?")
+    stratify_by: str | None = Field(None, description="Take the shares within each value of this column of the data, for example `group`.")
 
     @model_validator(mode="after")
     def _disjoint(self) -> SplitConfig:
@@ -150,6 +194,10 @@ class SplitConfig(Section):
 class MixupConfig(Section):
     weight: Float = Field(0.2, ge=0, description="mu: factor of the Mixup loss. 0 is plain SFT.")
     alpha: Float = Field(0.5, gt=0, description="lam is drawn from Beta(alpha, alpha), once per pair and epoch.")
+    matching: Literal["random", "length"] = Field(
+        "random", description="Partners: any (the paper), or of like response length, so that less of the longer one is left unmixed."
+    )
+    length_block: Int = Field(256, ge=1, description="With matching by length: pairs among which partners are drawn.")
     site: Literal["head", "input_embeddings"] = Field(
         "head", description="Where pairs are interpolated: before the head (the method), or at the input (an ablation: a third forward)."
     )

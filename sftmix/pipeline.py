@@ -9,6 +9,7 @@ whose output is there with the same inputs and settings is not run again.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -48,6 +49,13 @@ class StageContext:
     inputs: dict[str, Path]
     ranks: Ranks | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+
+    @property
+    def work(self) -> Path:
+        """A folder for what must survive a kill of this stage; removed once its output is published. It carries the
+        fingerprint of settings and inputs, so that nothing made from others is taken up."""
+        return self.config.run.dir / "work" / self.fingerprint[:16]
 
     def facts_of(self, stage: str) -> dict[str, Any]:
         """Returns what an input stage left in its manifest."""
@@ -61,22 +69,20 @@ def stages_of(config: Config) -> list[Stage]:
     from sftmix import stages
 
     training = {"model": model_identity(config.model), "train": config.train.model_dump(mode="json"), **_numerics(config)}
+    has_reference = config.confidence.has_reference
+    reference = ("reference",) if has_reference else ()
     trained = (*(("baseline",) if config.baseline.enabled else ()), "train")
     return [
         Stage("data", "data", (), _data_settings, stages.run_data, needs_engine=False),
+        *([Stage("reference", "reference", ("data",), _reference_settings, stages.run_reference)] if has_reference else []),
         Stage(
-            "reference",
-            "reference",
-            ("data",),
-            lambda c: {
-                "model": model_identity(c.reference_model),
-                "train": c.reference_train.model_dump(mode="json"),
-                "num_checkpoints": c.reference.num_checkpoints,
-                **_numerics(c),
-            },
-            stages.run_reference,
+            "score",
+            "confidence",
+            ("data", *reference),
+            _score_settings,
+            stages.run_score,
+            needs_engine=config.confidence.scores is None,
         ),
-        Stage("score", "confidence", ("data", "reference"), lambda c: {"mode": c.confidence.mode, **_numerics(c)}, stages.run_score),
         Stage("split", "pairing", ("data", "score"), lambda c: c.split.model_dump(mode="json"), stages.run_split, needs_engine=False),
         *([Stage("baseline", "baseline", ("data", "split"), lambda c: training, stages.run_baseline)] if config.baseline.enabled else []),
         Stage("train", "sftmix", ("data", "split"), lambda c: {**training, "mixup": c.mixup.model_dump(mode="json")}, stages.run_train),
@@ -84,7 +90,7 @@ def stages_of(config: Config) -> list[Stage]:
         Stage(
             "report",
             "report",
-            ("data", "reference", "score", "split", *trained, "evaluate"),
+            ("data", *reference, "score", "split", *trained, "evaluate"),
             lambda c: {"summary": artifacts.sha256_of_file(c.run.dir / "data" / "summary.json")},
             stages.run_report,
             needs_engine=False,
@@ -96,6 +102,27 @@ def _data_settings(config: Config) -> dict[str, Any]:
     from sftmix.data.prepare import data_settings
 
     return data_settings(config)
+
+
+def _reference_settings(config: Config) -> dict[str, Any]:
+    return {
+        "model": model_identity(config.reference_model),
+        "train": config.reference_train.model_dump(mode="json"),
+        "num_checkpoints": config.reference.num_checkpoints,
+        "modes": sorted(config.confidence.modes),  # what the run leaves behind: checkpoints, scores, or both
+        **_numerics(config),
+    }
+
+
+def _score_settings(config: Config) -> dict[str, Any]:
+    """What the table depends on. Units, budgets and sharding change nothing but rounding."""
+    confidence = config.confidence
+    settings = confidence.model_dump(mode="json", exclude={"micro_batch_tokens", "unit_examples", "sharding"})
+    settings["models"] = [model_identity(model) for model in confidence.models]
+    if confidence.scores is not None and Path(confidence.scores).exists():
+        path = Path(confidence.scores)
+        settings["scores"] = [artifacts.sha256_of_file(file) for file in (sorted(path.glob("*.parquet")) if path.is_dir() else [path])]
+    return {**settings, **_numerics(config)}
 
 
 def _numerics(config: Config) -> dict[str, Any]:
@@ -161,9 +188,13 @@ def run_pipeline(config: Config, *, only: str | None = None, force: bool = False
                 say(title)
             start = time.perf_counter()
             context = StageContext(config, folder, {name: folder_of[name] for name in stage.reads}, ranks)
+            context.fingerprint = artifacts.stage_fingerprint(stage.name, settings, inputs) if is_main else ""
+            if stage.needs_engine and ranks is not None:
+                context.fingerprint = ranks.text_from_main(context.fingerprint)
             with _publishing(stage, context, settings, inputs, is_main=is_main):
                 stage.run(context)
             if is_main:
+                shutil.rmtree(context.work, ignore_errors=True)
                 artifacts.write_text(config.run.dir / "config.yaml", dump_config(config))  # what the folder now holds
                 say(f"{title}: {time.perf_counter() - start:.1f} s")
         elif is_main and is_wanted:

@@ -46,6 +46,7 @@ def _models(config: Config) -> dict[str, ModelConfig]:
     models = {"model": config.model}
     if config.reference.model is not None:
         models["reference.model"] = config.reference.model
+    models |= {f"confidence.models[{number}]": model for number, model in enumerate(config.confidence.models)}
     return models
 
 

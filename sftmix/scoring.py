@@ -1,22 +1,29 @@
-"""Response losses of every example under one model, sharded over the ranks.
+"""Response losses of every example under one model, shared out over the ranks in units of work.
 
-The cut into micro-batches depends on the lengths alone, not on the number of ranks; each is scored by one
-rank, and all ranks run the same number of forwards (empty ones where a rank has run out), since under
-ZeRO-3 every forward gathers weights from all of them.
+A unit is a fixed range of examples; inside it examples are sorted by length and cut into micro-batches. Neither
+depends on the number of ranks, so that the scores do not either. Where every rank holds the whole model a rank takes the next unit
+when it is free. Where ZeRO-3 shards the model every forward gathers weights from all ranks: they take units in turns and run
+the same number of forwards, empty ones where a rank has run out.
 """
 
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sftmix.data.batches import TokenisedExamples, build_micro_batch
-from sftmix.engine.engine import Engine
+from sftmix import faults
+from sftmix.data.batches import MicroBatch, TokenisedExamples, build_micro_batch
+from sftmix.engine.distributed import Ranks
+from sftmix.engine.engine import Engine, MicroBatchLoss
 from sftmix.runlog import progress_bar
+from sftmix.shards import ShardFolder, UnitScores
 
 
 @dataclass(frozen=True)
@@ -29,32 +36,105 @@ class Scores:
     is_exact: NDArray[np.bool_]
 
 
-def score_examples(engine: Engine, examples: TokenisedExamples, *, micro_batch_tokens: int, pad_id: int, title: str) -> Scores:
+@dataclass(frozen=True)
+class WorkPlan:
+    """How a data set is cut into work. unit_examples: examples of a unit; micro_batch_tokens: padded tokens of a forward."""
+
+    num_tokens: NDArray[np.int64]
+    unit_examples: int
+    micro_batch_tokens: int
+
+    @property
+    def num_units(self) -> int:
+        return -(-len(self.num_tokens) // self.unit_examples)
+
+    def examples(self, unit: int) -> range:
+        """Returns the dataset indices of a unit."""
+        return range(unit * self.unit_examples, min((unit + 1) * self.unit_examples, len(self.num_tokens)))
+
+    def micro_batches(self, unit: int) -> list[NDArray[np.int64]]:
+        """Returns the dataset indices of each of a unit's micro-batches."""
+        start = self.examples(unit).start
+        lengths = self.num_tokens[start : start + self.unit_examples]
+        return [start + piece for piece in cut_by_length(lengths, micro_batch_tokens=self.micro_batch_tokens)]
+
+
+def score_examples(engine: Engine, examples: TokenisedExamples, plan: WorkPlan, *, pad_id: int, title: str) -> Scores:
     """Returns the scores of all examples, on every rank. All ranks call it."""
-    units = cut_by_length(examples.num_tokens, micro_batch_tokens=micro_batch_tokens)
-    ranks = engine.ranks
-    rounds = -(-len(units) // ranks.world_size)
-    rows = []
-    bar = progress_bar() if ranks.is_main and sys.stdout.isatty() else None
-    if bar is not None:
-        bar.start()
-        task = bar.add_task(title, total=rounds, info="")
-    for turn in range(rounds):
-        number = turn * ranks.world_size + ranks.rank
-        indices = units[number] if number < len(units) else units[0][:0]
-        batch = build_micro_batch([examples.tokens(i) for i in indices], [], indices=tuple(indices.tolist()), pad_id=pad_id)
-        nll, match = engine.score(batch)
-        sums = torch.zeros(len(indices), dtype=torch.float64).index_add_(0, batch.owner, nll.double())
-        misses = torch.zeros(len(indices), dtype=torch.float64).index_add_(0, batch.owner, (~match).double())
-        rows.append(torch.stack([torch.from_numpy(indices).double(), sums, misses], dim=1))
-        if bar is not None:
-            bar.advance(task)
-    if bar is not None:
-        bar.stop()
-    table = ranks.gather_rows(torch.cat(rows)).numpy()
+    rows = [torch.zeros(0, 3, dtype=torch.float64)]
+
+    def keep(unit: int, scores: UnitScores) -> None:
+        indices = np.asarray(plan.examples(unit), dtype=np.float64)
+        rows.append(torch.from_numpy(np.stack([indices, scores.nll_sum, scores.num_misses], axis=1)))
+
+    score_units(engine, examples, plan, list(range(plan.num_units)), keep, pad_id=pad_id, title=title)
+    table = engine.ranks.gather_rows(torch.cat(rows)).numpy()
     table = table[np.argsort(table[:, 0])]
     assert np.array_equal(table[:, 0], np.arange(len(examples))), "an example was scored twice or not at all"
     return Scores(table[:, 1], examples.num_response_tokens, table[:, 2] == 0)
+
+
+def score_missing_units(
+    engine: Engine, examples: TokenisedExamples, plan: WorkPlan, shards: ShardFolder, units: list[int], **shown: Any
+) -> None:
+    """Scores `units`, the same list on all ranks, and publishes each as a shard when it is done. All ranks call it."""
+    score_units(engine, examples, plan, units, shards.write, **shown)
+    engine.ranks.barrier()
+
+
+def score_units(
+    engine: Engine,
+    examples: TokenisedExamples,
+    plan: WorkPlan,
+    units: list[int],
+    finished: Callable[[int, UnitScores], None],
+    *,
+    pad_id: int,
+    title: str,
+) -> None:
+    """Scores every unit of `units` on one rank, which calls `finished(unit, scores)`. All ranks call it."""
+    shown = _Progress(engine.ranks, plan, units, title)
+    turns = _in_turns(engine.ranks, plan, units) if engine.is_sharded else _as_free(engine.ranks, units)
+    for unit, num_forwards in turns:
+        pieces = plan.micro_batches(unit) if unit is not None else []
+        parts = [_score_piece(engine, examples, piece, pad_id) for piece in pieces]
+        for _ in range(num_forwards - len(pieces)):
+            _score_piece(engine, examples, np.zeros(0, dtype=np.int64), pad_id)
+        if unit is None:
+            continue
+        order = np.argsort(np.concatenate(pieces))
+        nll_sum, num_misses = (np.concatenate(column)[order] for column in zip(*parts, strict=True))
+        finished(unit, UnitScores(nll_sum, num_misses.astype(np.int64)))
+        shown.advance(unit)
+    shown.stop()
+
+
+def _score_piece(engine: Engine, examples: TokenisedExamples, piece: NDArray[np.int64], pad_id: int) -> tuple[NDArray[np.float64], ...]:
+    batch = build_micro_batch([examples.tokens(i) for i in piece], [], indices=tuple(piece.tolist()), pad_id=pad_id)
+    faults.point("score.forward")
+    nll, match = engine.score(batch)
+    return tuple(_sum_by_example(batch, values).numpy() for values in (nll, ~match))
+
+
+def _sum_by_example(batch: MicroBatch, values: torch.Tensor) -> torch.Tensor:
+    """Returns (B,) float64 sums of (T,) values over each example's response tokens, where the values are."""
+    owner = batch.owner.to(values.device, non_blocking=True)
+    return torch.zeros(len(batch.indices), dtype=torch.float64, device=values.device).index_add_(0, owner, values.double())
+
+
+def _as_free(ranks: Ranks, units: list[int]) -> Iterator[tuple[int | None, int]]:
+    """Yields this rank's units: the next that nobody has taken, each time it comes back for one."""
+    take = ranks.counter()
+    while (number := take()) < len(units):
+        yield units[number], 0
+
+
+def _in_turns(ranks: Ranks, plan: WorkPlan, units: list[int]) -> Iterator[tuple[int | None, int]]:
+    """Yields this rank's unit of every turn, or None, and the number of forwards that all ranks run in it."""
+    for start in range(0, len(units), ranks.world_size):
+        turn = units[start : start + ranks.world_size]
+        num_forwards = max(len(plan.micro_batches(unit)) for unit in turn)
+        yield (turn[ranks.rank] if ranks.rank < len(turn) else None), num_forwards
 
 
 def cut_by_length(num_tokens: NDArray[np.int64], *, micro_batch_tokens: int) -> list[NDArray[np.int64]]:
@@ -65,3 +145,66 @@ def cut_by_length(num_tokens: NDArray[np.int64], *, micro_batch_tokens: int) -> 
             pieces.append([])
         pieces[-1].append(int(index))
     return [np.array(piece, dtype=np.int64) for piece in pieces]
+
+
+class OnlineScores:
+    """The token losses of a training run's own forwards, collected per example and epoch: scores without a pass of their own.
+
+    The losses stay on the device and are summed over the ranks once per epoch. An example's score is from the moment in the epoch at
+    which it was seen, before the step that learnt from it.
+    """
+
+    def __init__(self, ranks: Ranks, num_examples: int):
+        self._ranks = ranks
+        self._sums = torch.zeros(2, num_examples, dtype=torch.float64, device=ranks.device)  # nats; times seen
+        self.nll_sum: dict[int, NDArray[np.float64]] = {}  # last step of the epoch -> (N,) nats
+
+    def add(self, batch: MicroBatch, loss: MicroBatchLoss) -> None:
+        """Adds one micro-batch. Nothing waits for the device."""
+        if batch.indices:
+            indices = torch.tensor(batch.indices).to(self._sums.device, non_blocking=True)
+            self._sums[0].index_add_(0, indices, _sum_by_example(batch, loss.token_nll))
+            self._sums[1].index_add_(0, indices, torch.ones(len(indices), dtype=torch.float64, device=self._sums.device))
+
+    def end_epoch(self, step: int) -> None:
+        """Closes an epoch whose last step is `step`. All ranks call it."""
+        nll_sum, seen = self._ranks.sum(self._sums).cpu().numpy()
+        assert (seen == 1).all(), "an epoch that shows an example twice, or not at all, cannot score it"
+        self.nll_sum[step] = nll_sum.copy()
+        self._sums.zero_()
+
+
+class _Progress:
+    """Examples/s, tokens/s and the time left, of all ranks as far as rank 0 can tell: by units of its own."""
+
+    def __init__(self, ranks: Ranks, plan: WorkPlan, units: list[int], title: str):
+        self._plan, self._is_main, self._title = plan, ranks.is_main, title
+        self._num_ranks = min(ranks.world_size, max(1, len(units)))
+        self._total = sum(len(plan.examples(unit)) for unit in units)
+        self._examples = self._tokens = 0
+        self._start = self._last_line = time.perf_counter()
+        self._bar = progress_bar() if ranks.is_main and sys.stdout.isatty() else None
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(title, total=self._total, info="")
+
+    def advance(self, unit: int) -> None:
+        if not self._is_main:
+            return
+        chosen = self._plan.examples(unit)
+        self._examples += len(chosen)
+        self._tokens += int(self._plan.num_tokens[chosen.start : chosen.stop].sum())
+        now = time.perf_counter()
+        seconds = max(now - self._start, 1e-9)
+        done = min(self._total, self._examples * self._num_ranks)
+        rates = f"{done / seconds:,.0f} examples/s {self._tokens * self._num_ranks / seconds:,.0f} tok/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, info=rates)
+        elif now - self._last_line > 30:
+            self._last_line = now
+            left = seconds * (self._total - done) / max(1, done)
+            print(f"{self._title}: about {done:,} of {self._total:,} examples, {rates}, {left / 60:.1f} min left", flush=True)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

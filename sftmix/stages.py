@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sftmix import artifacts
 from sftmix.config import ModelConfig, TrainConfig
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from sftmix.data.batches import TokenisedExamples
     from sftmix.engine.engine import Engine
+    from sftmix.scoring import OnlineScores
     from sftmix.train import TrainingPlan
 
 
@@ -24,92 +26,89 @@ def run_data(context: StageContext) -> None:
     """Reads, checks and encodes all examples."""
     from sftmix.data.prepare import prepare
 
-    summary, identity = prepare(context.config, context.folder)
+    summary, identity, fingerprints = prepare(context.config, context.folder)
     for line in summary.lines():
         print(f"  {line}")
-    context.facts["identity"] = identity
+    context.facts |= {"identity": identity, "fingerprints": fingerprints}
 
 
 def run_reference(context: StageContext) -> None:
-    """Trains the reference model with next-token prediction and keeps checkpoints, each a Hugging Face folder."""
+    """Trains the reference model with next-token prediction. Leaves what `confidence.mode` wants of it: checkpoints, each a
+    Hugging Face folder; the scores of passes inside the run (live); those of its own forwards (online)."""
     from sftmix.objectives import Objective
-    from sftmix.pairing import plan_epoch_without_pairs
+    from sftmix.pairing import singles
+    from sftmix.score_stage import Sums, work_plan, write_sums
+    from sftmix.scoring import OnlineScores, score_examples
     from sftmix.train import TrainingPlan, choose_checkpoint_steps
-
-    config = context.config
-    settings = config.reference_train
-    examples = _examples(context, "train")
-    plan = TrainingPlan(
-        [plan_epoch_without_pairs(len(examples), seed=config.run.seed, epoch=epoch) for epoch in range(settings.epochs)],
-        settings.batch_size,
-    )
-    steps = choose_checkpoint_steps(plan, config.reference.num_checkpoints)
-    context.facts["checkpoint_steps"] = steps
-
-    def save(engine: Engine, step: int) -> None:
-        engine.export(context.folder / "checkpoints" / checkpoint_name(step), _tokenizer(context))
-
-    _train(context, "reference", config.reference_model, settings, examples, plan, Objective(), checkpoint_steps=steps, save=save)
-
-
-def run_score(context: StageContext) -> None:
-    """Scores every training example under every checkpoint, and writes the two tables."""
-    import pyarrow.parquet as pq
-
-    from sftmix.confidence import confidence_table, perplexity, perplexity_table
-    from sftmix.engine.engine import Engine
-    from sftmix.scoring import score_examples
 
     config, ranks = context.config, context.ranks
     assert ranks is not None
-    examples, tokenizer = _examples(context, "train"), _tokenizer(context)
-    steps = context.facts_of("reference")["checkpoint_steps"]
-    nll_sum: dict[int, Any] = {}
-    for step in steps:
-        checkpoint = context.inputs["reference"] / "checkpoints" / checkpoint_name(step)
-        engine = Engine(config, trained_model(config.reference_model, checkpoint), ranks, tokenizer)
-        scores = score_examples(
-            engine,
-            examples,
-            micro_batch_tokens=config.confidence.micro_batch_tokens,
-            pad_id=tokenizer.pad_token_id,
-            title=f"step {step}",
-        )
-        nll_sum[step] = scores.nll_sum
-        engine.close()
-        if ranks.is_main:
-            mean = float(scores.nll_sum.sum() / scores.num_response_tokens.sum())
-            print(f"  checkpoint {step}: {len(examples):,} examples, {mean:.4f} nats per response token")
+    settings, modes = config.reference_train, config.confidence.modes
+    examples = _examples(context, "train")
+    plan = TrainingPlan(singles(len(examples), seed=config.run.seed), settings.epochs, settings.batch_size)
+    steps = choose_checkpoint_steps(plan, config.reference.num_checkpoints)
+    context.facts["checkpoint_steps"] = steps
+    tokenizer = _tokenizer(context)
+    online = OnlineScores(ranks, len(examples)) if "online" in modes else None
+    live: Sums = {}
+
+    def at_checkpoint(engine: Engine, step: int) -> None:
+        if "checkpoints" in modes:
+            engine.export(context.folder / "checkpoints" / checkpoint_name(step), tokenizer)
+        if "live" in modes:
+            shown = {"pad_id": tokenizer.pad_token_id, "title": f"step {step}"}
+            live[step] = score_examples(engine, examples, work_plan(config, examples), **shown).nll_sum
+
+    objective = Objective()
+    _train(
+        context, "reference", config.reference_model, settings, examples, plan, objective,
+        checkpoint_steps=steps, save=at_checkpoint, online=online,
+    )  # fmt: skip
     if ranks.is_main:
-        counts = examples.num_response_tokens
-        pq.write_table(perplexity_table(examples.example_ids, nll_sum, counts), context.folder / "perplexity.parquet")
-        perplexities = np.stack([perplexity(nll_sum[step], counts) for step in steps])
-        pq.write_table(confidence_table(examples.example_ids, perplexities), context.folder / "confidence.parquet")
+        for mode, scores in (("live", live), ("online", online.nll_sum if online else {})):
+            if mode in modes:
+                write_sums(context.folder / f"{mode}.parquet", scores)
+
+
+def run_score(context: StageContext) -> None:
+    """Scores every training example, and writes the tables: one pair for `confidence.mode`, one for each mode compared."""
+    from sftmix.score_stage import import_scores, read_sums, score_checkpoints, write_tables
+
+    config = context.config
+    examples = _examples(context, "train")
+    if config.confidence.scores is not None:
+        import_scores(context, examples)
+        return
+    reference = context.inputs.get("reference")
+    modes: list[str] = [*config.confidence.modes] or ["models"]
+    for mode in modes:
+        if mode in ("live", "online"):
+            assert reference is not None
+            nll_sum = read_sums(reference / f"{mode}.parquet", len(examples))
+        elif mode == "checkpoints":
+            steps = context.facts_of("reference")["checkpoint_steps"]
+            folders = {step: context.inputs["reference"] / "checkpoints" / checkpoint_name(step) for step in steps}
+            models = {step: trained_model(config.reference_model, folder) for step, folder in folders.items()}
+            nll_sum = score_checkpoints(context, examples, _tokenizer(context), models)
+        else:
+            models = dict(enumerate(config.confidence.models, start=1))
+            nll_sum = score_checkpoints(context, examples, _tokenizer(context), models)
+        is_first = mode in (config.confidence.mode, "models")
+        if context.ranks is None or context.ranks.is_main:
+            write_tables(context, context.folder if is_first else context.folder / "compared" / mode, mode, examples, nll_sum)
 
 
 def run_split(context: StageContext) -> None:
-    """Splits the training examples by confidence."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    """Splits the training examples, and says how much of them either way of matching would mix."""
+    from sftmix.split_stage import mix_coverages, split_scores
 
-    from sftmix.confidence import read_confidence
-    from sftmix.errors import ArtifactError
-    from sftmix.pairing import CONFIDENT, MIDDLE, UNCONFIDENT, split_by_confidence
-
-    split = context.config.split
     examples = _examples(context, "train")
-    confidence = read_confidence(context.inputs["score"] / "confidence.parquet", examples.example_ids)
-    try:
-        parts = split_by_confidence(
-            examples.example_ids, confidence, confident_share=split.confident_share, unconfident_share=split.unconfident_share
-        )
-    except ValueError as error:
-        raise ArtifactError(f"{error}. Lower the reference's learning rate, or remove these examples.") from None
-    table = pa.table({"example_id": examples.example_ids, "confidence": confidence, "part": parts})
-    pq.write_table(table, context.folder / "split.parquet")
-    sizes = {part: parts.count(part) for part in (CONFIDENT, MIDDLE, UNCONFIDENT)}
-    context.facts["sizes"] = sizes
+    sizes = split_scores(context, examples)
     print("  " + ", ".join(f"{count:,} {part}" for part, count in sizes.items()))
+    parts = read_split(context.folder / "split.parquet", examples.example_ids)
+    coverage = mix_coverages(parts, examples.num_response_tokens, context.config)
+    print("  mix coverage (response tokens that take part in a mix): " + ", ".join(f"{share:.1%} {way}" for way, share in coverage.items()))
+    context.facts |= {"sizes": sizes, "mix_coverage": coverage}
 
 
 def run_baseline(context: StageContext) -> None:
@@ -124,7 +123,7 @@ def run_train(context: StageContext) -> None:
 
 def _run_target(context: StageContext, name: str, *, mixup_weight: float) -> None:
     from sftmix.objectives import Objective
-    from sftmix.pairing import plan_epoch
+    from sftmix.pairing import match_parts
     from sftmix.train import TrainingPlan
 
     config = context.config
@@ -134,10 +133,15 @@ def _run_target(context: StageContext, name: str, *, mixup_weight: float) -> Non
     objective = Objective(mixup_weight, config.mixup.site)
     if objective.mixes_inputs:
         examples.check_single_spans()
-    plan = TrainingPlan(
-        [plan_epoch(examples.example_ids, parts, seed=seed, epoch=epoch, alpha=config.mixup.alpha) for epoch in range(settings.epochs)],
-        settings.batch_size,
+    matching = match_parts(
+        parts,
+        examples.num_response_tokens,
+        seed=seed,
+        alpha=config.mixup.alpha,
+        by_length=config.mixup.matching == "length",
+        block_pairs=config.mixup.length_block,
     )
+    plan = TrainingPlan(matching, settings.epochs, settings.batch_size)
 
     def save_model(engine: Engine, step: int) -> None:
         engine.export(context.folder / "model", _tokenizer(context))
@@ -161,6 +165,7 @@ def _train(
     *,
     checkpoint_steps: list[int],
     save: Any,
+    online: OnlineScores | None = None,
 ) -> None:
     from sftmix.engine.engine import Engine
     from sftmix.runlog import RunLog
@@ -190,6 +195,7 @@ def _train(
         pad_id=tokenizer.pad_token_id,
         checkpoint_steps=checkpoint_steps,
         save_checkpoint=lambda step: save(engine, step),
+        online=online,
     )
     context.facts |= log.facts() | {"num_parameters": engine.num_parameters, "world_size": ranks.world_size}
     engine.close()
@@ -202,7 +208,7 @@ def run_evaluate(context: StageContext) -> None:
 
     from sftmix.engine.engine import Engine
     from sftmix.evaluate import summarise
-    from sftmix.scoring import score_examples
+    from sftmix.scoring import WorkPlan, score_examples
 
     config, ranks = context.config, context.ranks
     assert ranks is not None
@@ -214,13 +220,8 @@ def run_evaluate(context: StageContext) -> None:
         if name not in context.inputs or not len(examples):
             continue
         engine = Engine(config, trained_model(config.model, context.inputs[name] / "model"), ranks, tokenizer)
-        scores = score_examples(
-            engine,
-            examples,
-            micro_batch_tokens=config.evaluation.micro_batch_tokens,
-            pad_id=tokenizer.pad_token_id,
-            title=MODEL_NAMES[name],
-        )
+        work = WorkPlan(examples.num_tokens, EVALUATION_UNIT, config.evaluation.micro_batch_tokens)
+        scores = score_examples(engine, examples, work, pad_id=tokenizer.pad_token_id, title=MODEL_NAMES[name])
         engine.close()
         metrics[name] = summarise(scores, list(groups))
         columns = {
@@ -250,6 +251,7 @@ def trained_model(start: ModelConfig, folder: Path) -> ModelConfig:
     return start.model_copy(update={"path": str(folder), "architecture": None, "revision": None})
 
 
+EVALUATION_UNIT = 256  # examples that one rank takes at a time
 MODEL_NAMES = {"baseline": "NTP baseline", "train": "SFTMix"}
 
 
@@ -258,13 +260,13 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def read_split(path: Path, example_ids: list[str]) -> list[str]:
-    """Returns the part of every example, in the order of `example_ids`. The split was made from this very data."""
+def read_split(path: Path, example_ids: list[str]) -> NDArray[np.str_]:
+    """Returns the (N,) parts, in the order of `example_ids`. The split was made from this very data."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(path, columns=["example_id", "part"])
     assert table["example_id"].to_pylist() == example_ids, f"{path} lists other examples than the data stage, whose digest it carries"
-    return [str(part) for part in table["part"].to_pylist()]
+    return np.array(table["part"].to_pylist())
 
 
 def read_metrics_json(path: Path) -> dict[str, Any]:

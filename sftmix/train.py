@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,24 +13,25 @@ from sftmix.config import TrainConfig
 from sftmix.data.batches import TokenisedExamples, collate, count_step, cut_step
 from sftmix.engine.engine import Engine
 from sftmix.objectives import Objective
-from sftmix.pairing import EpochPlan, steps_of_epoch
+from sftmix.pairing import Matching
 from sftmix.runlog import RunLog
+
+if TYPE_CHECKING:
+    from sftmix.scoring import OnlineScores
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What is trained, in order: a plan for each epoch. A pure function of seed and scores; holds no state."""
+    """What is trained, in order. A pure function of seed and scores; holds no state."""
 
-    epochs: Sequence[EpochPlan]
+    matching: Matching
+    num_epochs: int
     batch_size: int
 
     def steps(self) -> list[tuple[int, int, int]]:
         """Returns (epoch, first unit, end unit) of every optimiser step."""
-        return [
-            (epoch, start, stop)
-            for epoch, plan in enumerate(self.epochs)
-            for start, stop in steps_of_epoch(plan, batch_size=self.batch_size)
-        ]
+        bounds = [self.matching.step(number, self.batch_size) for number in range(self.matching.num_steps(self.batch_size))]
+        return [(epoch, start, stop) for epoch in range(self.num_epochs) for start, stop in bounds if start < stop]
 
 
 def train(
@@ -44,17 +46,22 @@ def train(
     pad_id: int,
     checkpoint_steps: Sequence[int] = (),
     save_checkpoint: Callable[[int], None] | None = None,
+    online: OnlineScores | None = None,
 ) -> None:
-    """Takes every step of the plan; calls `save_checkpoint(step)` after each of `checkpoint_steps`. All ranks."""
+    """Takes every step of the plan; calls `save_checkpoint(step)` after each of `checkpoint_steps`. All ranks.
+
+    `online` collects the token losses of each epoch.
+    """
     steps = plan.steps()
     log.start(num_steps=len(steps))
     for step, (epoch, start, stop) in enumerate(steps, start=1):
-        epoch_plan, units = plan.epochs[epoch], np.arange(start, stop)
+        drawn = plan.matching.units(epoch, start, stop)
+        units = np.arange(len(drawn.units))
 
         # Counts come from the plan, before any forward, so that every rank divides by the same global number.
-        counts = count_step(epoch_plan, units, examples.num_response_tokens)
+        counts = count_step(drawn, units, examples.num_response_tokens)
         pieces = cut_step(
-            epoch_plan,
+            drawn,
             units,
             examples.num_tokens,
             micro_batch_tokens=settings.micro_batch_tokens,
@@ -63,21 +70,25 @@ def train(
 
         engine.start_step(seed=seed, step=step)
         for number, piece in enumerate(pieces, start=1):
-            batch = collate(examples, epoch_plan, piece, pad_id=pad_id, mixes_inputs=objective.mixes_inputs)
+            batch = collate(examples, drawn, piece, pad_id=pad_id, mixes_inputs=objective.mixes_inputs)
             loss = engine.forward_backward(batch, counts, objective, is_last=number == len(pieces))
             log.add(batch, loss)
+            if online is not None:
+                online.add(batch, loss)
 
         learning_rate = learning_rate_at(step, num_steps=len(steps), settings=settings)
         grad_norm = engine.step(learning_rate=learning_rate)
         log.end_step(
             step,
             counts=counts,
-            lam=epoch_plan.lam[units[epoch_plan.units[units, 1] >= 0]],
+            lam=drawn.lam[drawn.units[:, 1] >= 0],
             learning_rate=learning_rate,
             grad_norm=grad_norm,
             is_skipped=engine.was_step_skipped,
             epoch=epoch,
         )
+        if online is not None and (step == len(steps) or steps[step][0] != epoch):
+            online.end_epoch(step)
         if step in checkpoint_steps and save_checkpoint is not None:
             save_checkpoint(step)
             log.leave_out_time()
@@ -107,7 +118,7 @@ def choose_checkpoint_steps(plan: TrainingPlan, num_checkpoints: int | None) -> 
     """
     steps = plan.steps()
     if num_checkpoints is None:
-        if len(plan.epochs) >= 3:
+        if plan.num_epochs >= 3:
             last_of_epoch = {epoch: number for number, (epoch, _, _) in enumerate(steps, start=1)}
             return sorted(last_of_epoch.values())
         num_checkpoints = 3

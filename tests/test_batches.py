@@ -4,15 +4,17 @@ import pytest
 
 from sftmix.data.batches import TokenisedExamples, build_micro_batch, count_step, cut_step
 from sftmix.errors import DataError
-from sftmix.pairing import plan_epoch, split_by_confidence
+from sftmix.pairing import match_parts, split_by_confidence
 from sftmix.scoring import cut_by_length
 
 
 def make_plan(count=41, seed=0):
     rng = np.random.default_rng(seed)
     names = [f"id{n}" for n in range(count)]
-    plan = plan_epoch(names, split_by_confidence(names, rng.random(count)), seed=seed, epoch=0, alpha=0.5)
-    return plan, rng.integers(5, 60, count), rng.integers(1, 5, count)
+    parts = np.array(split_by_confidence(names, rng.random(count)))
+    num_tokens, num_response_tokens = rng.integers(5, 60, count), rng.integers(1, 5, count)
+    matching = match_parts(parts, num_response_tokens, seed=seed, alpha=0.5)
+    return matching.units(0, 0, matching.num_units), num_tokens, num_response_tokens
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])

@@ -94,7 +94,7 @@ def run(tmp_path):
     def make(config):
         folder = tmp_path / "data"
         folder.mkdir(exist_ok=True)
-        summary, identity = prepare(config, folder)
+        summary, identity, _ = prepare(config, folder)
         arrow = {name: TokenisedExamples(folder / f"{name}.arrow").table.to_list() for name in ("train", "held_out")}
         listed = {name: [json.loads(line) for line in (folder / f"{name}.jsonl").open()] for name in ("dropped", "truncated")}
         by_id = {name: {row["example_id"]: row for row in rows} for name, rows in {**arrow, **listed}.items()}

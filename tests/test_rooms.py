@@ -43,7 +43,12 @@ def test_kernels_need_torch_and_triton_only(path):
 
 
 LOWER = {  # what these rooms must not know
-    "sftmix/pairing": ("torch", "sftmix"),
+    "sftmix/permutation": ("torch", "sftmix"),
+    "sftmix/pairing": ("torch", "sftmix.engine", "sftmix.data", "sftmix.config", "sftmix.pipeline", "sftmix.artifacts"),
+    "sftmix/faults": ("torch", "sftmix"),
+    "sftmix/shards": ("torch", "sftmix.engine", "sftmix.config", "sftmix.data"),
+    "sftmix/split": ("torch", "sftmix.engine", "sftmix.config", "sftmix.data", "sftmix.pipeline"),
+    "sftmix/scores": ("torch", "sftmix.engine", "sftmix.pipeline", "sftmix.config"),
     "sftmix/confidence": ("torch", "sftmix.engine", "sftmix.pipeline"),
     "sftmix/config": ("torch", "sftmix"),
     "sftmix/artifacts": ("torch", "sftmix.engine", "sftmix.config", "sftmix.data"),

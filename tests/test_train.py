@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from sftmix.config import TrainConfig
-from sftmix.pairing import plan_epoch_without_pairs
+from sftmix.pairing import singles
 from sftmix.train import TrainingPlan, choose_checkpoint_steps, learning_rate_at
 
 
@@ -31,7 +31,7 @@ def test_cosine_is_at_half_the_peak_in_the_middle():
 
 
 def plan(epochs, examples=20, batch_size=4):
-    return TrainingPlan([plan_epoch_without_pairs(examples, seed=0, epoch=e) for e in range(epochs)], batch_size)
+    return TrainingPlan(singles(examples, seed=0), epochs, batch_size)
 
 
 @pytest.mark.parametrize(

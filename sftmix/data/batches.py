@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sftmix.data.mixed_inputs import MixedInputs, mix_inputs
 from sftmix.errors import ArtifactError, DataError
-from sftmix.pairing import EpochPlan
+from sftmix.pairing import StepUnits
 
 
 class TokenisedExamples:
@@ -98,10 +98,10 @@ class MicroBatch:
         return MicroBatch(**moved, indices=self.indices, mixed_inputs=mixed_inputs)
 
 
-Units = NDArray[np.int64]  # positions of units in an epoch plan
+Units = NDArray[np.int64]  # positions of units in a StepUnits
 
 
-def count_step(plan: EpochPlan, units: Units, num_response_tokens: NDArray[np.int64]) -> StepCounts:
+def count_step(plan: StepUnits, units: Units, num_response_tokens: NDArray[np.int64]) -> StepCounts:
     """Returns the counts of a step. A pair mixes min(N^c, N^u) positions, aligned from the first response token.
 
     The first token of a sequence is predicted by nothing; no template begins with a response, so none is lost.
@@ -116,7 +116,7 @@ def count_step(plan: EpochPlan, units: Units, num_response_tokens: NDArray[np.in
     )
 
 
-def cut_step(plan: EpochPlan, units: Units, num_tokens: NDArray[np.int64], *, micro_batch_tokens: int, num_ranks: int) -> list[list[Units]]:
+def cut_step(plan: StepUnits, units: Units, num_tokens: NDArray[np.int64], *, micro_batch_tokens: int, num_ranks: int) -> list[list[Units]]:
     """Returns the micro-batches of every rank: lists of units, the same number of lists for each rank.
 
     Units of like length share a micro-batch; its padded size (examples times longest) stays within
@@ -158,7 +158,7 @@ def cut_step(plan: EpochPlan, units: Units, num_tokens: NDArray[np.int64], *, mi
     return [[units[piece] if piece else units[:0] for piece in rank] for rank in ranks]
 
 
-def collate(examples: TokenisedExamples, plan: EpochPlan, units: Units, *, pad_id: int, mixes_inputs: bool = False) -> MicroBatch:
+def collate(examples: TokenisedExamples, plan: StepUnits, units: Units, *, pad_id: int, mixes_inputs: bool = False) -> MicroBatch:
     """Returns the tensors of one micro-batch; for no units, one padding token that carries no loss. `mixes_inputs` adds
     the sequences of mixed input embeddings."""
     indices: list[int] = []

@@ -28,7 +28,7 @@ def inspect(config: Config, *, num_examples: int) -> None:
     console = Console(highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        summary, _ = prepare(config, folder)
+        summary, *_ = prepare(config, folder)
         for line in summary.lines():
             console.print(line)
         total = summary.num_train + summary.num_held_out

@@ -90,8 +90,9 @@ def data_settings(config: Config) -> dict[str, Any]:
     return settings
 
 
-def prepare(config: Config, folder: Path) -> tuple[Summary, str]:
-    """Runs the data stage into `folder`. Returns the counts and a hash of the encoded content.
+def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]:
+    """Runs the data stage into `folder`. Returns the counts, a hash of the encoded content, and the fingerprints that go
+    with scores of these examples.
 
     Raises DataError for bad rows (all of them listed), a template that does not fit, or too little data.
     """
@@ -110,7 +111,14 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str]:
         tokenizer = _tokenizer(config, train, folder)
         encoder = ChatEncoder(tokenizer)
         # The tokenizer and its template too: they go into every exported model.
-        identity = hashlib.sha256((tokenizer.chat_template + tokenizer.backend_tokenizer.to_str()).encode())
+        vocabulary = tokenizer.backend_tokenizer.to_str()
+        identity = hashlib.sha256((tokenizer.chat_template + vocabulary).encode())
+        fingerprints = {
+            "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+            "template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
+            "mask_policy": MASK_POLICY,
+            "max_length": config.data.max_length,
+        }
         with (folder / "truncated.jsonl").open("w", encoding="utf-8") as truncated_file:
             for name, part in (("train", train), ("held_out", held_out)):
                 rows = _encode(part, encoder, config, drop, truncated_file)
@@ -123,7 +131,7 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str]:
     write_json(folder / "summary.json", {**vars(summary), "dropped": dict(summary.dropped)})
     if summary.num_train < 2:
         raise DataError(f"{summary.num_train} training examples are left; at least 2 are needed. " + " ".join(summary.lines()))
-    return summary, identity.hexdigest()
+    return summary, identity.hexdigest(), {**fingerprints, "data": identity.hexdigest()}
 
 
 def _read(config: Config, summary: Summary) -> tuple[list[Example], list[Example], set[str]]:

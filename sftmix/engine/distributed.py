@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,6 +15,9 @@ from typing import Any
 import torch
 
 from sftmix.errors import ConfigError, did_you_mean
+
+# Numbers the counters of this process; the same on all ranks, since all ranks make them together.
+_counters = itertools.count()
 
 # Rank 0 prepares the data before it joins the others.
 RENDEZVOUS_LIMIT = timedelta(hours=2)
@@ -47,6 +52,28 @@ class Ranks:
             torch.distributed.all_reduce(values)
         return values
 
+    def counter(self) -> Callable[[], int]:
+        """Returns a function that gives 0, 1, 2, ... over all ranks together, each number once. All ranks call `counter`;
+        calling what it returns waits for nobody."""
+        if self.world_size == 1:
+            return itertools.count().__next__
+        store, key = torch.distributed.distributed_c10d._get_default_store(), f"sftmix/counter/{next(_counters)}"
+        return lambda: int(store.add(key, 1)) - 1
+
+    def from_main(self, values: list[int]) -> list[int]:
+        """Returns rank 0's list on every rank. All ranks call it."""
+        if self.world_size == 1:
+            return values
+        length = int(self.sum(torch.tensor([len(values) if self.is_main else 0])).item())
+        sent = torch.zeros(length, dtype=torch.int64)
+        if self.is_main:
+            sent = torch.tensor(values, dtype=torch.int64)
+        return [int(v) for v in self.sum(sent).tolist()]
+
+    def text_from_main(self, text: str) -> str:
+        """Returns rank 0's text on every rank. All ranks call it."""
+        return bytes(self.from_main(list(text.encode()))).decode()
+
     def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Returns the rows (N_r, K) of all ranks, concatenated in rank order; N_r may differ. All ranks call it."""
         if self.world_size == 1:
@@ -61,6 +88,17 @@ class Ranks:
         gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
         torch.distributed.all_gather(gathered, padded)
         return torch.cat([part[: int(c)] for part, c in zip(gathered, counts, strict=True)]).cpu()
+
+
+def should_shard(weight_bytes: int, ranks: Ranks) -> bool:
+    """Is a model too large for every rank to hold it whole, with room for activations? Half of a GPU's memory is the
+    limit, or on a CPU half of the machine's over its ranks."""
+    if ranks.world_size == 1:
+        return False
+    if ranks.device.type == "cuda":
+        return weight_bytes > torch.cuda.get_device_properties(ranks.device).total_memory / 2
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
+    return weight_bytes * local_ranks > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
 
 
 def environment_rank() -> int:

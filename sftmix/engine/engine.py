@@ -43,7 +43,9 @@ class MicroBatchLoss:
 
 
 class Engine:
-    """A model in training (`train` given) or for scoring only. Every method is called by all ranks together."""
+    """A model in training (`train` given) or for scoring only. Every method is called by all ranks together, but for
+    `score` where the model is not sharded. `is_sharded`: for scoring only, whether ZeRO-3 shards the model; default:
+    as `engine.zero_stage` says."""
 
     def __init__(
         self,
@@ -53,6 +55,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         *,
         train: TrainConfig | None = None,
+        is_sharded: bool | None = None,
     ):
         deepspeed = import_deepspeed()
         self.ranks = ranks
@@ -67,8 +70,10 @@ class Engine:
             max_grad_norm=train.max_grad_norm if train else (config.train.max_grad_norm),
         )
         stage = config.engine.zero_stage
-        if train is None and stage < 3:
+        if train is None and not (stage == 3 if is_sharded is None else is_sharded):
             settings["zero_optimization"] = {"stage": 0}  # stages 1 and 2 shard what only training has
+        elif train is None and stage < 3:
+            settings["zero_optimization"] = {"stage": 3}
         self.zero_stage = settings["zero_optimization"]["stage"]
         module = build_model(
             model,
@@ -135,6 +140,11 @@ class Engine:
         return norm if norm is not None else float("nan")
 
     @property
+    def is_sharded(self) -> bool:
+        """Does every forward gather weights from all ranks?"""
+        return self.zero_stage == 3
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the whole model; tied ones count once."""
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
@@ -151,7 +161,9 @@ class Engine:
         was_training = self.module.training
         self._deepspeed.eval()
         batch = batch.to(self.ranks.device)
-        nll, match = self._deepspeed(batch.input_ids, batch.attention_mask, ScoreRequest(batch.rows, batch.labels, self.backend))
+        # Whole on every rank, the model is called without DeepSpeed: ranks then need not keep step.
+        forward = self._deepspeed if self.is_sharded else self.module
+        nll, match = forward(batch.input_ids, batch.attention_mask, ScoreRequest(batch.rows, batch.labels, self.backend))
         self._deepspeed.train(was_training)
         return nll.cpu(), match.cpu()
 

@@ -1,0 +1,175 @@
+"""What `sftmix scores` does beside merging: show a table, check that it fits a config's data, export one for the Hub."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from sftmix import artifacts
+from sftmix.errors import ArtifactError
+from sftmix.score_files import CONFIDENCE, PERPLEXITY, refuse_existing
+from sftmix.scores import MAX_NAMED, ScoreMetadata, ScoreTable, fit_scores, named, read_scores
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs one command of `sftmix scores` with its parsed options, and prints what it returns. Raises SftmixError."""
+    match options.scores_command:
+        case "show":
+            lines = show_scores(options.table, num=options.num, column=options.column)
+        case "check":
+            lines = check_scores(options.table, options.config, options.overrides)
+        case "merge":
+            from sftmix.score_merge import merge_scores
+
+            lines = [f"{options.to}: " + line for line in merge_scores(options.tables, options.to).lines()]
+        case _:
+            lines = [str(export_scores(options.table, options.to))]
+    print("\n".join(lines))
+
+
+def show_scores(source: str, *, num: int = 5, column: str | None = None) -> list[str]:
+    """Returns lines that say what a table holds, with the `num` most and least confident examples."""
+    table = read_scores(source, column=column)
+    values, variability = table.values, table.confidence["variability"].to_numpy()
+    ranks = table.confidence["rank"].to_numpy()
+    lines = [f"{source}: {len(values):,} examples"]
+    if table.metadata is not None:
+        lines += describe(table.metadata)
+    if table.metadata is None or table.column != "confidence":
+        lines.append(f"the column {table.column!r} is taken for the confidence" + (", no sftmix metadata" if not table.metadata else ""))
+    lines += ["", f"{'quantile':<14}" + "".join(f"{q:>12.0%}" for q in QUANTILES)]
+    figures = {table.column: values}
+    figures.setdefault("variability", variability)
+    for name, column_values in figures.items():
+        finite = column_values[np.isfinite(column_values)]
+        found = "".join(f"{value:>12.4g}" for value in np.quantile(finite, QUANTILES)) if len(finite) else "  no finite value"
+        lines.append(f"{name:<14}{found}")
+    rows = np.argsort(ranks)[: int(np.isfinite(ranks).sum())]  # NaN, where there is no rank, comes last
+    for title, chosen in (("most confident", rows[: max(0, num)]), ("least confident", rows[::-1][: max(0, num)])):
+        lines += ["", f"{title}:", *(f"  {_id(table, row)}  {values[row]:.6g}" for row in chosen)]
+    bad = np.flatnonzero(~np.isfinite(values))
+    return [*lines, "", f"not finite: {len(bad):,}" + (f" ({named([_id(table, row) for row in bad[:MAX_NAMED]])})" if len(bad) else "")]
+
+
+def describe(metadata: ScoreMetadata) -> list[str]:
+    """Returns lines that say how a table was made."""
+    models = []
+    for model in metadata.models:
+        revision = f" at {model['revision']}" if model.get("revision") else ""
+        start = model.get("path") or f"random weights ({(model.get('architecture') or {}).get('model_type')})"
+        models.append(f"{start}{revision}")
+    return [
+        f"mode: {metadata.mode}",
+        f"models: {', '.join(models)}",
+        f"checkpoints: {', '.join(map(str, metadata.checkpoints))}",
+        f"dataset: {', '.join(metadata.dataset)}",
+        *(f"{key}: {value}" for key, value in metadata.fingerprints.items()),
+        f"made by: {', '.join(f'{name} {version}' for name, version in metadata.versions.items())}; commit {metadata.commit or 'unknown'}",
+    ]
+
+
+def check_scores(source: str, config_path: str, overrides: Sequence[str]) -> list[str]:
+    """Returns a line that says that the table fits the training examples in the config's run folder.
+
+    Raises ArtifactError where it does not, or where the data stage has not run with this config.
+    """
+    from sftmix.config_file import load_config
+    from sftmix.data.batches import TokenisedExamples
+    from sftmix.engine.distributed import resolve_precision
+    from sftmix.pipeline import first_unfinished_stage
+
+    # The config as it would be with this table: there is then no reference run whose mode could be asked for.
+    own = [f"confidence.scores={json.dumps(source)}", "confidence.mode=checkpoints", "confidence.compare=[]", "confidence.models=[]"]
+    config = load_config(config_path, [*overrides, *own])
+    folder = config.run.dir / "data"
+    if first_unfinished_stage(config, "data") is not None:
+        raise ArtifactError(f"{folder} is missing, or was made with other settings. Run `sftmix data {config_path}` first.")
+    fingerprints = artifacts.verify(folder).facts.get("fingerprints")
+    if not isinstance(fingerprints, dict):
+        raise ArtifactError(
+            f"{folder / artifacts.MANIFEST} has no fingerprints: an older sftmix wrote it. Run `sftmix data {config_path} --force`."
+        )
+    examples, settings = TokenisedExamples(folder / "train.arrow"), config.confidence
+    rows = fit_scores(
+        read_scores(source, settings.scores_revision, column=settings.scores_column),
+        examples.example_ids,
+        {**fingerprints, "dtype": resolve_precision(config.engine.precision)},
+        allow_differences=settings.allow_differences,
+        report_to=config.run.dir / "scores_that_do_not_fit.jsonl",
+    )
+    return [f"{source} fits the {len(rows):,} training examples in {folder}"]
+
+
+def export_scores(source: str, to: Path) -> Path:
+    """Copies a table into a new folder with a dataset card, ready for the Hub. Returns `to`.
+
+    Raises ArtifactError for a table that is not whole, ConfigError where `to` exists.
+    """
+    refuse_existing(to)
+    table = read_scores(source)
+    assert table.metadata is not None, f"{source} was read without naming a column"
+    files = ((table.path, CONFIDENCE), (table.perplexity_path, PERPLEXITY))
+    num_not_finite = int((~np.isfinite(table.values)).sum())
+    text = dataset_card(table.metadata, num_examples=len(table.confidence), num_not_finite=num_not_finite)
+    staging = to.with_name(f".{to.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    for path, name in files:
+        shutil.copyfile(path, staging / name)
+    artifacts.write_text(staging / "README.md", text)
+    staging.rename(to)  # without a manifest: the card is its owner's to edit
+    return to
+
+
+def dataset_card(metadata: ScoreMetadata, *, num_examples: int, num_not_finite: int) -> str:
+    """Returns README.md of an exported table: what the Hub reads, how it was made, how to use it."""
+    configs = [
+        {"config_name": "confidence", "data_files": CONFIDENCE, "default": True},
+        {"config_name": "perplexity", "data_files": PERPLEXITY},
+    ]
+    front = yaml.safe_dump({"pretty_name": "SFTMix confidence scores", "tags": ["sftmix"], "configs": configs}, sort_keys=False).strip()
+    made = "\n".join(f"- {line}" for line in describe(metadata))
+    return f"""---
+{front}
+---
+
+# SFTMix confidence scores
+
+Confidence of {num_examples:,} instruction-response examples under {len(metadata.checkpoints)} checkpoints
+([SFTMix](https://arxiv.org/abs/2410.05248)): minus the mean, over the checkpoints, of the perplexity of the response.
+Examples without a finite confidence, and so without a rank: {num_not_finite:,}. No text is in here, only ids.
+
+## Columns
+
+- `{CONFIDENCE}`, one row per example: `example_id`, `confidence`, `variability` (standard deviation of the perplexity), `minimum`,
+  `maximum` (of the perplexity), `rank` (1 is the most confident).
+- `{PERPLEXITY}`, one row per checkpoint and example: `example_id`, `checkpoint`, `nll_sum` (nats over the response tokens),
+  `num_response_tokens`, `perplexity`.
+
+## How it was made
+
+{made}
+
+## How to use it
+
+```python
+from datasets import load_dataset
+
+scores = load_dataset("OWNER/NAME", "confidence", split="train")  # or "perplexity"
+```
+
+In a run of sftmix over the same data, instead of training a reference model: `sftmix run CONFIG confidence.scores=OWNER/NAME`. Whether it
+fits: `sftmix scores check OWNER/NAME CONFIG`.
+"""
+
+
+def _id(table: ScoreTable, row: int) -> str:
+    return str(table.example_ids[int(row)].as_py())

@@ -1,0 +1,139 @@
+"""The score stage's work: checkpoints scored in shards that survive a kill, and tables from whatever mode.
+
+The run folder must be storage that all ranks share: every rank publishes its own shards there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from sftmix import artifacts
+from sftmix.config import Config, ModelConfig
+from sftmix.errors import ArtifactError
+from sftmix.pipeline import StageContext
+from sftmix.shards import ShardFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sftmix.data.batches import TokenisedExamples
+    from sftmix.scoring import WorkPlan
+
+Sums = dict[int, NDArray[np.float64]]  # checkpoint -> (N,) nats over the response tokens, in dataset order
+
+
+def work_plan(config: Config, examples: TokenisedExamples) -> WorkPlan:
+    """Returns how the training examples are cut into work."""
+    from sftmix.scoring import WorkPlan
+
+    return WorkPlan(examples.num_tokens, config.confidence.unit_examples, config.confidence.micro_batch_tokens)
+
+
+def score_checkpoints(
+    context: StageContext, examples: TokenisedExamples, tokenizer: PreTrainedTokenizerBase, models: dict[int, ModelConfig]
+) -> Sums:
+    """Scores every example under every model, by its checkpoint number; what an earlier attempt has scored is not scored again.
+    All ranks call it; returns the sums on rank 0, elsewhere nothing."""
+    from sftmix.engine.distributed import should_shard
+    from sftmix.engine.engine import Engine
+    from sftmix.scoring import score_missing_units
+
+    config, ranks = context.config, context.ranks
+    assert ranks is not None
+    plan = work_plan(config, examples)
+    sizes = [len(plan.examples(unit)) for unit in range(plan.num_units)]
+    nll_sum: Sums = {}
+    for step, model in models.items():
+        wanted = config.confidence.sharding
+        is_sharded = should_shard(weight_bytes(model), ranks) if wanted == "auto" else wanted == "zero3"
+        # Whatever could change a bit of a score is in a shard's fingerprint, the versions of the packages too.
+        parts = [context.fingerprint, plan.unit_examples, plan.micro_batch_tokens, is_sharded, artifacts.versions(), artifacts.commit()]
+        shards = ShardFolder(context.work / f"checkpoint_{step:06d}", artifacts.fingerprint(parts))
+        units = ranks.from_main(shards.pending(sizes) if ranks.is_main else [])
+        if ranks.is_main and len(units) < len(sizes):
+            print(f"  checkpoint {step}: {len(sizes) - len(units)} of {len(sizes)} units are there already", flush=True)
+        if units:
+            engine = Engine(config, model, ranks, tokenizer, is_sharded=is_sharded)
+            score_missing_units(engine, examples, plan, shards, units, pad_id=tokenizer.pad_token_id, title=f"step {step}")
+            engine.close()
+        if not ranks.is_main:
+            continue
+        missing = shards.pending(sizes)
+        if missing:
+            raise ArtifactError(
+                f"{len(missing)} of {len(sizes)} units have no scores in {shards.folder} though every rank has finished. "
+                "run.dir must be on storage that all ranks share."
+            )
+        nll_sum[step] = np.concatenate([shards.read(unit).nll_sum for unit in range(len(sizes))])
+        mean = float(nll_sum[step].sum() / examples.num_response_tokens.sum())
+        print(f"  checkpoint {step}: {len(examples):,} examples, {mean:.4f} nats per response token", flush=True)
+    return nll_sum
+
+
+def weight_bytes(model: ModelConfig) -> int:
+    """Returns the size of a model's weight files; 0 for a model that is not a local folder, which then counts as small."""
+    folder = Path(model.path) if model.path else None
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else 0
+
+
+def write_tables(context: StageContext, folder: Path, mode: str, examples: TokenisedExamples, nll_sum: Sums) -> None:
+    """Writes the two tables of one mode, and says what has no finite perplexity."""
+    from sftmix.engine.distributed import resolve_precision
+    from sftmix.pipeline import model_identity
+    from sftmix.scores import ScoreMetadata, write_scores
+
+    config = context.config
+    models = config.confidence.models or [config.reference_model]
+    metadata = ScoreMetadata(
+        mode=mode,
+        models=[model_identity(model) for model in models],
+        checkpoints=sorted(nll_sum),
+        fingerprints={**context.facts_of("data")["fingerprints"], "dtype": resolve_precision(config.engine.precision)},
+        dataset=[source.path for source in config.data.all_sources] or ["generated toy skills"],
+        versions=artifacts.versions(),
+        commit=artifacts.commit(),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = write_scores(
+        folder, metadata, example_ids=examples.example_ids, num_response_tokens=examples.num_response_tokens, nll_sum=nll_sum
+    )
+    for line in summary.lines():
+        print(f"  {line}")
+
+
+def import_scores(context: StageContext, examples: TokenisedExamples) -> None:
+    """Takes a published table in place of scoring: checked against the data, and brought into its order."""
+    from sftmix.engine.distributed import resolve_precision
+    from sftmix.scores import fit_scores, read_scores
+
+    settings = context.config.confidence
+    assert settings.scores is not None
+    table = read_scores(settings.scores, revision=settings.scores_revision, column=settings.scores_column)
+    fingerprints = {**context.facts_of("data")["fingerprints"], "dtype": resolve_precision(context.config.engine.precision)}
+    rows = fit_scores(
+        table,
+        examples.example_ids,
+        fingerprints,
+        allow_differences=settings.allow_differences,
+        report_to=context.config.run.dir / "scores_that_do_not_fit.jsonl",
+    )
+    pq.write_table(table.confidence.take(pa.array(rows)), context.folder / "confidence.parquet")
+    print(f"  {len(rows):,} scores of {settings.scores}")
+
+
+def write_sums(path: Path, nll_sum: Sums) -> None:
+    """Writes what a training run scored itself: a column for each checkpoint, rows in dataset order."""
+    pq.write_table(pa.table({str(step): sums for step, sums in nll_sum.items()}), path)
+
+
+def read_sums(path: Path, num_examples: int) -> Sums:
+    """Returns what `write_sums` wrote."""
+    table: Any = pq.read_table(path)
+    assert table.num_rows == num_examples, f"{path} is of other data than the data stage, whose digest its stage carries"
+    return {int(name): table[name].to_numpy() for name in table.column_names}

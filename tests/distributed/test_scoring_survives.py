@@ -1,0 +1,131 @@
+"""Scoring that is killed anywhere, on any rank, and started again with any number of ranks ends with the table of a run that
+nothing disturbed, bit for bit; and what was scored is not scored again."""
+
+import random
+import re
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+from processes import sftmix
+from tiny import TINY
+
+pytestmark = pytest.mark.distributed
+QUICKSTART = "configs/quickstart.yaml"
+OPTIONS = [*TINY, "confidence.unit_examples=8", "confidence.micro_batch_tokens=300", "reference.num_checkpoints=2"]
+NUM_UNITS, NUM_CHECKPOINTS = 8, 2  # 61 examples
+TABLES = ("perplexity.parquet", "confidence.parquet")
+
+# Every write, flush and rename between a score and the published table.
+SITES = [
+    "score.forward", "shard.write", "shard.flush", "shard.rename", "shard.manifest", "shard.done",
+    "publish.manifest", "publish.aside", "publish.rename", "publish.done",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A run folder in which the reference run is done, and nothing is scored."""
+    folder = tmp_path_factory.mktemp("survives") / "run"
+    sftmix("data", QUICKSTART, *OPTIONS, f"run.dir={folder}")
+    sftmix("reference", QUICKSTART, *OPTIONS, f"run.dir={folder}")
+    return folder
+
+
+def score(folder, num_processes, **options):
+    return sftmix("score", QUICKSTART, *OPTIONS, f"run.dir={folder}", f"engine.num_processes={num_processes}", **options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(reference, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    shutil.copytree(reference, folder)
+    score(folder, 1)
+    return tables_of(folder)
+
+
+@pytest.fixture
+def folder(reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def tables_of(folder):
+    return [pq.read_table(folder / "confidence" / name) for name in TABLES]
+
+
+def finished_shards(folder):
+    """Returns file -> moment of writing of every shard that is vouched for."""
+    return {path.relative_to(folder): path.with_suffix(".parquet").stat().st_mtime_ns for path in folder.glob("work/*/*/unit_*.json")}
+
+
+def assert_survives(folder, undisturbed, *, fault, killed_ranks, restart_ranks):
+    done = score(folder, killed_ranks, check=False, fault=fault)
+    assert done.returncode != 0, f"{fault} was never reached:\n{done.stdout[-1500:]}"
+    before = finished_shards(folder)
+    again = score(folder, restart_ranks, check=False)
+    assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
+    assert tables_of(folder) == undisturbed
+    # What was whole is taken up, not scored again.
+    kept = sum(int(count) for count in re.findall(r"(\d+) of \d+ units are there already", again.stdout))
+    assert kept == len(before)
+    assert not list((folder / "work").glob("*"))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+def test_the_table_does_not_depend_on_ranks_or_sharding(folder, undisturbed, sharding, num_ranks):
+    sftmix("score", QUICKSTART, *OPTIONS, f"run.dir={folder}", f"engine.num_processes={num_ranks}", f"confidence.sharding={sharding}")
+    assert tables_of(folder) == undisturbed
+
+
+@pytest.mark.parametrize(("site", "hit", "restart_ranks"), [("shard.rename", 3, 1), ("shard.manifest", 5, 2), ("publish.rename", 1, 1)])
+def test_killed_at_a_rename_and_started_again(folder, undisturbed, site, hit, restart_ranks):
+    assert_survives(folder, undisturbed, fault=f"{site}:0:{hit}:kill9", killed_ranks=1, restart_ranks=restart_ranks)
+
+
+def test_killed_on_the_other_rank(folder, undisturbed):
+    assert_survives(folder, undisturbed, fault="score.forward:1:4:kill9", killed_ranks=2, restart_ranks=1)
+
+
+def test_a_damaged_shard_is_set_aside_and_scored_again(folder, undisturbed):
+    assert score(folder, 1, check=False, fault="shard.write:0:7:kill9").returncode != 0
+    shard = sorted(folder.glob("work/*/*/unit_000002.parquet"))[0]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    again = score(folder, 1)
+    assert "unit_000002.parquet is damaged: set aside" in again.stdout and "5 of 8 units are there already" in again.stdout
+    assert tables_of(folder) == undisturbed
+
+
+def test_a_full_disk_is_an_error_and_not_a_hole(folder, undisturbed):
+    done = score(folder, 1, check=False, fault="shard.flush:0:3:enospc")
+    assert done.returncode != 0 and "No space left" in done.stdout + done.stderr + "No space left" * ("fault injected" in done.stderr)
+    score(folder, 1)
+    assert tables_of(folder) == undisturbed
+
+
+def test_other_settings_take_up_nothing(folder):
+    assert score(folder, 1, check=False, fault="shard.write:0:5:kill9").returncode != 0
+    again = sftmix("score", QUICKSTART, *OPTIONS, f"run.dir={folder}", "confidence.unit_examples=16")
+    assert "are there already" not in again.stdout
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("site", SITES)
+def test_killed_at_every_write_flush_and_rename(folder, undisturbed, site):
+    rng = random.Random(site)
+    hit = 1 if site.startswith("publish") else rng.randint(1, NUM_UNITS)
+    assert_survives(folder, undisturbed, fault=f"{site}:0:{hit}:kill9", killed_ranks=1, restart_ranks=rng.randint(1, 3))
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("number", range(25))
+def test_killed_at_random(folder, undisturbed, number):
+    rng = random.Random(number)
+    ranks = rng.randint(1, 3)
+    site, rank = rng.choice(SITES[:6]), rng.randrange(ranks)
+    # Units go to whoever is free: a rank may have had any number of them, so only the first hit is certain.
+    fault = f"{site}:{rank if ranks == 1 else '*'}:{rng.randint(1, 4)}:kill9"
+    assert_survives(folder, undisturbed, fault=fault, killed_ranks=ranks, restart_ranks=rng.randint(1, 3))
