@@ -17,6 +17,7 @@ Axes: N rows of the chunk, M pairs among them, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,18 +121,21 @@ def _epilogue_of_piece(
     if logit_scale != 1.0:
         raw *= logit_scale
     paired = 2 * share.shape[0]
+    members = ((raw[0:paired:2], share), (raw[1:paired:2], 1 - share))
     mixup = share.new_zeros(0)
-    mixed = None
+    mixed: _Softmax | None = None
     if paired:  # the mixed part is read off the raw logits first: the NTP part then overwrites them
-        mixed = (raw[0:paired:2] * share).addcmul_(raw[1:paired:2], 1 - share)  # lerp makes NaN of two -inf
         alive = valid[:paired].view(-1, 2).all(dim=1)
         targets = ((target[0:paired:2], share), (target[1:paired:2], 1 - share))
-        mixup = _loss_and_gradient_in_place(mixed, targets, alive, mixup_weight, logit_softcap, want_gradient)
-    nll = _loss_and_gradient_in_place(raw, ((target, None),), valid, ntp_weight, logit_softcap, want_gradient)
+        mixup, mixed = _softmax_in_place(*_mix(members), targets, alive, mixup_weight, logit_softcap, want_gradient)
+    nll, alone = _softmax_in_place(raw, raw.amax(dim=1, keepdim=True), ((target, None),), valid, ntp_weight, logit_softcap, want_gradient)
     if want_gradient:
+        raw.mul_(alone.factor)
+        alone.subtract_targets(raw, None)
         if mixed is not None:
-            raw[0:paired:2].addcmul_(mixed, share)
-            raw[1:paired:2].addcmul_(mixed, 1 - share)
+            for rows, part in members:
+                rows.addcmul_(mixed.exponentials, part * mixed.factor)
+                mixed.subtract_targets(rows, part)
         if logit_scale != 1.0:
             raw *= logit_scale
         if raw is not logits:
@@ -139,34 +143,62 @@ def _epilogue_of_piece(
     return nll, mixup
 
 
-def _loss_and_gradient_in_place(
+def _mix(members: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Returns the mixed logits, and their maximum in each row."""
+    (confident, share), (unconfident, rest) = members
+    if confident.device.type == "cpu":
+        mixed = torch.lerp(unconfident, confident, share)  # one pass instead of two
+        maximum = mixed.amax(dim=1, keepdim=True)
+        if not maximum.isnan().any():  # lerp takes a difference, which is NaN where both are -inf
+            return mixed, maximum
+    mixed = (confident * share).addcmul_(unconfident, rest)
+    return mixed, mixed.amax(dim=1, keepdim=True)
+
+
+class _Softmax(NamedTuple):
+    """A gradient on its way: `factor * exponentials` less `amount` at each target. exponentials: (N, V), in place of the
+    logits, times the derivative of the soft-cap; factor: (N, 1); targets: (index (N, 1), amount (N, 1))."""
+
+    exponentials: Tensor
+    factor: Tensor
+    targets: list[tuple[Tensor, Tensor]]
+
+    def subtract_targets(self, rows: Tensor, part: Tensor | None) -> None:
+        for index, amount in self.targets:
+            rows.scatter_add_(1, index, -(amount if part is None else part * amount))
+
+
+def _softmax_in_place(
     logits: Tensor,
+    maximum: Tensor,
     targets: tuple[tuple[Tensor, Tensor | None], ...],
     alive: Tensor,
     weight: Tensor,
     softcap: float | None,
     want_gradient: bool,
-) -> Tensor:
-    """Returns (N,) cross-entropy of (N, V) logits against targets given as (index (N, 1), share (N, 1)), 0 where a row
-    is not `alive`, and overwrites the logits with `weight` times the gradient."""
+) -> tuple[Tensor, _Softmax]:
+    """Returns (N,) cross-entropy of (N, V) logits, with their row maximum (N, 1), against targets given as (index (N, 1),
+    share (N, 1)), and `weight` times its gradient, not yet put together. A row that is not `alive` has 0 and exact zeros."""
     d_softcap: Tensor | None = None
     if softcap is not None:
         logits.div_(softcap).tanh_()
+        maximum = softcap * torch.tanh(maximum / softcap)
         d_softcap = 1 - logits.square() if want_gradient else None
         logits.mul_(softcap)
     # exp is taken once, of the logits less their maximum, for the loss and the gradient both.
-    logits.sub_(logits.amax(dim=1, keepdim=True))
+    logits.sub_(maximum)
     nll = torch.zeros_like(logits[:, 0])
     for index, share in targets:
         at_target = logits.gather(1, index)
         nll -= (at_target if share is None else share * at_target).squeeze(1)
     total = logits.exp_().sum(dim=1, keepdim=True)
     nll += total.squeeze(1).log()
+    amounts = []
     if want_gradient:
-        logits.mul_(weight / total)
         for index, share in targets:
-            at_target = -weight.to(total.dtype).expand_as(total)
-            logits.scatter_add_(1, index, at_target if share is None else share * at_target)
+            amount = weight.to(total.dtype).expand_as(total) * (1.0 if share is None else share)
+            amount = amount if d_softcap is None else amount * d_softcap.gather(1, index)
+            amounts.append((index, torch.where(alive[:, None], amount, 0.0)))
         if d_softcap is not None:
             logits.mul_(d_softcap)
         # Filled, not multiplied by 0: a dead row leaves exact zeros where its logits are infinite, too.
@@ -174,4 +206,5 @@ def _loss_and_gradient_in_place(
             logits.index_fill_(0, (~alive).nonzero().squeeze(1), 0.0)
         else:  # the same without waiting for the device
             logits.masked_fill_(~alive[:, None], 0.0)
-    return torch.where(alive, nll, torch.zeros_like(nll))
+    factor = torch.where(alive[:, None], weight / total, 0.0)
+    return torch.where(alive, nll, torch.zeros_like(nll)), _Softmax(logits, factor, amounts)
