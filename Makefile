@@ -1,5 +1,6 @@
 # make quickstart   set up, then run the whole recipe on generated data
 # make test         set up, then run all tests
+# make torture      the long tests of what survives kills
 # make check        lint, formatting and types
 SHELL := /bin/bash
 VENV := .venv
@@ -8,7 +9,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do command 
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || echo -c constraints-cpu.txt)
 TORCH := $(if $(CONSTRAINTS),$(shell grep '^torch==' constraints-cpu.txt))
 
-.PHONY: setup quickstart test check format clean
+.PHONY: setup quickstart test torture check format clean
 
 setup: $(VENV)/.ready
 
@@ -24,6 +25,9 @@ quickstart: setup
 
 test: setup
 	$(VENV)/bin/python -m pytest -q
+
+torture: setup
+	$(VENV)/bin/python -m pytest -q -m torture
 
 check: setup
 	$(VENV)/bin/ruff check .
