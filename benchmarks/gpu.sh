@@ -39,7 +39,7 @@ else
     nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.max.sm --format=csv,noheader || true
     part "kernels against the reference" 120 "$PYTHON" -m pytest -q -x --no-header tests/kernels/test_gpu.py
     part "kernels against the peers" 200 "$PYTHON" benchmarks/kernels.py --rounds 10 --memory --out "$OUT/kernels_gpu.json"
-    part "whole training step" 60 "$PYTHON" benchmarks/step.py --hidden-size 1024 --layers 8 --zero-stage 3 --out "$OUT/step_gpu.json"
+    part "whole training step" 60 "$PYTHON" benchmarks/step.py --hidden-size 1024 --layers 8 --vocab-size 32000 --zero-stage 3 --out "$OUT/step_gpu.json"
     part "quickstart, end to end" 90 "$PYTHON" -m sftmix.cli run configs/quickstart.yaml run.dir=runs/quickstart-gpu
 fi
 if ((${#failed[@]})); then

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from loss_providers import NotMeasured, Problem, draw, providers
-from side_by_side import machine, rounds, spread
+from side_by_side import machine, peak_bytes_of, rounds, spread
 from torch import Tensor
 
 from sftmix import artifacts
@@ -143,24 +143,9 @@ def peak_bytes(shape: str, name: str, *, backend: str | None, dtype: torch.dtype
     """Returns the bytes that one call of a provider adds at its peak to what the problem takes. For a fresh process."""
     problem = draw(*parse(shape), dtype=dtype, device=device)
     function = providers(backend)[name]
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        take_step(function, problem)
-        return torch.cuda.max_memory_allocated() - before
-    # A small call first: code and thread pools are no part of the figure. On a CPU it is the growth of the resident set.
-    take_step(function, draw(64, 64, 128, problem.softcap, dtype=dtype, device=device))
-    before = resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the high-water mark back
-    take_step(function, problem)
-    return resident_bytes("VmHWM") - before
-
-
-def resident_bytes(key: str) -> int:
-    """Returns the process's resident set (VmRSS) or its high-water mark (VmHWM)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return 1024 * int(line.split()[1])
+    if device.type == "cpu":  # a small call first: code and thread pools are no part of the figure
+        take_step(function, draw(64, 64, 128, problem.softcap, dtype=dtype, device=device))
+    return peak_bytes_of(lambda: take_step(function, problem), device)
 
 
 def add_memory(rows: list[dict[str, Any]], shape: str, command: list[str], dtype: torch.dtype) -> None:

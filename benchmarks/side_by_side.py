@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,3 +58,22 @@ def machine(device: torch.device, script: str, *, packages: Iterable[str] = ()) 
         "commit": artifacts.commit(),
         "command": " ".join(["python", script, *sys.argv[1:]]),
     }
+
+
+def peak_bytes_of(function: Callable[[], Any], device: torch.device) -> int:
+    """Returns the bytes that a call adds at its peak: of GPU memory, or on a CPU (Linux) of the resident set."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    before = _resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+    function()
+    return _resident_bytes("VmHWM") - before
+
+
+def _resident_bytes(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return 1024 * int(line.split()[1])
