@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+import base64
+from collections.abc import Sequence
+from typing import Any
 
 from sftmix import __version__, artifacts
 from sftmix.config_file import dump_config
 from sftmix.pipeline import StageContext
 from sftmix.report import plots
+from sftmix.report.examples import Agreement, ScoredExamples, agreements, duplicates, extremes, noise, read_scored_examples, truncated
 from sftmix.runlog import MIXUP, NTP, read_metrics
 from sftmix.stages import MODEL_NAMES, read_metrics_json
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-NUM_EXTREMES = 10
 
 
 def build_report(context: StageContext) -> None:
@@ -25,20 +20,33 @@ def build_report(context: StageContext) -> None:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     table = result_table(context)
+    scored = read_scored_examples(context)
+    agreed = agreements(context, scored)
     environment = Environment(loader=PackageLoader("sftmix.report", "."), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template("report.html.j2").render(
         title=context.config.run.dir.name,
         titles=[title for _, title, _ in COLUMNS],
         table=[cells(row) for row in table],
         groups=group_table(context),
-        figures=_figures(context),
-        extremes=_extremes(context),
-        noise=_noise(context),
+        figures=_figures(context, scored),
+        data_map=_data_map(context, scored),
+        scale=scored.scale,
+        extremes=extremes(scored),
+        duplicates=duplicates(scored),
+        truncated=truncated(scored),
+        noise=noise(scored),
+        agreement_titles=Agreement.TITLES,
+        agreements=[row.cells() for row in agreed],
         facts=_facts(context),
         config=dump_config(context.config),
     )
     artifacts.write_text(context.folder / "index.html", page)
-    artifacts.write_text(context.folder / "report.md", markdown(table))
+    text = markdown([title for _, title, _ in COLUMNS], [cells(row) for row in table])
+    if agreed:
+        text += "\n" + markdown(Agreement.TITLES, [row.cells() for row in agreed])
+    artifacts.write_text(context.folder / "report.md", text)
+    for row in agreed:
+        print(f"  {row.line()}")
     print_table(table)
     print(f"  report: {context.config.run.dir / 'report' / 'index.html'}")
 
@@ -79,10 +87,9 @@ def cells(row: dict[str, Any]) -> list[str]:
     return ["-" if row[key] is None else form.format(row[key]) for key, _, form in COLUMNS]
 
 
-def markdown(table: list[dict[str, Any]]) -> str:
-    """Returns the result table in Markdown."""
-    lines = [" | ".join(title for _, title, _ in COLUMNS), " | ".join("---" for _ in COLUMNS)]
-    lines += [" | ".join(cells(row)) for row in table]
+def markdown(titles: Sequence[str], rows: list[list[str]]) -> str:
+    """Returns a table in Markdown."""
+    lines = [" | ".join(titles), " | ".join("---" for _ in titles), *(" | ".join(row) for row in rows)]
     return "".join(f"| {line} |\n" for line in lines)
 
 
@@ -111,16 +118,7 @@ def group_table(context: StageContext) -> dict[str, Any]:
     return {"models": [MODEL_NAMES[name] for name in metrics], "rows": rows}
 
 
-def _confidence(context: StageContext) -> dict[str, NDArray[Any]]:
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(context.inputs["score"] / "confidence.parquet")
-    parts = pq.read_table(context.inputs["split"] / "split.parquet", columns=["part"])
-    columns = {name: table[name].to_numpy() for name in ("confidence", "variability")}
-    return {**columns, "part": np.array(parts["part"].to_pylist())}
-
-
-def _figures(context: StageContext) -> list[tuple[str, str]]:
+def _figures(context: StageContext, scored: ScoredExamples) -> list[tuple[str, str]]:
     curves = {}
     for stage in ("reference", "baseline", "train"):
         if stage in context.inputs:
@@ -129,52 +127,20 @@ def _figures(context: StageContext) -> list[tuple[str, str]]:
             curves[f"{name}: NTP"] = [(line["step"], line[NTP]) for line in lines]
             if lines and MIXUP in lines[0]:
                 curves[f"{name}: Mixup"] = [(line["step"], line[MIXUP]) for line in lines]
-    scores = _confidence(context)
     return [
         ("Training loss (nats per token; Mixup: per mixed position)", plots.loss_curves(curves)),
-        ("Confidence of the training examples", plots.confidence_histogram(scores["confidence"], scores["part"])),
-        ("Data map: mean and variability of the perplexity over the checkpoints", plots.data_map(**scores)),
+        ("Confidence of the training examples", plots.confidence_histogram(scored)),
     ]
 
 
-def _train_rows(context: StageContext) -> Any:
-    from sftmix.data.batches import TokenisedExamples
-
-    return TokenisedExamples(context.inputs["data"] / "train.arrow").table
-
-
-def _extremes(context: StageContext) -> list[dict[str, Any]]:
-    confidence = _confidence(context)["confidence"]
-    order = np.argsort(-confidence, kind="stable")
-    table = _train_rows(context)
-    sections = []
-    for title, chosen in (("Most confident", order[:NUM_EXTREMES]), ("Least confident", order[::-1][:NUM_EXTREMES])):
-        rows = []
-        for index in chosen:
-            row = table[int(index)]
-            rows.append(
-                {
-                    "example_id": row["example_id"],
-                    "perplexity": -float(confidence[index]),
-                    "group": row["group"] or "",
-                    "messages": [(m["role"], _shortened(m["content"])) for m in json.loads(row["messages"])],
-                }
-            )
-        sections.append({"title": title, "rows": rows})
-    return sections
-
-
-def _shortened(text: str, limit: int = 400) -> str:
-    return text if len(text) <= limit else text[:limit] + " ..."
-
-
-def _noise(context: StageContext) -> dict[str, float] | None:
-    """Returns, for generated data, how many of the wrong answers the split has put among the unconfident."""
-    noisy = np.array(_train_rows(context)["is_noisy"], dtype=bool)
-    if not noisy.any():
+def _data_map(context: StageContext, scored: ScoredExamples) -> dict[str, Any] | None:
+    """Writes data_map.png and returns it for the page; None where the scores have no variability."""
+    points, num_left_out = plots.points_of_data_map(scored)
+    if not len(points):
         return None
-    unconfident = _confidence(context)["part"] == "unconfident"
-    return {"num_noisy": int(noisy.sum()), "share_unconfident": float(unconfident[noisy].mean())}
+    image = plots.data_map(scored, points)
+    (context.folder / "data_map.png").write_bytes(image)
+    return {"image": base64.b64encode(image).decode(), "num_points": len(points), "num_left_out": num_left_out}
 
 
 def _facts(context: StageContext) -> list[tuple[str, str]]:
@@ -187,6 +153,7 @@ def _facts(context: StageContext) -> list[tuple[str, str]]:
         ("examples", f"{summary['num_read']:,} read, {summary['num_train']:,} trained on, {summary['num_held_out']:,} held out"),
         ("not used", f"{dropped:,} dropped, {summary['num_left_out']:,} left out; {summary['num_truncated']:,} truncated"),
         ("split", ", ".join(f"{count:,} {part}" for part, count in sizes.items())),
+        ("mix coverage", ", ".join(f"{share:.1%} {way}" for way, share in context.facts_of("split")["mix_coverage"].items())),
         ("target", f"{target['num_parameters']:,} parameters, {target['num_steps']:,} steps, {target['world_size']} processes"),
         ("made by", f"sftmix {__version__}, commit {artifacts.commit() or 'unknown'}"),
         ("versions", versions),
