@@ -16,7 +16,9 @@ Axes: N rows of the chunk, M pairs among them, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -82,17 +84,33 @@ def pair_epilogue_torch(
     A row with an ignored label gives 0 and exact zeros, and so does the mixed part of a pair with one.
     `want_gradient=False`: the logits' content is undefined afterwards.
     """
-    accumulate = torch.promote_types(logits.dtype, torch.float32)
-    nll = logits.new_empty(logits.shape[0], dtype=accumulate)
-    mixup = logits.new_empty(lam.shape[0], dtype=accumulate)
-    valid = labels != ignore_index
-    target = labels.clamp(min=0)[:, None]
-    share = lam.to(accumulate)[:, None]
-    options = (ntp_weight, mixup_weight, logit_scale, logit_softcap, want_gradient)
-    for rows in pieces_in_cache(logits, accumulate):
-        pairs = slice(min(rows.start // 2, len(mixup)), min(rows.stop // 2, len(mixup)))
-        nll[rows], mixup[pairs] = _epilogue_of_piece(logits[rows], target[rows], valid[rows], share[pairs], *options)
-    return nll, mixup
+    rows = _Rows.of(logits, labels, ntp_weight, logit_scale, logit_softcap, ignore_index)
+    pairs = _Pairs.of(rows, lam, mixup_weight, logit_scale, logit_softcap) if lam.shape[0] else None
+    has_dead = logits.device.type != "cpu" or not bool(rows.alive.all())
+    for piece in pieces_in_cache(logits, rows.maximum.dtype):
+        raw = logits[piece].to(rows.maximum.dtype)  # the same tensor where it has this dtype already
+        if logit_scale != 1.0:
+            raw *= logit_scale
+        mixed = None
+        if pairs is not None and piece.start < 2 * len(lam):
+            # The mixed part is read off the raw logits first: the NTP part then overwrites them.
+            mixed = pairs.mix(raw, slice(piece.start // 2, min(piece.stop // 2, len(lam))), logit_softcap, has_dead, want_gradient)
+        torch.amax(raw, dim=1, keepdim=True, out=rows.maximum[piece])
+        d_softcap = _exponentials_in_place(raw, rows.maximum[piece], rows.total[piece], logit_softcap, want_gradient)
+        if want_gradient:
+            if d_softcap is not None:
+                raw.mul_(d_softcap)
+            raw.mul_(rows.weight[piece] / rows.total[piece])
+            if has_dead:
+                _clear(raw, rows.alive[piece])
+            raw.scatter_add_(1, rows.label[piece], rows.at_label_gradient[piece])
+            if mixed is not None:
+                mixed.add_to(raw)
+            if logit_scale != 1.0:
+                raw *= logit_scale
+            if raw.data_ptr() != logits[piece].data_ptr():
+                logits[piece].copy_(raw)
+    return rows.losses(), logits.new_zeros(0, dtype=rows.maximum.dtype) if pairs is None else pairs.losses()
 
 
 def pieces_in_cache(logits: Tensor, accumulate: torch.dtype) -> Iterator[slice]:
@@ -106,105 +124,132 @@ def pieces_in_cache(logits: Tensor, accumulate: torch.dtype) -> Iterator[slice]:
         yield slice(start, min(start + size, num_rows))
 
 
-def _epilogue_of_piece(
-    logits: Tensor,
-    target: Tensor,
-    valid: Tensor,
-    share: Tensor,
-    ntp_weight: Tensor,
-    mixup_weight: Tensor,
-    logit_scale: float,
-    logit_softcap: float | None,
-    want_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    raw = logits.to(share.dtype)  # the same tensor where it has this dtype already
-    if logit_scale != 1.0:
-        raw *= logit_scale
-    paired = 2 * share.shape[0]
-    members = ((raw[0:paired:2], share), (raw[1:paired:2], 1 - share))
-    mixup = share.new_zeros(0)
-    mixed: _Softmax | None = None
-    if paired:  # the mixed part is read off the raw logits first: the NTP part then overwrites them
-        alive = valid[:paired].view(-1, 2).all(dim=1)
-        targets = ((target[0:paired:2], share), (target[1:paired:2], 1 - share))
-        mixup, mixed = _softmax_in_place(*_mix(members), targets, alive, mixup_weight, logit_softcap, want_gradient)
-    nll, alone = _softmax_in_place(raw, raw.amax(dim=1, keepdim=True), ((target, None),), valid, ntp_weight, logit_softcap, want_gradient)
-    if want_gradient:
-        raw.mul_(alone.factor)
-        alone.subtract_targets(raw, None)
-        if mixed is not None:
-            for rows, part in members:
-                rows.addcmul_(mixed.exponentials, part * mixed.factor)
-                mixed.subtract_targets(rows, part)
-        if logit_scale != 1.0:
-            raw *= logit_scale
-        if raw is not logits:
-            logits.copy_(raw)
-    return nll, mixup
+@dataclass
+class _Rows:
+    """What is known of all rows of a chunk before their softmax, (N, 1) each, and, filled piece by piece, maximum and total
+    of it. All that touches single logits is done here for the whole chunk: a call for each piece would cost more than its work.
+
+    at_label: the (capped) logit at the label. at_label_gradient: what is added to the gradient there.
+    """
+
+    logits: Tensor
+    label: Tensor
+    alive: Tensor
+    at_label: Tensor
+    at_label_gradient: Tensor
+    weight: Tensor
+    maximum: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor, weight: Tensor, scale: float, softcap: float | None, ignore_index: int) -> _Rows:
+        accumulate = torch.promote_types(logits.dtype, torch.float32)
+        alive = (labels != ignore_index)[:, None]
+        label = labels.clamp(min=0)[:, None]
+        at_label, slope = _softcapped(logits.gather(1, label).to(accumulate) * scale, softcap)
+        weight = torch.where(alive, weight.to(accumulate), 0.0)
+        return cls(logits, label, alive, at_label, -weight * slope, weight, torch.empty_like(at_label), torch.empty_like(at_label))
+
+    def losses(self) -> Tensor:
+        # Shifted by the maximum before anything is subtracted from the logarithm: no cancellation between large logits.
+        return torch.where(self.alive, self.total.log() - (self.at_label - self.maximum), 0.0).squeeze(1)
 
 
-def _mix(members: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Returns the mixed logits, and their maximum in each row."""
-    (confident, share), (unconfident, rest) = members
-    if confident.device.type == "cpu":
-        mixed = torch.lerp(unconfident, confident, share)  # one pass instead of two
-        maximum = mixed.amax(dim=1, keepdim=True)
-        if not maximum.isnan().any():  # lerp takes a difference, which is NaN where both are -inf
-            return mixed, maximum
-    mixed = (confident * share).addcmul_(unconfident, rest)
-    return mixed, mixed.amax(dim=1, keepdim=True)
+@dataclass
+class _Pairs:
+    """The same of all pairs. share: (M, 2), of the confident and the unconfident member. labels, at_label: (M, 2), both
+    members' labels and the mixed logits there. d_confident, d_unconfident: (M, 2), what is added to a member's gradient at them."""
+
+    share: Tensor
+    labels: Tensor
+    alive: Tensor
+    at_label: Tensor
+    d_confident: Tensor
+    d_unconfident: Tensor
+    weight: Tensor
+    maximum: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, rows: _Rows, lam: Tensor, weight: Tensor, scale: float, softcap: float | None) -> _Pairs:
+        accumulate, paired = rows.maximum.dtype, 2 * len(lam)
+        share = torch.stack([lam.to(accumulate), 1 - lam.to(accumulate)], dim=1)
+        labels = rows.label[:paired].view(-1, 2)
+        alive = rows.alive[:paired].view(-1, 2).all(dim=1, keepdim=True)
+        confident, unconfident = (rows.logits[member:paired:2].gather(1, labels).to(accumulate) * scale for member in (0, 1))
+        at_label, slope = _softcapped(share[:, :1] * confident + share[:, 1:] * unconfident, softcap)
+        weight = torch.where(alive, weight.to(accumulate), 0.0)
+        gradient = -weight * share * slope
+        empty = torch.empty_like(weight)
+        return cls(share, labels, alive, at_label, share[:, :1] * gradient, share[:, 1:] * gradient, weight, empty, torch.empty_like(empty))
+
+    def mix(self, raw: Tensor, pairs: slice, softcap: float | None, has_dead: bool, want_gradient: bool) -> _Mixed | None:
+        """Takes the softmax of the mixed logits of a piece's first rows; returns its part of the gradient."""
+        confident, unconfident = raw[0 : 2 * (pairs.stop - pairs.start) : 2], raw[1 : 2 * (pairs.stop - pairs.start) : 2]
+        share, rest = self.share[pairs, :1], self.share[pairs, 1:]
+        maximum, total = self.maximum[pairs], self.total[pairs]
+        # lerp takes one pass instead of two, but a difference, which is NaN where both are -inf.
+        is_cpu = raw.device.type == "cpu"
+        mixed = torch.lerp(unconfident, confident, share) if is_cpu else (confident * share).addcmul_(unconfident, rest)
+        torch.amax(mixed, dim=1, keepdim=True, out=maximum)
+        if is_cpu and math.isnan(float(maximum.sum())):
+            mixed = (confident * share).addcmul_(unconfident, rest)
+            torch.amax(mixed, dim=1, keepdim=True, out=maximum)
+        d_softcap = _exponentials_in_place(mixed, maximum, total, softcap, want_gradient)
+        if not want_gradient:
+            return None
+        if d_softcap is not None:
+            mixed.mul_(d_softcap)
+        factor = self.weight[pairs] / total
+        if has_dead:
+            _clear(mixed, self.alive[pairs])
+            factor = torch.where(self.alive[pairs], factor, 0.0)
+        return _Mixed(mixed, (share * factor, rest * factor), self.labels[pairs], (self.d_confident[pairs], self.d_unconfident[pairs]))
+
+    def losses(self) -> Tensor:
+        shifted = (self.share * (self.at_label - self.maximum)).sum(dim=1, keepdim=True)
+        return torch.where(self.alive, self.total.log() - shifted, 0.0).squeeze(1)
 
 
-class _Softmax(NamedTuple):
-    """A gradient on its way: `factor * exponentials` less `amount` at each target. exponentials: (N, V), in place of the
-    logits, times the derivative of the soft-cap; factor: (N, 1); targets: (index (N, 1), amount (N, 1))."""
+class _Mixed(NamedTuple):
+    """A piece's mixed gradient on its way to its members: factor * exponentials, and what is added at the labels."""
 
     exponentials: Tensor
-    factor: Tensor
-    targets: list[tuple[Tensor, Tensor]]
+    factors: tuple[Tensor, Tensor]
+    labels: Tensor
+    at_labels: tuple[Tensor, Tensor]
 
-    def subtract_targets(self, rows: Tensor, part: Tensor | None) -> None:
-        for index, amount in self.targets:
-            rows.scatter_add_(1, index, -(amount if part is None else part * amount))
+    def add_to(self, raw: Tensor) -> None:
+        for member in (0, 1):
+            rows = raw[member : 2 * len(self.labels) : 2]
+            rows.addcmul_(self.exponentials, self.factors[member])
+            rows.scatter_add_(1, self.labels, self.at_labels[member])
 
 
-def _softmax_in_place(
-    logits: Tensor,
-    maximum: Tensor,
-    targets: tuple[tuple[Tensor, Tensor | None], ...],
-    alive: Tensor,
-    weight: Tensor,
-    softcap: float | None,
-    want_gradient: bool,
-) -> tuple[Tensor, _Softmax]:
-    """Returns (N,) cross-entropy of (N, V) logits, with their row maximum (N, 1), against targets given as (index (N, 1),
-    share (N, 1)), and `weight` times its gradient, not yet put together. A row that is not `alive` has 0 and exact zeros."""
+def _softcapped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | float]:
+    """Returns the soft-capped logits and the derivative there."""
+    if softcap is None:
+        return logits, 1.0
+    tanh = torch.tanh(logits / softcap)
+    return softcap * tanh, 1 - tanh.square()
+
+
+def _exponentials_in_place(logits: Tensor, maximum: Tensor, total: Tensor, softcap: float | None, want_gradient: bool) -> Tensor | None:
+    """Overwrites (n, V) logits, whose maximum (n, 1) is given, by exp of the capped logits less their maximum; leaves that in
+    `maximum` and the sum in `total`. exp is taken once, for the loss and the gradient both. Returns the soft-cap's derivative."""
     d_softcap: Tensor | None = None
     if softcap is not None:
         logits.div_(softcap).tanh_()
-        maximum = softcap * torch.tanh(maximum / softcap)
         d_softcap = 1 - logits.square() if want_gradient else None
         logits.mul_(softcap)
-    # exp is taken once, of the logits less their maximum, for the loss and the gradient both.
-    logits.sub_(maximum)
-    nll = torch.zeros_like(logits[:, 0])
-    for index, share in targets:
-        at_target = logits.gather(1, index)
-        nll -= (at_target if share is None else share * at_target).squeeze(1)
-    total = logits.exp_().sum(dim=1, keepdim=True)
-    nll += total.squeeze(1).log()
-    amounts = []
-    if want_gradient:
-        for index, share in targets:
-            amount = weight.to(total.dtype).expand_as(total) * (1.0 if share is None else share)
-            amount = amount if d_softcap is None else amount * d_softcap.gather(1, index)
-            amounts.append((index, torch.where(alive[:, None], amount, 0.0)))
-        if d_softcap is not None:
-            logits.mul_(d_softcap)
-        # Filled, not multiplied by 0: a dead row leaves exact zeros where its logits are infinite, too.
-        if logits.device.type == "cpu":
-            logits.index_fill_(0, (~alive).nonzero().squeeze(1), 0.0)
-        else:  # the same without waiting for the device
-            logits.masked_fill_(~alive[:, None], 0.0)
-    factor = torch.where(alive[:, None], weight / total, 0.0)
-    return torch.where(alive, nll, torch.zeros_like(nll)), _Softmax(logits, factor, amounts)
+        maximum.div_(softcap).tanh_().mul_(softcap)
+    torch.sum(logits.sub_(maximum).exp_(), dim=1, keepdim=True, out=total)
+    return d_softcap
+
+
+def _clear(rows: Tensor, alive: Tensor) -> None:
+    # Filled, not multiplied by 0: a dead row leaves exact zeros where its logits are infinite, too.
+    if rows.device.type == "cpu":
+        rows.index_fill_(0, (~alive).squeeze(1).nonzero().squeeze(1), 0.0)
+    else:  # the same without waiting for the device
+        rows.masked_fill_(~alive, 0.0)

@@ -31,17 +31,17 @@ def split_scores(context: StageContext, examples: TokenisedExamples) -> dict[str
     split = context.config.split
     table = read_scores(context.inputs["score"])
     columns = pq.read_schema(context.inputs["score"] / "confidence.parquet").names
-    if split.by not in columns:
-        raise ConfigError(f"split.by: the score table has no column {split.by!r}. It has {', '.join(columns)}.")
+    if split.column not in columns:
+        raise ConfigError(f"split.column: the score table has no column {split.column!r}. It has {', '.join(columns)}.")
     if split.stratify_by is not None and split.stratify_by not in examples.table.column_names:
         raise ConfigError(
             f"split.stratify_by: the data has no column {split.stratify_by!r}. It has {', '.join(examples.table.column_names)}."
         )
     match_rows(table, examples.example_ids)  # the scores are of these examples, each once
-    scores = pq.read_table(context.inputs["score"] / "confidence.parquet", columns=["example_id", split.by])
-    values = scores[split.by]
+    scores = pq.read_table(context.inputs["score"] / "confidence.parquet", columns=["example_id", split.column])
+    values = scores[split.column]
     if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
-        raise ConfigError(f"split.by: {split.by} is {values.type}, and only numbers can be ranked.")
+        raise ConfigError(f"split.column: {split.column} is {values.type}, and only numbers can be ranked.")
     if not split.highest_is_confident:
         values = pa.compute.negate(values)
     columns_in = {"example_id": scores["example_id"], "value": values}
@@ -59,7 +59,7 @@ def split_scores(context: StageContext, examples: TokenisedExamples) -> dict[str
             stratum="stratum" if split.stratify_by else None,
         )
     except ValueError as error:
-        message = str(error).replace("value of", f"{split.by} of", 1)
+        message = str(error).replace("value of", f"{split.column} of", 1)
         raise ArtifactError(f"{message}. Lower the reference's learning rate, or remove these examples.") from None
     finally:
         ranked.unlink()

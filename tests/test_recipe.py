@@ -15,6 +15,7 @@ from tiny import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sftmix.artifacts import verify
+from sftmix.data.batches import TokenisedExamples
 from sftmix.runlog import MIXUP, NTP, read_metrics
 
 pytestmark = pytest.mark.recipe
@@ -169,6 +170,24 @@ def test_mixing_at_the_input_embeddings_trains_another_model_with_the_same_ntp_a
     assert lines[0][NTP] == pytest.approx(at_head[0][NTP], rel=1e-2) and lines[0][MIXUP] != at_head[0][MIXUP]
     assert lines[-1][MIXUP] < lines[0][MIXUP]
     assert "interpolated at the input embeddings" in (copy_of / "sftmix" / "model" / "README.md").read_text()
+
+
+def test_other_splits_and_matching_by_length(copy_of):
+    options = [QUICKSTART, *TINY, f"run.dir={copy_of}", "split.column=variability", "split.highest_is_confident=false"]
+    options += ["split.stratify_by=group", "split.confident_share=0.3", "split.unconfident_share=0.3"]
+    output = sftmix("split", *options).stdout
+    random, by_length = map(float, re.search(r"mix coverage.*?([\d.]+)% random, ([\d.]+)% length", output).groups())
+    assert by_length >= random > 0
+    scores = pq.read_table(copy_of / "confidence" / "confidence.parquet").to_pandas().set_index("example_id")["variability"]
+    parts = pq.read_table(copy_of / "pairing" / "split.parquet").to_pandas().set_index("example_id")["part"]
+    groups = TokenisedExamples(copy_of / "data" / "train.arrow").table.to_pandas().set_index("example_id")["group"]
+    for group in set(groups):
+        inside = parts[groups == group]
+        assert (inside == "confident").sum() == (inside == "unconfident").sum() == int(0.3 * len(inside))
+        assert scores[inside[inside == "confident"].index].max() <= scores[inside[inside == "unconfident"].index].min()
+    sftmix("train", *options, "mixup.matching=length")
+    refused = sftmix("split", *options[:3], "split.column=quality", check=False)
+    assert refused.returncode == 2 and "no column 'quality'" in refused.stderr
 
 
 def test_mixup_changes_the_model(finished):  # the test of the test

@@ -220,7 +220,7 @@ def test_strided_inputs_and_int32_labels(backend):
 def test_one_row_one_token_of_vocabulary(backend):
     inputs = draw(num_rows=2, vocab_size=1, num_pairs=1)
     out, grads = run(inputs, backend=backend)
-    assert out.loss == 0 and not any(grad.any() for grad in grads.values())
+    assert abs(out.loss) <= 1e-15 and all(grad.abs().max() <= 1e-15 for grad in grads.values())
 
 
 def test_without_pairs_it_is_ntp_to_the_bit_whatever_mu():
