@@ -1,12 +1,26 @@
-"""What the report computes and draws, on small tables of its own."""
+"""What the report computes, draws and shows, on small tables and run folders of its own."""
+
+import base64
+import html
+import json
+import re
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from sftmix.config import SplitConfig
-from sftmix.pairing import CONFIDENT, UNCONFIDENT, split_by_confidence
+from sftmix import artifacts
+from sftmix.confidence import CONFIDENCE_SCHEMA
+from sftmix.config import Config, SplitConfig
+from sftmix.data.prepare import SCHEMA
+from sftmix.pairing import CONFIDENT, MIDDLE, UNCONFIDENT, split_by_confidence
+from sftmix.pipeline import StageContext
 from sftmix.report import plots
+from sftmix.report.build import build_report
 from sftmix.report.examples import ScoredExamples, agreement_of, duplicates, extremes, truncated
+from sftmix.scores import ScoreMetadata
 
 
 def scored_examples(count=40, *, ids=None, confidence=None, variability=None, is_perplexity=True):
@@ -82,7 +96,164 @@ def test_figures_have_the_same_bytes_each_time(is_perplexity):
     assert plots.confidence_histogram(scored) == plots.confidence_histogram(scored)
 
 
-def test_boundaries_lie_between_the_parts():
+def test_cuts_lie_halfway_between_the_parts_and_name_them():
     scored = scored_examples(confidence=-np.arange(1.0, 41.0))
-    assert plots.boundaries(scored) == [-20.5]
-    assert (scored.confidence[scored.part == UNCONFIDENT] < -20.5).all()
+    assert plots.cuts(scored.shown, scored.part) == [(20.5, CONFIDENT, UNCONFIDENT)]
+    assert plots.cuts(scored.confidence, scored.part) == [(-20.5, UNCONFIDENT, CONFIDENT)]
+    thirds = np.array(split_by_confidence(scored.example_ids, scored.confidence, confident_share=0.25, unconfident_share=0.25))
+    assert plots.cuts(scored.shown, thirds) == [(10.5, CONFIDENT, MIDDLE), (30.5, MIDDLE, UNCONFIDENT)]
+
+
+def test_a_split_by_something_else_has_no_cut_in_the_confidence():
+    variability = np.random.default_rng(1).permutation(40) + 1.0
+    scored = scored_examples(confidence=-np.arange(1.0, 41.0), variability=variability)
+    scored = replace(scored, part=np.where(variability < 10, CONFIDENT, UNCONFIDENT))
+    assert plots.cuts(scored.shown, scored.part) == [] and plots.cuts(variability, scored.part) == [(9.5, CONFIDENT, UNCONFIDENT)]
+    by_variability = plots.data_map(scored, np.arange(40))
+    assert by_variability != plots.data_map(replace(scored, part=np.array([CONFIDENT, UNCONFIDENT] * 20)), np.arange(40))  # a line
+
+
+DEGENERATE = {
+    "one checkpoint": {"variability": np.zeros(40)},
+    "all equal": {"confidence": np.full(40, -1.5), "variability": np.ones(40)},
+    "all zero": {"confidence": np.zeros(40), "is_perplexity": False},
+    "positive": {"confidence": np.linspace(3, 9, 40), "is_perplexity": False},
+    "of both signs": {"confidence": np.linspace(-1e-9, 1e-9, 40), "is_perplexity": False},
+    "large": {"confidence": -np.geomspace(1, 1e200, 40), "variability": np.geomspace(1, 1e150, 40)},
+    "some not finite": {"confidence": [-np.inf, np.nan, *-np.arange(1.0, 39.0)]},
+    "nothing finite": {"confidence": np.full(40, -np.inf)},
+}
+
+
+@pytest.mark.parametrize("case", DEGENERATE)
+@pytest.mark.filterwarnings("error")
+def test_figures_cope_with_any_scale(case):
+    scored = scored_examples(**DEGENERATE[case])
+    assert plots.confidence_histogram(scored).startswith("<svg")
+    points, num_left_out = plots.points_of_data_map(scored)
+    assert (len(points), num_left_out) == {"some not finite": (38, 2), "nothing finite": (0, 40)}.get(case, (40, 0))
+    if len(points):
+        assert plots.data_map(scored, points).startswith(b"\x89PNG")
+
+
+NASTY = "<script>alert('x')</script> & {{ 7 * 7 }}"
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Returns a function that makes the folders that the report reads, for 30 examples, and returns the stage's context."""
+
+    def make(*, confidence, variability=None, is_ours=True, compare=None, **settings):
+        compare = compare or {}
+        sources = {"compare": list(compare)} if is_ours else {"scores": "elsewhere.parquet", "scores_column": "quality"}
+        config = Config.model_validate(
+            {
+                "run": {"dir": tmp_path},
+                "model": {"path": "m"},
+                "data": {"path": "d.jsonl"},
+                "baseline": {"enabled": False},
+                "confidence": sources,
+                **settings,
+            }
+        )
+        ids = [f"{n:032x}" for n in range(27)]
+        ids += [f"{ids[4]}-2", f"{ids[4]}-3", f"{ids[9]}-2"]
+        messages = [[{"role": "user", "content": NASTY}, {"role": "assistant", "content": f"answer {n}"}] for n in range(30)]
+        columns = {
+            "example_id": ids,
+            "input_ids": [[1, 2, 3]] * 30,
+            "response_mask": [[False, True, True]] * 30,
+            "num_tokens": [3] * 30,
+            "num_response_tokens": list(range(1, 31)),
+            "is_truncated": [n % 10 == 3 for n in range(30)],
+            "is_noisy": [False] * 30,
+            "group": [NASTY] * 30,
+            "place": [f"d.jsonl:{n}" for n in range(30)],
+            "messages": [json.dumps(m) for m in messages],
+        }
+        inputs = {name: tmp_path / name for name in ("data", "score", "split", "train", "evaluate")}
+        for folder in (*inputs.values(), tmp_path / "report"):
+            folder.mkdir()
+        with pa.ipc.new_stream(str(inputs["data"] / "train.arrow"), SCHEMA) as writer:
+            writer.write_table(pa.Table.from_pydict(columns, schema=SCHEMA))
+        counts = {"num_read": 30, "num_train": 30, "num_held_out": 0, "num_left_out": 0, "num_truncated": 3, "dropped": {}}
+        artifacts.write_json(inputs["data"] / "summary.json", counts)
+        metadata = ScoreMetadata("checkpoints", [{"path": "m"}], [1], {}, [], {})
+        for folder, values in {inputs["score"]: confidence, **{inputs["score"] / "compared" / m: v for m, v in compare.items()}}.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            known = {"example_id": ids, "confidence": values, "rank": [None] * 30}
+            empty = {name: [None] * 30 for name in ("minimum", "maximum", "variability")}
+            given = {"variability": variability} if variability is not None else {}
+            schema = metadata.to_schema(CONFIDENCE_SCHEMA) if is_ours else CONFIDENCE_SCHEMA
+            pq.write_table(pa.Table.from_pydict({**known, **empty, **given}, schema=schema), folder / "confidence.parquet")
+        parts = split_by_confidence(ids, np.asarray(confidence))
+        pq.write_table(pa.table({"example_id": ids, "part": parts}), inputs["split"] / "split.parquet")
+        sizes = {part: parts.count(part) for part in (CONFIDENT, MIDDLE, UNCONFIDENT)}
+        artifacts.seal(inputs["split"], stage="split", settings={}, facts={"sizes": sizes, "mix_coverage": {"random": 0.5}})
+        facts = {"real_tokens_per_second": 1.0, "training_seconds": 60, "num_parameters": 1, "num_steps": 1, "world_size": 1}
+        artifacts.seal(inputs["train"], stage="train", settings={}, facts=facts)
+        (inputs["train"] / "metrics.jsonl").write_text("")
+        artifacts.write_json(inputs["evaluate"] / "metrics.json", {})
+        return StageContext(config, tmp_path / "report", inputs)
+
+    return make
+
+
+def text_of(page):
+    """Returns what a reader sees, with single spaces."""
+    body = re.sub(r"<(svg|style|pre)\b.*?</\1>", " ", page, flags=re.S)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", body)).split())
+
+
+def test_the_page_shows_the_map_copies_and_truncated_examples_and_escapes_data(finished):
+    context = finished(confidence=-np.arange(1.0, 31.0), variability=np.arange(1.0, 31.0))
+    build_report(context)
+    page, image = (context.folder / "index.html").read_text(), (context.folder / "data_map.png").read_bytes()
+    assert f"data:image/png;base64,{base64.b64encode(image).decode()}" in page
+    assert "<script" not in page and html.escape(NASTY, quote=False).replace("'", "&#39;") in page and "49" not in text_of(page)
+    text = text_of(page)
+    assert "30 of 30 training examples. Dashed: where the split cuts." in text and "mean perplexity" in text
+    assert "5 examples in 2 groups; in 2 groups the split puts copies into different parts." in text
+    assert re.search(r"3 5 29 24 1 confident, 2 unconfident user .*? 2 10 30 20 1 confident, 1 unconfident user", text)
+    assert "3 training examples are cut off" in text and "confident 15 2 13.3% unconfident 15 1 6.7%" in text
+    assert "no finite confidence" not in text and "Agreement" not in text
+
+
+def test_a_table_of_the_users_without_variability_and_with_positive_values_is_shown_as_it_is(finished):
+    context = finished(confidence=np.linspace(0.001, 0.03, 30), is_ours=False)
+    build_report(context)
+    text = text_of((context.folder / "index.html").read_text())
+    assert "There is none: the score table gives no variability" in text and not (context.folder / "data_map.png").exists()
+    assert "perplexity conversation" not in text and "confidence conversation 0.03 user" in text  # the highest is the most confident
+    assert "Least confident examples confidence conversation 0.001 user" in text
+
+
+def test_the_report_names_how_many_are_not_finite(finished):
+    context = finished(confidence=-np.arange(1.0, 31.0), variability=np.arange(1.0, 31.0))
+    path = context.inputs["score"] / "confidence.parquet"
+    table = pq.read_table(path)
+    for name, value in (("confidence", -np.inf), ("variability", np.nan)):
+        values = table[name].to_numpy().copy()
+        values[3 if name == "confidence" else 7] = value
+        table = table.set_column(table.column_names.index(name), name, pa.array(values))
+    pq.write_table(table, path)
+    build_report(context)
+    text = text_of((context.folder / "index.html").read_text())
+    assert "28 of 30 training examples. 2 are not drawn" in text and "1 examples have no finite confidence" in text
+
+
+def test_agreement_is_in_the_page_the_markdown_and_what_is_printed(finished, capsys):
+    live = -np.arange(1.0, 31.0)
+    live[[14, 15]] = live[[15, 14]]  # 15 and 16: one pair changes places across the cut
+    online = -np.arange(30.0, 0.0, -1.0)
+    online[0] = np.nan
+    context = finished(confidence=-np.arange(1.0, 31.0), variability=np.ones(30), compare={"live": live, "online": online})
+    build_report(context)
+    spearman = 1 - 6 * 2 / (30 * (30**2 - 1))
+    rows = (["checkpoints, live", f"{spearman:.4f}", "93.3%", "30", "0"], ["checkpoints, online", "-1.0000", "3.4%", "29", "1"])
+    text, lines = text_of((context.folder / "index.html").read_text()), (context.folder / "report.md").read_text().splitlines()
+    for row in rows:
+        assert " ".join(row) in text and f"| {' | '.join(row)} |" in lines
+    out = capsys.readouterr().out
+    assert f"  checkpoints, live: Spearman {spearman:.4f}, 93.3% of 30 examples in the same part, 0 left out (not finite)\n" in out
+    assert "checkpoints, online: Spearman -1.0000, 3.4% of 29 examples" in out and out.index("online:") < out.index("SFTMix beside")

@@ -6,6 +6,8 @@ import base64
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from sftmix import __version__, artifacts
 from sftmix.config_file import dump_config
 from sftmix.pipeline import StageContext
@@ -16,13 +18,14 @@ from sftmix.stages import MODEL_NAMES, read_metrics_json
 
 
 def build_report(context: StageContext) -> None:
-    """Writes index.html and report.md into the stage's folder; prints the table and the report's final path."""
+    """Writes index.html, report.md and the data map into the stage's folder; prints what they say in short, and where they are."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     table = result_table(context)
     scored = read_scored_examples(context)
     agreed = agreements(context, scored)
     environment = Environment(loader=PackageLoader("sftmix.report", "."), autoescape=True, undefined=StrictUndefined)
+    environment.filters |= {"count": "{:,}".format, "figure": "{:,.5g}".format, "percent": "{:.1%}".format}
     page = environment.get_template("report.html.j2").render(
         title=context.config.run.dir.name,
         titles=[title for _, title, _ in COLUMNS],
@@ -31,6 +34,7 @@ def build_report(context: StageContext) -> None:
         figures=_figures(context, scored),
         data_map=_data_map(context, scored),
         scale=scored.scale,
+        num_not_finite=int((~np.isfinite(scored.confidence)).sum()),
         extremes=extremes(scored),
         duplicates=duplicates(scored),
         truncated=truncated(scored),
@@ -140,7 +144,13 @@ def _data_map(context: StageContext, scored: ScoredExamples) -> dict[str, Any] |
         return None
     image = plots.data_map(scored, points)
     (context.folder / "data_map.png").write_bytes(image)
-    return {"image": base64.b64encode(image).decode(), "num_points": len(points), "num_left_out": num_left_out}
+    return {
+        "image": base64.b64encode(image).decode(),
+        "num_points": len(points),
+        "num_examples": len(scored.example_ids),
+        "num_left_out": num_left_out,
+        "has_cuts": any(plots.cuts(values, scored.part) for values in (scored.shown, scored.variability)),
+    }
 
 
 def _facts(context: StageContext) -> list[tuple[str, str]]:

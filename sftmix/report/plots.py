@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import itertools
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -61,23 +61,28 @@ def points_of_data_map(scored: ScoredExamples) -> tuple[NDArray[np.int64], int]:
     return ranked, len(scored.confidence) - len(finite)
 
 
-def boundaries(scored: ScoredExamples) -> list[float]:
-    """Returns the confidences halfway between neighbouring parts, ascending."""
-    values = [scored.confidence[(scored.part == name) & np.isfinite(scored.confidence)] for name in reversed(COLOURS)]
-    values = [part for part in values if len(part)]
-    return [float(below.max() / 2 + above.min() / 2) for below, above in itertools.pairwise(values)]
+def cuts(values: NDArray[np.float64], part: NDArray[np.str_]) -> list[tuple[float, str, str]]:
+    """Returns where the split cuts along these values, ascending: (halfway between two parts, the part below, the part above).
+    Nothing where the parts overlap, as the split is by something else, or within strata."""
+    inside = {name: values[(part == name) & np.isfinite(values)] for name in COLOURS}
+    spans = sorted((found.min(), found.max(), name) for name, found in inside.items() if len(found))
+    if any(above[0] < below[1] for below, above in pairwise(spans)):
+        return []
+    return [(float(below[1] / 2 + above[0] / 2), below[2], above[2]) for below, above in pairwise(spans)]
 
 
 def data_map(scored: ScoredExamples, points: NDArray[np.int64]) -> bytes:
     """Returns a PNG of these examples: confidence (as mean perplexity, where it is one) against variability, coloured by the
     length of the response, with lines where the split cuts."""
+    from matplotlib import colormaps
     from matplotlib.colors import ListedColormap, LogNorm
 
     figure, axes = _figure(5)
     variability, lengths = scored.variability[points], scored.num_response_tokens[points]
-    colours = ListedColormap(_map("viridis")(np.linspace(0, 0.93, 256)))  # without its end, which is pale on white
-    norm = LogNorm(lengths.min(), max(lengths.max(), lengths.min() + 1))
-    drawn = axes.scatter(variability, scored.shown[points], s=7, c=lengths, cmap=colours, norm=norm, alpha=0.7, linewidths=0)
+    colours = ListedColormap(colormaps["viridis"](np.linspace(0, 0.93, 256)))  # without its end, which is pale on white
+    norm = LogNorm(lengths.min(), max(lengths.max(), 2 * lengths.min()))
+    size = np.clip(20_000 / len(points), 3, 9)
+    drawn = axes.scatter(variability, scored.shown[points], size, lengths, cmap=colours, norm=norm, alpha=0.7, linewidths=0)
     _scale_variability(axes, variability)
     if scored.is_perplexity:
         axes.set_yscale("log")
@@ -85,20 +90,28 @@ def data_map(scored: ScoredExamples, points: NDArray[np.int64]) -> bytes:
     bar = figure.colorbar(drawn, label="response tokens", pad=0.01)
     bar.solids.set_alpha(1)
     _plain_ticks(bar.ax.yaxis)
-    sign = -1 if scored.is_perplexity else 1
-    cuts = sorted(sign * cut for cut in boundaries(scored))
-    for cut in cuts:
-        axes.axhline(cut, color="black", linewidth=0.9, linestyle=(0, (6, 3)))
-    if cuts:
-        below, above = ("unconfident", "confident")[::sign]
-        for text, cut, side, align in ((above, cuts[-1], 3, "bottom"), (below, cuts[0], -3, "top")):
-            place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": align}
-            axes.annotate(text, (0, cut), (5, side), **place, fontsize=9, bbox={"color": "white", "alpha": 0.7, "pad": 0.5})
+    by_shown, by_variability = cuts(scored.shown, scored.part), cuts(scored.variability, scored.part)
+    _draw_cuts(axes, by_shown or by_variability, is_across=bool(by_shown))
     axes.set_xlabel("variability: standard deviation of the perplexity over the checkpoints" if scored.is_perplexity else "variability")
     axes.set_ylabel(f"{scored.scale} of the response")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _draw_cuts(axes: Any, found: list[tuple[float, str, str]], *, is_across: bool) -> None:
+    """Draws a line at each cut, and names the outer parts at its end."""
+    for value, _, _ in found:
+        (axes.axhline if is_across else axes.axvline)(value, color="black", linewidth=0.9, linestyle=(0, (6, 3)))
+    outer = ((found[0][0], found[0][1], -3), (found[-1][0], found[-1][2], 3)) if found else ()
+    for value, name, offset in outer:
+        if is_across:
+            where: dict[str, Any] = {"xy": (1, value), "xycoords": ("axes fraction", "data"), "xytext": (-5, offset), "ha": "right"}
+            where["va"] = "top" if offset < 0 else "bottom"
+        else:
+            where = {"xy": (value, 1), "xycoords": ("data", "axes fraction"), "xytext": (offset, -5), "va": "top"}
+            where["ha"] = "right" if offset < 0 else "left"
+        axes.annotate(name, **where, textcoords="offset points", fontsize=9, bbox={"color": "white", "alpha": 0.6, "pad": 0.5})
 
 
 def _scale_variability(axes: Any, variability: NDArray[np.float64]) -> None:
@@ -108,9 +121,10 @@ def _scale_variability(axes: Any, variability: NDArray[np.float64]) -> None:
         return
     if variability.min() >= floor:
         axes.set_xscale("log")
-        _plain_ticks(axes.xaxis)
     else:
-        axes.set_xscale("symlog", linthresh=variability[variability >= floor].min())
+        smallest = variability[variability >= floor].min()
+        axes.set_xscale("symlog", linthresh=10 ** np.floor(np.log10(smallest)))
+    _plain_ticks(axes.xaxis)
 
 
 def _plain_ticks(axis: Any) -> None:
@@ -119,12 +133,6 @@ def _plain_ticks(axis: Any) -> None:
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-
-
-def _map(name: str) -> Any:
-    from matplotlib import colormaps
-
-    return colormaps[name]
 
 
 def _figure(height: float) -> tuple[Any, Any]:
