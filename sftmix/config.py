@@ -180,7 +180,7 @@ class ConfidenceConfig(Section):
 class SplitConfig(Section):
     confident_share: Share = Field(0.5, description="Most confident share of the examples (D^c of the paper).")
     unconfident_share: Share = Field(0.5, description="Least confident share (D^u). What is left between trains with NTP alone.")
-    column: str = Field("confidence", description="Column of the score table to rank by: confidence, variability, or one of your own table.")
+    column: str = Field("confidence", description="Column of the score table to rank by: confidence, variability, or your own.")
     highest_is_confident: bool = Field(True, description="Are the highest values the confident ones?")
     stratify_by: str | None = Field(None, description="Take the shares within each value of this column of the data, for example `group`.")
 
