@@ -166,7 +166,10 @@ def run_pipeline(config: Config, *, only: str | None = None, force: bool = False
     folder_of = {stage.name: config.run.dir / stage.folder for stage in stages}
     digests: dict[str, str] = {}
     ranks: Ranks | None = None
+    needed = _needed(stages, only)
     for number, stage in enumerate(stages, start=1):
+        if stage.name not in needed:
+            continue
         if stage.needs_engine and ranks is None:
             ranks = init_ranks()
         if not is_main and not stage.needs_engine:
@@ -219,7 +222,11 @@ def folder_of_last(config: Config, only: str | None) -> Path:
 def first_unfinished_stage(config: Config, only: str | None = None) -> str | None:
     """Returns the first stage, up to `only`, whose output is missing or was made with other settings; None if all are done."""
     digests: dict[str, str] = {}
-    for stage in stages_of(config):
+    stages = stages_of(config)
+    needed = _needed(stages, only)
+    for stage in stages:
+        if stage.name not in needed:
+            continue
         folder = config.run.dir / stage.folder
         manifest = artifacts.read_manifest(folder)
         inputs = {name: digests[name] for name in stage.reads}
@@ -229,6 +236,17 @@ def first_unfinished_stage(config: Config, only: str | None = None) -> str | Non
         if stage.name == only:
             break
     return None
+
+
+def _needed(stages: list[Stage], only: str | None) -> set[str]:
+    """Returns the names of `only` and of all that it reads, directly or not; of all stages where there is no `only`."""
+    if only is None:
+        return {stage.name for stage in stages}
+    needed = {only}
+    for stage in reversed(stages):
+        if stage.name in needed:
+            needed.update(stage.reads)
+    return needed
 
 
 def _is_current(stage: Stage, folder: Path, settings: dict[str, Any], inputs: dict[str, str], *, digests: bool = True) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.figure import Figure
 
 from sftmix import artifacts
 from sftmix.confidence import CONFIDENCE_SCHEMA
@@ -54,8 +55,10 @@ def test_copies_are_grouped_by_content():
     first, second = found["rows"]
     assert (first["example_id"], first["num_copies"], first["lowest"], first["highest"], first["spread"]) == ("aa", 3, 1.0, 4.0, 3.0)
     assert (second["example_id"], second["num_copies"], second["spread"]) == ("bb", 2, 0.5)
-    parts = dict(zip(scored.example_ids, scored.part, strict=True))
-    assert found["num_apart"] == (len({parts[i] for i in ("aa", "aa-2", "aa-3")}) > 1) + (len({parts[i] for i in ("bb", "bb-2")}) > 1)
+    # Most confident first: aa, bb, aa-3 | bb-2, aa-2, cc.
+    assert found["num_apart"] == 2 and first["parts"] == "2 confident, 1 unconfident"
+    together = replace(scored, part=np.array([CONFIDENT, UNCONFIDENT, CONFIDENT, CONFIDENT, CONFIDENT, MIDDLE]))
+    assert duplicates(together)["num_apart"] == 1
 
 
 def test_truncated_examples_are_counted_in_each_part():
@@ -76,14 +79,21 @@ def test_agreement_is_taken_over_what_is_finite_in_both():
     assert found.spearman == pytest.approx(1 - 6 * 2 / (4 * 15))  # of 1234 and 1324
     assert found.same_part == 0.5 and (found.num_examples, found.num_left_out) == (4, 2)
     assert found.line().startswith("checkpoints, online: Spearman 0.8000, 50.0% of 4 examples in the same part, 2 left out")
+    assert agreement_of(ids, a, b, SplitConfig(confident_share=0.25, unconfident_share=0.25), "").same_part == 1.0
+
+
+def test_agreement_of_too_few_examples_is_no_figure():
+    found = agreement_of(["a", "b"], np.array([1.0, np.nan]), np.array([1.0, 2.0]), SplitConfig(), "checkpoints, live")
+    assert found.cells() == ["checkpoints, live", "-", "100.0%", "1", "1"]
 
 
 def test_data_map_keeps_both_ends_and_thins_evenly(monkeypatch):
     monkeypatch.setattr(plots, "MAX_POINTS", 10)
-    scored = scored_examples(101, confidence=-np.arange(1.0, 102.0), variability=[np.nan, *np.ones(100)])
+    confidence = -np.random.default_rng(0).permutation(101) - 1.0
+    scored = scored_examples(101, confidence=confidence, variability=np.where(confidence == -1, np.nan, 1.0))
     points, num_left_out = plots.points_of_data_map(scored)
     assert num_left_out == 1 and len(points) == 10
-    assert sorted(points.tolist()) == np.linspace(1, 100, 10).round().astype(int).tolist()
+    assert sorted(-confidence[points]) == np.linspace(2, 101, 10).tolist()
 
 
 @pytest.mark.parametrize("is_perplexity", [True, False])
@@ -93,6 +103,7 @@ def test_figures_have_the_same_bytes_each_time(is_perplexity):
     points, _ = plots.points_of_data_map(scored)
     image = plots.data_map(scored, points)
     assert image == plots.data_map(scored, points) and image.startswith(b"\x89PNG")
+    assert int.from_bytes(image[16:20], "big") == 8 * 150 and b"tEXt" not in image  # 150 dpi; no date, no software
     assert plots.confidence_histogram(scored) == plots.confidence_histogram(scored)
 
 
@@ -109,8 +120,14 @@ def test_a_split_by_something_else_has_no_cut_in_the_confidence():
     scored = scored_examples(confidence=-np.arange(1.0, 41.0), variability=variability)
     scored = replace(scored, part=np.where(variability < 10, CONFIDENT, UNCONFIDENT))
     assert plots.cuts(scored.shown, scored.part) == [] and plots.cuts(variability, scored.part) == [(9.5, CONFIDENT, UNCONFIDENT)]
-    by_variability = plots.data_map(scored, np.arange(40))
-    assert by_variability != plots.data_map(replace(scored, part=np.array([CONFIDENT, UNCONFIDENT] * 20)), np.arange(40))  # a line
+
+
+@pytest.mark.parametrize("is_across", [True, False])
+def test_a_line_is_drawn_at_each_cut_and_the_outer_parts_are_named(is_across):
+    axes = Figure().subplots()
+    plots._draw_cuts(axes, [(2.0, CONFIDENT, MIDDLE), (3.0, MIDDLE, UNCONFIDENT)], is_across=is_across)
+    assert [line.get_data()[is_across][0] for line in axes.lines] == [2.0, 3.0]
+    assert [(text.get_text(), text.xy[is_across]) for text in axes.texts] == [(CONFIDENT, 2.0), (UNCONFIDENT, 3.0)]
 
 
 DEGENERATE = {
@@ -210,8 +227,9 @@ def test_the_page_shows_the_map_copies_and_truncated_examples_and_escapes_data(f
     build_report(context)
     page, image = (context.folder / "index.html").read_text(), (context.folder / "data_map.png").read_bytes()
     assert f"data:image/png;base64,{base64.b64encode(image).decode()}" in page
-    assert "<script" not in page and html.escape(NASTY, quote=False).replace("'", "&#39;") in page and "49" not in text_of(page)
+    assert "<script" not in page and html.escape(NASTY, quote=False).replace("'", "&#39;") in page
     text = text_of(page)
+    assert NASTY in text  # once and only once escaped
     assert "30 of 30 training examples. Dashed: where the split cuts." in text and "mean perplexity" in text
     assert "5 examples in 2 groups; in 2 groups the split puts copies into different parts." in text
     assert re.search(r"3 5 29 24 1 confident, 2 unconfident user .*? 2 10 30 20 1 confident, 1 unconfident user", text)
@@ -228,7 +246,7 @@ def test_a_table_of_the_users_without_variability_and_with_positive_values_is_sh
     assert "Least confident examples confidence conversation 0.001 user" in text
 
 
-def test_the_report_names_how_many_are_not_finite(finished):
+def test_the_report_says_how_many_are_not_finite_or_thinned_out(finished, monkeypatch):
     context = finished(confidence=-np.arange(1.0, 31.0), variability=np.arange(1.0, 31.0))
     path = context.inputs["score"] / "confidence.parquet"
     table = pq.read_table(path)
@@ -240,6 +258,10 @@ def test_the_report_names_how_many_are_not_finite(finished):
     build_report(context)
     text = text_of((context.folder / "index.html").read_text())
     assert "28 of 30 training examples. 2 are not drawn" in text and "1 examples have no finite confidence" in text
+    monkeypatch.setattr(plots, "MAX_POINTS", 10)
+    build_report(context)
+    text = text_of((context.folder / "index.html").read_text())
+    assert "10 of 30 training examples, thinned evenly over their ranking. 2 are not drawn" in text
 
 
 def test_agreement_is_in_the_page_the_markdown_and_what_is_printed(finished, capsys):

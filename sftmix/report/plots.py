@@ -38,6 +38,7 @@ def confidence_histogram(scored: ScoredExamples) -> str:
         if scored.is_perplexity:
             edges = np.geomspace(low, max(high, low * 1.01), 60)
             axes.set_xscale("log")
+            _plain_ticks(axes.xaxis)
         else:
             edges = np.linspace(low, max(high, low + 0.01 * abs(low), low + 1e-9), 60)
         for name, colour in COLOURS.items():
