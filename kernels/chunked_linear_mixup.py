@@ -73,7 +73,7 @@ def chunked_linear_mixup(
     one = torch.ones_like(one_over_ntp)
     mixup_share = mixup_weight * one_over_mixup / one_over_ntp
     # The torch epilogue works on a copy in float32 where the logits are not; the Triton one in registers.
-    itemsize = hidden.element_size() if epilogue is not pair_epilogue_torch else torch.empty((), dtype=accumulate).element_size()
+    itemsize = hidden.element_size() if epilogue is not pair_epilogue_torch else accumulate.itemsize
     chunks = balanced_chunks(num_rows, vocab_size, itemsize)
     slab = hidden.new_empty(max((stop - start for start, stop in chunks), default=0), vocab_size)
     for start, stop in chunks:

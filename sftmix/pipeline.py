@@ -159,6 +159,8 @@ def run_pipeline(config: Config, *, only: str | None = None, force: bool = False
 
     stages = stages_of(config)
     if only is not None and only not in {stage.name for stage in stages}:
+        if only == "reference":
+            raise ArtifactError("there is no stage 'reference' in this config: confidence.models or confidence.scores takes its place.")
         raise ArtifactError(f"the stage {only!r} is switched off in this config (baseline.enabled is false). Switch it on.")
     is_main = environment_rank() == 0
     if is_main:

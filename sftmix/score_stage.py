@@ -84,7 +84,6 @@ def weight_bytes(model: ModelConfig) -> int:
 
 def write_tables(context: StageContext, folder: Path, mode: str, examples: TokenisedExamples, nll_sum: Sums) -> None:
     """Writes the two tables of one mode, and says what has no finite perplexity."""
-    from sftmix.engine.distributed import resolve_precision
     from sftmix.pipeline import model_identity
     from sftmix.scores import ScoreMetadata, write_scores
 
@@ -94,7 +93,7 @@ def write_tables(context: StageContext, folder: Path, mode: str, examples: Token
         mode=mode,
         models=[model_identity(model) for model in models],
         checkpoints=sorted(nll_sum),
-        fingerprints={**context.facts_of("data")["fingerprints"], "dtype": resolve_precision(config.engine.precision)},
+        fingerprints=_fingerprints(context),
         dataset=[source.path for source in config.data.all_sources] or ["generated toy skills"],
         versions=artifacts.versions(),
         commit=artifacts.commit(),
@@ -109,22 +108,27 @@ def write_tables(context: StageContext, folder: Path, mode: str, examples: Token
 
 def import_scores(context: StageContext, examples: TokenisedExamples) -> None:
     """Takes a published table in place of scoring: checked against the data, and brought into its order."""
-    from sftmix.engine.distributed import resolve_precision
     from sftmix.scores import fit_scores, read_scores
 
     settings = context.config.confidence
     assert settings.scores is not None
     table = read_scores(settings.scores, revision=settings.scores_revision, column=settings.scores_column)
-    fingerprints = {**context.facts_of("data")["fingerprints"], "dtype": resolve_precision(context.config.engine.precision)}
     rows = fit_scores(
         table,
         examples.example_ids,
-        fingerprints,
+        _fingerprints(context),
         allow_differences=settings.allow_differences,
         report_to=context.config.run.dir / "scores_that_do_not_fit.jsonl",
     )
     pq.write_table(table.confidence.take(pa.array(rows)), context.folder / "confidence.parquet")
     print(f"  {len(rows):,} scores of {settings.scores}")
+
+
+def _fingerprints(context: StageContext) -> dict[str, str | int]:
+    """Returns what scores of this run's data carry, and what a table from elsewhere is held against."""
+    from sftmix.engine.distributed import resolve_precision
+
+    return {**context.facts_of("data")["fingerprints"], "dtype": resolve_precision(context.config.engine.precision)}
 
 
 def write_sums(path: Path, nll_sum: Sums) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sftmix.config import Config
 from sftmix.errors import ArtifactError, ConfigError
-from sftmix.pairing import match_parts, mix_coverage
+from sftmix.pairing import Matching, match_parts, mix_coverage
 from sftmix.pipeline import StageContext
 from sftmix.split import split_table
 
@@ -30,7 +30,7 @@ def split_scores(context: StageContext, examples: TokenisedExamples) -> dict[str
 
     split = context.config.split
     table = read_scores(context.inputs["score"])
-    columns = pq.read_schema(context.inputs["score"] / "confidence.parquet").names
+    columns = pq.read_schema(table.path).names
     if split.column not in columns:
         raise ConfigError(f"split.column: the score table has no column {split.column!r}. It has {', '.join(columns)}.")
     if split.stratify_by is not None and split.stratify_by not in examples.table.column_names:
@@ -38,13 +38,12 @@ def split_scores(context: StageContext, examples: TokenisedExamples) -> dict[str
             f"split.stratify_by: the data has no column {split.stratify_by!r}. It has {', '.join(examples.table.column_names)}."
         )
     match_rows(table, examples.example_ids)  # the scores are of these examples, each once
-    scores = pq.read_table(context.inputs["score"] / "confidence.parquet", columns=["example_id", split.column])
-    values = scores[split.column]
+    values = pq.read_table(table.path, columns=[split.column])[split.column]
     if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
         raise ConfigError(f"split.column: {split.column} is {values.type}, and only numbers can be ranked.")
     if not split.highest_is_confident:
         values = pa.compute.negate(values)
-    columns_in = {"example_id": scores["example_id"], "value": values}
+    columns_in = {"example_id": table.example_ids, "value": values}
     if split.stratify_by is not None:
         columns_in["stratum"] = pa.chunked_array(examples.table.data.table[split.stratify_by].chunks)
     ranked = context.folder / "ranked.parquet"
@@ -65,18 +64,23 @@ def split_scores(context: StageContext, examples: TokenisedExamples) -> dict[str
         ranked.unlink()
 
 
+def matching_of(config: Config, parts: NDArray[np.str_], num_response_tokens: NDArray[np.int64], way: str) -> Matching:
+    """Returns the run's matching of (N,) parts, in one `way` of `mixup.matching`."""
+    return match_parts(
+        parts,
+        num_response_tokens,
+        seed=config.run.seed,
+        alpha=config.mixup.alpha,
+        by_length=way == "length",
+        block_pairs=config.mixup.length_block,
+    )
+
+
 def mix_coverages(parts: NDArray[np.str_], num_response_tokens: NDArray[np.int64], config: Config) -> dict[str, float]:
     """Returns, for random matching and for matching by length, the share of response tokens that take part in a mix in the first epoch."""
     found = {}
     for way in ("random", "length"):
-        matching = match_parts(
-            parts,
-            num_response_tokens,
-            seed=config.run.seed,
-            alpha=config.mixup.alpha,
-            by_length=way == "length",
-            block_pairs=config.mixup.length_block,
-        )
+        matching = matching_of(config, parts, num_response_tokens, way)
         drawn = matching.units(0, 0, min(COVERAGE_UNITS, matching.num_units))
         found[way] = mix_coverage(drawn, num_response_tokens)
     return found

@@ -123,24 +123,17 @@ def run_train(context: StageContext) -> None:
 
 def _run_target(context: StageContext, name: str, *, mixup_weight: float) -> None:
     from sftmix.objectives import Objective
-    from sftmix.pairing import match_parts
+    from sftmix.split_stage import matching_of
     from sftmix.train import TrainingPlan
 
     config = context.config
-    settings, seed = config.train, config.run.seed
+    settings = config.train
     examples = _examples(context, "train")
     parts = read_split(context.inputs["split"] / "split.parquet", examples.example_ids)
     objective = Objective(mixup_weight, config.mixup.site)
     if objective.mixes_inputs:
         examples.check_single_spans()
-    matching = match_parts(
-        parts,
-        examples.num_response_tokens,
-        seed=seed,
-        alpha=config.mixup.alpha,
-        by_length=config.mixup.matching == "length",
-        block_pairs=config.mixup.length_block,
-    )
+    matching = matching_of(config, parts, examples.num_response_tokens, config.mixup.matching)
     plan = TrainingPlan(matching, settings.epochs, settings.batch_size)
 
     def save_model(engine: Engine, step: int) -> None:
