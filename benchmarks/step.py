@@ -129,7 +129,7 @@ def build_work(config: Config, folder: Path, *, num_rounds: int) -> Work:
     """Tokenises the data, as the recipe does, and pairs it at random: a confidence would take a reference run."""
     prepare(config, folder)
     examples = TokenisedExamples(folder / "train.arrow")
-    parts = split_by_confidence(examples.example_ids, np.random.default_rng(0).random(len(examples)))
+    parts = split_by_confidence(examples.example_ids.to_pylist(), np.random.default_rng(0).random(len(examples)))
     matching = match_parts(np.array(parts), examples.num_response_tokens, seed=config.run.seed, alpha=config.mixup.alpha)
     plan = matching.units(0, 0, matching.num_units)
     pairs = np.flatnonzero(plan.units[:, 1] >= 0)

@@ -104,7 +104,7 @@ def agreement(a: NDArray[np.float64], b: NDArray[np.float64], parts_a: Sequence[
     }
 
 
-def read_confidence(path: Path, example_ids: list[str]) -> NDArray[np.float64]:
+def read_confidence(path: Path, example_ids: pa.ChunkedArray) -> NDArray[np.float64]:
     """Returns the (N,) confidences of a table of this run, in the order of `example_ids`; infinite and NaN ones as they are.
 
     Raises ArtifactError where the table lacks or adds an example, or cannot be read.

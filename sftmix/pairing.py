@@ -17,6 +17,7 @@ nothing is left over at their edges, and matching by rank is what loses least (i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,7 +173,7 @@ class Matching:
         return rank
 
 
-def mix_coverage(drawn: StepUnits, num_response_tokens: NDArray[np.int64]) -> float:
+def mix_coverage(drawn: StepUnits, num_response_tokens: NDArray[np.integer[Any]]) -> float:
     """Returns the share of the units' response tokens that take part in a mix: of each pair, twice the shorter response."""
     units = drawn.units
     is_pair = units[:, 1] >= 0

@@ -91,8 +91,10 @@ def unreadable(path: Path, error: Exception | str) -> ArtifactError:
     return ArtifactError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())} Get the table again.")
 
 
-def string_column(values: Sequence[str]) -> pa.ChunkedArray:
+def string_column(values: Sequence[str] | pa.ChunkedArray) -> pa.ChunkedArray:
     """Returns strings as a column, in pieces: one Arrow array of strings ends at 2 GiB."""
+    if isinstance(values, pa.ChunkedArray):
+        return values
     parts = [pa.array(values[start : start + ROWS_PER_GROUP], pa.string()) for start in range(0, len(values), ROWS_PER_GROUP)]
     return pa.chunked_array(parts, pa.string())
 

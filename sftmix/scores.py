@@ -99,7 +99,7 @@ def write_scores(
     folder: Path,
     metadata: ScoreMetadata,
     *,
-    example_ids: Sequence[str],
+    example_ids: Sequence[str] | pa.ChunkedArray,
     num_response_tokens: NDArray[np.int64],
     nll_sum: Mapping[int, NDArray[np.float64]],
 ) -> ScoreSummary:
@@ -231,7 +231,7 @@ def read_scores(source: str | Path, revision: str | None = None, *, column: str 
 
 def fit_scores(
     table: ScoreTable,
-    example_ids: Sequence[str],
+    example_ids: Sequence[str] | pa.ChunkedArray,
     fingerprints: Mapping[str, str | int],
     *,
     allow_differences: Sequence[str] = (),
@@ -271,7 +271,7 @@ def fit_scores(
     return rows
 
 
-def match_rows(table: ScoreTable, example_ids: Sequence[str], *, report_to: Path | None = None) -> NDArray[np.int64]:
+def match_rows(table: ScoreTable, example_ids: Sequence[str] | pa.ChunkedArray, *, report_to: Path | None = None) -> NDArray[np.int64]:
     """Returns the row of each id, (N,) int64. Raises ArtifactError for ids that the table lacks or adds."""
     wanted, ids = string_column(example_ids), table.example_ids
     rows: NDArray[np.int64] = pc.index_in(wanted, value_set=ids).fill_null(-1).to_numpy().astype(np.int64)

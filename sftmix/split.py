@@ -55,13 +55,15 @@ def split_table(
     target: Path,
     *,
     value: str = "confidence",
+    highest_first: bool = True,
     confident_share: float = 0.5,
     unconfident_share: float = 0.5,
     stratum: str | None = None,
 ) -> dict[str, int]:
     """Writes example_id and part for every row of the Parquet `sources`, in their order; returns the sizes of the parts.
 
-    value: a numeric column. stratum: a column within each of whose values the shares are taken.
+    value: a numeric column; without `highest_first` its lowest values are the confident ones.
+    stratum: a column within each of whose values the shares are taken.
     Raises NotFiniteError for NaN, infinite or missing values, and ValueError for shares, columns or ids that make no split.
     """
     confident, unconfident = exact_share(confident_share), exact_share(unconfident_share)
@@ -70,6 +72,8 @@ def split_table(
     rows = pl.scan_parquet([str(path) for path in sources], glob=False).select(
         pl.col("example_id").alias("id"), pl.col(value).alias("value"), (pl.col(stratum) if stratum else pl.lit(0)).alias("stratum")
     )
+    if not highest_first:
+        rows = rows.with_columns(_reversed(rows.collect_schema()["value"]).alias("value"))
     totals = _check(rows, value, stratum is not None)
     first = {key: math.floor(confident * total) for key, total in totals.items()}
     second = {key: total - math.floor(unconfident * total) for key, total in totals.items()}
@@ -93,6 +97,13 @@ def exact_share(share: float) -> Fraction:
     if not 0 <= share <= 1:
         raise ValueError(f"a share is between 0 and 1, not {share}")
     return Fraction(share).limit_denominator(1_000_000)
+
+
+def _reversed(kind: Any) -> pl.Expr:
+    """Returns the values such that the lowest come first; no whole number overflows."""
+    if kind.is_unsigned_integer():
+        return kind.max() - _VALUE
+    return -1 - _VALUE if kind.is_integer() else -_VALUE
 
 
 def _collect(query: pl.LazyFrame) -> pl.DataFrame:

@@ -1,24 +1,31 @@
-"""The split stage's work: the table of scores beside what the data knows, split on files, and what a matching would mix."""
+"""The split stage's work: the table of scores split on files, the parts as lists of indices, and what a matching would mix.
+
+No list of all examples is held in memory but the response lengths and, to order a part by them, that part's indices.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sftmix.config import Config
 from sftmix.errors import ArtifactError, ConfigError
-from sftmix.pairing import Matching, match_parts, mix_coverage
+from sftmix.pairing import CONFIDENT, MIDDLE, UNCONFIDENT, Matching, mix_coverage
 from sftmix.pipeline import StageContext
+from sftmix.score_files import CONFIDENCE, ROWS_PER_GROUP
 from sftmix.split import split_table
 
 if TYPE_CHECKING:
     from sftmix.data.batches import TokenisedExamples
 
 COVERAGE_UNITS = 200_000  # of an epoch's first units; their coverage is the epoch's to a fraction of a percent
+SPLIT = "split.parquet"
 
 
 def split_scores(context: StageContext, examples: TokenisedExamples) -> dict[str, int]:
@@ -26,61 +33,99 @@ def split_scores(context: StageContext, examples: TokenisedExamples) -> dict[str
 
     Raises ConfigError for a column that is not there, ArtifactError for values that cannot be ranked.
     """
-    from sftmix.scores import match_rows, read_scores
-
     split = context.config.split
-    table = read_scores(context.inputs["score"])
-    columns = pq.read_schema(table.path).names
-    if split.column not in columns:
-        raise ConfigError(f"split.column: the score table has no column {split.column!r}. It has {', '.join(columns)}.")
+    table = context.inputs["score"] / CONFIDENCE
+    schema = pq.read_schema(table)
+    if split.column not in schema.names:
+        raise ConfigError(f"split.column: the score table has no column {split.column!r}. It has {', '.join(schema.names)}.")
     if split.stratify_by is not None and split.stratify_by not in examples.table.column_names:
         raise ConfigError(
             f"split.stratify_by: the data has no column {split.stratify_by!r}. It has {', '.join(examples.table.column_names)}."
         )
-    match_rows(table, examples.example_ids)  # the scores are of these examples, each once
-    values = pq.read_table(table.path, columns=[split.column])[split.column]
-    if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
-        raise ConfigError(f"split.column: {split.column} is {values.type}, and only numbers can be ranked.")
-    if not split.highest_is_confident:
-        values = pa.compute.negate(values)
-    columns_in = {"example_id": table.example_ids, "value": values}
-    if split.stratify_by is not None:
-        columns_in["stratum"] = pa.chunked_array(examples.table.data.table[split.stratify_by].chunks)
-    ranked = context.folder / "ranked.parquet"
-    pq.write_table(pa.table(columns_in), ranked)
+    kind = schema.field(split.column).type
+    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+        raise ConfigError(f"split.column: {split.column} is {kind}, and only numbers can be ranked.")
+    beside = context.folder / "with_stratum.parquet"
+    _check_order(table, split.column, examples, split.stratify_by, beside)
     try:
         return split_table(
-            [ranked],
-            context.folder / "split.parquet",
-            value="value",
+            [beside if split.stratify_by else table],
+            context.folder / SPLIT,
+            value=split.column,
+            highest_first=split.highest_is_confident,
             confident_share=split.confident_share,
             unconfident_share=split.unconfident_share,
             stratum="stratum" if split.stratify_by else None,
         )
     except ValueError as error:
-        message = str(error).replace("value of", f"{split.column} of", 1)
-        raise ArtifactError(f"{message}. Lower the reference's learning rate, or remove these examples.") from None
+        raise ArtifactError(f"{error}. Lower the reference's learning rate, or remove these examples.") from None
     finally:
-        ranked.unlink()
+        beside.unlink(missing_ok=True)
 
 
-def matching_of(config: Config, parts: NDArray[np.str_], num_response_tokens: NDArray[np.int64], way: str) -> Matching:
-    """Returns the run's matching of (N,) parts, in one `way` of `mixup.matching`."""
-    return match_parts(
-        parts,
-        num_response_tokens,
-        seed=config.run.seed,
-        alpha=config.mixup.alpha,
-        by_length=way == "length",
-        block_pairs=config.mixup.length_block,
+def _check_order(table: Path, column: str, examples: TokenisedExamples, stratify_by: str | None, beside: Path) -> None:
+    """Raises ArtifactError unless the table lists the data's examples in the data's order, as the score stage writes it.
+    With `stratify_by` writes `beside`: the table's ids and values, and the data's column as "stratum"."""
+    data = examples.table.data.table
+    if pq.read_metadata(table).num_rows != len(examples):
+        found = f"{pq.read_metadata(table).num_rows:,} rows for {len(examples):,} examples"
+        raise ArtifactError(f"{table} has {found}. Run the score stage again.")
+    writer, start = None, 0
+    try:
+        for batch in pq.ParquetFile(table).iter_batches(ROWS_PER_GROUP, columns=["example_id", column]):
+            if not pa.chunked_array([batch["example_id"]]).equals(data["example_id"].slice(start, len(batch))):
+                raise ArtifactError(f"{table} is not in the order of the data, near row {start:,}. Run the score stage again.")
+            if stratify_by is not None:
+                columns = {"example_id": batch["example_id"], column: batch[column]}
+                rows = pa.table({**columns, "stratum": data[stratify_by].slice(start, len(batch))})
+                writer = writer or pq.ParquetWriter(beside, rows.schema)
+                writer.write_table(rows)
+            start += len(batch)
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def write_parts(folder: Path, sizes: dict[str, int], num_response_tokens: NDArray[np.integer[Any]]) -> None:
+    """Writes the dataset indices of each part of split.parquet beside it, int64: NAME.npy in the data's order, and of the two parts that
+    are paired NAME_by_length.npy, shortest response first, equal ones in the data's order."""
+    lists = {part: _new_list(folder / f"{part}.npy", size) for part, size in sizes.items()}
+    start, written = 0, dict.fromkeys(sizes, 0)
+    for batch in pq.ParquetFile(folder / SPLIT).iter_batches(ROWS_PER_GROUP, columns=["part"]):
+        for part, indices in lists.items():
+            found = start + np.flatnonzero(pc.equal(batch["part"], part))
+            indices[written[part] : written[part] + len(found)] = found
+            written[part] += len(found)
+        start += len(batch)
+    assert written == sizes
+    for part in (CONFIDENT, UNCONFIDENT):
+        indices = lists[part]
+        order = np.argsort(num_response_tokens[indices], kind="stable")
+        by_length = _new_list(folder / f"{part}_by_length.npy", len(order))
+        for begin in range(0, len(order), ROWS_PER_GROUP):
+            by_length[begin : begin + ROWS_PER_GROUP] = indices[order[begin : begin + ROWS_PER_GROUP]]
+
+
+def _new_list(path: Path, size: int) -> NDArray[np.int64]:
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.int64, shape=(size,))
+
+
+def open_matching(folder: Path, config: Config, way: str) -> Matching:
+    """Returns the run's matching, in one `way` of `mixup.matching`, over the lists in a split stage's folder: memory-mapped, so
+    that a rank reads only what its steps ask for."""
+    suffix = "_by_length" if way == "length" else ""
+    confident, unconfident, middle = (
+        np.load(folder / f"{name}.npy", mmap_mode="r") for name in (CONFIDENT + suffix, UNCONFIDENT + suffix, MIDDLE)
     )
+    block = config.mixup.length_block if way == "length" else None
+    return Matching(confident, unconfident, middle, config.run.seed, config.mixup.alpha, block)
 
 
-def mix_coverages(parts: NDArray[np.str_], num_response_tokens: NDArray[np.int64], config: Config) -> dict[str, float]:
+def mix_coverages(folder: Path, num_response_tokens: NDArray[np.integer[Any]], config: Config) -> dict[str, float]:
     """Returns, for random matching and for matching by length, the share of response tokens that take part in a mix in the first epoch."""
     found = {}
     for way in ("random", "length"):
-        matching = matching_of(config, parts, num_response_tokens, way)
+        matching = open_matching(folder, config, way)
         drawn = matching.units(0, 0, min(COVERAGE_UNITS, matching.num_units))
         found[way] = mix_coverage(drawn, num_response_tokens)
     return found

@@ -6,9 +6,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from sftmix import artifacts
 from sftmix.config import ModelConfig, TrainConfig
 from sftmix.pipeline import StageContext
@@ -100,13 +97,14 @@ def run_score(context: StageContext) -> None:
 
 def run_split(context: StageContext) -> None:
     """Splits the training examples, and says how much of them either way of matching would mix."""
-    from sftmix.split_stage import mix_coverages, split_scores
+    from sftmix.split_stage import mix_coverages, split_scores, write_parts
 
     examples = _examples(context, "train")
     sizes = split_scores(context, examples)
     print("  " + ", ".join(f"{count:,} {part}" for part, count in sizes.items()))
-    parts = read_split(context.folder / "split.parquet", examples.example_ids)
-    coverage = mix_coverages(parts, examples.num_response_tokens, context.config)
+    lengths = examples.column("num_response_tokens")
+    write_parts(context.folder, sizes, lengths)
+    coverage = mix_coverages(context.folder, lengths, context.config)
     print("  mix coverage (response tokens that take part in a mix): " + ", ".join(f"{share:.1%} {way}" for way, share in coverage.items()))
     context.facts |= {"sizes": sizes, "mix_coverage": coverage}
 
@@ -123,17 +121,17 @@ def run_train(context: StageContext) -> None:
 
 def _run_target(context: StageContext, name: str, *, mixup_weight: float) -> None:
     from sftmix.objectives import Objective
-    from sftmix.split_stage import matching_of
+    from sftmix.split_stage import open_matching
     from sftmix.train import TrainingPlan
 
     config = context.config
     settings = config.train
     examples = _examples(context, "train")
-    parts = read_split(context.inputs["split"] / "split.parquet", examples.example_ids)
     objective = Objective(mixup_weight, config.mixup.site)
     if objective.mixes_inputs:
         examples.check_single_spans()
-    matching = matching_of(config, parts, examples.num_response_tokens, config.mixup.matching)
+    matching = open_matching(context.inputs["split"], config, config.mixup.matching)
+    assert matching.num_examples == len(examples), "the split is of other data than the data stage, whose digest it carries"
     plan = TrainingPlan(matching, settings.epochs, settings.batch_size)
 
     def save_model(engine: Engine, step: int) -> None:
@@ -251,15 +249,6 @@ MODEL_NAMES = {"baseline": "NTP baseline", "train": "SFTMix"}
 def checkpoint_name(step: int) -> str:
     """Returns the folder name of a reference checkpoint."""
     return f"step_{step:06d}"
-
-
-def read_split(path: Path, example_ids: list[str]) -> NDArray[np.str_]:
-    """Returns the (N,) parts, in the order of `example_ids`. The split was made from this very data."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path, columns=["example_id", "part"])
-    assert table["example_id"].to_pylist() == example_ids, f"{path} lists other examples than the data stage, whose digest it carries"
-    return np.array(table["part"].to_pylist())
 
 
 def read_metrics_json(path: Path) -> dict[str, Any]:

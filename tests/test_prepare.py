@@ -379,7 +379,7 @@ def test_the_arrow_files_hold_what_the_encoder_gives(tmp_path, config, run):
 def test_rows_are_found_by_number_as_arrays(tmp_path, config, run):
     prepared = run(config(ROWS, held_out_share=0.25))
     examples = TokenisedExamples(tmp_path / "data" / "train.arrow")
-    assert examples.example_ids == list(prepared.train) and len(examples) == len(prepared.train)
+    assert examples.example_ids.to_pylist() == list(prepared.train) and len(examples) == len(prepared.train)
     for index, example in enumerate(prepared.train.values()):
         ids, mask = examples.tokens(index)
         assert ids.dtype == np.int32 and mask.dtype == bool

@@ -31,7 +31,7 @@ def scored_examples(count=40, *, ids=None, confidence=None, variability=None, is
     finite = np.where(np.isfinite(confidence), confidence, -1e9)
     table = [{"example_id": i, "group": None, "messages": f'[{{"role": "user", "content": "<b>{i}</b>"}}]'} for i in ids]
     return ScoredExamples(
-        ids,
+        pa.chunked_array([ids]),
         confidence,
         rng.random(count) if variability is None else np.asarray(variability, dtype=float),
         np.array(split_by_confidence(ids, finite)),
@@ -75,15 +75,15 @@ def test_agreement_is_taken_over_what_is_finite_in_both():
     ids = list("abcdef")
     a = np.array([1.0, 2.0, 3.0, 4.0, np.nan, 9.0])
     b = np.array([1.0, 3.0, 2.0, 4.0, 5.0, -np.inf])
-    found = agreement_of(ids, a, b, SplitConfig(), "checkpoints, online")
+    found = agreement_of(pa.chunked_array([ids]), a, b, SplitConfig(), "checkpoints, online")
     assert found.spearman == pytest.approx(1 - 6 * 2 / (4 * 15))  # of 1234 and 1324
     assert found.same_part == 0.5 and (found.num_examples, found.num_left_out) == (4, 2)
     assert found.line().startswith("checkpoints, online: Spearman 0.8000, 50.0% of 4 examples in the same part, 2 left out")
-    assert agreement_of(ids, a, b, SplitConfig(confident_share=0.25, unconfident_share=0.25), "").same_part == 1.0
+    assert agreement_of(pa.chunked_array([ids]), a, b, SplitConfig(confident_share=0.25, unconfident_share=0.25), "").same_part == 1.0
 
 
 def test_agreement_of_too_few_examples_is_no_figure():
-    found = agreement_of(["a", "b"], np.array([1.0, np.nan]), np.array([1.0, 2.0]), SplitConfig(), "checkpoints, live")
+    found = agreement_of(pa.chunked_array([["a", "b"]]), np.array([1.0, np.nan]), np.array([1.0, 2.0]), SplitConfig(), "checkpoints, live")
     assert found.cells() == ["checkpoints, live", "-", "100.0%", "1", "1"]
 
 
@@ -111,7 +111,7 @@ def test_cuts_lie_halfway_between_the_parts_and_name_them():
     scored = scored_examples(confidence=-np.arange(1.0, 41.0))
     assert plots.cuts(scored.shown, scored.part) == [(20.5, CONFIDENT, UNCONFIDENT)]
     assert plots.cuts(scored.confidence, scored.part) == [(-20.5, UNCONFIDENT, CONFIDENT)]
-    thirds = np.array(split_by_confidence(scored.example_ids, scored.confidence, confident_share=0.25, unconfident_share=0.25))
+    thirds = np.array(split_by_confidence(scored.example_ids.to_pylist(), scored.confidence, confident_share=0.25, unconfident_share=0.25))
     assert plots.cuts(scored.shown, thirds) == [(10.5, CONFIDENT, MIDDLE), (30.5, MIDDLE, UNCONFIDENT)]
 
 

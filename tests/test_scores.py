@@ -615,7 +615,7 @@ def run(tmp_path_factory):
     (folder / "run.yaml").write_text(yaml.safe_dump(content))
     assert main(["data", str(folder / "run.yaml")]) == 0
     facts = artifacts.verify(folder / "run" / "data").facts
-    ids = TokenisedExamples(folder / "run" / "data" / "train.arrow").example_ids
+    ids = TokenisedExamples(folder / "run" / "data" / "train.arrow").example_ids.to_pylist()
     return folder / "run.yaml", ids, {**facts["fingerprints"], "dtype": resolve_precision("auto")}
 
 

@@ -10,9 +10,12 @@ Axes: B examples, S positions, T rows that predict a response token, M mixed pos
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -23,7 +26,7 @@ from sftmix.pairing import StepUnits
 
 
 class TokenisedExamples:
-    """The rows of one Arrow file of the data stage, memory-mapped; lengths as arrays."""
+    """The rows of one Arrow file of the data stage, memory-mapped; only the lengths become arrays, when they are asked for."""
 
     def __init__(self, path: Path):
         import datasets
@@ -32,13 +35,24 @@ class TokenisedExamples:
             raise ArtifactError(f"{path} is missing. Run the data stage first (`sftmix data CONFIG`).")
         self.table = datasets.Dataset.from_file(str(path), in_memory=False)
         self._tokens = self.table.select_columns(["input_ids", "response_mask"]).with_format("numpy")
-        lengths = self.table.select_columns(["num_tokens", "num_response_tokens"]).with_format("numpy")[:]
-        self.num_tokens: NDArray[np.int64] = np.asarray(lengths["num_tokens"], dtype=np.int64)
-        self.num_response_tokens: NDArray[np.int64] = np.asarray(lengths["num_response_tokens"], dtype=np.int64)
-        self.example_ids: list[str] = list(self.table["example_id"])
+        self.example_ids: pa.ChunkedArray = self.table.data.table["example_id"]
 
     def __len__(self) -> int:
         return len(self.example_ids)
+
+    def column(self, name: str) -> NDArray[Any]:
+        """Returns a column of numbers, (N,), in the dtype that it has on disk."""
+        return np.asarray(self.table.data.table[name])
+
+    @cached_property
+    def num_tokens(self) -> NDArray[np.int64]:
+        """(N,) int64."""
+        return self.column("num_tokens").astype(np.int64)
+
+    @cached_property
+    def num_response_tokens(self) -> NDArray[np.int64]:
+        """(N,) int64."""
+        return self.column("num_response_tokens").astype(np.int64)
 
     def check_single_spans(self) -> None:
         """Raises DataError for an example whose response tokens are not one span, as in a conversation of several turns."""
@@ -51,7 +65,7 @@ class TokenisedExamples:
         if len(several):
             raise DataError(
                 f"mixup.site is input_embeddings, which aligns one response per example, and {len(several)} of {len(self)} examples have "
-                f"several, the first being {self.example_ids[several[0]]}. Use mixup.site=head, or data with a single turn."
+                f"several, the first being {self.example_ids[int(several[0])].as_py()}. Use mixup.site=head, or data with a single turn."
             )
 
     def tokens(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:

@@ -41,7 +41,9 @@ def inspect(config: Config, *, num_examples: int) -> None:
         for index in range(min(num_examples, len(examples))):
             ids, mask = examples.tokens(index)
             place = examples.table[index]["place"]
-            console.print(f"\n{examples.example_ids[index]}  {place}  {int(mask.sum())} of {len(ids)} tokens carry loss", style="bold")
+            console.print(
+                f"\n{examples.example_ids[int(index)].as_py()}  {place}  {int(mask.sum())} of {len(ids)} tokens carry loss", style="bold"
+            )
             console.print(coloured(tokenizer, ids.tolist(), mask.tolist(), with_marks=not console.is_terminal))
 
 

@@ -17,6 +17,7 @@ from sftmix.confidence import agreement, read_confidence
 from sftmix.config import SplitConfig
 from sftmix.pairing import CONFIDENT, MIDDLE, UNCONFIDENT, split_by_confidence
 from sftmix.pipeline import StageContext
+from sftmix.split_stage import SPLIT
 
 NUM_SHOWN = 10  # rows of a table of examples
 MAX_CHARACTERS = 400  # of a message
@@ -30,7 +31,7 @@ class ScoredExamples:
     user's, of any scale. table: rows with example_id, group and messages.
     """
 
-    example_ids: list[str]
+    example_ids: pa.ChunkedArray
     confidence: NDArray[np.float64]
     variability: NDArray[np.float64]
     part: NDArray[np.str_]
@@ -52,17 +53,18 @@ def read_scored_examples(context: StageContext) -> ScoredExamples:
     """Returns the run's examples with its confidences and its split. Only the columns above are held in memory."""
     from sftmix.data.batches import TokenisedExamples
     from sftmix.scores import ScoreMetadata
-    from sftmix.stages import read_split
 
     examples = TokenisedExamples(context.inputs["data"] / "train.arrow")
     path = context.inputs["score"] / "confidence.parquet"
     scores = pq.read_table(path, columns=["example_id", "confidence", "variability"])
-    assert scores["example_id"].to_pylist() == examples.example_ids, f"{path} is not in the order of the data"
+    split = pq.read_table(context.inputs["split"] / SPLIT)
+    for table in (scores, split):
+        assert table["example_id"].equals(examples.example_ids), f"a table of {path.parent.parent} is not in the order of the data"
     return ScoredExamples(
         examples.example_ids,
         _floats(scores["confidence"]),
         _floats(scores["variability"]),
-        read_split(context.inputs["split"] / "split.parquet", examples.example_ids),
+        np.asarray(split["part"].to_pylist()),
         examples.num_response_tokens,
         np.array(examples.table["is_truncated"], dtype=bool),
         ScoreMetadata.of_file(path) is not None,
@@ -91,7 +93,7 @@ def duplicates(scored: ScoredExamples) -> dict[str, Any]:
     """Returns the groups of examples with the same content: how many there are, in how many the copies are in different parts,
     and the largest ones, with the confidence's spread among the copies."""
     # Example.content_id: copies carry -2, -3, ... behind the hash of their content.
-    contents = pc.replace_substring_regex(pa.array(scored.example_ids, pa.large_string()), pattern="-.*", replacement="")
+    contents = pc.replace_substring_regex(scored.example_ids.cast(pa.large_string()), pattern="-.*", replacement="")
     counted = pc.value_counts(contents)
     repeated = counted.filter(pc.greater(counted.field("counts"), 1))
     group = pc.index_in(contents, value_set=repeated.field("values")).fill_null(-1).to_numpy()
@@ -190,10 +192,10 @@ def agreements(context: StageContext, scored: ScoredExamples) -> list[Agreement]
     return rows
 
 
-def agreement_of(example_ids: list[str], a: NDArray[np.float64], b: NDArray[np.float64], split: SplitConfig, modes: str) -> Agreement:
+def agreement_of(example_ids: pa.ChunkedArray, a: NDArray[np.float64], b: NDArray[np.float64], split: SplitConfig, modes: str) -> Agreement:
     """Returns how far two scorings of the same examples agree; both are split among the examples that are finite in both."""
     both = np.flatnonzero(np.isfinite(a) & np.isfinite(b))
-    ids = [example_ids[index] for index in both]
+    ids = example_ids.take(pa.array(both)).to_pylist()
     shares = {"confident_share": split.confident_share, "unconfident_share": split.unconfident_share}
     parts = [split_by_confidence(ids, confidence[both], **shares) for confidence in (a, b)]
     figures = agreement(a[both], b[both], *parts)
