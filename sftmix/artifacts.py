@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,7 @@ from sftmix import faults
 from sftmix.errors import ArtifactError
 
 MANIFEST = "manifest.json"
+_may_publish: list[Callable[[], None]] = []
 FORMAT = 1  # of the artifacts themselves; part of every fingerprint
 PACKAGES = ("sftmix", "torch", "deepspeed", "transformers", "datasets", "triton")
 
@@ -80,6 +81,7 @@ def publish(
     seal(staging, stage=stage, settings=settings, inputs=inputs, facts=facts)
     old = folder.with_name(f".{folder.name}.old")
     discard(old)
+    check_may_publish()
     faults.point("publish.aside")
     if folder.exists():
         folder.rename(old)
@@ -88,6 +90,17 @@ def publish(
     faults.point("publish.done")
     sync_folder(folder.parent)
     discard(old)
+
+
+def before_publishing(check: Callable[[], None] | None) -> None:
+    """Sets what is called before anything is renamed into its place, and raises where this process must not (any more)."""
+    _may_publish[:] = [check] if check else []
+
+
+def check_may_publish() -> None:
+    """Raises what the check of `before_publishing` raises."""
+    for check in _may_publish:
+        check()
 
 
 def seal(
@@ -176,6 +189,23 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Returns a line for each value that differs: `a.b: 1 before, 2 now`."""
+    lines = []
+    for key in sorted({*before, *now}, key=str):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += differences(old, new, f"{prefix}{key}.")
+        elif json.dumps(old, sort_keys=True, default=str) != json.dumps(new, sort_keys=True, default=str):
+            lines.append(f"{prefix}{key}: {_shown(old)} before, {_shown(new)} now")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str) if value is not None else "nothing"
+    return text if len(text) <= 100 else text[:100] + "..."
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from sftmix import __version__
-from sftmix.errors import SftmixError
+from sftmix.errors import SftmixError, StoppedError
+from sftmix.stopping import EXIT_CODE
 
 STAGES = {
     "data": "read, check and encode the examples",
@@ -37,7 +38,8 @@ SCORES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of `sftmix`. Returns the exit code: 0 done, 2 a mistake that the user can mend, 1 anything else."""
+    """Entry point of `sftmix`. Returns the exit code: 0 done, 2 a mistake that the user can mend, 75 stopped on request and saved (to be
+    started again), 1 anything else."""
     # The deepspeed launcher adds --local_rank to what it starts; the environment says the same.
     given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
     parser = _parser()
@@ -46,12 +48,17 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest  # overrides may stand behind an option
+    is_main = os.environ.get("RANK", "0") == "0"
     try:
         return _dispatch(options)
+    except StoppedError as stopped:
+        if is_main:
+            print(f"sftmix: {stopped}", file=sys.stderr)
+        return EXIT_CODE
     except SftmixError as error:
         if options.debug:
             raise
-        for line in str(error).splitlines():
+        for line in str(error).splitlines() if is_main or not error.on_all_ranks else []:
             print(f"sftmix: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -71,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         _add_config(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if name in STAGES or name == "run":
+            command.add_argument("--restart", action="store_true", help="throw unfinished work away, where it cannot be taken up")
         if name in STAGES:
             command.add_argument("--force", action="store_true", help="run the stage though it is up to date")
         if name == "inspect":
@@ -130,18 +139,18 @@ def _dispatch(options: argparse.Namespace) -> int:
         inspect(config, num_examples=options.num)
         return 0
     only = None if options.command == "run" else options.command
-    force = getattr(options, "force", False)
+    how = {"force": getattr(options, "force", False), "restart": options.restart}
     from sftmix.pipeline import run_pipeline
 
     if config.engine.num_processes > 1 and "RANK" not in os.environ:
         from sftmix.launcher import launch
 
         if only in (None, "data"):  # one process tokenises: ranks that wait for it would only hold GPUs
-            run_pipeline(config, only="data", force=force)
+            run_pipeline(config, only="data", **how)
         if only != "data":
-            return launch(config, options.config, options.overrides, only=only, force=force)
+            return launch(config, options.config, options.overrides, only=only, **how)
         return 0
-    run_pipeline(config, only=only, force=force)
+    run_pipeline(config, only=only, **how)
     return 0
 
 

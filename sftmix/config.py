@@ -229,6 +229,21 @@ class LogConfig(Section):
     tensorboard: bool = Field(True, description="Also write TensorBoard event files.")
 
 
+class CheckpointConfig(Section):
+    every_steps: Int | None = Field(None, ge=1, description="Save the training state after every so many optimiser steps.")
+    every_minutes: Float | None = Field(30.0, gt=0, description="Save it when so much time has passed since the last save.")
+    keep_last: Int = Field(2, ge=1, description="Newest checkpoints that stay.")
+    keep_every: Int | None = Field(None, ge=1, description="Checkpoints whose step is a multiple of this stay too.")
+    asynchronous: bool = Field(False, description="Copy the state to memory and write it while training goes on.")
+
+
+class LimitsConfig(Section):
+    skipped_steps: Int = Field(5, ge=1, description="Steps in a row without a finite gradient before training ends; fp16: at least 20.")
+    wall_clock_minutes: Float | None = Field(None, gt=0, description="After this time, save, and exit with code 75.")
+    silent_seconds: Float = Field(20.0, gt=1, description="A rank from which nothing is heard for so long is given up, and all stop.")
+    stall_minutes: Float = Field(30.0, gt=0, description="If no rank gets on for so long, all write their stacks and stop.")
+
+
 class Config(Section):
     """One run of the recipe."""
 
@@ -244,6 +259,8 @@ class Config(Section):
     baseline: BaselineConfig = BaselineConfig()
     engine: EngineConfig = EngineConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    limits: LimitsConfig = LimitsConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")

@@ -4,6 +4,8 @@
       ConfigError      a key, a value, or two settings that contradict each other
       DataError        a file, a row, a chat template
       ArtifactError    what one stage left for the next is missing, damaged or belongs to something else
+      TrainingError    a run that cannot go on: losses that are not finite
+      StoppedError     no error: the run was asked to stop, has saved its state, and can be started again (exit code 75)
 
 Each message says what was found (with file, line, key and value), what was expected, and what to do.
 The command line prints the message alone and exits with code 2; `--debug` shows the traceback.
@@ -22,7 +24,11 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
 
 
 class SftmixError(Exception):
-    """Base of all errors that a user can act on."""
+    """Base of all errors that a user can act on. on_all_ranks: every rank raises the same, so rank 0 alone prints it."""
+
+    def __init__(self, message: str, *, on_all_ranks: bool = False):
+        super().__init__(message)
+        self.on_all_ranks = on_all_ranks
 
 
 class ConfigError(SftmixError):
@@ -35,3 +41,14 @@ class DataError(SftmixError):
 
 class ArtifactError(SftmixError):
     """An output of an earlier stage cannot be used."""
+
+
+class TrainingError(SftmixError):
+    """Training cannot go on."""
+
+
+class StoppedError(SftmixError):
+    """The run was asked to stop, and has saved its state."""
+
+    def __init__(self, message: str):
+        super().__init__(message, on_all_ranks=True)

@@ -1,50 +1,62 @@
-"""Faults on demand, for tests of what survives them: SFTMIX_FAULT="site:rank:hit:action".
+"""Faults on demand, for tests of what survives them: SFTMIX_FAULT="site:rank:hit:action", several separated by commas.
 
 At the `hit`-th time (from 1; `*`: every time) that rank `rank` (`*`: any) passes `site`, the action happens:
 
-    kill9   the process is killed, as by the kernel when memory runs out
-    term    it gets SIGTERM
-    raise   OSError(EIO) is raised;  enospc: OSError(ENOSPC)
-    exit0   it ends at once with exit code 0, as a launcher does that was stopped itself
-    stop    it stops answering (SIGSTOP)
+    kill9        the process is killed, as by the kernel when memory runs out
+    term         it gets SIGTERM;  usr1: SIGUSR1
+    stop         it stops answering (SIGSTOP)
+    exit0        it ends at once with exit code 0, as a launcher does that was stopped itself
+    raise        RuntimeError is raised
+    enospc       OSError(ENOSPC) is raised;  likewise eio, edquot, erofs, eacces
+    short-write  the site is told to write only a part at once, as the system may at any time
+    sleep        it is late by SFTMIX_FAULT_SECONDS (6)
+    hold         it waits for ever without letting go of the interpreter's lock
 
 Without the variable a site costs one dictionary look-up. Sites are named where they stand: `faults.point("...")`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import signal
+import time
 from collections import Counter
 
-VARIABLE = "SFTMIX_FAULT"
+VARIABLE, SECONDS = "SFTMIX_FAULT", "SFTMIX_FAULT_SECONDS"
+SIGNALS = {"kill9": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "stop": signal.SIGSTOP}
+ERRORS = {name: getattr(errno, name.upper()) for name in ("enospc", "eio", "edquot", "erofs", "eacces")}
 _hits: Counter[str] = Counter()
 
 
-def point(site: str) -> None:
-    """Marks a place where a test may let the process fail."""
+def point(site: str) -> bool:
+    """Marks a place where a test may let the process fail. Returns whether a write here is to be a short one."""
     wanted = os.environ.get(VARIABLE)
     if wanted is None:
-        return
-    name, rank, hit, action = wanted.split(":")
-    if name != site or rank not in ("*", os.environ.get("RANK", "0")):
-        return
+        return False
     _hits[site] += 1
-    if hit not in ("*", str(_hits[site])):
-        return
-    match action:
-        case "kill9":
-            os.kill(os.getpid(), signal.SIGKILL)
-        case "term":
-            os.kill(os.getpid(), signal.SIGTERM)
-        case "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        case "exit0":
-            os._exit(0)
-        case "raise":
-            raise OSError(errno.EIO, f"fault injected at {site}")
-        case "enospc":
-            raise OSError(errno.ENOSPC, f"fault injected at {site}")
-        case _:
-            raise ValueError(f"{VARIABLE}: unknown action {action!r}")
+    is_short = False
+    for fault in wanted.split(","):
+        name, rank, hit, action = fault.split(":")
+        if name == site and rank in ("*", os.environ.get("RANK", "0")) and hit in ("*", str(_hits[site])):
+            is_short |= _act(site, action)
+    return is_short
+
+
+def _act(site: str, action: str) -> bool:
+    if action in SIGNALS:
+        os.kill(os.getpid(), SIGNALS[action])
+    elif action in ERRORS:
+        raise OSError(ERRORS[action], os.strerror(ERRORS[action]), f"fault injected at {site}")
+    elif action == "raise":
+        raise RuntimeError(f"fault injected at {site}")
+    elif action == "exit0":
+        os._exit(0)
+    elif action == "sleep":
+        time.sleep(float(os.environ.get(SECONDS, "6")))
+    elif action == "hold":
+        ctypes.PyDLL(None).sleep(100_000)
+    elif action != "short-write":
+        raise ValueError(f"{VARIABLE}: unknown action {action!r}")
+    return action == "short-write"

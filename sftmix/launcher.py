@@ -12,7 +12,7 @@ from sftmix.config import Config
 RUN_SCRIPT = Path(__file__).resolve().parent / "launch" / "run.py"
 
 
-def launch(config: Config, config_path: str, overrides: list[str], *, only: str | None, force: bool) -> int:
+def launch(config: Config, config_path: str, overrides: list[str], *, only: str | None, force: bool, restart: bool) -> int:
     """Runs `deepspeed launch/run.py` with `engine.num_processes` ranks and returns its exit code.
 
     DeepSpeed's launcher exits with 0 when it is killed itself, so success is believed only if the output is there:
@@ -28,7 +28,8 @@ def launch(config: Config, config_path: str, overrides: list[str], *, only: str 
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_accelerators", str(count),
         "--master_addr", "127.0.0.1", "--master_port", str(free_port()),
-        str(RUN_SCRIPT), config_path, *overrides, *(["--stage", only] if only else []), *(["--force"] if force else []),
+        str(RUN_SCRIPT), config_path, *overrides, *(["--stage", only] if only else []),
+        *(["--force"] if force else []), *(["--restart"] if restart else []),
     ]  # fmt: skip
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))

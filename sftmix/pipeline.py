@@ -9,18 +9,21 @@ whose output is there with the same inputs and settings is not run again.
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sftmix import artifacts
+from sftmix import artifacts, work
 from sftmix.config import Config, ModelConfig
 from sftmix.config_file import dump_config
 from sftmix.deepspeed_json import read_deepspeed_json
 from sftmix.errors import ArtifactError
+from sftmix.stopping import STOP_FILE, StopRequest
+from sftmix.work import Identity
 
 if TYPE_CHECKING:
     from sftmix.engine.distributed import Ranks
@@ -49,13 +52,17 @@ class StageContext:
     inputs: dict[str, Path]
     ranks: Ranks | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-    fingerprint: str = ""
+    work: Path = Path()  # for what must survive a kill of this stage; removed once its output is published
+    # Of settings and inputs; complete on rank 0, elsewhere the fingerprint alone.
+    identity: Identity = field(default_factory=lambda: Identity("", {}, {}))
+    stop: StopRequest | None = None
 
     @property
-    def work(self) -> Path:
-        """A folder for what must survive a kill of this stage; removed once its output is published. It carries the
-        fingerprint of settings and inputs, so that nothing made from others is taken up."""
-        return self.config.run.dir / "work" / self.fingerprint[:16]
+    def kept(self) -> Path:
+        """A folder for finished files of the output, which survive a kill; the stage moves them into `folder` at its end."""
+        path = self.work / "kept"
+        path.mkdir(parents=True, exist_ok=True)
+        return path
 
     def facts_of(self, stage: str) -> dict[str, Any]:
         """Returns what an input stage left in its manifest."""
@@ -149,8 +156,11 @@ def model_identity(model: ModelConfig) -> dict[str, Any]:
     return identity
 
 
-def run_pipeline(config: Config, *, only: str | None = None, force: bool = False, say: Callable[[str], None] = print) -> Path:
-    """Runs the stages that are not up to date, or just `only`; returns the folder of the last one.
+def run_pipeline(
+    config: Config, *, only: str | None = None, force: bool = False, restart: bool = False, say: Callable[[str], None] = print
+) -> Path:
+    """Runs the stages that are not up to date, or just `only`; returns the folder of the last one. `force`: `only` is run though it is
+    up to date; `restart`: unfinished work is thrown away, not taken up.
 
     Under a launcher every rank calls it: rank 0 decides, and runs the stages without a model alone, while the
     others wait to be joined. Raises ArtifactError where `only` misses an input.
@@ -166,6 +176,7 @@ def run_pipeline(config: Config, *, only: str | None = None, force: bool = False
     if is_main:
         _claim_run_folder(config)
     folder_of = {stage.name: config.run.dir / stage.folder for stage in stages}
+    stop = StopRequest(config.run.dir, wall_clock_minutes=config.limits.wall_clock_minutes)
     digests: dict[str, str] = {}
     ranks: Ranks | None = None
     needed = _needed(stages, only)
@@ -192,19 +203,24 @@ def run_pipeline(config: Config, *, only: str | None = None, force: bool = False
             if is_main:
                 say(title)
             start = time.perf_counter()
-            context = StageContext(config, folder, {name: folder_of[name] for name in stage.reads}, ranks)
-            context.fingerprint = artifacts.stage_fingerprint(stage.name, settings, inputs) if is_main else ""
+            context = StageContext(config, folder, {name: folder_of[name] for name in stage.reads}, ranks, stop=stop)
+            context.identity = Identity(artifacts.stage_fingerprint(stage.name, settings, inputs) if is_main else "", settings, inputs)
+            context.work = config.run.dir / "work" / stage.name
+            if is_main:
+                if not restart:
+                    _refuse_to_lose_work(config, stages, stage, settings)
+                work.claim(context.work, stage.name, context.identity, discard=restart or (force and is_wanted))
             if stage.needs_engine and ranks is not None:
-                context.fingerprint = ranks.text_from_main(context.fingerprint)
+                context.identity = replace(context.identity, fingerprint=ranks.text_from_main(context.identity.fingerprint))
             with _publishing(stage, context, settings, inputs, is_main=is_main):
                 stage.run(context)
             if is_main:
-                shutil.rmtree(context.work, ignore_errors=True)
                 artifacts.write_text(config.run.dir / "config.yaml", dump_config(config))  # what the folder now holds
                 say(f"{title}: {time.perf_counter() - start:.1f} s")
         elif is_main and is_wanted:
             say(f"{title}: up to date")
         if is_main:
+            shutil.rmtree(config.run.dir / "work" / stage.name, ignore_errors=True)
             manifest = artifacts.read_manifest(folder)
             assert manifest is not None, f"{folder} was published or verified just now"
             digests[stage.name] = manifest.digest
@@ -251,6 +267,16 @@ def _needed(stages: list[Stage], only: str | None) -> set[str]:
     return needed
 
 
+def _refuse_to_lose_work(config: Config, stages: list[Stage], stage: Stage, settings: dict[str, Any]) -> None:
+    """Raises ArtifactError where `stage` must run because its settings changed, and a later one has unfinished work on its output."""
+    manifest = artifacts.read_manifest(config.run.dir / stage.folder)
+    changed = artifacts.differences(manifest.settings, json.loads(json.dumps(settings, default=str))) if manifest is not None else []
+    for later in stages:
+        progress = work.describe(config.run.dir / "work" / later.name)
+        if changed and progress and later.name != stage.name and stage.name in _needed(stages, later.name):
+            raise work.refusal(later.name, progress, [f"{stage.name}: {line}" for line in changed])
+
+
 def _is_current(stage: Stage, folder: Path, settings: dict[str, Any], inputs: dict[str, str], *, digests: bool = True) -> bool:
     manifest = artifacts.read_manifest(folder)
     if manifest is None or manifest.fingerprint != artifacts.stage_fingerprint(stage.name, settings, inputs):
@@ -278,6 +304,7 @@ def _claim_run_folder(config: Config) -> None:
         raise ArtifactError(f"run.dir: {folder} is not empty and is no run folder. Name another, or an empty one.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / STOP_FILE).unlink(missing_ok=True)  # it was meant for an earlier start
         if not (folder / "config.yaml").is_file():
             artifacts.write_text(folder / "config.yaml", dump_config(config))
     except OSError as error:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sftmix import artifacts
 from sftmix.data.batches import MicroBatch, StepCounts
 from sftmix.engine.distributed import Ranks
 
@@ -37,6 +38,9 @@ PADDED_RATE = "tokens/padded (tokens/s)"
 SKIPPED = "steps/skipped (steps)"
 
 
+TOKEN_KINDS = ("real", "response", "padded")
+
+
 class RunLog:
     """Collects one training stage. `metrics` is the JSONL file; only rank 0 writes or prints.
 
@@ -51,24 +55,50 @@ class RunLog:
         self.total = {"real": 0.0, "response": 0.0, "padded": 0.0, "seconds": 0.0}
         self.num_skipped = 0
         self.num_steps = 0
-        self._file = metrics.open("w", encoding="utf-8") if ranks.is_main else None
+        self._metrics, self._tensorboard = metrics, tensorboard
+        self._file: Any = None
         self._writer: Any = None
-        if ranks.is_main and tensorboard is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            shutil.rmtree(tensorboard, ignore_errors=True)  # of an earlier attempt: its curves would lie over these
-            self._writer = SummaryWriter(str(tensorboard))
         self._bar: Any = None
         self._clear()
 
-    def start(self, *, num_steps: int) -> None:
-        """Begins to measure."""
+    def progress(self) -> tuple[list[float], dict[str, NDArray[np.float64]]]:
+        """Returns the running sums of this rank, to be taken up from: see `sftmix/resume.py`."""
+        own = [*self._losses.tolist(), *(self._tokens[kind] for kind in TOKEN_KINDS)]
+        shared = [*(self.total[kind] for kind in (*TOKEN_KINDS, "seconds")), self.num_skipped, self._window_steps, self._lam, self._num_lam]
+        return [float(number) for number in (*own, *shared)], {}
+
+    def take_up(self, step: int, numbers: list[list[float]], arrays: dict[str, NDArray[np.float64]]) -> None:
+        """Goes on from the sums of all ranks that saved them; lines of steps that will be taken again are removed."""
+        rows = np.array(numbers)
+        if len(rows) == self.ranks.world_size:
+            own = rows[self.ranks.rank, :6]
+        else:
+            own = rows[:, :6].sum(axis=0) * self.ranks.is_main
+        self._losses = torch.from_numpy(own[:3].copy()).to(self.ranks.device)
+        self._tokens = dict(zip(TOKEN_KINDS, own[3:].tolist(), strict=True))
+        *totals, skipped, steps, self._lam, num_lam = rows[min(self.ranks.rank, len(rows) - 1), 6:].tolist()
+        self.total = dict(zip((*TOKEN_KINDS, "seconds"), totals, strict=True))
+        self.num_skipped, self._window_steps, self._num_lam = int(skipped), int(steps), int(num_lam)
+        if self.ranks.is_main and self._metrics.is_file():
+            lines = [line for line in read_metrics(self._metrics) if line["step"] <= step]
+            artifacts.write_text(self._metrics, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def start(self, *, num_steps: int, after: int = 0) -> None:
+        """Begins to measure, at the step after `after`."""
         self.num_steps = num_steps
+        if self.ranks.is_main:
+            self._file = self._metrics.open("a" if after else "w", encoding="utf-8")
+        if self.ranks.is_main and self._tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            if not after:
+                shutil.rmtree(self._tensorboard, ignore_errors=True)  # of an earlier attempt: its curves would lie over these
+            self._writer = SummaryWriter(str(self._tensorboard), purge_step=after + 1 if after else None)
         self._window_start = time.perf_counter()
         if self.ranks.is_main and sys.stdout.isatty():
             self._bar = progress_bar()
             self._bar.start()
-            self._task = self._bar.add_task(self.stage, total=num_steps, info="")
+            self._task = self._bar.add_task(self.stage, total=num_steps, completed=after, info="")
 
     def add(self, batch: MicroBatch, loss: MicroBatchLoss) -> None:
         """Adds one micro-batch. Tensors are only summed here: nothing waits for the device."""
@@ -90,7 +120,7 @@ class RunLog:
         epoch: int,
     ) -> None:
         """Ends an optimiser step; writes a line every `every_steps` and at the last."""
-        self._lam.extend(lam.tolist())
+        self._lam, self._num_lam = self._lam + float(lam.sum()), self._num_lam + len(lam)
         self._window_steps += 1
         self.num_skipped += is_skipped
         if self._bar is not None:
@@ -99,14 +129,14 @@ class RunLog:
             return
         losses = self._losses.cpu()  # waits for the device: before the clock is read
         seconds = time.perf_counter() - self._window_start
-        sums = self.ranks.sum(torch.cat([losses, torch.tensor([self._tokens[k] for k in ("real", "response", "padded")]).double()]))
+        sums = self.ranks.sum(torch.cat([losses, torch.tensor([self._tokens[kind] for kind in TOKEN_KINDS]).double()]))
         ntp, mixup, auxiliary, real, response, padded = sums.tolist()
         for name, count in (("real", real), ("response", response), ("padded", padded), ("seconds", seconds)):
             self.total[name] += count
         line: dict[str, float] = {"step": step, "epoch": epoch, NTP: ntp / self._window_steps}
         if self.has_mixup:
             line[MIXUP] = mixup / self._window_steps
-            line[LAM] = float(np.mean(self._lam)) if self._lam else float("nan")
+            line[LAM] = self._lam / self._num_lam if self._num_lam else float("nan")
         if self.has_router:
             line[AUXILIARY] = auxiliary / self._window_steps
         line |= {
@@ -162,8 +192,8 @@ class RunLog:
 
     def _clear(self) -> None:
         self._losses = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
-        self._tokens = {"real": 0, "response": 0, "padded": 0}
-        self._lam: list[float] = []
+        self._tokens = dict.fromkeys(TOKEN_KINDS, 0.0)
+        self._lam, self._num_lam = 0.0, 0
         self._window_steps = 0
 
 

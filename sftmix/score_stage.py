@@ -53,7 +53,14 @@ def score_checkpoints(
         wanted = config.confidence.sharding
         is_sharded = should_shard(weight_bytes(model), ranks) if wanted == "auto" else wanted == "zero3"
         # Whatever could change a bit of a score is in a shard's fingerprint, the versions of the packages too.
-        parts = [context.fingerprint, plan.unit_examples, plan.micro_batch_tokens, is_sharded, artifacts.versions(), artifacts.commit()]
+        parts = [
+            context.identity.fingerprint,
+            plan.unit_examples,
+            plan.micro_batch_tokens,
+            is_sharded,
+            artifacts.versions(),
+            artifacts.commit(),
+        ]
         shards = ShardFolder(context.work / f"checkpoint_{step:06d}", artifacts.fingerprint(parts))
         units = ranks.from_main(shards.pending(sizes) if ranks.is_main else [])
         if ranks.is_main and len(units) < len(sizes):

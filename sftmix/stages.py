@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from sftmix import artifacts
 from sftmix.config import ModelConfig, TrainConfig
@@ -34,7 +37,7 @@ def run_reference(context: StageContext) -> None:
     Hugging Face folder; the scores of passes inside the run (live); those of its own forwards (online)."""
     from sftmix.objectives import Objective
     from sftmix.pairing import singles
-    from sftmix.score_stage import Sums, work_plan, write_sums
+    from sftmix.score_stage import work_plan, write_sums
     from sftmix.scoring import OnlineScores, score_examples
     from sftmix.train import TrainingPlan, choose_checkpoint_steps
 
@@ -47,14 +50,17 @@ def run_reference(context: StageContext) -> None:
     context.facts["checkpoint_steps"] = steps
     tokenizer = _tokenizer(context)
     online = OnlineScores(ranks, len(examples)) if "online" in modes else None
-    live: Sums = {}
+    live = context.kept / "live"  # a file for each pass, so that a resumed run has those before it
 
     def at_checkpoint(engine: Engine, step: int) -> None:
         if "checkpoints" in modes:
-            engine.export(context.folder / "checkpoints" / checkpoint_name(step), tokenizer)
+            engine.export(context.kept / "checkpoints" / checkpoint_name(step), tokenizer)
         if "live" in modes:
             shown = {"pad_id": tokenizer.pad_token_id, "title": f"step {step}"}
-            live[step] = score_examples(engine, examples, work_plan(config, examples), **shown).nll_sum
+            nll_sum = score_examples(engine, examples, work_plan(config, examples), **shown).nll_sum
+            if ranks.is_main:
+                live.mkdir(exist_ok=True)
+                np.save(live / f"{checkpoint_name(step)}.npy", nll_sum)
 
     objective = Objective()
     _train(
@@ -62,9 +68,12 @@ def run_reference(context: StageContext) -> None:
         checkpoint_steps=steps, save=at_checkpoint, online=online,
     )  # fmt: skip
     if ranks.is_main:
-        for mode, scores in (("live", live), ("online", online.nll_sum if online else {})):
-            if mode in modes:
-                write_sums(context.folder / f"{mode}.parquet", scores)
+        if "live" in modes:
+            passes = context.folder / live.name
+            write_sums(context.folder / "live.parquet", {step: np.load(passes / f"{checkpoint_name(step)}.npy") for step in steps})
+            shutil.rmtree(passes)
+        if online is not None:
+            write_sums(context.folder / "online.parquet", online.nll_sum)
 
 
 def run_score(context: StageContext) -> None:
@@ -135,11 +144,11 @@ def _run_target(context: StageContext, name: str, *, mixup_weight: float) -> Non
     plan = TrainingPlan(matching, settings.epochs, settings.batch_size)
 
     def save_model(engine: Engine, step: int) -> None:
-        engine.export(context.folder / "model", _tokenizer(context))
+        engine.export(context.kept / "model", _tokenizer(context))
         if context.ranks is not None and context.ranks.is_main:
             from sftmix.export import write_model_card
 
-            write_model_card(context.folder / "model", config, objective=name)
+            write_model_card(context.kept / "model", config, objective=name)
 
     last = len(plan.steps())
     _train(context, name, config.model, settings, examples, plan, objective, checkpoint_steps=[last], save=save_model)
@@ -159,35 +168,50 @@ def _train(
     online: OnlineScores | None = None,
 ) -> None:
     from sftmix.engine.engine import Engine
+    from sftmix.resume import TrainingCheckpoints
     from sftmix.runlog import RunLog
+    from sftmix.skipped import SkippedSteps
     from sftmix.train import train
 
     config, ranks = context.config, context.ranks
-    assert ranks is not None
+    assert ranks is not None and context.stop is not None
     tokenizer = _tokenizer(context)
     engine = Engine(config, model, ranks, tokenizer, train=settings)
+    kept = context.kept
+    identity = vars(context.identity)
+    checkpoints = TrainingCheckpoints(ranks, context.work / "checkpoints", kept, config.checkpoint, context.stop, **identity)
+    limit = max(config.limits.skipped_steps, 20 if engine.precision == "fp16" else 0)  # fp16 looks for its loss scale by overflowing
     log = RunLog(
         name,
         ranks,
-        metrics=context.folder / "metrics.jsonl",
+        metrics=kept / "metrics.jsonl",
         tensorboard=config.run.dir / "logs" / "tensorboard" / name if config.log.tensorboard else None,
         every_steps=config.log.every_steps,
         has_mixup=objective.mixup_weight > 0,
         has_router=engine.module.has_router,
     )
-    train(
-        engine,
-        examples,
-        plan,
-        objective,
-        settings,
-        log,
-        seed=config.run.seed,
-        pad_id=tokenizer.pad_token_id,
-        checkpoint_steps=checkpoint_steps,
-        save_checkpoint=lambda step: save(engine, step),
-        online=online,
-    )
+    context.stop.listen()
+    try:
+        train(
+            engine,
+            examples,
+            plan,
+            objective,
+            settings,
+            log,
+            seed=config.run.seed,
+            pad_id=tokenizer.pad_token_id,
+            checkpoint_steps=checkpoint_steps,
+            save_checkpoint=lambda step: save(engine, step),
+            online=online,
+            checkpoints=checkpoints,
+            skipped=SkippedSteps(ranks, kept / "skipped_steps.jsonl", examples.example_ids, limit=limit),
+        )
+    finally:
+        context.stop.close()
+    if ranks.is_main:
+        for path in kept.iterdir():
+            path.rename(context.folder / path.name)
     context.facts |= log.facts() | {"num_parameters": engine.num_parameters, "world_size": ranks.world_size}
     engine.close()
 

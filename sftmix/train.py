@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sftmix import faults
 from sftmix.config import TrainConfig
 from sftmix.data.batches import TokenisedExamples, collate, count_step, cut_step
 from sftmix.engine.engine import Engine
@@ -17,7 +18,9 @@ from sftmix.pairing import Matching
 from sftmix.runlog import RunLog
 
 if TYPE_CHECKING:
+    from sftmix.resume import Resumable, TrainingCheckpoints
     from sftmix.scoring import OnlineScores
+    from sftmix.skipped import SkippedSteps
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,19 @@ def train(
     checkpoint_steps: Sequence[int] = (),
     save_checkpoint: Callable[[int], None] | None = None,
     online: OnlineScores | None = None,
+    checkpoints: TrainingCheckpoints | None = None,
+    skipped: SkippedSteps | None = None,
 ) -> None:
     """Takes every step of the plan; calls `save_checkpoint(step)` after each of `checkpoint_steps`. All ranks.
 
-    `online` collects the token losses of each epoch.
+    `online` collects the token losses of each epoch. `checkpoints` saves the state, and takes up from it. `skipped` decides how many
+    steps may be skipped. Raises TrainingError where that is exceeded, StoppedError where the run was asked to stop.
     """
     steps = plan.steps()
-    log.start(num_steps=len(steps))
-    for step, (epoch, start, stop) in enumerate(steps, start=1):
+    parts: dict[str, Resumable] = {"log": log} | ({"online": online} if online is not None else {})
+    done = checkpoints.resume(engine, parts) if checkpoints is not None else 0
+    log.start(num_steps=len(steps), after=done)
+    for step, (epoch, start, stop) in enumerate(steps[done:], start=done + 1):
         drawn = plan.matching.units(epoch, start, stop)
         units = np.arange(len(drawn.units))
 
@@ -68,6 +76,7 @@ def train(
             num_ranks=engine.ranks.world_size,
         )[engine.ranks.rank]
 
+        faults.point("train.step")
         engine.start_step(seed=seed, step=step)
         for number, piece in enumerate(pieces, start=1):
             batch = collate(examples, drawn, piece, pad_id=pad_id, mixes_inputs=objective.mixes_inputs)
@@ -75,6 +84,8 @@ def train(
             log.add(batch, loss)
             if online is not None:
                 online.add(batch, loss)
+            if skipped is not None:
+                skipped.add(batch, loss)
 
         learning_rate = learning_rate_at(step, num_steps=len(steps), settings=settings)
         grad_norm = engine.step(learning_rate=learning_rate)
@@ -87,10 +98,14 @@ def train(
             is_skipped=engine.was_step_skipped,
             epoch=epoch,
         )
+        if skipped is not None:
+            skipped.end_step(step, is_skipped=engine.was_step_skipped)
         if online is not None and (step == len(steps) or steps[step][0] != epoch):
             online.end_epoch(step)
         if step in checkpoint_steps and save_checkpoint is not None:
             save_checkpoint(step)
+            log.leave_out_time()
+        if checkpoints is not None and checkpoints.end_step(engine, step, is_last=step == len(steps), parts=parts):
             log.leave_out_time()
     log.finish()
 

@@ -24,7 +24,8 @@ def stage(tmp_path, monkeypatch):
     ids = [f"{n:08x}" for n in rng.permutation(COUNT * 3)[:COUNT]]
     lengths = rng.integers(1, 60, COUNT)
     columns = {
-        "example_id": ids, "messages": ["[]"] * COUNT, "place": [""] * COUNT, "group": rng.choice(["a", "b"], COUNT), "is_noisy": [False] * COUNT,
+        "example_id": ids, "messages": ["[]"] * COUNT, "place": [""] * COUNT,
+        "group": rng.choice(["a", "b"], COUNT), "is_noisy": [False] * COUNT,
         "input_ids": [[1]] * COUNT, "response_mask": [[True]] * COUNT, "num_tokens": lengths + 3, "num_response_tokens": lengths,
         "is_truncated": [False] * COUNT,
     }  # fmt: skip

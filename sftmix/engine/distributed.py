@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
@@ -70,6 +71,20 @@ class Ranks:
             sent = torch.tensor(values, dtype=torch.int64)
         return [int(v) for v in self.sum(sent).tolist()]
 
+    def agree(self, values: list[int | bool]) -> list[bool]:
+        """Returns for each value whether it is true on any rank. All ranks call it; nothing waits for a GPU."""
+        if self.world_size == 1:
+            return [bool(value) for value in values]
+        flags = torch.tensor([int(value) for value in values])
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=_control_group())
+        return [bool(flag) for flag in flags.tolist()]
+
+    def gather_texts(self, text: str) -> list[str]:
+        """Returns every rank's text, on every rank, in rank order. All ranks call it. Bytes, not pickles."""
+        content = torch.tensor(list(text.encode()), dtype=torch.int64)
+        rows = self.gather_rows(torch.stack([torch.full_like(content, self.rank), content], dim=1))
+        return [bytes(rows[rows[:, 0] == rank, 1].tolist()).decode() for rank in range(self.world_size)]
+
     def text_from_main(self, text: str) -> str:
         """Returns rank 0's text on every rank. All ranks call it."""
         return bytes(self.from_main(list(text.encode()))).decode()
@@ -88,6 +103,12 @@ class Ranks:
         gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
         torch.distributed.all_gather(gathered, padded)
         return torch.cat([part[: int(c)] for part, c in zip(gathered, counts, strict=True)]).cpu()
+
+
+@functools.cache
+def _control_group() -> Any:
+    """Returns a group for small messages about the run itself: gloo, so that none waits for what a GPU still computes."""
+    return torch.distributed.new_group(backend="gloo", timeout=RENDEZVOUS_LIMIT)
 
 
 def should_shard(weight_bytes: int, ranks: Ranks) -> bool:

@@ -28,6 +28,8 @@ from sftmix.objectives import Objective, loss_request
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from sftmix.engine.state import StateFiles
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -63,6 +65,7 @@ class Engine:
         self.precision = resolve_precision(config.engine.precision)
         self.hf_config = hf_config(model, tokenizer)
         self._model_config = model
+        self._is_dropped = False
         settings = deepspeed_config(
             config,
             precision=self.precision,
@@ -134,6 +137,11 @@ class Engine:
         norm = None
         if self.zero_stage == 0 and self.precision == "fp32":  # the one case in which DeepSpeed keeps no norm
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+            self._is_dropped = not bool(torch.isfinite(norm))  # nor does it look for NaN there
+            if self._is_dropped:
+                self.optimizer.zero_grad()
+                self._deepspeed.zero_grad()
+                return norm
         self._deepspeed.step()
         if norm is None:
             norm = self._deepspeed.get_global_grad_norm()
@@ -151,8 +159,8 @@ class Engine:
 
     @property
     def was_step_skipped(self) -> bool:
-        """Did fp16 overflow in the last step, so that nothing was updated?"""
-        return not self._deepspeed.was_step_applied()
+        """Were gradients of the last step not finite, on any rank, so that nothing was updated?"""
+        return self._is_dropped or not self._deepspeed.was_step_applied()
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -216,6 +224,22 @@ class Engine:
             shell.generation_config = generation
             shell.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
+
+    @property
+    def bytes_per_weight(self) -> int:
+        return DTYPES[self.precision].itemsize
+
+    def save_state(self, folder: Path, *, in_background: bool = False) -> StateFiles:
+        """Writes model, optimiser and loss scaler into an existing folder, a few files per rank."""
+        from sftmix.engine.state import save_state
+
+        return save_state(self._deepspeed, folder, in_background=in_background)
+
+    def load_state(self, folder: Path, *, is_universal: bool = False) -> None:
+        """Loads what `save_state` wrote on as many ranks, or its universal form. The files were verified. A new engine only."""
+        from sftmix.engine.state import load_state
+
+        load_state(self._deepspeed, folder, is_universal=is_universal)
 
     def close(self) -> None:
         """Frees the model, its optimiser and the hooks, so that the next engine of this process finds room."""

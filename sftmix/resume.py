@@ -1,0 +1,306 @@
+"""When a training stage saves its state, when it stops on request, and where it takes up again.
+
+All ranks call every method together. What is saved: DeepSpeed's state (model, optimiser, loss scaler), the log's running
+sums, and what `online` has collected. Everything else (order of the data, pairs, lam, learning rate, dropout streams) is a
+function of the step. So a resumed run's losses and weights are those of a run that nothing stopped, bit for bit on as many ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sftmix import artifacts, faults
+from sftmix.checkpoints import STAGE, CheckpointFolder, check_space, find_problem
+from sftmix.config import CheckpointConfig
+from sftmix.engine.distributed import Ranks
+from sftmix.errors import ArtifactError, StoppedError
+from sftmix.stopping import StopRequest
+
+if TYPE_CHECKING:
+    from sftmix.engine.engine import Engine
+    from sftmix.engine.state import StateFiles
+
+ADAM_BYTES = 12  # of a parameter's float32 copy and two moments
+NOT_HASHED = ("metrics.jsonl", "skipped_steps.jsonl")  # of what is kept: they grow
+
+
+class Resumable(Protocol):
+    """Part of a training run that knows more than the step number."""
+
+    def progress(self) -> tuple[list[float], dict[str, NDArray[np.float64]]]:
+        """Returns this rank's numbers, as many on every rank, and arrays that are the same for all. All ranks call it."""
+
+    def take_up(self, step: int, numbers: list[list[float]], arrays: dict[str, NDArray[np.float64]]) -> None:
+        """Goes on after `step`, from the numbers of all ranks that saved them, and the arrays."""
+
+
+@dataclass
+class _Pending:
+    """A checkpoint that is being written in the background."""
+
+    step: int
+    staging: Path
+    files: StateFiles
+    facts: dict[str, Any]
+    started: float
+
+
+class TrainingCheckpoints:
+    """Saves, finds and loads the checkpoints of one training stage.
+
+    kept: a folder of the stage's finished outputs so far (exports, metrics), whose files a checkpoint vouches for too.
+    fingerprint, settings, inputs: of the stage; a checkpoint of another is refused.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        folder: Path,
+        kept: Path,
+        config: CheckpointConfig,
+        stop: StopRequest,
+        *,
+        fingerprint: str,
+        settings: dict[str, Any],
+        inputs: dict[str, str],
+    ):
+        self.ranks, self.kept, self.config, self.stop = ranks, kept, config, stop
+        self.checkpoints = CheckpointFolder(folder, config.keep_last, config.keep_every)
+        self._identity: dict[str, Any] = {"stage": STAGE, "fingerprint": fingerprint, "settings": settings, "inputs": inputs}
+        self._pending: _Pending | None = None
+        self._last_saved = time.monotonic()
+        self._last_step = 0
+        self._digests: dict[str, tuple[int, int, dict[str, Any]]] = {}  # of kept files: size, time of change, entry
+        self.seconds: list[dict[str, float]] = []  # of every save, for the benchmark
+
+    # ---- taking up
+
+    def resume(self, engine: Engine, parts: dict[str, Resumable]) -> int:
+        """Loads the newest checkpoint that verifies; returns its step, 0 where there is none. A damaged one is set aside and said."""
+        started = time.perf_counter()
+        while (step := self._newest()) > 0:
+            problem = self._find_problem(step)
+            if problem is None:
+                break
+            if self.ranks.is_main:
+                aside = self.checkpoints.set_aside(step)
+                print(f"  checkpoint of step {step}: {problem}. Set aside as {aside}; the one before it is used", flush=True)
+            self.ranks.barrier()
+        if step == 0:
+            self._clear_kept(after=0)
+            self.ranks.barrier()
+            return 0
+        manifest = self.checkpoints.read(step)
+        if self.ranks.is_main:
+            self._say_differences(manifest)
+            self._clear_kept(after=step)
+        self._load(engine, step, manifest)
+        arrays = {name: np.load(self.checkpoints.path(step) / name, allow_pickle=False) for name in manifest.files if name.endswith(".npy")}
+        for name, part in parts.items():
+            mine = {key.removeprefix(f"{name}.").removesuffix(".npy"): array for key, array in arrays.items() if key.startswith(f"{name}.")}
+            part.take_up(step, manifest.facts["numbers"][name], mine)
+        self._last_step, self._last_saved = step, time.monotonic()
+        self.ranks.barrier()
+        if self.ranks.is_main:
+            print(f"  resumed after step {step}, in {time.perf_counter() - started:.1f} s", flush=True)
+        return step
+
+    def _newest(self) -> int:
+        found = self.checkpoints.steps() if self.ranks.is_main else []
+        return self.ranks.from_main(found[:1] or [0])[0]
+
+    def _find_problem(self, step: int) -> str | None:
+        """Returns what is wrong with a checkpoint, on every rank. The ranks share the reading."""
+        try:
+            manifest = self.checkpoints.read(step)
+        except ArtifactError as error:
+            problem: str | None = str(error)
+        else:
+            if manifest.fingerprint != self._identity["fingerprint"]:
+                self._refuse(step, manifest)
+            names = sorted(manifest.files, key=lambda name: -manifest.files[name]["size"])
+            problem = find_problem(self.checkpoints.path(step), manifest, names[self.ranks.rank :: self.ranks.world_size])
+            if problem is None and self.ranks.is_main:
+                kept = artifacts.Manifest(STAGE, "", {}, {}, manifest.facts["kept"])
+                problem = find_problem(self.kept, kept, list(kept.files))
+        found = [text for text in self.ranks.gather_texts(problem or "") if text]
+        return found[0] if found else None
+
+    def _refuse(self, step: int, manifest: artifacts.Manifest) -> None:
+        theirs, ours = ({"settings": each["settings"], "inputs": each["inputs"]} for each in (vars(manifest), self._identity))
+        raise ArtifactError(
+            f"{self.checkpoints.path(step)} is of a run with other settings: {'; '.join(artifacts.differences(theirs, ours))}. "
+            "Put them back, or remove it."
+        )
+
+    def _say_differences(self, manifest: artifacts.Manifest) -> None:
+        changed = artifacts.differences(manifest.versions, artifacts.versions())
+        if changed:
+            print(f"  not bit for bit: the checkpoint was written by other versions: {'; '.join(changed)}", flush=True)
+        if manifest.facts["world_size"] != self.ranks.world_size:
+            print(f"  from {manifest.facts['world_size']} to {self.ranks.world_size} ranks: the same examples, other rounding", flush=True)
+
+    def _load(self, engine: Engine, step: int, manifest: artifacts.Manifest) -> None:
+        faults.point("resume.load")
+        layout = {"world_size": self.ranks.world_size, "zero_stage": engine.zero_stage}
+        if all(manifest.facts[name] == value for name, value in layout.items()) or manifest.facts["zero_stage"] == engine.zero_stage == 0:
+            engine.load_state(self.checkpoints.path(step))
+            return
+        if 0 in (manifest.facts["zero_stage"], engine.zero_stage):
+            raise ArtifactError(
+                f"{self.checkpoints.path(step)} was written with engine.zero_stage={manifest.facts['zero_stage']}, and this run has "
+                f"{engine.zero_stage}. Stage 0 and the others cannot read each other: put it back."
+            )
+        universal = self.checkpoints.folder / f".universal_{step:06d}"
+        if self.ranks.is_main:
+            from sftmix.engine.state import to_universal
+
+            shutil.rmtree(universal, ignore_errors=True)
+            faults.point("resume.convert")
+            to_universal(self.checkpoints.path(step), universal)
+        self.ranks.barrier()
+        engine.load_state(universal, is_universal=True)
+        self.ranks.barrier()
+        if self.ranks.is_main:
+            shutil.rmtree(universal)
+
+    def _clear_kept(self, *, after: int) -> None:
+        """Removes the exports and scores of steps that will be taken again."""
+        if self.ranks.is_main:
+            for path in self.kept.rglob("step_*"):
+                number = path.name[5:].split(".")[0]
+                if number.isdecimal() and int(number) > after:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            skipped = self.kept / "skipped_steps.jsonl"
+            if skipped.is_file():
+                lines = skipped.read_text(encoding="utf-8").splitlines(keepends=True)
+                artifacts.write_text(skipped, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after))
+
+    # ---- saving
+
+    def end_step(self, engine: Engine, step: int, *, is_last: bool, parts: dict[str, Resumable]) -> bool:
+        """Saves if it is time to, and stops if that was asked for. Returns whether it has saved.
+
+        Raises StoppedError, after the state is published.
+        """
+        every = self.config.every_steps
+        minutes = (time.monotonic() - self._last_saved) / 60
+        is_due = (every is not None and step % every == 0) or (
+            self.ranks.is_main and self.config.every_minutes is not None and minutes >= self.config.every_minutes
+        )
+        is_busy = self._pending is not None and not self._pending.files.is_done
+        should_stop, should_save, any_busy = self.ranks.agree([self.stop.is_requested, is_due, is_busy])
+        if self._pending is not None and (not any_busy or should_save or should_stop or is_last):
+            self._publish_pending()
+        if is_last:
+            return False
+        if should_save or should_stop:
+            self._save(engine, step, parts, in_background=self.config.asynchronous and not should_stop)
+        if should_stop:
+            reasons = [text for text in self.ranks.gather_texts(self.stop.reason or "") if text]
+            raise StoppedError(f"stopped after step {step}: {reasons[0]}. The state is saved; the same command goes on from here")
+        return should_save
+
+    def _save(self, engine: Engine, step: int, parts: dict[str, Resumable], *, in_background: bool) -> None:
+        started = time.perf_counter()
+        staging = self.checkpoints.folder / f".step_{step:06d}"
+        self._together(step, lambda: self._make_room(engine, step) if self.ranks.is_main else None)
+        files = engine.save_state(staging, in_background=in_background)
+        numbers: dict[str, list[list[float]]] = {}
+        arrays: dict[str, NDArray[np.float64]] = {}
+        for name, part in parts.items():
+            mine, shared = part.progress()
+            numbers[name] = self.ranks.gather_rows(torch.tensor([mine], dtype=torch.float64)).tolist()
+            arrays |= {f"{name}.{key}.npy": array for key, array in shared.items()}
+        if self.ranks.is_main and files.error is None:
+            files.save_arrays(staging, arrays)
+        facts = {
+            "step": step,
+            "world_size": self.ranks.world_size,
+            "zero_stage": engine.zero_stage,
+            "precision": engine.precision,
+            "numbers": numbers,
+        }
+        self._pending = _Pending(step, staging, files, facts, started)
+        self._last_saved = time.monotonic()
+        if not in_background:
+            self._publish_pending()
+
+    def _make_room(self, engine: Engine, step: int) -> None:
+        staging = self.checkpoints.new_staging(step)
+        size = engine.num_parameters * (engine.bytes_per_weight + ADAM_BYTES)
+        if self._last_step and self.checkpoints.path(self._last_step).is_dir():
+            size = sum(path.stat().st_size for path in self.checkpoints.path(self._last_step).iterdir())
+        check_space(staging, size)
+
+    def _publish_pending(self) -> None:
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        pending.files.wait()
+        faults.point("checkpoint.agree")
+        written = time.perf_counter()
+        failure = pending.files.error
+        problem = f"rank {self.ranks.rank} on {socket.gethostname()}: {failure}" if failure else ""
+        problems = [text for text in self.ranks.gather_texts(problem) if text]
+        if problems:
+            free = shutil.disk_usage(self.checkpoints.folder).free / 2**30
+            before = f"that of step {self._last_step} is untouched" if self._last_step else "there is none before it"
+            raise ArtifactError(
+                f"the checkpoint of step {pending.step} could not be written: {problems[0]} ({free:.2f} GiB free in "
+                f"{self.checkpoints.folder}); {before}. Make room or mend the disk, and start again.",
+                on_all_ranks=True,
+            )
+        entries: dict[str, dict[str, Any]] = {}
+        for text in self.ranks.gather_texts(json.dumps(pending.files.entries)):
+            entries |= json.loads(text)
+
+        def publish() -> None:
+            facts = {**pending.facts, "kept": self._entries_of_kept()}
+            manifest = artifacts.Manifest(
+                **self._identity, files=entries, facts=facts, versions=artifacts.versions(), commit=artifacts.commit()
+            )
+            self.checkpoints.publish(pending.staging, pending.step, manifest)
+
+        self._together(pending.step, lambda: publish() if self.ranks.is_main else None)
+        self._last_step = pending.step
+        done = time.perf_counter()
+        self.seconds.append({"write": written - pending.started, "publish": done - written, "hash": pending.files.hash_seconds})
+
+    def _together(self, step: int, action: Any) -> None:
+        """Runs what rank 0 does alone, so that its failure is one error on all ranks and none waits for it."""
+        problem = ""
+        try:
+            action()
+        except (OSError, ArtifactError) as error:
+            problem = f"the checkpoint of step {step} could not be saved: {error}"
+        problem = self.ranks.text_from_main(problem)
+        if problem:
+            raise ArtifactError(problem, on_all_ranks=True)
+
+    def _entries_of_kept(self) -> dict[str, dict[str, Any]]:
+        """Returns size and SHA-256 of every finished output of the stage so far; each file is flushed and read once."""
+        entries = {}
+        for path in sorted(p for p in self.kept.rglob("*") if p.is_file()):
+            name, status = path.relative_to(self.kept).as_posix(), path.stat()
+            with path.open("rb") as file:
+                if name in NOT_HASHED:
+                    os.fsync(file.fileno())
+                    continue
+                known = self._digests.get(name)
+                if known is None or known[:2] != (status.st_size, status.st_mtime_ns):
+                    os.fsync(file.fileno())
+                    entry = {"size": status.st_size, "sha256": artifacts.sha256_of_file(path)}
+                    self._digests[name] = (status.st_size, status.st_mtime_ns, entry)
+            entries[name] = self._digests[name][2]
+        return entries

@@ -1,0 +1,59 @@
+"""A run that is asked to stop: by a signal, by its wall-clock limit, or by a file in the run folder.
+
+The training loop asks after every step, saves, and leaves with exit code 75 (EX_TEMPFAIL), on which batch systems can start it
+again. A second SIGTERM ends the process at once, as the first would have without this.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+EXIT_CODE = 75
+STARTED = "SFTMIX_STARTED"  # seconds since the epoch at which the command began; for all its processes
+STOP_FILE = "stop"  # in the run folder: whoever makes it asks the run to stop
+
+
+class StopRequest:
+    """Has anybody asked to stop? reason: who; None if nobody has."""
+
+    def __init__(self, run_folder: Path, *, wall_clock_minutes: float | None = None):
+        self._file = run_folder / STOP_FILE
+        self._minutes = wall_clock_minutes
+        self._started = float(os.environ.setdefault(STARTED, str(time.time())))
+        self._reason: str | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def listen(self) -> None:
+        """Takes SIGTERM and SIGUSR1 from here on."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._take)
+
+    def close(self) -> None:
+        """Gives the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before = {}
+
+    @property
+    def reason(self) -> str | None:
+        """Who has asked, in words."""
+        if self._reason is None and self._minutes is not None and time.time() - self._started >= 60 * self._minutes:
+            self._reason = f"limits.wall_clock_minutes ({self._minutes:g}) is over"
+        if self._reason is None and self._file.exists():
+            self._reason = self._file.read_text(encoding="utf-8").strip() or f"{self._file} is there"
+        return self._reason
+
+    @property
+    def is_requested(self) -> bool:
+        return self.reason is not None
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self._reason is not None and number == signal.SIGTERM:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._reason = f"{name} was received"

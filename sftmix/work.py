@@ -1,0 +1,80 @@
+"""Unfinished work: what a stage has done before a kill, kept in `work/STAGE` of the run folder until its output is published.
+
+It belongs to the settings and inputs that it was made with (`work.json`). Work of hours is not thrown away because a line of the
+config changed, nor is it taken up by a run that it does not belong to: that run is refused, with the differences.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sftmix import artifacts
+from sftmix.checkpoints import CheckpointFolder
+from sftmix.errors import ArtifactError
+
+RECORD = "work.json"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a stage's work belongs to."""
+
+    fingerprint: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+
+
+def claim(folder: Path, stage: str, identity: Identity, *, discard: bool) -> None:
+    """Makes `folder` ready for a stage's work: what an earlier attempt of the same settings left stays. `discard`: nothing stays.
+
+    Raises ArtifactError where there is work of other settings.
+    """
+    if not discard:
+        refuse_if_other(folder, stage, identity)
+    record = _read(folder)
+    if discard or record is None or record["fingerprint"] != identity.fingerprint:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    artifacts.write_json(folder / RECORD, vars(identity))
+
+
+def refuse_if_other(folder: Path, stage: str, identity: Identity) -> None:
+    """Raises ArtifactError where `folder` holds work of hours that was made with other settings or inputs."""
+    record, progress = _read(folder), describe(folder)
+    if record is None or progress is None or record["fingerprint"] == identity.fingerprint:
+        return
+    lines = artifacts.differences(
+        {"settings": record["settings"], "inputs": record["inputs"]}, {"settings": identity.settings, "inputs": identity.inputs}
+    )
+    raise refusal(stage, progress, lines)
+
+
+def refusal(stage: str, progress: str, differences: list[str]) -> ArtifactError:
+    """Returns the error for work that would be lost."""
+    changed = "\n".join(f"  {line}" for line in differences)
+    return ArtifactError(
+        f"the unfinished stage {stage} ({progress}) was made with other settings:\n{changed}\n"
+        "Put them back to go on from there, name another run.dir, or throw the work away with --restart."
+    )
+
+
+def describe(folder: Path) -> str | None:
+    """Returns what is done, in words; None for nothing that counts."""
+    steps = CheckpointFolder(folder / "checkpoints").steps()
+    if steps:
+        return f"saved after step {steps[0]}"
+    num_units = len(list(folder.glob("checkpoint_*/unit_*.json")))
+    return f"{num_units} units scored" if num_units else None
+
+
+def _read(folder: Path) -> Mapping[str, Any] | None:
+    try:
+        content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return content if isinstance(content, dict) and {"fingerprint", "settings", "inputs"} <= content.keys() else None
