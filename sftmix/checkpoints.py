@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sftmix import artifacts, faults
 from sftmix.errors import ArtifactError
 
 STAGE = "training checkpoint"
+OWN_DIGEST = "manifest_sha256"
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,8 @@ class CheckpointFolder:
         return self.folder / f"step_{step:06d}"
 
     def steps(self) -> list[int]:
-        """Returns the steps that have a manifest, newest first, by number: clocks may have been set back."""
-        found = [path.parent.name for path in self.folder.glob(f"step_*/{artifacts.MANIFEST}")]
-        return sorted((int(name[5:]) for name in found if name[5:].isdecimal()), reverse=True)
+        """Returns the steps of what is there, verified or not, newest first; by number, since clocks may have been set back."""
+        return sorted((int(path.name[5:]) for path in self.folder.glob("step_*") if path.name[5:].isdecimal()), reverse=True)
 
     def new_staging(self, step: int) -> Path:
         """Returns an empty folder to write a checkpoint into; what killed attempts left is removed."""
@@ -54,19 +54,22 @@ class CheckpointFolder:
     def read(self, step: int) -> artifacts.Manifest:
         """Returns a checkpoint's manifest. Raises ArtifactError for one that is missing, damaged, or of something else."""
         manifest = artifacts.read_manifest(self.path(step))
-        if manifest is None or manifest.stage != STAGE or not manifest.files or manifest.facts.get("step") != step:
-            raise ArtifactError(f"{self.path(step) / artifacts.MANIFEST} is not the manifest of a checkpoint of step {step}")
+        if manifest is None:
+            raise ArtifactError(f"{artifacts.MANIFEST} is missing")
+        if manifest.facts.pop(OWN_DIGEST, None) != artifacts.fingerprint(asdict(manifest)):
+            raise ArtifactError(f"{artifacts.MANIFEST} differs from what was written")
+        if manifest.stage != STAGE or manifest.facts["step"] != step:
+            raise ArtifactError(f"{artifacts.MANIFEST} is not of a checkpoint of step {step}")
         return manifest
 
     def publish(self, staging: Path, step: int, manifest: artifacts.Manifest) -> None:
         """Makes a checkpoint exist whose state files are written and flushed. Raises what the fence of the run folder raises."""
         faults.point("checkpoint.manifest")
-        artifacts.write_json(staging / artifacts.MANIFEST, asdict(manifest))
+        vouched = replace(manifest, facts={**manifest.facts, OWN_DIGEST: artifacts.fingerprint(asdict(manifest))})
+        artifacts.write_json(staging / artifacts.MANIFEST, asdict(vouched))
         artifacts.sync_folder(staging)
         artifacts.check_may_publish()
         faults.point("checkpoint.rename")
-        if self.path(step).exists():  # repeated after a damaged newer one: the same step, made again
-            artifacts.discard(self.path(step))
         staging.rename(self.path(step))
         artifacts.sync_folder(self.folder)
         faults.point("checkpoint.latest")
@@ -79,7 +82,9 @@ class CheckpointFolder:
         for step in reversed(steps[max(1, self.keep_last) :]):
             if self.keep_every is None or step % self.keep_every:
                 faults.point("checkpoint.retention")
-                artifacts.discard(self.path(step))
+                self.path(step).rename(hidden := self.folder / f".step_{step:06d}.old")  # no half of it is ever a candidate
+                faults.point("checkpoint.removal")
+                shutil.rmtree(hidden)
 
     def set_aside(self, step: int) -> Path:
         """Renames a checkpoint that does not verify, so that it is never looked at again; returns its new name."""

@@ -80,7 +80,7 @@ class TrainingCheckpoints:
         self._identity: dict[str, Any] = {"stage": STAGE, "fingerprint": fingerprint, "settings": settings, "inputs": inputs}
         self._pending: _Pending | None = None
         self._last_saved = time.monotonic()
-        self._last_step = 0
+        self._last_step, self._needed = 0, 0
         self._digests: dict[str, tuple[int, int, dict[str, Any]]] = {}  # of kept files: size, time of change, entry
         self.seconds: list[dict[str, float]] = []  # of every save, for the benchmark
 
@@ -242,6 +242,7 @@ class TrainingCheckpoints:
         size = engine.num_parameters * (engine.bytes_per_weight + ADAM_BYTES)
         if self._last_step and self.checkpoints.path(self._last_step).is_dir():
             size = sum(path.stat().st_size for path in self.checkpoints.path(self._last_step).iterdir())
+        self._needed = size
         check_space(staging, size)
 
     def _publish_pending(self) -> None:
@@ -255,10 +256,12 @@ class TrainingCheckpoints:
         problems = [text for text in self.ranks.gather_texts(problem) if text]
         if problems:
             free = shutil.disk_usage(self.checkpoints.folder).free / 2**30
+            if self.ranks.is_main:
+                shutil.rmtree(pending.staging)  # half a checkpoint would only take room
             before = f"that of step {self._last_step} is untouched" if self._last_step else "there is none before it"
             raise ArtifactError(
                 f"the checkpoint of step {pending.step} could not be written: {problems[0]} ({free:.2f} GiB free in "
-                f"{self.checkpoints.folder}); {before}. Make room or mend the disk, and start again.",
+                f"{self.checkpoints.folder}, {self._needed / 2**30:.2f} needed); {before}. Make room or mend the disk, and start again.",
                 on_all_ranks=True,
             )
         entries: dict[str, dict[str, Any]] = {}

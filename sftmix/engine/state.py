@@ -105,7 +105,7 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
             cause = file.error if file is not None and file.error is not None else error
             if not isinstance(cause, OSError):
                 raise
-            self.error = cause
+            self.error = OSError(cause.errno, cause.strerror, str(path))
 
 
 def save_state(deepspeed_engine: Any, folder: Path, *, in_background: bool) -> StateFiles:
@@ -131,7 +131,7 @@ def load_state(deepspeed_engine: Any, folder: Path, *, is_universal: bool) -> No
         # DeepSpeed 0.19 gives the first group's weight decay to all of them, and all parameters one and the same tensor as their count of
         # steps, which then grows by the number of parameters at every step.
         for group, settings in zip(optimizer.param_groups, groups, strict=True):
-            group |= settings
+            group.update(settings)
         for state in optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
