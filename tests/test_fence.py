@@ -1,13 +1,16 @@
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from sftmix import fence
+from sftmix.artifacts import write_json
 from sftmix.errors import ArtifactError
 
 WORKER = Path(__file__).parent / "support" / "fence_worker.py"
@@ -101,8 +104,36 @@ def test_the_lease_of_a_superseded_attempt_counts_for_nothing(tmp_path):
     attempts = tmp_path / "run" / "attempts"
     path = attempts / "000001.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "host": "elsewhere"}))
-    (attempts / "lease").write_text(json.dumps({"attempt": 0, "key": "of another", "counter": 1}))
-    assert fence.claim(tmp_path / "run", patience_seconds=0.3).attempt == 2
+    done = threading.Event()
+
+    def renew():
+        for counter in itertools.count():
+            if done.is_set():
+                return
+            write_json(attempts / "lease", {"attempt": 0, "key": "of another", "counter": counter})
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        assert fence.claim(tmp_path / "run", patience_seconds=0.5).attempt == 2
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_who_claims_later_does_not_judge_the_winner_by_the_rest_of_its_patience(tmp_path, monkeypatch):
+    create = fence._create
+
+    def another_is_faster(attempts, number):
+        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr("socket.gethostname", lambda: "elsewhere")
+            create(attempts, number)
+        return create(attempts, number)
+
+    monkeypatch.setattr(fence, "_create", another_is_faster)
+    with pytest.raises(ArtifactError, match="attempt 1, host elsewhere"):
+        fence.claim(tmp_path / "run", patience_seconds=0)
 
 
 def test_a_released_attempt_elsewhere_needs_no_patience(tmp_path, monkeypatch):

@@ -26,14 +26,15 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from sftmix import processes
 from sftmix.engine.last_words import LastWords, end, end_silent
 from sftmix.engine.lines import Connection, Message, listen
+from sftmix.engine.members import Member, Peer, Verdict, member_of
 
 __all__ = ["Watch", "listen"]
 
@@ -42,39 +43,6 @@ ALONE_SECONDS = 5.0  # how long a rank that failed waits for rank 0's word, befo
 GOODBYE_SECONDS = 2.0
 ITSELF_FACTOR = 0.9  # of silent_seconds, after which a rank writes its stacks, for want of a neighbour that would ask for them
 NUM_NAMED = 16  # ranks that a beat of rank 0 names as alive; the lowest of them prints if rank 0 cannot
-
-
-@dataclass(frozen=True)
-class Member:
-    """A rank as the others know it."""
-
-    rank: int
-    host: str
-    pid: int
-    start: int | None
-    place: dict[str, str | None]
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} ({self.host}, pid {self.pid})"
-
-
-@dataclass
-class Peer:
-    """A rank at the other end of a connection."""
-
-    member: Member
-    line: Connection
-    phase: str = ""
-    step: int = 0
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Why all ranks end, and with which code. silent: the rank that does not answer, if it is that."""
-
-    cause: str
-    code: int
-    silent: Member | None = None
 
 
 class Watch:
@@ -156,8 +124,9 @@ class Watch:
         self._is_closing = True
         self._wake()
         self._thread.join(GOODBYE_SECONDS + self._silent_seconds)
-        self._close_sockets()
-        self._words.forget()
+        if not self._thread.is_alive():  # else `on_beat` hangs; the thread ends with the process
+            self._close_sockets()
+            self._words.forget()
 
     # The thread.
 
@@ -167,7 +136,7 @@ class Watch:
                 is_beat = self._wait()
                 now = time.monotonic()
                 self._judge(now, is_beat)
-                if self._is_closing and self._verdict is None and self._failure is None:
+                if self._is_closing and self._verdict is None and self._failure is None and self._own_failure is None:
                     self._say_goodbye()
                     if self._verdict is None:
                         return
@@ -206,10 +175,10 @@ class Watch:
             try:
                 self._on_beat()
             except Exception as error:
-                self._own_failure = f"{type(error).__name__}: {error}"
+                self._own_failure = self._own_failure or f"{type(error).__name__}: {error}"
         if self.rank > 0 and 0 not in self._peers and 0 not in self._left and not self._strangers:
             self._connect()
-        beat: Message = {"beat": [self.phase, self.step]}
+        beat: Message = {"beat": [str(self.phase), int(self.step)]}
         if self.rank == 0:
             beat["named"] = sorted(rank for rank, peer in self._peers.items() if peer.line.is_open)[:NUM_NAMED]
         for peer in self._peers.values():
@@ -234,17 +203,20 @@ class Watch:
 
     def _welcome(self, line: Connection) -> None:
         """Makes a stranger a peer once it has introduced itself; drops it if it is none of this run."""
-        for message in line.receive()[:1]:
+        messages = line.receive()
+        if messages:
             self._strangers.remove(line)
-            member = _member(message.get("member"))
-            known = hmac.compare_digest(str(message.get("token")).encode(), self._token.encode())
+            known = hmac.compare_digest(str(messages[0].get("token")).encode(errors="replace"), self._token.encode())
+            member = member_of(messages[0].get("member")) if known else None
             expected = range(1, self.world_size) if self.rank == 0 else range(1)
-            if not known or member is None or member.rank not in expected or member.rank in self._peers:
+            if member is None or member.rank not in expected or member.rank in self._peers:
                 line.close()
                 return
-            self._peers[member.rank] = Peer(member, line, "start")
+            peer = self._peers[member.rank] = Peer(member, line, "start")
             if self.rank == 0:
                 line.send({"token": self._token, "member": asdict(self._member)})
+            for message in messages[1:]:
+                self._handle(member.rank, peer, message)
             return
         if not line.is_open or time.monotonic() - line.heard > self._silent_seconds:
             line.close()
@@ -259,7 +231,7 @@ class Watch:
             case {"fail": str(cause), "code": int(code)} if self._failure is None:
                 self._failure = (rank, Verdict(cause, code), time.monotonic() + GRACE_SECONDS)
             case {"verdict": {"cause": str(cause), "code": int(code), "silent": silent}} if self._verdict is None:
-                self._verdict, self._is_told = Verdict(cause, code, _member(silent)), True
+                self._verdict, self._is_told = Verdict(cause, code, member_of(silent)), True
             case {"bye": _}:
                 self._left.add(rank)
 
@@ -333,17 +305,19 @@ class Watch:
 
     def _stop(self, verdict: Verdict) -> NoReturn:
         """Ends this process. Rank 0 prints before it tells the others: their end may make a launcher end rank 0."""
-        if not self._is_told:
-            self._words.print_once(verdict.cause, after_seconds=self._turn())
-        if verdict.silent is not None and verdict.silent.start is not None and _is_here(verdict.silent.place, self._place):
-            process = processes.Process(verdict.silent.pid, verdict.silent.start)
-            end_silent(process, ask_for_stacks=self._is_told or self._turn() == 0.0)
-        told = [peer.line for peer in self._peers.values() if self.rank == 0 and peer.line.is_open]
-        for line in told:
-            line.send({"verdict": asdict(verdict)})
-        self._words.write_stacks(verdict.cause)
-        self._await_end(told, GRACE_SECONDS)  # a launcher that sees rank 0 end may end the others before they wrote their stacks
-        end(verdict.code)
+        try:
+            if not self._is_told:
+                self._words.print_once(verdict.cause, after_seconds=self._turn())
+            if verdict.silent is not None and verdict.silent.start is not None and verdict.silent.is_on(self._place):
+                process = processes.Process(verdict.silent.pid, verdict.silent.start)
+                end_silent(process, ask_for_stacks=self._is_told or self._turn() == 0.0)
+            told = [peer.line for peer in self._peers.values() if self.rank == 0 and peer.line.is_open]
+            for line in told:
+                line.send({"verdict": asdict(verdict)})
+            self._words.write_stacks(verdict.cause)
+            self._await_end(told, GRACE_SECONDS)  # a launcher that sees rank 0 end may end the others before they wrote their stacks
+        finally:
+            end(verdict.code)
 
     def _turn(self) -> float:
         """Returns for how many seconds this rank leaves it to others to print the cause."""
@@ -392,18 +366,6 @@ class Watch:
 def _close_sockets_of(watch: weakref.ref[Watch]) -> None:
     if (found := watch()) is not None:
         found._close_sockets()
-
-
-def _member(given: Any) -> Member | None:
-    """Returns the member that a message describes, None where it describes none."""
-    try:
-        return Member(int(given["rank"]), str(given["host"]), int(given["pid"]), given["start"], dict(given["place"]))
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _is_here(place: dict[str, str | None], here: dict[str, str | None]) -> bool:
-    return here["boot_id"] is not None and place == here
 
 
 def _ranks(ranks: list[int]) -> str:
