@@ -38,6 +38,7 @@ from sftmix.engine.members import Member, Peer, Verdict, member_of
 
 __all__ = ["Watch", "listen"]
 
+LONGEST_WAIT_SECONDS = 0.25
 GRACE_SECONDS = 1.0  # what a rank raises may only follow from another's death, of which the news comes a moment later
 ALONE_SECONDS = 5.0  # how long a rank that failed waits for rank 0's word, before it ends by itself
 GOODBYE_SECONDS = 2.0
@@ -46,8 +47,9 @@ NUM_NAMED = 16  # ranks that a beat of rank 0 names as alive; the lowest of them
 
 
 class Watch:
-    """The heartbeat of one rank. `phase` and `step` may be set at any time; `exit_code` is what all ranks end with if this
-    one fails or judges. `on_beat` is called in the thread once per interval; what it raises is a failure of this rank.
+    """The heartbeat of one rank, from `start` to `close`. `phase` and `step` may be set at any time; `exit_code` is what all
+    ranks end with if this one fails or judges. `on_beat` is called in the thread once per interval; what it raises is a
+    failure of this rank.
 
     listener: rank 0's, from `listen`. address: where the others find it. launchers: those found at the start of the process,
     where that is longer ago; a launcher that ended before it was looked for cannot be missed.
@@ -157,7 +159,7 @@ class Watch:
                 selector.register(self._listener, selectors.EVENT_READ, None)
             for line in self._lines():
                 selector.register(line.sock, selectors.EVENT_READ, line)
-            selector.select(max(0.0, min(self._next_beat - time.monotonic(), 0.25)))
+            selector.select(max(0.0, min(self._next_beat - time.monotonic(), LONGEST_WAIT_SECONDS)))
         with suppress(BlockingIOError):
             self._wake_read.recv(4096)
         if self._listener is not None:
@@ -242,7 +244,7 @@ class Watch:
         if self._own_failure is not None and self._failure is None:
             self._report_failure(now)
         stood_still, self._ticked = now - self._ticked, now
-        if stood_still > self._silent_seconds / 4:
+        if stood_still > max(self._silent_seconds / 4, 2 * LONGEST_WAIT_SECONDS):
             # This process was stopped, or the whole machine: what the others sent or did not send meanwhile says nothing.
             for peer in self._peers.values():
                 peer.line.heard = now
@@ -308,9 +310,9 @@ class Watch:
         try:
             if not self._is_told:
                 self._words.print_once(verdict.cause, after_seconds=self._turn())
-            if verdict.silent is not None and verdict.silent.start is not None and verdict.silent.is_on(self._place):
-                process = processes.Process(verdict.silent.pid, verdict.silent.start)
-                end_silent(process, ask_for_stacks=self._is_told or self._turn() == 0.0)
+            silent = verdict.silent
+            if silent is not None and silent.start is not None and silent.rank != self.rank and silent.is_on(self._place):
+                end_silent(processes.Process(silent.pid, silent.start), ask_for_stacks=self._is_told or self._turn() == 0.0)
             told = [peer.line for peer in self._peers.values() if self.rank == 0 and peer.line.is_open]
             for line in told:
                 line.send({"verdict": asdict(verdict)})
