@@ -1,0 +1,115 @@
+"""What a rank does before it ends for a cause: stacks to a file, the first cause to the terminal once, silent ranks killed."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import hashlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from sftmix import processes
+
+STACKS = "stacks"
+KILL_AFTER_SECONDS = 1.0  # between the order to write its stacks and the end of a silent rank
+POLL_SECONDS = 0.05
+
+
+class LastWords:
+    """Of one rank. `folder/stacks/rank_0001.txt` is open from the start, so that it can be written while the GIL is held or
+    no more file can be opened."""
+
+    def __init__(self, folder: Path, rank: int, token: str):
+        self.folder = folder / STACKS
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._path = self.folder / f"rank_{rank:04d}.txt"
+        self._file = self._path.open("w", encoding="utf-8")
+        # All ranks know the token, and no other attempt has it.
+        self._first_cause = self.folder / f"first_cause_{hashlib.sha256(token.encode()).hexdigest()[:8]}.txt"
+        if rank == 0:
+            for old in self.folder.glob("first_cause_*.txt"):
+                if old != self._first_cause:
+                    old.unlink(missing_ok=True)
+        faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=True)
+
+    def watch_itself(self, seconds: float) -> None:
+        """Writes the stacks if this is not called again in time. Works while the GIL is held."""
+        # Does not end the process: one that was suspended with its whole job comes late by no fault of its own.
+        faulthandler.dump_traceback_later(seconds, file=self._file)
+
+    def forget(self) -> None:
+        """Undoes it all at a normal end."""
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(signal.SIGUSR2)
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    def print_once(self, cause: str, *, after_seconds: float = 0.0) -> None:
+        """Prints the first cause, unless another rank does within `after_seconds` or has done so."""
+        deadline = time.monotonic() + after_seconds
+        while time.monotonic() < deadline:
+            if self._first_cause.exists():
+                return
+            time.sleep(POLL_SECONDS)
+        text = "".join(f"sftmix: error: {line}\n" for line in cause.splitlines())
+        try:
+            descriptor = os.open(self._first_cause, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return
+        except OSError:  # a full disk: better twice than never
+            pass
+        else:
+            with contextlib.suppress(OSError), os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+        # Past sys.stderr, whose lock the main thread may hold.
+        _within(2.0, lambda: _write(2, text))
+
+    def write_stacks(self, cause: str) -> None:
+        """Writes the stacks of all threads."""
+        with contextlib.suppress(OSError):
+            _write(self._file.fileno(), f"{cause}\n\n")
+            faulthandler.dump_traceback(self._file, all_threads=True)
+
+
+def end_silent(process: processes.Process, *, ask_for_stacks: bool) -> None:
+    """Kills a silent rank of this machine, after it was asked for its stacks. Does nothing if its pid is another's by now."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if ask_for_stacks and process.is_running:
+            os.kill(process.pid, signal.SIGUSR2)
+            os.kill(process.pid, signal.SIGCONT)  # a stopped process writes nothing
+        deadline = time.monotonic() + KILL_AFTER_SECONDS
+        while process.is_running and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        if process.is_running:
+            os.kill(process.pid, signal.SIGKILL)
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process, whatever its other threads do."""
+    # What was printed but not yet written would be lost. A main thread that hangs in a write holds the lock.
+    _within(0.5, sys.stdout.flush)
+    os._exit(code)
+
+
+def _within(seconds: float, action: Callable[[], object]) -> None:
+    """Runs an action that may block, and goes on without it after a while."""
+
+    def run() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            action()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def _write(descriptor: int, text: str) -> None:
+    data = text.encode(errors="replace")
+    while data:
+        data = data[os.write(descriptor, data) :]

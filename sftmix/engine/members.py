@@ -1,0 +1,53 @@
+"""What the ranks know of each other, and what they end for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sftmix.engine.lines import Connection
+
+
+@dataclass(frozen=True)
+class Member:
+    """A rank as the others know it."""
+
+    rank: int
+    host: str
+    pid: int
+    start: int | None
+    place: dict[str, str | None]
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.host}, pid {self.pid})"
+
+    def is_on(self, place: dict[str, str | None]) -> bool:
+        """Does its pid mean this process in that place (`processes.place`)?"""
+        return place["boot_id"] is not None and self.place == place
+
+
+@dataclass
+class Peer:
+    """A rank at the other end of a connection."""
+
+    member: Member
+    line: Connection
+    phase: str = ""
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why all ranks end, and with which code. silent: the rank that does not answer, if it is that."""
+
+    cause: str
+    code: int
+    silent: Member | None = None
+
+
+def member_of(given: Any) -> Member | None:
+    """Returns the member that a message describes, None where it describes none."""
+    try:
+        return Member(int(given["rank"]), str(given["host"]), int(given["pid"]), given["start"], dict(given["place"]))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None

@@ -1,0 +1,217 @@
+"""One writer per run folder.
+
+A run claims its folder by creating the next file of `attempts/` (000001.json, 000002.json, ...), which only one process can
+do (O_EXCL). The highest number owns the folder: whoever finds a higher one than its own writes nothing more. While the owner
+is alive nobody else may claim. On the same machine the process table says whether it is; from another machine its lease does,
+a small file that the owner rewrites every second.
+
+A pause between `check` and what it guards is not covered: on one machine it cannot matter, since a living owner is not
+superseded; across machines an owner that stood still for the whole patience may finish the one rename it was about to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import re
+import secrets
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sftmix import processes
+from sftmix.artifacts import write_json
+from sftmix.errors import ArtifactError
+
+ATTEMPTS = "attempts"
+LEASE = "lease"
+NUM_KEPT = 50  # attempts whose files stay, as the history of the run
+POLL_SECONDS = 0.1
+_NAME = re.compile(r"(\d{6,})\.json")
+
+Record = dict[str, Any]
+
+
+class SupersededError(ArtifactError):
+    """A later attempt owns the run folder."""
+
+
+class Fence:
+    """The hold of one attempt on a run folder; `claim` and `join` make it."""
+
+    def __init__(self, folder: Path, attempt: int, key: str):
+        self.attempt = attempt
+        self._folder, self._key = folder, key
+        self._num_renewals = 0
+
+    def check(self) -> None:
+        """Raises SupersededError when a later attempt owns the folder, or when the folder was removed or made anew."""
+        attempts = self._folder / ATTEMPTS
+        last = _last_attempt(attempts)
+        record = _read(attempts, max(last, self.attempt))
+        if last > self.attempt:
+            raise SupersededError(
+                f"{self._folder}: attempt {last} ({_who(record)}) has taken over this run folder; nothing more is written "
+                f"by attempt {self.attempt}."
+            )
+        # Someone who removes the run folder and starts again begins with attempt 1 anew.
+        if record is None or record["key"] != self._key:
+            raise SupersededError(
+                f"{self._folder}: the file of attempt {self.attempt} is gone or another's: the run folder was removed "
+                "while this run wrote to it. Nothing more is written; start again."
+            )
+
+    def renew(self) -> None:
+        """Shows others that this attempt is alive; about once a second. Raises SupersededError as `check` does."""
+        self.check()
+        self._num_renewals += 1
+        path = self._folder / ATTEMPTS / LEASE
+        temporary = path.with_name(f".{LEASE}.{self.attempt}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({"attempt": self.attempt, "key": self._key, "pid": os.getpid(), "counter": self._num_renewals}))
+        temporary.replace(path)
+
+    def release(self) -> None:
+        """Marks the attempt as ended, so that the next claim need not look for its process."""
+        attempts = self._folder / ATTEMPTS
+        record = _read(attempts, self.attempt)
+        if record is not None and record["key"] == self._key and "ended" not in record:
+            write_json(_path(attempts, self.attempt), {**record, "ended": _now()})
+
+
+def claim(folder: Path, *, patience_seconds: float = 5.0) -> Fence:
+    """Returns the hold on a run folder, as its next attempt.
+
+    Raises ArtifactError where another writer is alive, within the patience: at once for one on this machine; one on
+    another machine must renew its lease within the patience, or it is taken for dead and superseded.
+    """
+    attempts = folder / ATTEMPTS
+    try:
+        attempts.mkdir(parents=True, exist_ok=True)
+        return _claim(folder, attempts, time.monotonic() + patience_seconds)
+    except OSError as error:
+        raise ArtifactError(f"{attempts} cannot be written ({error}). Mend its permissions or disk, or choose another run.dir.") from None
+
+
+def join(folder: Path, attempt: int) -> Fence:
+    """Returns the hold of an attempt that another process claimed. Raises ArtifactError where there is no such attempt."""
+    record = _read(folder / ATTEMPTS, attempt)
+    if record is None:
+        raise ArtifactError(f"{_path(folder / ATTEMPTS, attempt)} is missing or damaged: nobody claimed this attempt. Start the run again.")
+    return Fence(folder, attempt, record["key"])
+
+
+def _claim(folder: Path, attempts: Path, deadline: float) -> Fence:
+    first = _last_attempt(attempts)
+    last = first
+    while True:
+        # An attempt that came while this one looked is alive, whatever its lease says so far.
+        if last and (alive := _living_owner(attempts, last, deadline, is_new=last > first)) is not None:
+            raise ArtifactError(
+                f"{folder} is written by another run: attempt {last}, {_who(alive)}, since {alive.get('started', 'just now')}. "
+                "Wait for it, stop it, or choose another run.dir."
+            )
+        try:
+            key = _create(attempts, last + 1)
+        except FileExistsError:
+            last = _last_attempt(attempts)
+            continue
+        break
+    fence = Fence(folder, last + 1, key)
+    fence.renew()
+    for name, number in _listing(attempts).items():
+        if number <= fence.attempt - NUM_KEPT:
+            (attempts / name).unlink(missing_ok=True)
+    return fence
+
+
+def _create(attempts: Path, number: int) -> str:
+    """Creates the file of an attempt and returns its key. Raises FileExistsError where another was faster."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = str(os.getuid())
+    key = secrets.token_hex(8)
+    record: Record = {
+        "attempt": number,
+        **processes.place(),
+        "pid": os.getpid(),
+        "process_start": processes.start_time(os.getpid()),
+        "user": user,
+        "started": _now(),
+        "key": key,
+    }
+    descriptor = os.open(_path(attempts, number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(json.dumps(record, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return key
+
+
+def _living_owner(attempts: Path, number: int, deadline: float, *, is_new: bool) -> Record | None:
+    """Returns the record of an attempt whose writer is alive, None where it ended or died. Waits until `deadline` at most."""
+    record = _read(attempts, number)
+    while record is None and time.monotonic() < deadline:  # created, not yet written; or its writer died between the two
+        time.sleep(POLL_SECONDS)
+        record = _read(attempts, number)
+    if record is None:
+        return {} if is_new else None
+    if "ended" in record:
+        return None
+    here = processes.place()
+    if record["process_start"] is not None and here["boot_id"] is not None and all(record[name] == here[name] for name in here):
+        return record if processes.start_time(record["pid"]) == record["process_start"] else None
+    if is_new:
+        return record
+    before = _lease(attempts)
+    while time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+        lease = _lease(attempts)
+        if lease is not None and lease != before and lease.get("key") == record["key"]:
+            return record
+        if "ended" in (_read(attempts, number) or {}):
+            return None
+    return None
+
+
+def _lease(attempts: Path) -> Record | None:
+    with contextlib.suppress(OSError, ValueError):
+        lease = json.loads((attempts / LEASE).read_text(encoding="utf-8"))
+        return lease if isinstance(lease, dict) else None
+    return None
+
+
+def _listing(attempts: Path) -> dict[str, int]:
+    try:
+        names = os.listdir(attempts)  # noqa: PTH208  (names alone are wanted)
+    except FileNotFoundError:
+        return {}
+    return {name: int(match[1]) for name in names if (match := _NAME.fullmatch(name))}
+
+
+def _last_attempt(attempts: Path) -> int:
+    return max(_listing(attempts).values(), default=0)
+
+
+def _path(attempts: Path, number: int) -> Path:
+    return attempts / f"{number:06d}.json"
+
+
+def _read(attempts: Path, number: int) -> Record | None:
+    """Returns the record of an attempt, None where it is missing or not (wholly) written."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        record = json.loads(_path(attempts, number).read_text(encoding="utf-8"))
+        if isinstance(record, dict) and {"key", "pid", "host", "process_start", "boot_id", "pid_namespace"} <= record.keys():
+            return record
+    return None
+
+
+def _who(record: Record | None) -> str:
+    return f"host {record['host']}, pid {record['pid']}" if record else "another process"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
