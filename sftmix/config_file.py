@@ -1,8 +1,13 @@
-"""Reads a YAML config with overrides, and turns every mistake into one line with file, line and remedy."""
+"""Reads a YAML config with its bases and overrides, and turns every mistake into one line with file, line and remedy.
+
+A file may name others to build on, `base: other.yaml` or a list of them, by paths relative to itself. They are laid over one
+another, the file itself last (docs/recipes.md).
+"""
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +19,7 @@ from sftmix.config import Config
 from sftmix.errors import ConfigError, did_you_mean
 
 KeyPath = tuple[str | int, ...]
+Places = dict[KeyPath, str]
 
 
 class _Loader(yaml.SafeLoader):
@@ -29,13 +35,13 @@ for _side in (_Loader, _Dumper):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Returns the checked config of a YAML file, with `key.sub=value` overrides applied on top.
+    """Returns the checked config of a YAML file laid over its bases, with `key.sub=value` overrides applied on top.
 
-    Raises ConfigError for a missing file, YAML that does not parse, a duplicate or unknown key, a wrong
-    type or value, and settings that contradict each other.
+    Raises ConfigError for a missing file, YAML that does not parse, bases that name each other, a duplicate or
+    unknown key, a wrong type or value, and settings that contradict each other.
     """
     path = Path(path)
-    raw, places = _read_yaml(path)
+    raw, places = _read_with_bases(path)
     for override in overrides or []:
         _apply_override(raw, places, override)
     _inherit_train(raw)
@@ -54,15 +60,85 @@ def dump_config(config: Config) -> str:
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+def _read_with_bases(path: Path) -> tuple[dict[str, Any], Places]:
+    layers = _layers(path, (), set())
+    if len(layers) == 1:
+        return layers[0]
+    merged: dict[str, Any] = {}
+    places: Places = {}
+    for raw, raw_places in layers:
+        _lay_over(merged, places, raw, raw_places, ())
+    return merged, places
+
+
+def _layers(path: Path, chain: tuple[Path, ...], seen: set[Path]) -> list[tuple[dict[str, Any], Places]]:
+    """Returns the content of a file after that of its bases; a file that several name comes once, where it is named first."""
+    raw, places = _read_yaml(path)
+    base, place = raw.pop("base", []), places.get(("base",), "")
+    names = [base] if isinstance(base, str) else base
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names) or (place and not names):
+        raise ConfigError(f"{place}: `base` is {base!r}; expected the path of a YAML file, relative to this one, or a list of them.")
+    for inside in [key for key in places if key[0] == "base"]:
+        del places[inside]
+    chain = (*chain, path)
+    layers = []
+    for name in names:
+        file = _beside(path, name)
+        if not file.is_file():
+            raise ConfigError(f"{place}: `base` names {name}, but there is no file {file}. {_near_file(file)}")
+        ring = [known.resolve() for known in chain]
+        if file.resolve() in ring:
+            circle = " -> ".join(map(str, [*chain[ring.index(file.resolve()) :], file]))
+            raise ConfigError(f"{place}: `base` goes in a circle: {circle}. Remove one of these.")
+        if file.resolve() not in seen:
+            seen.add(file.resolve())
+            layers += _layers(file, chain, seen)
+    return [*layers, (raw, places)]
+
+
+def _beside(path: Path, name: str) -> Path:
+    joined = path.parent / name
+    short = Path(os.path.normpath(joined))  # `a/../b` as `b`, unless a link makes that another file
+    return short if short.resolve() == joined.resolve() else joined
+
+
+def _lay_over(below: dict[str, Any], places: Places, above: dict[str, Any], above_places: Places, prefix: KeyPath) -> None:
+    """Changes `below` and its places: mappings merge key by key, anything else replaces, null takes away what is below."""
+    for name, value in above.items():
+        key = (*prefix, name)
+        if isinstance(value, dict):
+            if not isinstance(below.get(name), dict):
+                _forget(places, key)
+                below[name] = {}
+            if key in above_places:
+                places[key] = above_places[key]
+            _lay_over(below[name], places, value, above_places, key)
+            continue
+        _forget(places, key)
+        if value is None and name in below and "architecture" not in prefix:  # in there, null is a value of transformers
+            del below[name]
+            continue
+        below[name] = value
+        places.update({inside: place for inside, place in above_places.items() if inside[: len(key)] == key})
+
+
+def _forget(places: Places, key: KeyPath) -> None:
+    for inside in [place for place in places if place[: len(key)] == key]:
+        del places[inside]
+
+
+def _near_file(path: Path) -> str:
+    near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.yaml")], n=1)
+    return f"Did you mean {path.parent / near[0]}?" if near else "Give the path of a YAML file; see configs/."
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], Places]:
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.yaml")], n=1)
-        hint = f"Did you mean {path.parent / near[0]}?" if near else "Give the path of a YAML file; see configs/."
-        raise ConfigError(f"{path}: no such config file. {hint}")
+        raise ConfigError(f"{path}: no such config file. {_near_file(path)}")
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=_Loader)
-        places: dict[KeyPath, str] = {}
+        places: Places = {}
         if node is not None:
             _record_places(node, (), path, places)
         raw = _Loader(text).get_single_data()
@@ -74,7 +150,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     return raw, places
 
 
-def _record_places(node: yaml.Node, prefix: KeyPath, path: Path, places: dict[KeyPath, str]) -> None:
+def _record_places(node: yaml.Node, prefix: KeyPath, path: Path, places: Places) -> None:
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
             key = (*prefix, key_node.value)
@@ -89,7 +165,7 @@ def _record_places(node: yaml.Node, prefix: KeyPath, path: Path, places: dict[Ke
             _record_places(item, (*prefix, index), path, places)
 
 
-def _apply_override(raw: dict[str, Any], places: dict[KeyPath, str], override: str) -> None:
+def _apply_override(raw: dict[str, Any], places: Places, override: str) -> None:
     name, equals, value = override.partition("=")
     if not equals or not name:
         raise ConfigError(f"override `{override}`: expected `key.sub=value`, for example `train.epochs=1`.")
@@ -106,8 +182,7 @@ def _apply_override(raw: dict[str, Any], places: dict[KeyPath, str], override: s
             section[key] = {}
         section = section[key]
     section[keys[-1]] = parsed
-    for inside in [place for place in places if place[: len(keys)] == tuple(keys)]:
-        del places[inside]  # what the file says there is replaced
+    _forget(places, tuple(keys))  # what the file says there is replaced
     for depth in range(len(keys)):  # an error inside the value is the override's, not the file's
         places.setdefault(tuple(keys[: depth + 1]), f"override `{override}`")
     places[tuple(keys)] = f"override `{override}`"
@@ -120,13 +195,15 @@ def _inherit_train(raw: dict[str, Any]) -> None:
         reference["train"] = {**raw.get("train", {}), **reference["train"]}
 
 
-def _explain(detail: Any, path: Path, places: dict[KeyPath, str]) -> str:
+def _explain(detail: Any, path: Path, places: Places) -> str:
     location: KeyPath = tuple(detail["loc"])
     place = next((places[location[:n]] for n in range(len(location), 0, -1) if location[:n] in places), str(path))
     name = _dotted(location)
     match detail["type"]:
+        case "extra_forbidden" if name == "base":
+            return f"{place}: `base` belongs into a file, where it names the files that it builds on. Remove it here."
         case "extra_forbidden":
-            known = _fields_at(location[:-1])
+            known = _fields_at(location[:-1]) + (["base"] if len(location) == 1 else [])
             remedy = did_you_mean(str(location[-1]), known, f"Known keys here: {', '.join(known)}.")
             return f"{place}: `{name}` is an unknown key. {remedy}"
         case "missing":

@@ -179,6 +179,17 @@ def import_deepspeed():  # type: ignore[no-untyped-def]
     return deepspeed
 
 
+def release_parameter_group() -> None:
+    """Ends the group of ranks that `zero_hpz_partition_size` made. DeepSpeed keeps it for the whole process, and then
+    refuses to make it for the next engine. All ranks call it."""
+    from deepspeed.utils import groups
+
+    group = groups._get_zero_param_intra_parallel_group()
+    if group is not None:
+        torch.distributed.destroy_process_group(group)
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+
+
 def check_zero_section(section: dict[str, Any], where: str) -> None:
     """Raises ConfigError for a key or value that DeepSpeed's own schema of `zero_optimization` refuses."""
     import_deepspeed()
