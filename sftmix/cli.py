@@ -138,6 +138,7 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         inspect(config, num_examples=options.num)
         return 0
+    os.umask(0o077)  # data and weights are the user's own
     only = None if options.command == "run" else options.command
     how = {"force": getattr(options, "force", False), "restart": options.restart}
     from sftmix.pipeline import run_pipeline
@@ -145,11 +146,7 @@ def _dispatch(options: argparse.Namespace) -> int:
     if config.engine.num_processes > 1 and "RANK" not in os.environ:
         from sftmix.launcher import launch
 
-        if only in (None, "data"):  # one process tokenises: ranks that wait for it would only hold GPUs
-            run_pipeline(config, only="data", **how)
-        if only != "data":
-            return launch(config, options.config, options.overrides, only=only, **how)
-        return 0
+        return launch(config, options.config, options.overrides, only=only, **how)
     run_pipeline(config, only=only, **how)
     return 0
 

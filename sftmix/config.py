@@ -142,6 +142,12 @@ class ConfidenceConfig(Section):
         "forwards, one per epoch, no pass at all.",
     )
     compare: list[ScoreMode] = Field(default_factory=list, description="Further modes, scored too; the report shows how far they agree.")
+    online_from_epoch: Int = Field(
+        1,
+        ge=1,
+        description="First epoch of the reference run that online scores count. In the first epoch of a model with random weights a loss "
+        "says more about when an example was seen than about the example: 2 there.",
+    )
     models: list[ModelConfig] = Field(default_factory=list, description="Score with these models instead; there is no reference run then.")
     scores: str | None = Field(None, description="Use this published score table (folder or Hub name) instead; nothing is scored.")
     scores_revision: str | None = Field(None, description="Commit, tag or branch of a table on the Hub.")
@@ -163,6 +169,8 @@ class ConfidenceConfig(Section):
             raise ValueError("`mode` and `compare` are about the reference run, and with `models` or `scores` there is none")
         if self.mode in self.compare or len(set(self.compare)) < len(self.compare):
             raise ValueError("`compare` names modes other than `mode`, each once")
+        if self.online_from_epoch > 1 and "online" not in self.modes:
+            raise ValueError("`online_from_epoch` belongs to the mode online, which is neither `mode` nor in `compare`")
         if self.scores is None and (self.scores_revision or self.scores_column or self.allow_differences):
             raise ValueError("`scores_revision`, `scores_column` and `allow_differences` belong to `scores`")
         return self
@@ -269,6 +277,13 @@ class Config(Section):
             raise ValueError("`tokenizer`: give `path` or `train`, not both")
         if not (self.tokenizer.path or self.tokenizer.train or self.model.path):
             raise ValueError("`tokenizer`: a model with random weights needs `tokenizer.path` or `tokenizer.train`")
+        return self
+
+    @model_validator(mode="after")
+    def _online_has_epochs(self) -> Config:
+        if "online" in self.confidence.modes and self.confidence.online_from_epoch > self.reference_train.epochs:
+            given, epochs = self.confidence.online_from_epoch, self.reference_train.epochs
+            raise ValueError(f"`confidence.online_from_epoch` is {given}, and the reference run has {epochs} epochs")
         return self
 
     @property

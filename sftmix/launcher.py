@@ -2,44 +2,88 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
+from sftmix import guard
 from sftmix.config import Config
+from sftmix.stopping import STOP_FILE
 
 RUN_SCRIPT = Path(__file__).resolve().parent / "launch" / "run.py"
 
 
 def launch(config: Config, config_path: str, overrides: list[str], *, only: str | None, force: bool, restart: bool) -> int:
-    """Runs `deepspeed launch/run.py` with `engine.num_processes` ranks and returns its exit code.
+    """Prepares the data in this process, runs `deepspeed launch/run.py` with `engine.num_processes` ranks, and returns its exit code.
 
-    DeepSpeed's launcher exits with 0 when it is killed itself, so success is believed only if the output is there:
-    current, and, where it was to be made again, new.
+    SIGTERM and SIGUSR1 ask the ranks to save and stop. DeepSpeed's launcher exits with 0 when it is killed itself, so success is
+    believed only if the output is there: current, and, where it was to be made again, new.
     """
     from sftmix.artifacts import MANIFEST
-    from sftmix.engine.distributed import free_port, has_gpu
-    from sftmix.pipeline import first_unfinished_stage, folder_of_last
+    from sftmix.pipeline import first_unfinished_stage, folder_of_last, run_pipeline
 
-    count = config.engine.num_processes
-    goal = folder_of_last(config, only) / MANIFEST
-    before = goal.stat().st_ino if goal.exists() else None
-    command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_accelerators", str(count),
-        "--master_addr", "127.0.0.1", "--master_port", str(free_port()),
-        str(RUN_SCRIPT), config_path, *overrides, *(["--stage", only] if only else []),
-        *(["--force"] if force else []), *(["--restart"] if restart else []),
+    with guard.holding(config) as hold, _environment(config, hold.attempt) as environment:
+        if only in (None, "data"):  # one process tokenises: ranks that wait for it would only hold GPUs
+            run_pipeline(config, only="data", force=force, restart=restart)
+        if only == "data":
+            return 0
+        goal = folder_of_last(config, only) / MANIFEST
+        before = goal.stat().st_ino if goal.exists() else None
+        options = [*(["--stage", only] if only else []), *(["--force"] if force else []), *(["--restart"] if restart else [])]
+        with _asking_to_stop(config.run.dir / STOP_FILE):
+            code = subprocess.run([*_launcher(config), config_path, *overrides, *options], env=environment, check=False).returncode
+        if code:
+            return code
+        unfinished = first_unfinished_stage(config, only)
+        if unfinished or (force and goal.stat().st_ino == before):
+            print(f"sftmix: the launcher ended, but {unfinished or only} was not published: it was killed. Start again.", file=sys.stderr)
+            return 1
+        return 0
+
+
+def _launcher(config: Config) -> list[str]:
+    from sftmix.engine.distributed import free_port
+
+    return [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_accelerators", str(config.engine.num_processes),
+        "--master_addr", "127.0.0.1", "--master_port", str(free_port()), str(RUN_SCRIPT),
     ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def _environment(config: Config, attempt: int) -> Iterator[dict[str, str]]:
+    """Yields the ranks' environment. This process joins its own claim too, for the stage that it runs itself."""
+    from sftmix.engine.distributed import has_gpu
+
+    os.environ[guard.ATTEMPT] = str(attempt)
     environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.engine.num_processes)))
     if not has_gpu():
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    code = subprocess.run(command, env=environment, check=False).returncode
-    if code:
-        return code
-    unfinished = first_unfinished_stage(config, only)
-    if unfinished or (force and goal.stat().st_ino == before):
-        print(f"sftmix: the launcher ended, but {unfinished or only} was not published: it was killed. Start again.", file=sys.stderr)
-        return 1
-    return 0
+    try:
+        yield environment
+    finally:
+        del os.environ[guard.ATTEMPT]
+
+
+@contextlib.contextmanager
+def _asking_to_stop(stop_file: Path) -> Iterator[None]:
+    """Turns SIGTERM and SIGUSR1 into a file that rank 0 looks for after each step: the launcher between would rather kill the ranks.
+    A second SIGTERM ends this process, and the ranks with it."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop_file.write_text(f"{signal.Signals(number).name} was received\n", encoding="utf-8")
+        if number == signal.SIGTERM:
+            signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

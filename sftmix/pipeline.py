@@ -17,12 +17,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sftmix import artifacts, work
+from sftmix import artifacts, guard, work
 from sftmix.config import Config, ModelConfig
 from sftmix.config_file import dump_config
 from sftmix.deepspeed_json import read_deepspeed_json
 from sftmix.errors import ArtifactError
-from sftmix.stopping import STOP_FILE, StopRequest
+from sftmix.fence import Fence
+from sftmix.stopping import StopRequest
 from sftmix.work import Identity
 
 if TYPE_CHECKING:
@@ -165,16 +166,32 @@ def run_pipeline(
     Under a launcher every rank calls it: rank 0 decides, and runs the stages without a model alone, while the
     others wait to be joined. Raises ArtifactError where `only` misses an input.
     """
-    from sftmix.engine.distributed import environment_rank, init_ranks
+    from sftmix.engine.distributed import environment_rank
 
     stages = stages_of(config)
     if only is not None and only not in {stage.name for stage in stages}:
         if only == "reference":
             raise ArtifactError("there is no stage 'reference' in this config: confidence.models or confidence.scores takes its place.")
         raise ArtifactError(f"the stage {only!r} is switched off in this config (baseline.enabled is false). Switch it on.")
+    hold: Fence | None = None
+    with contextlib.ExitStack() as held:
+        if environment_rank() == 0:
+            hold = held.enter_context(guard.holding(config))
+        try:
+            _run_stages(config, stages, hold, only=only, force=force, restart=restart, say=say)
+        except BaseException as error:
+            guard.end_watch(error)
+            raise
+        guard.end_watch(None)
+    return config.run.dir / next(stage.folder for stage in reversed(stages) if only in (None, stage.name))
+
+
+def _run_stages(
+    config: Config, stages: list[Stage], hold: Fence | None, *, only: str | None, force: bool, restart: bool, say: Callable[[str], None]
+) -> None:
+    from sftmix.engine.distributed import environment_rank, init_ranks
+
     is_main = environment_rank() == 0
-    if is_main:
-        _claim_run_folder(config)
     folder_of = {stage.name: config.run.dir / stage.folder for stage in stages}
     stop = StopRequest(config.run.dir, wall_clock_minutes=config.limits.wall_clock_minutes)
     digests: dict[str, str] = {}
@@ -185,6 +202,8 @@ def run_pipeline(
             continue
         if stage.needs_engine and ranks is None:
             ranks = init_ranks()
+            guard.start_watch(config, ranks, hold)
+        guard.note(phase=stage.name, can_stall=stage.needs_engine)
         if not is_main and not stage.needs_engine:
             continue
         folder, title = folder_of[stage.name], f"[{number}/{len(stages)}] {stage.name}"
@@ -228,7 +247,6 @@ def run_pipeline(
             break
     if ranks is not None:
         ranks.barrier()
-    return folder_of[only or stages[-1].name]
 
 
 def folder_of_last(config: Config, only: str | None) -> Path:
@@ -293,19 +311,3 @@ def _publishing(stage: Stage, context: StageContext, settings: dict[str, Any], i
     with artifacts.publish(context.folder, stage=stage.name, settings=settings, inputs=inputs, facts=context.facts) as staging:
         context.folder = staging
         yield
-
-
-def _claim_run_folder(config: Config) -> None:
-    """Creates the run folder, with the resolved config in it. Refuses a folder that holds something else."""
-    folder = config.run.dir
-    if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"run.dir: {folder} is a file. Name a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
-        raise ArtifactError(f"run.dir: {folder} is not empty and is no run folder. Name another, or an empty one.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / STOP_FILE).unlink(missing_ok=True)  # it was meant for an earlier start
-        if not (folder / "config.yaml").is_file():
-            artifacts.write_text(folder / "config.yaml", dump_config(config))
-    except OSError as error:
-        raise ArtifactError(f"run.dir: {folder} cannot be written: {error.strerror}. Name another folder.") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,8 @@ def run_score(context: StageContext) -> None:
         if mode in ("live", "online"):
             assert reference is not None
             nll_sum = read_sums(reference / f"{mode}.parquet", len(examples))
+            if mode == "online":
+                nll_sum = dict(sorted(nll_sum.items())[config.confidence.online_from_epoch - 1 :])
         elif mode == "checkpoints":
             steps = context.facts_of("reference")["checkpoint_steps"]
             folders = {step: context.inputs["reference"] / "checkpoints" / checkpoint_name(step) for step in steps}
@@ -210,10 +213,17 @@ def _train(
     finally:
         context.stop.close()
     if ranks.is_main:
-        for path in kept.iterdir():
-            path.rename(context.folder / path.name)
+        # Linked, not moved: the checkpoints vouch for these files until the output is published.
+        shutil.copytree(kept, context.folder, copy_function=_link, dirs_exist_ok=True)
     context.facts |= log.facts() | {"num_parameters": engine.num_parameters, "world_size": ranks.world_size}
     engine.close()
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another volume, or one that has no links
+        shutil.copy2(source, target)
 
 
 def run_evaluate(context: StageContext) -> None:

@@ -21,6 +21,7 @@ from sftmix.errors import ConfigError, did_you_mean
 _counters = itertools.count()
 
 # Rank 0 prepares the data before it joins the others.
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 RENDEZVOUS_LIMIT = timedelta(hours=2)
 
 
@@ -160,8 +161,28 @@ def init_ranks() -> Ranks:
 
             deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
         backend = "nccl" if has_gpu() else "gloo"
+        if os.environ["MASTER_ADDR"] in LOOPBACK and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+            _join_over_loopback(backend)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_LIMIT)
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
+
+
+def _join_over_loopback(backend: str) -> None:
+    """Joins ranks that are all on this machine, so that no other machine can reach them: torch's own store listens on every
+    interface, whatever address it is given, and anyone who reaches it can write to it."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, "lo")
+    where = ("127.0.0.1", int(os.environ["MASTER_PORT"]))
+    options: dict[str, Any] = {"world_size": world_size, "timeout": RENDEZVOUS_LIMIT}
+    if rank == 0:
+        listener = socket.create_server(where)
+        store = TCPStore(*where, is_master=True, master_listen_fd=listener.detach(), **options)
+    else:
+        store = TCPStore(*where, is_master=False, **options)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=RENDEZVOUS_LIMIT)
 
 
 def import_deepspeed():  # type: ignore[no-untyped-def]

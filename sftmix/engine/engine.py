@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sftmix import guard
 from sftmix.config import Config, ModelConfig, TrainConfig
 from sftmix.data.batches import MicroBatch, StepCounts
 from sftmix.data.template import marker_ids
@@ -122,6 +123,7 @@ class Engine:
 
     def forward_backward(self, batch: MicroBatch, counts: StepCounts, objective: Objective, *, is_last: bool) -> MicroBatchLoss:
         """Runs one micro-batch of a step and accumulates its gradients; `is_last` says that the step ends with it."""
+        guard.tick()
         batch = batch.to(self.ranks.device)
         self._deepspeed.set_gradient_accumulation_boundary(is_last)
         request = loss_request(objective, batch, counts, backend=self.backend)
@@ -166,6 +168,7 @@ class Engine:
     def score(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Returns (T,) float32 losses in nats of a micro-batch's response tokens, and (T,) bool: would greedy
         decoding have chosen each. On the CPU."""
+        guard.tick()
         was_training = self.module.training
         self._deepspeed.eval()
         batch = batch.to(self.ranks.device)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from sftmix import artifacts, faults
+from sftmix.checkpoints import OWN_DIGEST
 from sftmix.config import Config
 from sftmix.data.batches import TokenisedExamples
 from sftmix.data.tokenizer import tokenizer_from
@@ -49,7 +50,7 @@ def config_of(**checkpoint):
             "tokenizer": {"path": str(FOLDER / "data" / "tokenizer")},
             "data": {"generator": {}},
             "train": {"learning_rate": 3e-3, "micro_batch_tokens": 300},
-            "engine": {"zero_stage": STAGE, "precision": "fp32"},
+            "engine": {"zero_stage": STAGE, "precision": os.environ.get("PRECISION", "fp32")},
             "checkpoint": checkpoint,
         }
     )
@@ -97,7 +98,7 @@ def run(name, *, stop_after=None, stop_rank=0, fault="", limit=5, fingerprint="f
         os.environ.pop("SFTMIX_FAULT", None)
     digest = hashlib.sha256()
     for _, tensor in engine.named_tensors():
-        digest.update(tensor.detach().cpu().numpy().tobytes())
+        digest.update(tensor.detach().cpu().float().numpy().tobytes())
     log.finish()
     engine.close()
     ranks.barrier()
@@ -260,6 +261,8 @@ def payload():
         manifest = json.loads((folder / "manifest.json").read_text())
         for file, entry in manifest["files"].items():
             entry |= {"size": (folder / file).stat().st_size, "sha256": artifacts.sha256_of_file(folder / file)}
+        del manifest["facts"][OWN_DIGEST]
+        manifest["facts"][OWN_DIGEST] = artifacts.fingerprint(manifest)
         artifacts.write_json(folder / "manifest.json", manifest)
     ranks.barrier()
     try:

@@ -126,6 +126,21 @@ def test_scoring_inside_the_run_leaves_the_training_as_it_is(all_modes, tmp_path
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
+def test_the_first_epochs_of_online_scores_can_be_left_out(all_modes):
+    folder, _ = all_modes
+    later = ["confidence.mode=online", "confidence.compare=[checkpoints,live]", "confidence.online_from_epoch=2"]
+    shutil.copytree(folder, copy_of := folder.with_name("later"))
+    sftmix("score", QUICKSTART, *OPTIONS, f"run.dir={copy_of}", *later)
+    _, everything = tables(folder, "compared", "online")
+    perplexities, mean = tables(copy_of)
+    assert sorted(set(perplexities["checkpoint"])) == [8, 12]
+    expected = -perplexities.groupby("example_id")["perplexity"].mean()
+    assert np.allclose(mean.set_index("example_id")["confidence"].loc[expected.index], expected, rtol=1e-12)
+    assert not np.allclose(mean["confidence"], everything["confidence"])
+    refused = sftmix("score", QUICKSTART, *OPTIONS, f"run.dir={copy_of}", *later[:2], "confidence.online_from_epoch=4", check=False)
+    assert refused.returncode == 2 and "`confidence.online_from_epoch` is 4, and the reference run has 3 epochs" in refused.stderr
+
+
 def test_online_scores_are_the_losses_of_the_weights_that_saw_the_batch(tmp_path, num_ranks):
     """With a learning rate that moves nothing they are the losses of the first weights, in every epoch and on any rank."""
     options = [*OPTIONS, f"run.dir={tmp_path / 'run'}", "train.learning_rate=1e-30", f"engine.num_processes={num_ranks}"]

@@ -1,0 +1,147 @@
+"""What keeps the processes of a run honest: one writer per run folder, and ranks that end together.
+
+`holding` makes this run the only writer of its folder (`sftmix/fence.py`). `start_watch` and `end_watch` start
+the heartbeats of all ranks (`sftmix/engine/watch.py`) and end them: in peace where all ranks end in the same way, else with the first
+cause, on all ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import threading
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sftmix import artifacts, fence, processes
+from sftmix.config import Config
+from sftmix.config_file import dump_config
+from sftmix.engine.watch import Watch, listen
+from sftmix.errors import ArtifactError, SftmixError
+from sftmix.stopping import STOP_FILE
+
+if TYPE_CHECKING:
+    from sftmix.engine.distributed import Ranks
+
+ATTEMPT = "SFTMIX_ATTEMPT"  # number of the attempt that the command has claimed, for the ranks that it starts
+_is_rank = "RANK" in os.environ
+# Looked for before torch is imported, which takes seconds: a launcher that ended before it is looked for is never missed.
+_launchers = processes.launchers() if _is_rank else []
+_watch: Watch | None = None
+_stall_seconds: float | None = None
+
+
+@contextlib.contextmanager
+def holding(config: Config) -> Iterator[fence.Fence]:
+    """Makes this run the only writer of its folder: claims it, or joins the claim of the command that started this rank, and
+    shows every second that it is alive. Rank 0 or the command only. Raises ArtifactError where another run writes to it."""
+    given = os.environ.get(ATTEMPT)
+    if given:
+        hold = fence.join(config.run.dir, int(given))
+    else:
+        _make_run_folder(config)
+        hold = fence.claim(config.run.dir)
+        (config.run.dir / STOP_FILE).unlink(missing_ok=True)  # it was meant for an earlier start
+        _own_extensions(config.run.dir / "extensions")
+    artifacts.before_publishing(hold.check)
+    done = threading.Event()
+    thread = threading.Thread(target=_renew_until, args=(hold, done), daemon=True)
+    thread.start()
+    try:
+        yield hold
+    finally:
+        done.set()
+        thread.join()
+        artifacts.before_publishing(None)
+        if not given:
+            hold.release()
+
+
+def _renew_until(hold: fence.Fence, done: threading.Event) -> None:
+    while not done.wait(1.0):
+        with contextlib.suppress(OSError, SftmixError):  # superseded: what is to be published will be refused
+            hold.renew()
+
+
+def _make_run_folder(config: Config) -> None:
+    """Creates the run folder, with the resolved config in it. Refuses a folder that holds something else."""
+    folder = config.run.dir
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"run.dir: {folder} is a file. Name a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
+        raise ArtifactError(f"run.dir: {folder} is not empty and is no run folder. Name another, or an empty one.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "config.yaml").is_file():
+            artifacts.write_text(folder / "config.yaml", dump_config(config))
+    except OSError as error:
+        raise ArtifactError(f"run.dir: {folder} cannot be written: {error.strerror}. Name another folder.") from None
+
+
+def _own_extensions(folder: Path) -> None:
+    """Lets torch build extensions in the run folder. A build that was killed leaves a lock on which every later one waits for ever,
+    and says nothing; in a folder that has one writer, whose claim is new, any lock is such a one."""
+    if os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder.resolve())) == str(folder.resolve()):
+        for lock in folder.rglob("lock"):
+            lock.unlink()
+
+
+def start_watch(config: Config, ranks: Ranks, hold: fence.Fence | None) -> None:
+    """Starts the heartbeat of this rank. All ranks call it, once they are joined; rank 0 with its hold of the run folder."""
+    global _watch, _stall_seconds
+    if (ranks.world_size == 1 and not _launchers) or _watch is not None:
+        return
+    places = ranks.gather_texts(str(sorted(processes.place().items(), key=str)))
+    is_one_host = len(set(places)) == 1
+    listener, port = listen("127.0.0.1" if is_one_host else "") if ranks.is_main else (None, 0)
+    token, number, attempt = ranks.text_from_main(f"{secrets.token_hex(16)} {port} {hold.attempt if hold else 0}").split()
+    if hold is None:
+        hold = fence.join(config.run.dir, int(attempt))
+        artifacts.before_publishing(hold.check)
+    address = "127.0.0.1" if is_one_host else socket.gethostbyname(os.environ["MASTER_ADDR"])
+    _watch = Watch(
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        address=(address, int(number)),
+        token=token,
+        folder=config.run.dir / "logs",
+        listener=listener,
+        silent_seconds=config.limits.silent_seconds,
+        on_beat=hold.check if ranks.is_main else None,
+        launchers=_launchers,
+    )
+    _stall_seconds = 60 * config.limits.stall_minutes
+    _watch.start()
+
+
+def note(*, phase: str, can_stall: bool) -> None:
+    """Says what this rank begins to do, for the message if it stops doing it. can_stall: is it a fault if nothing gets on for long?
+    What rank 0 does alone is no such thing."""
+    if _watch is not None:
+        _watch.phase, _watch.step = phase, 0
+        _watch.stall_seconds = _stall_seconds if can_stall else None
+
+
+def tick() -> None:
+    """Says that this rank gets on: a micro-batch, a unit of work."""
+    if _watch is not None:
+        _watch.step += 1
+
+
+def end_watch(error: BaseException | None) -> None:
+    """Ends the heartbeat: in peace, or, after an error that is this rank's alone, by ending all ranks with it (never returns then)."""
+    global _watch
+    watch, _watch = _watch, None
+    if watch is None:
+        return
+    if error is None or isinstance(error, KeyboardInterrupt) or (isinstance(error, SftmixError) and error.on_all_ranks):
+        watch.close()
+    elif isinstance(error, SftmixError):
+        watch.exit_code = 2
+        watch.fail(str(error))
+    else:
+        watch.fail("".join(traceback.format_exception(error)).strip())

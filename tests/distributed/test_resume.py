@@ -1,0 +1,140 @@
+"""A training run that is stopped, damaged, or moved to other ranks goes on as if nothing had happened, or says why it does not.
+
+One set of real ranks runs all scenarios of `resume_worker.py`; the oracle is an undisturbed run of the same build.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from processes import run_ranks, sftmix
+from tiny import TINY
+
+pytestmark = pytest.mark.distributed
+WORKER = Path(__file__).parent / "resume_worker.py"
+NTP = "loss/ntp (nats/token)"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with the data stage of the tiny recipe."""
+    folder = tmp_path_factory.mktemp("resume")
+    sftmix("data", "configs/quickstart.yaml", *TINY, f"run.dir={folder}")
+    return folder
+
+
+def outcomes(folder, num_ranks, stage, *scenarios):
+    run_ranks(WORKER, num_ranks, str(folder), str(stage), str(folder / "result.json"), *scenarios)
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def two_ranks(data):
+    return outcomes(data, 2, 3)
+
+
+def assert_same(outcome, undisturbed):
+    assert not any(outcome["errors"]), outcome["errors"]
+    assert outcome["lines"] == undisturbed["lines"] and outcome["weights"] == undisturbed["weights"]
+
+
+def stopped_after(outcome):
+    """Returns the step after which a run was stopped, the same on all ranks."""
+    assert len(set(outcome["errors"])) == 1 and outcome["errors"][0].startswith("StoppedError: stopped after step "), outcome["errors"]
+    return int(outcome["errors"][0].split("stopped after step ")[1].split(":")[0])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_resumed_runs_are_undisturbed_ones_for_every_zero_stage(data, stage):
+    results = outcomes(data, 1, stage, "undisturbed", "stopped_twice", "in_background")
+    assert_same(results["stopped_twice"][-1], results["undisturbed"])
+    assert_same(results["in_background"][-1], results["undisturbed"])
+
+
+def test_a_run_stopped_twice_has_the_losses_and_weights_of_one_that_was_not(two_ranks):
+    first, second, last = two_ranks["stopped_twice"]
+    # A request on one rank stops all, after the same step; the second stop is in the next epoch.
+    assert [stopped_after(first), stopped_after(second)] == [3, 7] and second["steps"][:2] == [7, 6]
+    assert_same(last, two_ranks["undisturbed"])
+    assert two_ranks["undisturbed"]["lines"][-1]["epoch"] == 1
+
+
+def test_files_written_in_the_background_hold_the_state_of_their_step(two_ranks):
+    first, last = two_ranks["in_background"]
+    assert stopped_after(first) == 8 and first["steps"] == [8, 6]
+    assert_same(last, two_ranks["undisturbed"])
+
+
+def test_retention_keeps_the_newest_and_every_fourth(two_ranks):
+    assert two_ranks["retention"]["steps"] == [11, 10, 8, 4]
+
+
+def test_every_damage_is_found_before_use_and_the_checkpoint_before_it_taken(two_ranks):
+    assert len(two_ranks["damaged"]) >= 12
+    for what, outcome in two_ranks["damaged"].items():
+        if what == "manifest.json one short":  # the newline at its end: the content is whole
+            assert stopped_after(outcome) == 7
+        else:
+            assert stopped_after(outcome) == 4, what  # went on after step 3, not 6
+            assert "step_000006.damaged" in outcome["left"], what  # set aside, not deleted
+
+
+def test_hints_junk_clocks_and_swapped_files(two_ranks):
+    after = {what: stopped_after(outcome) for what, outcome in two_ranks["hints"].items()}
+    assert {step for what, step in after.items() if what.startswith("latest")} == {7}
+    assert after["swapped ranks"] == 4 and after["swapped steps"] == 1
+
+
+def test_a_disk_that_fails_on_one_rank_is_one_error_on_all_and_nothing_is_lost(two_ranks):
+    for what, outcome in two_ranks["full_disk"].items():
+        if what.endswith("again"):
+            assert_same(outcome, two_ranks["undisturbed"])
+        else:
+            assert len(set(outcome["errors"])) == 1, what
+            assert outcome["errors"][0].startswith("ArtifactError: the checkpoint of step 8 could not be"), outcome["errors"]
+            assert outcome["steps"] == [6, 3], what
+    for action, words in (("enospc", "No space left"), ("edquot", "quota"), ("erofs", "Read-only")):
+        message = two_ranks["full_disk"][f"checkpoint.write 1 {action}"]["errors"][0]
+        assert words in message and "rank 1 on " in message and "_states.pt" in message and "GiB free" in message and "needed" in message
+
+
+def test_short_writes_are_completed(two_ranks):
+    first, last = two_ranks["short_writes"]
+    assert stopped_after(first) == 4
+    assert_same(last, two_ranks["undisturbed"])
+
+
+def test_a_late_rank_is_waited_for(two_ranks):
+    first, last = two_ranks["slow_rank"]
+    assert stopped_after(first) == 4 and first["steps"] == [4, 2]
+    assert_same(last, two_ranks["undisturbed"])
+
+
+def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(two_ranks):
+    assert set(two_ranks["other_run"]["errors"]) == {next(iter(two_ranks["other_run"]["errors"]))}
+    assert 'settings.learning_rate: "f" before, "g" now' in two_ranks["other_run"]["errors"][0]
+
+
+def test_nothing_in_a_state_file_is_run(two_ranks):
+    assert two_ranks["payload"] == {"refused": "UnpicklingError", "has_run": False}
+
+
+@pytest.mark.parametrize(("stage", "precision", "bound"), [(3, "fp32", 1e-6), (1, "fp32", 1e-6), (3, "bf16", 5e-4)])
+def test_other_numbers_of_ranks_go_on_with_the_same_examples(data, monkeypatch, stage, precision, bound):
+    monkeypatch.setenv("DROPOUT", "0")  # its streams belong to ranks
+    monkeypatch.setenv("PRECISION", precision)
+    folder = data / f"elastic-{stage}-{precision}"
+    folder.mkdir()
+    os.symlink(data / "data", folder / "data")
+    pairs = {}
+    for num_ranks in (2, 1, 4, 2):
+        results = outcomes(folder, num_ranks, stage, "undisturbed", "two_checkpoints", "from_other_ranks")
+        for source, outcome in results["from_other_ranks"].items():
+            lines = results["undisturbed"]["lines"]
+            assert not any(outcome["errors"]) and [line["step"] for line in outcome["lines"]] == [line["step"] for line in lines]
+            pairs[source, num_ranks] = max(abs(a[NTP] - b[NTP]) for a, b in zip(outcome["lines"], lines, strict=True))
+            # lam and its mean are a function of the plan alone: the same pairs in the same steps
+            assert [line["mixup/lam (mean)"] for line in outcome["lines"]] == [line["mixup/lam (mean)"] for line in lines]
+    assert pairs.keys() >= {("2", 1), ("2", 4), ("1", 4), ("4", 2), ("1", 2)}
+    assert max(pairs.values()) <= bound, pairs
