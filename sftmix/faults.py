@@ -11,6 +11,7 @@ At the `hit`-th time (from 1; `*`: every time) that rank `rank` (`*`: any) passe
     short-write  the site is told to write only a part at once, as the system may at any time
     sleep        it is late by SFTMIX_FAULT_SECONDS (6)
     hold         it waits for ever without letting go of the interpreter's lock
+    segfault     it reads where nothing is;  abort: it calls abort()
 
 Without the variable a site costs one dictionary look-up. Sites are named where they stand: `faults.point("...")`.
 """
@@ -57,6 +58,10 @@ def _act(site: str, action: str) -> bool:
         time.sleep(float(os.environ.get(SECONDS, "6")))
     elif action == "hold":
         ctypes.PyDLL(None).sleep(100_000)
+    elif action == "segfault":
+        ctypes.string_at(0)
+    elif action == "abort":
+        os.abort()
     elif action != "short-write":
         raise ValueError(f"{VARIABLE}: unknown action {action!r}")
     return action == "short-write"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -239,9 +238,9 @@ def _run_stages(
         elif is_main and is_wanted:
             say(f"{title}: up to date")
         if is_main:
-            shutil.rmtree(config.run.dir / "work" / stage.name, ignore_errors=True)
             manifest = artifacts.read_manifest(folder)
             assert manifest is not None, f"{folder} was published or verified just now"
+            work.discard(config.run.dir / "work" / stage.name, manifest.fingerprint)
             digests[stage.name] = manifest.digest
         if stage.name == only:
             break

@@ -57,3 +57,4 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self._reason = f"{name} was received"
+        os.write(2, f"sftmix: {name}: the step is finished and the state saved; SIGTERM again ends at once\n".encode())

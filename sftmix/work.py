@@ -43,6 +43,13 @@ def claim(folder: Path, stage: str, identity: Identity, *, discard: bool) -> Non
     artifacts.write_json(folder / RECORD, vars(identity))
 
 
+def discard(folder: Path, fingerprint: str) -> None:
+    """Removes the work of an output that is published. Work of other settings stays: they may come back."""
+    record = _read(folder)
+    if record is None or record["fingerprint"] == fingerprint:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def refuse_if_other(folder: Path, stage: str, identity: Identity) -> None:
     """Raises ArtifactError where `folder` holds work of hours that was made with other settings or inputs."""
     record, progress = _read(folder), describe(folder)
