@@ -17,6 +17,7 @@ setup(
     packages=[
         "sftmix",
         "sftmix.data",
+        "sftmix.doctor",
         "sftmix.engine",
         "sftmix.report",
         "sftmix.kernels",

@@ -29,6 +29,7 @@ OTHERS = {
     "inspect": "show examples with their tokens coloured by the response mask",
     "export": "copy a trained model to a folder of your own",
 }
+DOCTOR = "look for what would make a run fail or compute wrong numbers, on this machine and others"
 SCORES = {
     "show": "what a score table holds, and how it was made",
     "check": "whether a score table fits the data of a config",
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "export":
             command.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
             command.add_argument("--which", default="sftmix", help="sftmix (default) or baseline")
+    _add_doctor(commands.add_parser("doctor", help=DOCTOR, description=DOCTOR[0].upper() + DOCTOR[1:] + "."))
     _add_scores(commands.add_parser("scores", help="show, check, merge or export score tables", description="Score tables as artifacts."))
     return parser
 
@@ -94,6 +96,18 @@ def _parser() -> argparse.ArgumentParser:
 def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a field, for example train.epochs=1")
+
+
+def _add_doctor(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", nargs="?", metavar="CONFIG", help="also look at what this run needs: memory, disk, network")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a field, for example run.dir=/scratch/run")
+    command.add_argument("--hostfile", type=Path, metavar="FILE", help="also look at these nodes, over ssh, and compare them with this one")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    command.add_argument("--quick", action="store_true", help="leave out what starts ranks: the gradient test and the bandwidth")
+    command.add_argument("--mend", action="store_true", help="remove stale build locks")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for name, kind in (("--nodes", int), ("--ranks", int), ("--look-for", Path)):  # for the doctors of other nodes
+        command.add_argument(name, type=kind, help=argparse.SUPPRESS)
 
 
 def _add_scores(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +129,10 @@ def _add_scores(parser: argparse.ArgumentParser) -> None:
 
 
 def _dispatch(options: argparse.Namespace) -> int:
+    if options.command == "doctor":
+        from sftmix.doctor.command import examine_machine
+
+        return examine_machine(options)
     if options.command == "scores":
         from sftmix.score_commands import run
 

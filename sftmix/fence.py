@@ -103,6 +103,15 @@ def join(folder: Path, attempt: int) -> Fence:
     return Fence(folder, attempt, record["key"])
 
 
+def holder(folder: Path, *, patience_seconds: float = 2.0) -> str | None:
+    """Returns who writes to a run folder (`attempt 3, host a, pid 7`); None for nobody. Claims nothing. Another machine's attempt is
+    alive if it renews its lease within the patience."""
+    attempts = folder / ATTEMPTS
+    last = _last_attempt(attempts)
+    alive = _living_owner(attempts, last, time.monotonic() + patience_seconds, is_new=False) if last else None
+    return None if alive is None else f"attempt {last}, {_who(alive)}"
+
+
 def _claim(folder: Path, attempts: Path, deadline: float) -> Fence:
     first = _last_attempt(attempts)
     last = first

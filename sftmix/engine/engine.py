@@ -55,7 +55,7 @@ class Engine:
         config: Config,
         model: ModelConfig,
         ranks: Ranks,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         *,
         train: TrainConfig | None = None,
         is_sharded: bool | None = None,

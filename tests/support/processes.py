@@ -1,10 +1,11 @@
 """Starts real ranks: one process each, joined over the loopback interface."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from sftmix.local_ranks import first_failure, run_local_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT_SECONDS = 600
@@ -12,37 +13,12 @@ TIME_LIMIT_SECONDS = 600
 
 def run_ranks(script: Path, num_ranks: int, *arguments: str) -> str:
     """Runs `script` on every rank; returns rank 0's output. A failing rank fails the test with its output."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(num_ranks),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), *arguments],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    try:
-        outputs = [process.communicate(timeout=TIME_LIMIT_SECONDS)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank} of {num_ranks} ended with {process.returncode}:\n{output[-4000:]}"
-    return outputs[0]
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(script), *arguments]
+    ends = run_local_ranks(command, num_ranks, limit_seconds=TIME_LIMIT_SECONDS, environment=environment)
+    failure = first_failure(ends)
+    assert failure is None, failure
+    return ends[0].output
 
 
 def sftmix(*arguments: str, check: bool = True, cwd: Path = ROOT, fault: str | None = None) -> subprocess.CompletedProcess[str]:

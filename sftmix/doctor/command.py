@@ -1,0 +1,190 @@
+"""`sftmix doctor`: every item in order, a line for each verdict, a summary, and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sftmix.config import Config
+from sftmix.doctor import build, gpus, memory, network, nodes, ranks, storage, versions
+from sftmix.doctor.findings import Finding, count, examine
+from sftmix.doctor.identity import identity
+from sftmix.doctor.need import Need
+
+Look = tuple[str, Callable[[], list[Finding]]]
+
+
+def examine_machine(options: argparse.Namespace) -> int:
+    """Returns 0 where nothing is bad, else 1. Raises ConfigError for a hostfile that cannot be used."""
+    _choose_accelerator()
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():  # what libraries print is no JSON
+        report, findings = _examine_all(options)
+    counts = count(findings)
+    if options.json:
+        print(json.dumps({**report, "counts": counts, "findings": [asdict(finding) for finding in findings]}, default=str))
+    else:
+        print(f"{counts['ok']} ok, {counts['warning']} warnings, {counts['bad']} bad, {counts['skipped']} skipped")
+    return 1 if counts["bad"] else 0
+
+
+def _examine_all(options: argparse.Namespace) -> tuple[dict[str, Any], list[Finding]]:
+    """Returns the report of this machine, with which those of other nodes are compared, and all findings."""
+    findings: list[Finding] = []
+    known = nodes.read_hostfile(options.hostfile) if options.hostfile is not None else []
+    config = _load(options, findings)
+    num_nodes = options.nodes or max(1, len(known))
+    local_ranks = max((node.slots for node in known), default=config.engine.num_processes if config else 1)
+    num_ranks = options.ranks or sum(node.slots for node in known) or local_ranks
+    if options.ranks:
+        local_ranks = -(-num_ranks // num_nodes)
+    need = _need(config, num_ranks, local_ranks, findings)
+
+    def show(found: list[Finding]) -> None:
+        findings.extend(found)
+        for finding in [] if options.json else found:
+            print(finding.line(), flush=True)
+
+    first, findings[:] = list(findings), []
+    show(first)
+    cards: list[gpus.Gpu] = []
+    show(examine("GPUs", lambda: _list_gpus(cards)))
+    for item, look in _items(config, need, cards, num_nodes=num_nodes, options=options):
+        show(examine(item, look))
+    report: dict[str, Any] = {"host": socket.gethostname(), "identity": {}}
+    if options.json or known:
+        show(examine("identity", lambda: report["identity"].update(identity(config)) or []))
+    if options.look_for is not None:
+        report["sees_run_folder"] = options.look_for.exists()
+    if known:
+        with _beside_run_folder(config) as probe:
+            arguments = _arguments(options, probe, num_nodes=num_nodes, num_ranks=num_ranks)
+            show(examine(nodes.ITEM, lambda: nodes.check_nodes(known, report, arguments)))
+    return report, findings
+
+
+def _items(
+    config: Config | None, need: Need | None, cards: list[gpus.Gpu], *, num_nodes: int, options: argparse.Namespace
+) -> Iterator[Look]:
+    """Yields the items in order, each with the function that looks at it."""
+    yield "versions", versions.check_versions
+    yield "CUDA", lambda: versions.check_driver(_torch_cuda(), cards[0].driver if cards else None)
+    offloads = need is not None and need.offload["optimizer"]
+    yield "compiler", lambda: build.check_compiler(has_gpu=bool(cards), offloads=offloads)
+    yield build.LOCKS, lambda: build.check_locks(build.extension_folders(), mend=options.mend)
+    yield build.LEFTOVERS, build.check_leftovers
+    yield "ports", network.check_ports
+    yield "host name", lambda: network.check_host_name(num_nodes=num_nodes)
+    yield "interfaces", lambda: network.check_interfaces(num_nodes=num_nodes)
+    if config is not None:
+        folder = config.run.dir
+        yield "run folder", lambda: storage.check_writable(folder)
+        yield "file system", lambda: storage.check_file_system(folder)
+        yield "other runs", lambda: storage.check_writer(folder)
+    if config is not None and need is not None:
+        meaning = f"{config.checkpoint.keep_last} + 1 checkpoints of {need.num_parameters:,} parameters, {need.num_exports} exported models"
+        yield "free space", lambda: storage.check_space(config.run.dir, needed_bytes=need.disk_bytes, meaning=meaning)
+    yield "memory", lambda: memory.check_machine(need, has_gpu=bool(cards))
+    yield "GPU memory", lambda: memory.check_gpus(need, cards)
+    yield gpus.ITEM, lambda: gpus.check_health(cards)
+    if options.quick:
+        return
+    yield "ranks", lambda: _check_ranks(need, num_gpus=len(cards))
+
+
+def _check_ranks(need: Need | None, *, num_gpus: int) -> list[Finding]:
+    on_gpus = num_gpus >= 2 and _torch_cuda() is not None
+    wanted = need.local_ranks if need is not None and need.local_ranks > 1 else 2
+    num_ranks = min(wanted, num_gpus if on_gpus else max(2, os.cpu_count() or 2))
+    result = ranks.run_ranks(num_ranks, ["gradients", "collectives"], on_gpus=on_gpus)
+    return [
+        *examine("ZeRO-3 gradients", lambda: ranks.check_gradients(result)),
+        *examine("bandwidth", lambda: ranks.check_bandwidth(result, need)),
+    ]
+
+
+def _load(options: argparse.Namespace, findings: list[Finding]) -> Config | None:
+    """Returns the config, checked as a run checks it; what is wrong with it becomes a finding."""
+    if options.config is None:
+        return None
+    loaded: list[Config] = []
+
+    def look() -> list[Finding]:
+        from sftmix.config_file import load_config
+        from sftmix.preflight import check
+
+        loaded.append(load_config(options.config, options.overrides))
+        check(loaded[0])
+        return [Finding("config", "ok", f"{options.config} loads, and a run would start.")]
+
+    findings += examine("config", look)
+    return loaded[0] if loaded else None
+
+
+def _need(config: Config | None, num_ranks: int, local_ranks: int, findings: list[Finding]) -> Need | None:
+    """Returns the need of the config's model; a model that cannot be looked at becomes a finding."""
+    if config is None:
+        return None
+    need = Need(config, num_ranks, local_ranks)
+
+    def look() -> list[Finding]:
+        words = f"{need.num_parameters:,} parameters, {need.bytes_per_weight} bytes each"
+        parts = [name for name, is_moved in need.offload.items() if is_moved]
+        return [Finding("model", "ok", f"{words}, {num_ranks} ranks{', offloaded: ' + ', '.join(parts) if parts else ''}.")]
+
+    found = examine("model", look)
+    findings += found
+    return need if found[0].verdict == "ok" else None
+
+
+def _list_gpus(cards: list[gpus.Gpu]) -> list[Finding]:
+    cards += gpus.list_gpus()
+    return []
+
+
+def _choose_accelerator() -> None:
+    """Tells DeepSpeed where there is no GPU; it would warn that it found none."""
+    with suppress(ImportError, OSError):  # a torch that cannot be imported becomes a finding later
+        from sftmix.engine.distributed import has_gpu
+
+        if not has_gpu():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _torch_cuda() -> str | None:
+    import torch
+
+    return torch.version.cuda
+
+
+@contextmanager
+def _beside_run_folder(config: Config | None) -> Iterator[Path | None]:
+    """Yields a file in the run folder, or where it will be, for other nodes to look for; it is removed at the end."""
+    path = None
+    if config is not None:
+        folder = storage.nearest_folder(config.run.dir)
+        with suppress(OSError):
+            probe = folder / f".doctor.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+            probe.write_text("sftmix doctor\n")
+            path = probe
+    try:
+        yield path
+    finally:
+        if path is not None:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _arguments(options: argparse.Namespace, probe: Path | None, *, num_nodes: int, num_ranks: int) -> list[str]:
+    """Returns the arguments of the doctor on another node."""
+    config: list[Any] = [options.config, *options.overrides] if options.config is not None else []
+    looks = ["--look-for", str(probe)] if probe is not None else []
+    return ["--json", "--quick", "--nodes", str(num_nodes), "--ranks", str(num_ranks), *looks, *config]

@@ -1,0 +1,66 @@
+"""Memory of the machine and of its GPUs, against what the model's states need."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from sftmix.doctor.findings import Finding, Verdict, gib
+from sftmix.doctor.gpus import Gpu
+from sftmix.doctor.need import Need
+
+ITEM = "memory"
+
+
+def machine_bytes() -> tuple[int, int]:
+    """Returns (limit, available): the machine's memory, or the container's where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = total
+    with suppress(OSError, ValueError, IndexError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with suppress(OSError, ValueError):
+            most = int((Path("/sys/fs/cgroup") / limit).read_text())
+            if most < total:
+                total, available = most, min(available, most - int((Path("/sys/fs/cgroup") / used).read_text()))
+    return total, available
+
+
+def check_machine(need: Need | None, *, has_gpu: bool, memory: tuple[int, int] | None = None) -> list[Finding]:
+    """The host holds the whole model while it is loaded; on CPUs, or with offload, the ranks' states too."""
+    total, available = memory or machine_bytes()
+    facts = {"total_bytes": total, "available_bytes": available}
+    have = f"{gib(total)}, {gib(available)} of it available"
+    if need is None:
+        return [Finding(ITEM, "ok", f"{have}.", facts=facts)]
+    needed = need.host_bytes(has_gpu=has_gpu)
+    facts["needed_bytes"] = needed
+    found = f"{have}; the model ({need.num_parameters:,} parameters) needs {gib(needed)} here, without activations."
+    remedy = "Use more nodes, engine.zero_stage=3, or a smaller model." if need.num_ranks > 1 else "Use more ranks, or a smaller model."
+    return [Finding(ITEM, _verdict(needed, total, available), found, remedy if needed > 0.8 * available else "", facts)]
+
+
+def check_gpus(need: Need | None, gpus: list[Gpu]) -> list[Finding]:
+    """Each GPU holds one rank's shard of the states."""
+    if need is None or not gpus:
+        return []
+    smallest = min(gpus, key=lambda gpu: gpu.total_bytes - gpu.used_bytes)
+    free = smallest.total_bytes - smallest.used_bytes
+    findings = []
+    if need.local_ranks > len(gpus):
+        found = f"{need.local_ranks} ranks are to run here, and there are {len(gpus)} GPUs."
+        findings.append(Finding("GPU memory", "bad", found, f"Use engine.num_processes={len(gpus)}, or more nodes."))
+    needed = need.gpu_bytes
+    verdict = _verdict(needed, smallest.total_bytes, free)
+    found = (
+        f"each of {need.num_ranks} ranks needs {gib(needed)} under ZeRO stage {need.config.engine.zero_stage}, without activations; "
+        f"GPU {smallest.index} has {gib(free)} free of {gib(smallest.total_bytes)}."
+    )
+    remedy = "Use more GPUs, a higher engine.zero_stage, or configs/deepspeed/zero3_offload.json." if needed > 0.8 * free else ""
+    return [*findings, Finding("GPU memory", verdict, found, remedy, {"needed_bytes": needed, "free_bytes": free})]
+
+
+def _verdict(needed: int, total: int, available: int) -> Verdict:
+    return "bad" if needed > total else "warning" if needed > 0.8 * available else "ok"

@@ -1,0 +1,125 @@
+"""What a config's model needs: bytes on a rank, on disk, and through the network. Lower bounds: activations are not in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from sftmix.config import Config, ModelConfig
+
+ADAM_BYTES = 12  # of a parameter's float32 copy and two moments
+SUM_BYTES = 4  # of the float32 sum of its gradients
+
+
+@dataclass(frozen=True)
+class Need:
+    """num_ranks: of the run, over all nodes. local_ranks: on this machine."""
+
+    config: Config
+    num_ranks: int
+    local_ranks: int
+
+    @cached_property
+    def num_parameters(self) -> int:
+        return count_parameters(self.config)
+
+    @cached_property
+    def bytes_per_weight(self) -> int:
+        from sftmix.engine.distributed import resolve_precision
+
+        return 4 if resolve_precision(self.config.engine.precision) == "fp32" else 2
+
+    @cached_property
+    def offload(self) -> dict[str, bool]:
+        """Returns whether the DeepSpeed JSON moves `optimizer` states and `param`eters to the host."""
+        from sftmix.deepspeed_json import read_deepspeed_json
+
+        path = self.config.engine.deepspeed
+        zero: dict[str, Any] = read_deepspeed_json(path).get("zero_optimization", {}) if path else {}
+        return {name: zero.get(f"offload_{name}", {}).get("device", "none") != "none" for name in ("optimizer", "param")}
+
+    def _shard(self, num_bytes: int, *, from_stage: int) -> int:
+        """Returns a rank's part of `num_bytes` for each parameter, sharded from a ZeRO stage on."""
+        total = self.num_parameters * num_bytes
+        return -(-total // self.num_ranks) if self.config.engine.zero_stage >= from_stage else total
+
+    @property
+    def states_per_rank(self) -> int:
+        """Bytes of gradient sums, float32 weights and moments."""
+        master = 4 if self.bytes_per_weight < 4 else 0
+        return self._shard(SUM_BYTES, from_stage=2) + self._shard(8 + master, from_stage=1)
+
+    @property
+    def weights_per_rank(self) -> int:
+        return self._shard(self.bytes_per_weight, from_stage=3)
+
+    @property
+    def gpu_bytes(self) -> int:
+        states = 0 if self.offload["optimizer"] else self.states_per_rank
+        return states + (0 if self.offload["param"] else self.weights_per_rank)
+
+    def host_bytes(self, *, has_gpu: bool) -> int:
+        """Rank 0 also holds the whole model while it is loaded."""
+        states = 0 if has_gpu and not self.offload["optimizer"] else self.states_per_rank
+        weights = 0 if has_gpu and not self.offload["param"] else self.weights_per_rank
+        return self.local_ranks * (states + weights) + self.num_parameters * self.bytes_per_weight
+
+    @property
+    def disk_bytes(self) -> int:
+        """Training checkpoints, one more than are kept, and the exported models of all stages."""
+        state = self.num_parameters * (self.bytes_per_weight + ADAM_BYTES)
+        return state * (self.config.checkpoint.keep_last + 1) + self.num_parameters * self.bytes_per_weight * self.num_exports
+
+    @property
+    def num_exports(self) -> int:
+        config = self.config
+        exports = 1 + config.baseline.enabled
+        if "checkpoints" in config.confidence.modes:
+            epochs = config.reference_train.epochs
+            exports += config.reference.num_checkpoints or (epochs if epochs >= 3 else 3)
+        return exports
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Returns how many forwards a rank runs for a step, if all examples are as long as they may be."""
+        train = self.config.train
+        per_forward = max(2, train.micro_batch_tokens // self.config.data.max_length)  # a pair is never cut
+        return -(-train.batch_size // (per_forward * self.num_ranks))
+
+    @property
+    def step_traffic(self) -> dict[str, int]:
+        """Returns the bytes that a step gathers and reduces, whole tensors. ZeRO-3 gathers weights in every forward and backward;
+        stages 1 and 2 once after the update; stage 0 is an all-reduce, which is both."""
+        weights = self.num_parameters * self.bytes_per_weight
+        if self.config.engine.zero_stage == 3:
+            return {"gather": 2 * weights * self.num_micro_batches, "reduce": weights * self.num_micro_batches}
+        reductions = self.num_micro_batches if self.config.engine.zero_stage == 2 else 1
+        return {"gather": weights, "reduce": weights * reductions}
+
+
+def count_parameters(config: Config) -> int:
+    """Returns the number of parameters of the target, built without memory. Tied ones count once."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from sftmix.engine.loading import hf_config, quiet_transformers
+
+    settings = hf_config(_with_vocabulary(config))
+    with quiet_transformers(), torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.model.trust_remote_code)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _with_vocabulary(config: Config) -> ModelConfig:
+    """Returns the model with the size of its vocabulary, which an architecture may leave to the tokenizer."""
+    model = config.model
+    if model.architecture is None or "vocab_size" in model.architecture:
+        return model
+    if config.tokenizer.train is not None:
+        size = config.tokenizer.train.vocab_size
+    else:
+        from sftmix.data.tokenizer import load_tokenizer
+
+        size = len(load_tokenizer(config))
+    return model.model_copy(update={"architecture": {**model.architecture, "vocab_size": size}})

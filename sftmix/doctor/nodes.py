@@ -1,0 +1,204 @@
+"""The nodes of a hostfile, over ssh: each runs its own quick doctor, and what differs between them is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sftmix.doctor.findings import Finding, examine
+from sftmix.errors import ConfigError
+
+ITEM = "nodes"
+HOST = re.compile(r"[A-Za-z0-9._:-]+")  # DeepSpeed's own parser takes anything, an option of ssh too
+MAX_SLOTS = 1024
+MAX_SKEW_SECONDS = 1.0
+CONNECT_SECONDS = 10
+NODE_SECONDS = 180.0
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}")
+# Of the environment here, what decides there which code and files are used.
+EXPORTED = ("PYTHONPATH", "TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_HUB_OFFLINE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+@dataclass(frozen=True)
+class Node:
+    host: str
+    slots: int
+
+
+def read_hostfile(path: Path) -> list[Node]:
+    """Returns the nodes of a hostfile, lines of `host slots=N`. Raises ConfigError with file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--hostfile {path} cannot be read: {error}. Give a file with lines of `host slots=N`.") from None
+    nodes: dict[str, Node] = {}
+    for number, line in enumerate(lines, start=1):
+        text = line.split("#")[0].strip()
+        if not text:
+            continue
+        match = re.fullmatch(r"(\S+)\s+slots=(\d{1,9})", text)
+        if match is None:
+            raise ConfigError(f"{path}:{number}: found {text[:80]!r}, expected `host slots=N`. Correct the line.")
+        host, slots = match[1], int(match[2])
+        if HOST.fullmatch(host) is None or host.startswith("-"):
+            raise ConfigError(
+                f"{path}:{number}: {host[:80]!r} is no host name: letters, digits and . _ : - only, no - in front. Correct it."
+            )
+        if not 1 <= slots <= MAX_SLOTS:
+            raise ConfigError(f"{path}:{number}: slots={slots}, expected 1 to {MAX_SLOTS}, the GPUs of the node. Correct it.")
+        if host in nodes:
+            raise ConfigError(f"{path}:{number}: {host} stands twice. Keep one of the lines.")
+        nodes[host] = Node(host, slots)
+    if not nodes:
+        raise ConfigError(f"{path} names no node. Give a file with lines of `host slots=N`.")
+    return list(nodes.values())
+
+
+def check_nodes(nodes: list[Node], here: Mapping[str, Any], arguments: list[str]) -> list[Finding]:
+    """Asks every node. here: the report of this machine, with which theirs are compared. arguments: for the doctor there."""
+    if shutil.which("ssh") is None:
+        found = f"there is no ssh on this machine, so {len(nodes)} nodes were not looked at; `deepspeed --hostfile` needs it too."
+        return [Finding(ITEM, "bad", found, "Install an ssh client, or run `sftmix doctor` on each node.")]
+
+    def look(node: Node) -> list[Finding]:
+        return examine(node_item(node.host), lambda: check_node(node, here, arguments))
+
+    with ThreadPoolExecutor(min(16, len(nodes))) as pool:
+        return [finding for findings in pool.map(look, nodes) for finding in findings]
+
+
+def node_item(host: str) -> str:
+    return f"node {host}"
+
+
+def check_node(node: Node, here: Mapping[str, Any], arguments: list[str]) -> list[Finding]:
+    """Returns what is wrong with a node or differs there; one line that all is well otherwise."""
+    item = node_item(node.host)
+    skew, problem = measure_skew(lambda: on_node(node.host, ["date", "+%s.%N"], CONNECT_SECONDS + 10.0))
+    if problem is not None:
+        remedy = f"Try: {shlex.join([*SSH, '--', node.host, 'true'])}"
+        return [Finding(item, "bad", f"cannot be reached: {problem}.", remedy)]
+    findings = []
+    if skew is None:
+        findings.append(Finding(item, "skipped", "its clock cannot be read by `date +%s.%N`."))
+    elif abs(skew) > MAX_SKEW_SECONDS:
+        found = f"its clock is {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'}; expected at most {MAX_SKEW_SECONDS:.0f} s."
+        findings.append(Finding(item, "bad", found, "Synchronise the clocks (chrony, ntpd).", {"skew_seconds": skew}))
+    try:
+        done = on_node(node.host, remote_command(arguments), NODE_SECONDS)
+    except subprocess.TimeoutExpired:
+        remedy = "Run `sftmix doctor --quick` there by hand."
+        return [*findings, Finding(item, "bad", f"its doctor gave no report within {NODE_SECONDS:.0f} s.", remedy)]
+    report = parse_report(done.stdout)
+    if report is None:
+        last = " ".join((done.stderr or done.stdout).split())[-300:] or "nothing was printed"
+        remedy = f"The same Python ({sys.executable}) and folder ({Path.cwd()}) must be there."
+        return [*findings, Finding(item, "bad", f"its doctor gave no report (exit code {done.returncode}): {last}.", remedy)]
+    findings += compare(item, here, report)
+    troubles = [f for f in report["findings"] if f["verdict"] in ("bad", "warning")]
+    findings += [Finding(item, f["verdict"], f"{f['item']}: {f['found']}", f["remedy"]) for f in troubles]
+    if not any(finding.verdict in ("bad", "warning") for finding in findings):
+        shown = f", clock {skew:+.2f} s" if skew is not None else ""
+        findings.insert(0, Finding(item, "ok", f"{node.slots} slots; versions, code, config and data as here{shown}."))
+    return findings
+
+
+def measure_skew(ask: Callable[[], subprocess.CompletedProcess[str]]) -> tuple[float | None, str | None]:
+    """Returns how far a node's clock is ahead in seconds (0 within the time that asking takes; None where it says no time), and
+    why it cannot be reached (None where it can)."""
+    before = time.time()
+    try:
+        done = ask()
+    except subprocess.TimeoutExpired as error:
+        return None, f"no answer within {error.timeout:.0f} s"
+    after = time.time()
+    if done.returncode:
+        return None, " ".join(done.stderr.split())[-300:] or f"ssh ended with {done.returncode}"
+    try:
+        there = float(done.stdout.split()[-1])  # the shell there may have greeted first
+    except (ValueError, IndexError):
+        return None, None
+    return (there - after if there > after else there - before if there < before else 0.0), None
+
+
+def on_node(host: str, command: list[str], limit_seconds: float) -> subprocess.CompletedProcess[str]:
+    """Runs a command on a node. ssh hands one text to the shell there, so every word is quoted."""
+    assert HOST.fullmatch(host) and not host.startswith("-"), f"{host!r} was not validated"
+    return subprocess.run(
+        [*SSH, "--", host, shlex.join(command)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=limit_seconds,
+        check=False,
+    )
+
+
+def remote_command(arguments: list[str]) -> list[str]:
+    """Returns what a node runs: this Python, in this folder, as DeepSpeed's launchers do."""
+    exported = [f"{name}={os.environ[name]}" for name in EXPORTED if name in os.environ]
+    doctor = ["env", *exported, sys.executable, "-m", "sftmix.cli", "doctor", *arguments]
+    return ["sh", "-c", f"cd -- {shlex.quote(str(Path.cwd()))} && exec {shlex.join(doctor)}"]
+
+
+def parse_report(text: str) -> dict[str, Any] | None:
+    """Returns the report in what a node printed: the last line that is a JSON object with findings."""
+    for line in reversed(text.splitlines()):
+        if line.startswith("{"):
+            try:
+                report = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(report, dict) and {"findings", "identity"} <= report.keys():
+                return report
+    return None
+
+
+WORDS = {
+    "versions": ("versions", "Install the same on all nodes; ranks of unlike versions hang or compute other numbers."),
+    "commit": ("commit", "Check out the same commit on all nodes."),
+    "code": ("code", "Copy the same files of sftmix to all nodes."),
+    "config": ("config", "Use the same config on all nodes."),
+    "data": ("data", "Copy the same files to all nodes."),
+    "model": ("model files", "Copy the same files to all nodes."),
+}
+
+
+def compare(item: str, here: Mapping[str, Any], there: Mapping[str, Any]) -> list[Finding]:
+    """Returns a finding for everything that decides a run's numbers and is other on a node than here."""
+    findings = []
+    for name, (word, remedy) in WORDS.items():
+        own, other = _flat(here["identity"].get(name)), _flat(there["identity"].get(name))
+        differing = [key for key in sorted({*own, *other}) if own.get(key) != other.get(key)]
+        if name == "commit" and differing and here["identity"].get("code") == there["identity"].get("code"):
+            continue  # a copy without .git
+        shown = "; ".join(f"{key + ' ' if key else ''}{_short(other.get(key))} there, {_short(own.get(key))} here" for key in differing[:5])
+        if differing:
+            more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+            findings.append(Finding(item, "bad", f"other {word}: {shown}{more}.", remedy))
+    if there.get("sees_run_folder") is False:
+        found = "it does not see the file that was put beside the run folder here: the folder is not shared."
+        findings.append(Finding(item, "bad", found, "Put run.dir on storage that all nodes share, under the same path."))
+    return findings
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return {name: leaf for key, part in value.items() for name, leaf in _flat(part, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {prefix: value}
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 60 else text[:24] + "..."

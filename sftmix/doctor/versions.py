@@ -1,0 +1,128 @@
+"""Versions of what decides a run's numbers, against what is known to be wrong and what setup.py allows."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from sftmix.artifacts import versions
+from sftmix.doctor.findings import Finding, Verdict
+
+ITEM = "versions"
+
+
+@dataclass(frozen=True)
+class KnownBad:
+    """Releases `first` to `last`, both included, of a package."""
+
+    package: str
+    first: str
+    last: str
+    verdict: Verdict
+    reason: str
+    link: str
+
+
+KNOWN_BAD = (
+    KnownBad("deepspeed", "0.17.6", "0.18.2", "bad", "wrong gradients under ZeRO-2", "https://github.com/deepspeedai/DeepSpeed/issues/7718"),
+    KnownBad(
+        "deepspeed", "0.18.3", "0.19.3", "bad", "wrong gradients under ZeRO-2 in bf16 where a module runs twice in a step",
+        "https://github.com/deepspeedai/DeepSpeed/issues/8224",
+    ),
+    KnownBad(
+        "transformers", "5.1.0", "5.1.0", "bad", "does not work with DeepSpeed", "https://github.com/huggingface/transformers/issues/43780"
+    ),
+    KnownBad(
+        "transformers", "5.4.0", "5.4.0", "bad", "weights of Qwen3.5 are not loaded under ZeRO-3",
+        "https://github.com/huggingface/transformers/issues/45313",
+    ),
+)  # fmt: skip
+
+# The oldest driver of each major version of CUDA (https://docs.nvidia.com/deploy/cuda-compatibility/).
+OLDEST_DRIVER = {"12": "525.60.13", "13": "580.65.06"}
+
+
+def installed() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that decide a run's numbers."""
+    return {"python": platform.python_version(), **versions()}
+
+
+def check_versions() -> list[Finding]:
+    """Names what is installed, each release that is known to be wrong, and each outside the ranges of setup.py."""
+    found = installed()
+    problems = [*known_bad(found), *outside_ranges(found, requirements())]
+    missing = sorted({"torch", "deepspeed", "transformers", "datasets"} - set(found))
+    problems += [Finding(ITEM, "bad", f"{name} is not installed.", "Install it: pip install -e .") for name in missing]
+    shown = ", ".join(f"{name} {version}" for name, version in found.items())
+    return problems or [Finding(ITEM, "ok", f"{shown}: none known to be wrong.", facts=dict(found))]
+
+
+def known_bad(found: Mapping[str, str]) -> list[Finding]:
+    """Returns a finding for every row of KNOWN_BAD that is installed."""
+    return [
+        Finding(
+            ITEM,
+            row.verdict,
+            f"{row.package} {found[row.package]}: {row.reason} ({row.link}; {row.first} to {row.last}).",
+            f"Install one outside of these: pip install '{row.package}>{row.last}'.",
+        )
+        for row in KNOWN_BAD
+        if row.package in found and Version(row.first) <= _release(found[row.package]) <= Version(row.last)
+    ]
+
+
+def requirements() -> list[str]:
+    """Returns what setup.py asks for, as the installed package says; nothing where sftmix is not installed as one."""
+    try:
+        return importlib.metadata.requires("sftmix") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def outside_ranges(found: Mapping[str, str], required: list[str]) -> list[Finding]:
+    """Returns a finding for every package of `found` whose version a requirement does not allow."""
+    problems = []
+    for requirement in map(Requirement, required):
+        version = found.get(requirement.name)
+        if version is not None and not requirement.specifier.contains(_release(version), prereleases=True):
+            problems.append(
+                Finding(
+                    ITEM,
+                    "bad",
+                    f"{requirement.name} {version} is outside of what setup.py asks for: {requirement.specifier}.",
+                    f"Install one inside: pip install '{requirement.name}{requirement.specifier}'.",
+                )
+            )
+    return problems
+
+
+def check_driver(cuda: str | None, driver: str | None) -> list[Finding]:
+    """cuda: the version that torch was built for, None for a CPU build. driver: that of the GPUs, None where there is none."""
+    item = "CUDA"
+    if cuda is None:
+        if driver is None:
+            return [Finding(item, "skipped", "torch is a CPU build, and there is no GPU here.")]
+        return [
+            Finding(item, "bad", f"there are GPUs (driver {driver}), but torch is a CPU build.", "Install torch for CUDA: pytorch.org.")
+        ]
+    if driver is None:
+        return [Finding(item, "warning", f"torch is built for CUDA {cuda}, but nvidia-smi shows no GPU.", "Runs use the CPU.")]
+    oldest = OLDEST_DRIVER.get(cuda.split(".")[0])
+    facts = {"cuda": cuda, "driver": driver}
+    if oldest is not None and _release(driver) < Version(oldest):
+        remedy = "Renew the driver, or install torch for an older CUDA."
+        return [
+            Finding(item, "bad", f"driver {driver} is too old for CUDA {cuda}, which torch is built for: {oldest} at least.", remedy, facts)
+        ]
+    return [Finding(item, "ok", f"torch for CUDA {cuda}, driver {driver}.", facts=facts)]
+
+
+def _release(version: str) -> Version:
+    """Returns a version without its local part (`+cpu`), so that it compares as the release it was built from."""
+    return Version(re.split(r"\+", version)[0])
