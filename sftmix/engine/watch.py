@@ -142,7 +142,7 @@ class Watch:
                     self._say_goodbye()
                     if self._verdict is None:
                         return
-        except Exception as error:  # without this thread the rank would hang unseen
+        except BaseException as error:  # without this thread the rank would hang unseen
             self._verdict = Verdict(f"{self._member} cannot watch the others: {error!r}", self.exit_code)
         self._stop(self._verdict)
 
@@ -176,7 +176,7 @@ class Watch:
         if self._on_beat is not None and self._own_failure is None:
             try:
                 self._on_beat()
-            except Exception as error:
+            except BaseException as error:
                 self._own_failure = self._own_failure or f"{type(error).__name__}: {error}"
         if self.rank > 0 and 0 not in self._peers and 0 not in self._left and not self._strangers:
             self._connect()
