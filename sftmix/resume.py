@@ -141,7 +141,8 @@ class TrainingCheckpoints:
         theirs, ours = ({"settings": each["settings"], "inputs": each["inputs"]} for each in (vars(manifest), self._identity))
         raise ArtifactError(
             f"{self.checkpoints.path(step)} is of a run with other settings: {'; '.join(artifacts.differences(theirs, ours))}. "
-            "Put them back, or remove it."
+            "Put them back, or remove it.",
+            on_all_ranks=True,
         )
 
     def _say_differences(self, manifest: artifacts.Manifest) -> None:
@@ -153,15 +154,15 @@ class TrainingCheckpoints:
 
     def _load(self, engine: Engine, step: int, manifest: artifacts.Manifest) -> None:
         faults.point("resume.load")
-        layout = {"world_size": self.ranks.world_size, "zero_stage": engine.zero_stage}
-        if all(manifest.facts[name] == value for name, value in layout.items()) or manifest.facts["zero_stage"] == engine.zero_stage == 0:
-            engine.load_state(self.checkpoints.path(step))
-            return
-        if 0 in (manifest.facts["zero_stage"], engine.zero_stage):
+        if manifest.facts["zero_stage"] != engine.zero_stage:
             raise ArtifactError(
                 f"{self.checkpoints.path(step)} was written with engine.zero_stage={manifest.facts['zero_stage']}, and this run has "
-                f"{engine.zero_stage}. Stage 0 and the others cannot read each other: put it back."
+                f"{engine.zero_stage}: what one stage saves another cannot read. Put it back, or begin anew with --restart.",
+                on_all_ranks=True,
             )
+        if engine.zero_stage == 0 or manifest.facts["world_size"] == self.ranks.world_size:
+            engine.load_state(self.checkpoints.path(step))
+            return
         universal = self.checkpoints.folder / f".universal_{step:06d}"
         if self.ranks.is_main:
             from sftmix.engine.state import to_universal

@@ -1,0 +1,109 @@
+"""What a checkpoint costs, and what its digests add to it.
+
+    python benchmarks/checkpoint.py [--hidden-size 1024 --layers 4 --vocab-size 32000] [--rounds 5] [--folder FOLDER] [--out FILE.json]
+
+Every round saves the state of one engine with and without the SHA-256 of what is written, in rotating order, each file flushed;
+then verifies and loads it. In the background: how long training stands still.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import side_by_side
+from step import build_config, build_work
+
+from sftmix import artifacts, checkpoints
+from sftmix.engine.distributed import init_ranks
+from sftmix.engine.engine import Engine
+
+WITH, WITHOUT, BACKGROUND = "save", "save without digests", "save in the background (until training goes on)"
+
+
+class NoHash:
+    """Stands in for a SHA-256."""
+
+    def update(self, content: Any) -> None:
+        """Nothing."""
+
+    def hexdigest(self) -> str:
+        return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden-size", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocab-size", type=int, default=8000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="on the disk to be measured; default: the temporary folder")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    ranks = init_ranks()
+    record = side_by_side.machine(ranks.device, "benchmarks/checkpoint.py")
+    defaults = {
+        "data": None, "limit": 200, "max_length": 256, "model": None, "precision": "auto", "zero_stage": 3, "batch_size": 8,
+        "micro_batch_tokens": 2048, "backend": None,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        config = build_config(argparse.Namespace(**{**defaults, **vars(options)}), folder)
+        work = build_work(config, folder, num_rounds=1)
+        engine = Engine(config, config.model, ranks, work.tokenizer, train=config.train)
+        from sftmix.data.batches import collate, count_step
+        from sftmix.objectives import Objective
+
+        counts = count_step(work.plan, work.steps[0], work.examples.num_response_tokens)
+        pieces = work.cut(0)
+        for place, piece in enumerate(pieces, start=1):  # one step, so that the moments are there
+            batch = collate(work.examples, work.plan, piece, pad_id=work.tokenizer.pad_token_id)
+            engine.forward_backward(batch, counts, Objective(), is_last=place == len(pieces))
+        engine.step(learning_rate=1e-4)
+        real = checkpoints.hashlib.sha256
+
+        def save(hashed: bool, in_background: bool = False) -> Any:
+            checkpoints.hashlib.sha256 = real if hashed else NoHash
+            target = folder / "state"
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir()
+            start = time.perf_counter()
+            files = engine.save_state(target, in_background=in_background)
+            stood_still = time.perf_counter() - start
+            files.wait()
+            checkpoints.hashlib.sha256 = real
+            return files, stood_still
+
+        calls = {WITH: lambda _: save(True), WITHOUT: lambda _: save(False), BACKGROUND: lambda _: save(True, True)}
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        verify: list[float] = []
+        for number, measured in enumerate(side_by_side.rounds(calls, num_rounds=1 + options.rounds, device=ranks.device)):
+            if number == 0:
+                continue
+            for each, (_, (_, stood_still)) in measured.items():
+                seconds[each].append(stood_still)
+            files = save(True)[0]
+            manifest = artifacts.Manifest(checkpoints.STAGE, "", {}, {}, files.entries)
+            start = time.perf_counter()
+            assert checkpoints.find_problem(folder / "state", manifest, list(files.entries)) is None
+            verify.append(time.perf_counter() - start)
+        size = sum(entry["size"] for entry in files.entries.values())
+    rows: dict[str, Any] = {"num_parameters": engine.num_parameters, "bytes": size}
+    for each, values in {**seconds, "verify": verify}.items():
+        low, middle, high = side_by_side.spread(values)
+        rows[each] = {"seconds": middle, "seconds_20": low, "seconds_80": high}
+        print(f"  {each:46s} {middle:7.3f} s [{low:.3f}, {high:.3f}]  {size / middle / 2**20:8,.0f} MiB/s", flush=True)
+    share = statistics.median(1 - b / a for a, b in zip(seconds[WITH], seconds[WITHOUT], strict=True))
+    rows["share of digests"] = {"ratio": share, "target": "<= 0.05"}
+    print(f"  digests are {share:.1%} of a save (target <= 5%); {size / 2**20:,.0f} MiB, {engine.num_parameters:,} parameters", flush=True)
+    if options.out is not None:
+        artifacts.write_json(options.out, record | rows)
+
+
+if __name__ == "__main__":
+    main()
