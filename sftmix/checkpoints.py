@@ -113,7 +113,7 @@ def check_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise ArtifactError(
-            f"a checkpoint needs {needed_bytes / 2**30:.2f} GiB in {folder}, and its volume has {free / 2**30:.2f} GiB free. Free some, "
+            f"a checkpoint needs {needed_bytes / 2**20:,.1f} MiB in {folder}, and its volume has {free / 2**20:,.1f} MiB free. Free some, "
             "lower checkpoint.keep_last, or use a run.dir on another volume."
         )
 
@@ -169,6 +169,12 @@ class HashedFile:
             self.error = self.error or error
             raise
         finally:
-            os.close(self._descriptor)
-            self._pool.shutdown()
+            self.abandon()
         return {"size": self.size, "sha256": self._hash.hexdigest()}
+
+    def abandon(self) -> None:
+        """Lets go of the file as it is. Calling it again does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            self._pool.shutdown()

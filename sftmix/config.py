@@ -248,6 +248,7 @@ class CheckpointConfig(Section):
 class LimitsConfig(Section):
     skipped_steps: Int = Field(5, ge=1, description="Steps in a row without a finite gradient before training ends; fp16: at least 20.")
     wall_clock_minutes: Float | None = Field(None, gt=0, description="After this time, save, and exit with code 75.")
+    join_minutes: Float = Field(120.0, gt=0, description="How long ranks wait for each other at the start; rank 0 may prepare the data.")
     silent_seconds: Float = Field(20.0, gt=1, description="A rank from which nothing is heard for so long is given up, and all stop.")
     stall_minutes: Float = Field(30.0, gt=0, description="If no rank gets on for so long, all write their stacks and stop.")
 

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,7 +201,7 @@ def _run_stages(
         if stage.name not in needed:
             continue
         if stage.needs_engine and ranks is None:
-            ranks = init_ranks()
+            ranks = init_ranks(timedelta(minutes=config.limits.join_minutes))
             guard.start_watch(config, ranks, hold)
         guard.note(phase=stage.name, can_stall=stage.needs_engine)
         if not is_main and not stage.needs_engine:

@@ -256,13 +256,14 @@ class TrainingCheckpoints:
         problem = f"rank {self.ranks.rank} on {socket.gethostname()}: {failure}" if failure else ""
         problems = [text for text in self.ranks.gather_texts(problem) if text]
         if problems:
-            free = shutil.disk_usage(self.checkpoints.folder).free / 2**30
+            free = shutil.disk_usage(self.checkpoints.folder).free / 2**20
             if self.ranks.is_main:
                 shutil.rmtree(pending.staging)  # half a checkpoint would only take room
             before = f"that of step {self._last_step} is untouched" if self._last_step else "there is none before it"
             raise ArtifactError(
-                f"the checkpoint of step {pending.step} could not be written: {problems[0]} ({free:.2f} GiB free in "
-                f"{self.checkpoints.folder}, {self._needed / 2**30:.2f} needed); {before}. Make room or mend the disk, and start again.",
+                f"the checkpoint of step {pending.step} could not be written: {problems[0]} ({free:,.1f} MiB free in "
+                f"{self.checkpoints.folder}, {self._needed / 2**20:,.1f} MiB needed); {before}. "
+                "Make room or mend the disk, and start again.",
                 on_all_ranks=True,
             )
         entries: dict[str, dict[str, Any]] = {}

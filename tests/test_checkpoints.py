@@ -118,7 +118,7 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path):
 
 def test_space_is_looked_for_on_the_volume_in_question(tmp_path):
     check_space(tmp_path, 1)
-    with pytest.raises(ArtifactError, match=r"needs 1048576\.00 GiB in .*, and its volume has .* GiB free"):
+    with pytest.raises(ArtifactError, match=r"needs 1,073,741,824\.0 MiB in .*, and its volume has .* MiB free"):
         check_space(tmp_path, 1 << 50)
 
 

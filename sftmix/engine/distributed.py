@@ -133,10 +133,11 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def init_ranks() -> Ranks:
+def init_ranks(join_limit: timedelta = RENDEZVOUS_LIMIT) -> Ranks:
     """Joins the process group that the launcher (deepspeed, torchrun) describes, or one of a single process.
 
-    NCCL on GPUs, gloo on CPUs. Calling it again returns the same group.
+    NCCL on GPUs, gloo on CPUs. Calling it again returns the same group. Raises ConfigError where not all ranks have come within
+    `join_limit`, or the port is taken.
     """
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -161,13 +162,22 @@ def init_ranks() -> Ranks:
 
             deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
         backend = "nccl" if has_gpu() else "gloo"
-        if os.environ["MASTER_ADDR"] in LOOPBACK and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
-            _join_over_loopback(backend)
+        try:
+            if os.environ["MASTER_ADDR"] in LOOPBACK and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+                _join_over_loopback(backend, join_limit)
+            else:
+                torch.distributed.init_process_group(backend, timeout=join_limit)
+        except (torch.distributed.DistStoreError, torch.distributed.DistNetworkError) as error:  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at {os.environ['MASTER_ADDR']}:"
+                f"{os.environ['MASTER_PORT']} within {join_limit.total_seconds():g} s ({str(error).splitlines()[0]}). Look at whether all "
+                "ranks were started, with the same MASTER_ADDR and MASTER_PORT, and reach each other."
+            ) from None
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_LIMIT)
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
 
 
-def _join_over_loopback(backend: str) -> None:
+def _join_over_loopback(backend: str, join_limit: timedelta) -> None:
     """Joins ranks that are all on this machine, so that no other machine can reach them: torch's own store listens on every
     interface, whatever address it is given, and anyone who reaches it can write to it."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -176,13 +186,18 @@ def _join_over_loopback(backend: str) -> None:
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo")
     where = ("127.0.0.1", int(os.environ["MASTER_PORT"]))
-    options: dict[str, Any] = {"world_size": world_size, "timeout": RENDEZVOUS_LIMIT}
+    options: dict[str, Any] = {"world_size": world_size, "timeout": join_limit}
     if rank == 0:
-        listener = socket.create_server(where)
+        try:
+            listener = socket.create_server(where)
+        except OSError as error:
+            raise ConfigError(
+                f"port {where[1]} of {where[0]} cannot be had ({error.strerror}). Set another MASTER_PORT, or start again."
+            ) from None
         store = TCPStore(*where, is_master=True, master_listen_fd=listener.detach(), **options)
     else:
         store = TCPStore(*where, is_master=False, **options)
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=RENDEZVOUS_LIMIT)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=join_limit)
 
 
 def import_deepspeed():  # type: ignore[no-untyped-def]

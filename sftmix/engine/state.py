@@ -81,9 +81,11 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
         """Writes arrays beside the state."""
         for name, array in arrays.items():
             try:
-                file = HashedFile(folder / name)
-                np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)  # type: ignore[no-untyped-call]
-                self.entries[name] = file.close()
+                with contextlib.ExitStack() as closing:
+                    file = HashedFile(folder / name)
+                    closing.callback(file.abandon)
+                    np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)  # type: ignore[no-untyped-call]
+                    self.entries[name] = file.close()
             except OSError as error:
                 self.error = self.error or error
 
@@ -106,6 +108,9 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
             if not isinstance(cause, OSError):
                 raise
             self.error = OSError(cause.errno, cause.strerror, str(path))
+        finally:
+            if file is not None:
+                file.abandon()
 
 
 def save_state(deepspeed_engine: Any, folder: Path, *, in_background: bool) -> StateFiles:

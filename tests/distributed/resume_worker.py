@@ -7,13 +7,14 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from sftmix import artifacts, faults
+from sftmix import artifacts, faults, resume
 from sftmix.checkpoints import OWN_DIGEST
 from sftmix.config import Config
 from sftmix.data.batches import TokenisedExamples
@@ -231,6 +232,32 @@ def full_disk():
     return results
 
 
+def small_disk():
+    """A real file system that is full after the first checkpoint, a little further on in each trial, so that another file is hit."""
+    results = {}
+    size = sum((WORK / "two" / "checkpoints" / "step_000003" / file).stat().st_size for file in files_of("two", 3))
+    for tenth in (2, 5, 8, 0):  # 0: the estimate before the save is left on
+        name, mounted = fresh("small"), WORK / "small" / "checkpoints"
+        is_mounted = False
+        if ranks.is_main:
+            mounted.mkdir(parents=True)
+            room = size + size * (tenth or 5) // 10 + 70_000  # DeepSpeed copies two scripts of its own beside a checkpoint
+            done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(mounted)], check=False, capture_output=True)
+            is_mounted = done.returncode == 0
+        if not ranks.same_as_main(is_mounted):
+            return "no file system can be mounted here"
+        before = resume.check_space
+        if tenth:
+            resume.check_space = lambda folder, needed: None
+        results[str(tenth)] = run(name, every_steps=3)
+        resume.check_space = before
+        ranks.barrier()
+        if ranks.is_main:
+            subprocess.run(["umount", str(mounted)], check=True)
+        ranks.barrier()
+    return results
+
+
 def short_writes():
     return run(fresh("short"), stop_after=4, fault="checkpoint.write:*:*:short-write"), run("short")
 
@@ -283,8 +310,8 @@ def from_other_ranks():
 
 
 SCENARIOS = [
-    undisturbed, stopped_twice, in_background, retention, two_checkpoints, damaged, hints, full_disk, short_writes, slow_rank, other_run,
-    payload, from_other_ranks,
+    undisturbed, stopped_twice, in_background, retention, two_checkpoints, damaged, hints, full_disk, small_disk, short_writes, slow_rank,
+    other_run, payload, from_other_ranks,
 ]  # fmt: skip
 wanted = sys.argv[4:]
 results = {scenario.__name__: scenario() for scenario in SCENARIOS if not wanted or scenario.__name__ in wanted}

@@ -125,6 +125,7 @@ def assert_completed(folder, undisturbed, num_ranks, *more):
     again = reference(folder, num_ranks, *more, check=False)
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
     assert result_of(folder) == undisturbed(num_ranks)
+    assert "Set aside" not in again.stdout  # a kill leaves nothing half done under a checkpoint's name
     if saved:
         assert f"resumed after step {saved}" in again.stdout
     assert not list((folder / "work").glob("*")) and not list(folder.glob(".*"))

@@ -95,7 +95,18 @@ def test_a_disk_that_fails_on_one_rank_is_one_error_on_all_and_nothing_is_lost(t
             assert outcome["steps"] == [6, 3], what
     for action, words in (("enospc", "No space left"), ("edquot", "quota"), ("erofs", "Read-only")):
         message = two_ranks["full_disk"][f"checkpoint.write 1 {action}"]["errors"][0]
-        assert words in message and "rank 1 on " in message and "_states.pt" in message and "GiB free" in message and "needed" in message
+        assert words in message and "rank 1 on " in message and "_states.pt" in message and "MiB free" in message and "needed" in message
+
+
+def test_a_real_file_system_that_is_full_leaves_the_checkpoint_before(two_ranks):
+    if isinstance(two_ranks["small_disk"], str):
+        pytest.skip(two_ranks["small_disk"])
+    for tenth in ("2", "5", "8", "0"):
+        outcome = two_ranks["small_disk"][tenth]
+        message = outcome["errors"][0]
+        assert outcome["errors"] == [message] * 2 and outcome["steps"] == [3], outcome["errors"]
+        expected = "and its volume has 0." if tenth == "0" else "No space left on device"
+        assert message.startswith("ArtifactError: the checkpoint of step 6 could not be") and expected in message
 
 
 def test_short_writes_are_completed(two_ranks):

@@ -125,7 +125,6 @@ def test_scoring_inside_the_run_leaves_the_training_as_it_is(all_modes, tmp_path
         assert a.read_bytes() == b.read_bytes()
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_the_first_epochs_of_online_scores_can_be_left_out(all_modes):
     folder, _ = all_modes
     later = ["confidence.mode=online", "confidence.compare=[checkpoints,live]", "confidence.online_from_epoch=2"]
@@ -141,6 +140,7 @@ def test_the_first_epochs_of_online_scores_can_be_left_out(all_modes):
     assert refused.returncode == 2 and "`confidence.online_from_epoch` is 4, and the reference run has 3 epochs" in refused.stderr
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_online_scores_are_the_losses_of_the_weights_that_saw_the_batch(tmp_path, num_ranks):
     """With a learning rate that moves nothing they are the losses of the first weights, in every epoch and on any rank."""
     options = [*OPTIONS, f"run.dir={tmp_path / 'run'}", "train.learning_rate=1e-30", f"engine.num_processes={num_ranks}"]
