@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -131,7 +130,6 @@ class HashedFile:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         self.path, self.size = path, 0
         self.error: OSError | None = None
-        self.hash_seconds = 0.0  # that the write waited for the hash
 
     def write(self, content: Any) -> int:
         """Writes all of a bytes-like object."""
@@ -151,9 +149,7 @@ class HashedFile:
             raise
         finally:
             if hashing is not None:
-                waiting = time.perf_counter()
                 hashing.result()
-                self.hash_seconds += time.perf_counter() - waiting
         self.size += len(view)
         return len(view)
 

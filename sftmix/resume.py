@@ -82,7 +82,6 @@ class TrainingCheckpoints:
         self._last_saved = time.monotonic()
         self._last_step, self._needed = 0, 0
         self._digests: dict[str, tuple[int, int, dict[str, Any]]] = {}  # of kept files: size, time of change, entry
-        self.seconds: list[dict[str, float]] = []  # of every save, for the benchmark
 
     # ---- taking up
 
@@ -251,7 +250,6 @@ class TrainingCheckpoints:
         assert pending is not None
         pending.files.wait()
         faults.point("checkpoint.agree")
-        written = time.perf_counter()
         failure = pending.files.error
         problem = f"rank {self.ranks.rank} on {socket.gethostname()}: {failure}" if failure else ""
         problems = [text for text in self.ranks.gather_texts(problem) if text]
@@ -279,8 +277,9 @@ class TrainingCheckpoints:
 
         self._together(pending.step, lambda: publish() if self.ranks.is_main else None)
         self._last_step = pending.step
-        done = time.perf_counter()
-        self.seconds.append({"write": written - pending.started, "publish": done - written, "hash": pending.files.hash_seconds})
+        if self.ranks.is_main:
+            size = sum(entry["size"] for entry in entries.values()) / 2**20
+            print(f"  saved after step {pending.step}: {size:,.1f} MiB in {time.perf_counter() - pending.started:.1f} s", flush=True)
 
     def _together(self, step: int, action: Any) -> None:
         """Runs what rank 0 does alone, so that its failure is one error on all ranks and none waits for it."""

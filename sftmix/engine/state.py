@@ -37,7 +37,6 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
         self.name = "sftmix"
         self.entries: dict[str, dict[str, Any]] = {}
         self.error: OSError | None = None
-        self.hash_seconds = 0.0
         self._jobs: queue.Queue[tuple[Any, Path] | None] | None = queue.Queue() if in_background else None
         self._thread: threading.Thread | None = None
         if self._jobs is not None:
@@ -102,7 +101,6 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
             file = HashedFile(path)
             torch.save(state_dict, cast(IO[bytes], file))
             self.entries[path.name] = file.close()
-            self.hash_seconds += file.hash_seconds
         except (OSError, RuntimeError) as error:  # torch wraps what the file raised
             cause = file.error if file is not None and file.error is not None else error
             if not isinstance(cause, OSError):

@@ -59,7 +59,8 @@ def read_scored_examples(context: StageContext) -> ScoredExamples:
     scores = pq.read_table(path, columns=["example_id", "confidence", "variability"])
     split = pq.read_table(context.inputs["split"] / SPLIT)
     for table in (scores, split):
-        assert table["example_id"].equals(examples.example_ids), f"a table of {path.parent.parent} is not in the order of the data"
+        ids = table["example_id"].cast(pa.string())  # Polars writes large strings
+        assert ids.equals(examples.example_ids), f"a table of {path.parent.parent} is not in the order of the data"
     return ScoredExamples(
         examples.example_ids,
         _floats(scores["confidence"]),
