@@ -258,12 +258,12 @@ class TrainingCheckpoints:
             if self.ranks.is_main:
                 shutil.rmtree(pending.staging)  # half a checkpoint would only take room
             before = f"that of step {self._last_step} is untouched" if self._last_step else "there is none before it"
-            raise ArtifactError(
+            message = (
                 f"the checkpoint of step {pending.step} could not be written: {problems[0]} ({free:,.1f} MiB free in "
                 f"{self.checkpoints.folder}, {self._needed / 2**20:,.1f} MiB needed); {before}. "
-                "Make room or mend the disk, and start again.",
-                on_all_ranks=True,
+                "Make room or mend the disk, and start again."
             )
+            raise ArtifactError(self.ranks.text_from_main(message), on_all_ranks=True)  # what is free changes from look to look
         entries: dict[str, dict[str, Any]] = {}
         for text in self.ranks.gather_texts(json.dumps(pending.files.entries)):
             entries |= json.loads(text)
