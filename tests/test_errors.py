@@ -186,7 +186,7 @@ def test_a_foreign_run_folder_is_left_as_it_was(config, given, capsys):
 
 def test_a_stage_names_the_stage_that_must_run_before_it(config, capsys, monkeypatch):
     alone = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
-    monkeypatch.setattr("sftmix.engine.distributed.init_ranks", lambda: alone)  # no process group is left behind
+    monkeypatch.setattr("sftmix.engine.distributed.init_ranks", lambda join_limit: alone)  # no process group is left behind
     assert "Run `sftmix data CONFIG` first" in mistake(capsys, "score", config)
     assert main(["data", str(config)]) == 0
     assert "Run `sftmix reference CONFIG` first" in mistake(capsys, "score", config)

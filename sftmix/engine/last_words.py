@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import hashlib
 import os
@@ -81,13 +82,21 @@ def end_silent(process: processes.Process, *, ask_for_stacks: bool) -> None:
     """Kills a silent rank of this machine, after it was asked for its stacks. Does nothing if its pid is another's by now."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if ask_for_stacks and process.is_running:
-            os.kill(process.pid, signal.SIGUSR2)
+            _signal_main_thread(process.pid, signal.SIGUSR2)
             os.kill(process.pid, signal.SIGCONT)  # a stopped process writes nothing
         deadline = time.monotonic() + KILL_AFTER_SECONDS
         while process.is_running and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         if process.is_running:
             os.kill(process.pid, signal.SIGKILL)
+
+
+def _signal_main_thread(pid: int, number: int) -> None:
+    # A signal to a stopped process is taken by whichever thread wakes first, while the main thread already runs on. Sent to
+    # the main thread, it is handled where that thread stood.
+    tgkill = getattr(ctypes.CDLL(None), "tgkill", None)  # glibc 2.30
+    if tgkill is None or tgkill(pid, pid, int(number)) != 0:
+        os.kill(pid, number)
 
 
 def end(code: int) -> NoReturn:
