@@ -13,7 +13,9 @@ import importlib.metadata
 import json
 import os
 import shutil
+import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -26,6 +28,7 @@ from sftmix.errors import ArtifactError
 MANIFEST = "manifest.json"
 _may_publish: list[Callable[[], None]] = []
 FORMAT = 1  # of the artifacts themselves; part of every fingerprint
+VISIBLE_SECONDS = 90.0  # network file systems look again for a name that was not there within 60 s (NFS: acdirmax)
 PACKAGES = ("sftmix", "torch", "deepspeed", "transformers", "datasets", "triton")
 
 
@@ -90,6 +93,21 @@ def publish(
     faults.point("publish.done")
     sync_folder(folder.parent)
     discard(old)
+
+
+def await_visible(path: Path) -> None:
+    """Waits for what another node has written: a network file system shows a new name there at once and here a little later.
+
+    Raises ArtifactError where it does not come.
+    """
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise ArtifactError(
+                f"{path} is not seen by rank {os.environ.get('RANK', '0')} on {socket.gethostname()}, {VISIBLE_SECONDS:g} s after it was "
+                "written: run.dir must be the same folder on every node. Name one on shared storage."
+            )
+        time.sleep(0.1)
 
 
 def before_publishing(check: Callable[[], None] | None) -> None:

@@ -5,7 +5,7 @@ At the `hit`-th time (from 1; `*`: every time) that rank `rank` (`*`: any) passe
     kill9        the process is killed, as by the kernel when memory runs out
     term         it gets SIGTERM;  usr1: SIGUSR1
     stop         it stops answering (SIGSTOP)
-    exit0        it ends at once with exit code 0, as a launcher does that was stopped itself
+    exit0        it ends at once with exit code 0, as a launcher does that was stopped itself;  leave: by `sys.exit(0)`
     raise        RuntimeError is raised
     enospc       OSError(ENOSPC) is raised;  likewise eio, edquot, erofs, eacces
     short-write  the site is told to write only a part at once, as the system may at any time
@@ -22,6 +22,7 @@ import ctypes
 import errno
 import os
 import signal
+import sys
 import time
 from collections import Counter
 
@@ -54,6 +55,8 @@ def _act(site: str, action: str) -> bool:
         raise RuntimeError(f"fault injected at {site}")
     elif action == "exit0":
         os._exit(0)
+    elif action == "leave":
+        sys.exit(0)
     elif action == "sleep":
         time.sleep(float(os.environ.get(SECONDS, "6")))
     elif action == "hold":

@@ -70,6 +70,8 @@ def _renew_until(hold: fence.Fence, done: threading.Event) -> None:
 def _make_run_folder(config: Config) -> None:
     """Creates the run folder, with the resolved config in it. Refuses a folder that holds something else."""
     folder = config.run.dir
+    if folder.is_symlink() and not folder.exists():
+        raise ArtifactError(f"run.dir: {folder} is a link to {folder.readlink()}, which does not exist. Create it, or name another folder.")
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"run.dir: {folder} is a file. Name a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():

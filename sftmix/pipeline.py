@@ -231,6 +231,8 @@ def _run_stages(
                 work.claim(context.work, stage.name, context.identity, discard=restart or (force and is_wanted))
             if stage.needs_engine and ranks is not None:
                 context.identity = replace(context.identity, fingerprint=ranks.text_from_main(context.identity.fingerprint))
+                for name in stage.reads:
+                    artifacts.await_visible(folder_of[name] / artifacts.MANIFEST)
             with _publishing(stage, context, settings, inputs, is_main=is_main):
                 stage.run(context)
             if is_main:

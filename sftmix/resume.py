@@ -121,6 +121,7 @@ class TrainingCheckpoints:
 
     def _find_problem(self, step: int) -> str | None:
         """Returns what is wrong with a checkpoint, on every rank. The ranks share the reading."""
+        artifacts.await_visible(self.checkpoints.path(step))
         try:
             manifest = self.checkpoints.read(step)
         except ArtifactError as error:
@@ -169,7 +170,9 @@ class TrainingCheckpoints:
             shutil.rmtree(universal, ignore_errors=True)
             faults.point("resume.convert")
             to_universal(self.checkpoints.path(step), universal)
+            faults.point("resume.converted")
         self.ranks.barrier()
+        artifacts.await_visible(universal)
         engine.load_state(universal, is_universal=True)
         self.ranks.barrier()
         if self.ranks.is_main:
@@ -216,6 +219,7 @@ class TrainingCheckpoints:
         started = time.perf_counter()
         staging = self.checkpoints.folder / f".step_{step:06d}"
         self._together(step, lambda: self._make_room(engine, step) if self.ranks.is_main else None)
+        artifacts.await_visible(staging)
         files = engine.save_state(staging, in_background=in_background)
         numbers: dict[str, list[list[float]]] = {}
         arrays: dict[str, NDArray[np.float64]] = {}

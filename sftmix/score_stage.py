@@ -71,6 +71,8 @@ def score_checkpoints(
             engine.close()
         if not ranks.is_main:
             continue
+        for unit in units:
+            artifacts.await_visible(shards.manifest(unit))
         missing = shards.pending(sizes)
         if missing:
             raise ArtifactError(

@@ -43,7 +43,8 @@ class ShardFolder:
     def _data(self, unit: int) -> Path:
         return self.folder / f"unit_{unit:06d}.parquet"
 
-    def _manifest(self, unit: int) -> Path:
+    def manifest(self, unit: int) -> Path:
+        """Returns where the file is that vouches for a unit's scores."""
         return self.folder / f"unit_{unit:06d}.json"
 
     def write(self, unit: int, scores: UnitScores) -> None:
@@ -67,7 +68,7 @@ class ShardFolder:
         faults.point("shard.rename")
         temporary.replace(self._data(unit))
         faults.point("shard.manifest")
-        artifacts.write_json(self._manifest(unit), manifest)
+        artifacts.write_json(self.manifest(unit), manifest)
         artifacts.sync_folder(self.folder)
         faults.point("shard.done")
 
@@ -85,7 +86,7 @@ class ShardFolder:
 
     def _read_manifest(self, unit: int) -> dict[str, Any] | None:
         try:
-            content = json.loads(self._manifest(unit).read_text(encoding="utf-8"))
+            content = json.loads(self.manifest(unit).read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
             return None
         return content if isinstance(content, dict) else None

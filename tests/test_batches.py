@@ -1,3 +1,5 @@
+import itertools
+
 import datasets
 import numpy as np
 import pytest
@@ -6,14 +8,19 @@ from sftmix.data.batches import TokenisedExamples, build_micro_batch, count_step
 from sftmix.errors import DataError
 from sftmix.pairing import match_parts, split_by_confidence
 from sftmix.scoring import cut_by_length
+from sftmix.train import TrainingPlan
 
 
-def make_plan(count=41, seed=0):
+def make_matching(count=41, seed=0):
     rng = np.random.default_rng(seed)
     names = [f"id{n}" for n in range(count)]
     parts = np.array(split_by_confidence(names, rng.random(count)))
     num_tokens, num_response_tokens = rng.integers(5, 60, count), rng.integers(1, 5, count)
-    matching = match_parts(parts, num_response_tokens, seed=seed, alpha=0.5)
+    return match_parts(parts, num_response_tokens, seed=seed, alpha=0.5), num_tokens, num_response_tokens
+
+
+def make_plan(count=41, seed=0):
+    matching, num_tokens, num_response_tokens = make_matching(count, seed)
     return matching.units(0, 0, matching.num_units), num_tokens, num_response_tokens
 
 
@@ -29,6 +36,20 @@ def test_every_unit_is_in_one_micro_batch_and_all_ranks_have_as_many(num_ranks, 
         members = plan.units[piece]
         members = members[members >= 0]
         assert len(members) * num_tokens[members].max() <= budget
+
+
+@pytest.mark.parametrize("num_examples", range(1, 18))
+def test_whatever_the_numbers_each_example_is_trained_on_once_in_an_epoch(num_examples):
+    matching, num_tokens, _ = make_matching(num_examples)
+    for num_ranks, batch_size, budget in itertools.product([1, 2, 3, 4], [1, 2, 6, 10], [1, 100, 10**6]):
+        seen = []
+        for epoch, start, stop in TrainingPlan(matching, 1, batch_size).steps():
+            plan = matching.units(epoch, start, stop)
+            ranks = cut_step(plan, np.arange(stop - start), num_tokens, micro_batch_tokens=budget, num_ranks=num_ranks)
+            assert len({len(pieces) for pieces in ranks}) == 1  # or a rank would wait for ever
+            members = np.concatenate([plan.units[piece].ravel() for pieces in ranks for piece in pieces])
+            seen += members[members >= 0].tolist()
+        assert sorted(seen) == list(range(num_examples))
 
 
 def test_ranks_get_nearly_equal_work():

@@ -184,6 +184,49 @@ def test_a_foreign_run_folder_is_left_as_it_was(config, given, capsys):
     assert sorted(given.rglob("*")) == before
 
 
+@pytest.fixture
+def mounted(tmp_path):
+    """Mounts a memory file system for a test, or skips it."""
+    folders = []
+
+    def mount(options, *, prepare=lambda folder: None):
+        folder = tmp_path / f"mounted{len(folders)}"
+        folder.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], check=False, capture_output=True)
+        if done.returncode != 0:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
+        folders.append(folder)
+        prepare(folder)
+        subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+        return folder
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_run_folder_on_a_disk_that_takes_nothing_is_one_clear_error(config, tmp_path, mounted, capsys):
+    assert "cannot be written: Read-only file system" in mistake(capsys, "data", config, f"run.dir={mounted('ro')}/run")
+    full = mounted("size=4k")
+    said = mistake(capsys, "data", config, f"run.dir={full}/run")
+    assert "No space left on device" in said and str(full) in said
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "at all")
+    assert f"{tmp_path / 'dangling'} is a link to {tmp_path / 'nowhere'}" in mistake(
+        capsys, "data", config, f"run.dir={tmp_path / 'dangling'}"
+    )
+
+
+def test_a_finished_run_on_a_disk_that_became_read_only_says_so(config, tmp_path, mounted, capsys):
+    said = []
+
+    def prepare(folder):
+        assert main(["data", str(config), f"run.dir={folder}/run"]) == 0
+        said.append(folder)
+
+    folder = mounted("ro", prepare=prepare)
+    assert "Read-only file system" in mistake(capsys, "data", config, f"run.dir={folder}/run", "data.max_length=128")
+
+
 def test_a_stage_names_the_stage_that_must_run_before_it(config, capsys, monkeypatch):
     alone = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
     monkeypatch.setattr("sftmix.engine.distributed.init_ranks", lambda join_limit: alone)  # no process group is left behind

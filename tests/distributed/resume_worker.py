@@ -3,12 +3,14 @@
 resume_worker.py FOLDER STAGE RESULT [SCENARIO ...]      without names, all scenarios
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +147,16 @@ def change(name, step, file, how):
         else:
             path.write_bytes(content[: {"empty": 0, "one byte": 1, "half": len(content) // 2, "one short": len(content) - 1}[how]])
     ranks.barrier()
+
+
+def rewrite_manifest(name, step, change):
+    """Changes a checkpoint's manifest so that it still vouches for itself."""
+    path = WORK / name / "checkpoints" / f"step_{step:06d}" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    del manifest["facts"][OWN_DIGEST]
+    manifest["facts"][OWN_DIGEST] = artifacts.fingerprint(manifest)
+    artifacts.write_json(path, manifest)
 
 
 def undisturbed():
@@ -285,12 +297,12 @@ def payload():
         folder = WORK / name / "checkpoints" / "step_000006"
         for path in folder.glob("*_states.pt"):
             torch.save({"module": Payload(), "optimizer_state_dict": Payload()}, path)
-        manifest = json.loads((folder / "manifest.json").read_text())
-        for file, entry in manifest["files"].items():
-            entry |= {"size": (folder / file).stat().st_size, "sha256": artifacts.sha256_of_file(folder / file)}
-        del manifest["facts"][OWN_DIGEST]
-        manifest["facts"][OWN_DIGEST] = artifacts.fingerprint(manifest)
-        artifacts.write_json(folder / "manifest.json", manifest)
+
+        def vouch(manifest):
+            for file, entry in manifest["files"].items():
+                entry |= {"size": (folder / file).stat().st_size, "sha256": artifacts.sha256_of_file(folder / file)}
+
+        rewrite_manifest(name, 6, vouch)
     ranks.barrier()
     try:
         run(name)
@@ -298,6 +310,47 @@ def payload():
     except Exception as error:
         refused = type(error).__name__
     return {"refused": refused, "has_run": (WORK / "payload-has-run").exists()}
+
+
+def as_if_from_other_ranks():
+    """The way through DeepSpeed's universal form, on as many ranks as before."""
+    name = fresh("universal", "two")
+    if ranks.is_main:
+        rewrite_manifest(name, 6, lambda manifest: manifest["facts"].update(world_size=99))
+    ranks.barrier()
+    return run(name)
+
+
+def late_names():
+    """A network file system: what rank 0 makes in the checkpoint folder is seen by the others three seconds later."""
+    name = fresh("late")
+    before = os.stat, os.listdir, os.open
+    if not ranks.is_main:
+        watched = f"{WORK / name / 'checkpoints'}/"
+
+        def check(path):
+            text = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
+            if text.startswith(watched):
+                folder = watched + text[len(watched) :].split("/")[0]
+                if time.time() - before[0](folder).st_ctime < 3 and folder not in seen:
+                    hidden.add(folder)
+                    raise FileNotFoundError(errno.ENOENT, "not seen yet", text)
+                seen.add(folder)
+
+        def slow(function):
+            def call(path, *arguments, **options):
+                check(path)
+                return function(path, *arguments, **options)
+
+            return call
+
+        seen, hidden = set(), set()
+        os.stat, os.listdir, os.open = (slow(function) for function in before)
+    try:
+        results = [run(name, stop_after=3, every_steps=2), run(name)]
+    finally:
+        os.stat, os.listdir, os.open = before
+    return results, [text for text in ranks.gather_texts("" if ranks.is_main else " ".join(sorted(hidden))) if text]
 
 
 def from_other_ranks():
@@ -311,7 +364,7 @@ def from_other_ranks():
 
 SCENARIOS = [
     undisturbed, stopped_twice, in_background, retention, two_checkpoints, damaged, hints, full_disk, small_disk, short_writes, slow_rank,
-    other_run, payload, from_other_ranks,
+    other_run, payload, as_if_from_other_ranks, late_names, from_other_ranks,
 ]  # fmt: skip
 wanted = sys.argv[4:]
 results = {scenario.__name__: scenario() for scenario in SCENARIOS if not wanted or scenario.__name__ in wanted}

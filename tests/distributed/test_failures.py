@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -135,6 +136,7 @@ SITES = [
     "checkpoint.write", "checkpoint.flush", "checkpoint.agree", "checkpoint.manifest", "checkpoint.rename", "checkpoint.latest",
     "checkpoint.retention", "checkpoint.removal", "resume.load", "train.step", "publish.manifest", "publish.rename",
 ]  # fmt: skip
+MAIN_ONLY = ("checkpoint.manifest", "checkpoint.rename", "checkpoint.latest", "checkpoint.re", "publish")
 
 
 def assert_survives_kill(folder, undisturbed, site, *, rank, hit, num_ranks):
@@ -157,8 +159,7 @@ def test_killed_between_the_moves_of_a_save(folder, undisturbed, site):
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("site", SITES)
 def test_killed_at_every_site_on_every_rank(folder, undisturbed, site, rank, hit):
-    main_only = ("checkpoint.manifest", "checkpoint.rename", "checkpoint.latest", "checkpoint.re", "publish")
-    if (rank == 1 and site.startswith(main_only)) or (site.startswith(("publish", "resume")) and hit == 2):
+    if (rank == 1 and site.startswith(MAIN_ONLY)) or (site.startswith(("publish", "resume")) and hit == 2):
         pytest.skip("rank 0 alone passes there, or once")
     assert_survives_kill(folder, undisturbed, site, rank=rank, hit=hit, num_ranks=2)
 
@@ -218,7 +219,14 @@ def test_a_rank_that_is_late_is_no_alarm(folder, undisturbed, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "action", ["exit0", pytest.param("raise", marks=TORTURE), pytest.param("segfault", marks=TORTURE), pytest.param("abort", marks=TORTURE)]
+    "action",
+    [
+        "exit0",
+        pytest.param("leave", marks=TORTURE),
+        pytest.param("raise", marks=TORTURE),
+        pytest.param("segfault", marks=TORTURE),
+        pytest.param("abort", marks=TORTURE),
+    ],
 )
 def test_a_rank_that_leaves_is_no_success(folder, undisturbed, action):
     done = reference(folder, 2, check=False, fault=f"train.step:1:4:{action}")
@@ -227,6 +235,69 @@ def test_a_rank_that_leaves_is_no_success(folder, undisturbed, action):
     assert "error: rank 1 (" in output and ("RuntimeError: fault injected at train.step" in output) == (action == "raise")
     assert_nothing_left(folder)
     assert_completed(folder, undisturbed, 2)
+
+
+@TORTURE
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("site", SITES)
+def test_an_error_anywhere_on_one_rank_ends_all_with_its_cause(folder, undisturbed, site, rank):
+    if rank == 1 and site.startswith(MAIN_ONLY):
+        pytest.skip("rank 0 alone passes there")
+    if site == "resume.load":
+        reference(folder, 2, check=False, fault="train.step:0:4:kill9")
+    done = reference(folder, 2, check=False, fault=f"{site}:{rank}:1:raise")
+    output = done.stdout + done.stderr
+    assert done.returncode not in (0, 2, 75)
+    assert output.count(f"error: rank {rank} (") == 1 and f"RuntimeError: fault injected at {site}" in output
+    assert_nothing_left(folder)
+    assert_completed(folder, undisturbed, 2)
+
+
+@pytest.fixture(scope="module")
+def trained(prepared, tmp_path_factory):
+    """Returns a folder with a finished reference run, and the table of scores that an undisturbed run of two ranks makes of it."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    shutil.copytree(prepared, folder)
+    reference(folder, 2)
+    other = folder.parent / "undisturbed"
+    shutil.copytree(folder, other)
+    sftmix("score", QUICKSTART, *OPTIONS, f"run.dir={other}", "engine.num_processes=2")
+    return folder, (other / "scores" / "confidence.parquet").read_bytes()
+
+
+@TORTURE
+@pytest.mark.parametrize("fault", ["shard.write:1:1", "shard.rename:0:1", "publish.manifest:0:1"])
+def test_a_rank_that_hangs_while_it_scores_or_merges_is_named(trained, tmp_path, fault):
+    folder, expected = tmp_path / "run", trained[1]
+    shutil.copytree(trained[0], folder)
+    score = partial(sftmix, "score", QUICKSTART, *OPTIONS, f"run.dir={folder}", "engine.num_processes=2", check=False)
+    done = score(fault=f"{fault}:stop")
+    rank = fault.split(":")[1]
+    assert done.returncode not in (0, 2, 75)
+    assert len(re.findall(rf"error: rank {rank} \(\S+, pid \d+\) has not answered for 5 s", done.stdout + done.stderr)) == 1
+    assert "faults.py" in (folder / "logs" / "stacks" / f"rank_000{rank}.txt").read_text()
+    assert_nothing_left(folder)
+    assert score().returncode == 0 and (folder / "scores" / "confidence.parquet").read_bytes() == expected
+
+
+@TORTURE
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_in_a_save_is_named(folder, undisturbed, rank):
+    done = reference(folder, 2, check=False, fault=f"checkpoint.flush:{rank}:2:stop")
+    assert done.returncode not in (0, 2, 75) and f"error: rank {rank} (" in done.stdout + done.stderr
+    assert_nothing_left(folder)
+    assert_completed(folder, undisturbed, 2)
+
+
+@TORTURE
+@pytest.mark.parametrize("site", ["resume.convert", "resume.converted"])
+def test_killed_while_it_converts_for_other_ranks(folder, undisturbed, site):
+    reference(folder, 2, check=False, fault="train.step:0:4:kill9")
+    assert reference(folder, 1, check=False, fault=f"{site}:0:1:kill9").returncode != 0
+    again = reference(folder, 1)
+    assert "resumed after step 3" in again.stdout and not list((folder / "work").glob("*"))
+    for (step, loss, _), (expected_step, expected, _) in zip(result_of(folder)[0], undisturbed(2)[0], strict=True):
+        assert step == expected_step and abs(loss - expected) <= 1e-6
 
 
 @pytest.mark.parametrize("victim", ["runner", pytest.param("launch.py", marks=TORTURE), pytest.param("sftmix.cli", marks=TORTURE)])
@@ -250,6 +321,27 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_75(folder, undisturbed,
     assert process.returncode == 75 and output.count("stopped after step ") == 1 and f"{number.name} was received" in output
     stopped = int(re.search(r"stopped after step (\d+)", output)[1])
     assert saved_step(folder) == stopped >= 1  # no step is lost
+    assert_nothing_left(folder)
+    assert_completed(folder, undisturbed, num_ranks)
+
+
+@TORTURE
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_sigterm_in_the_middle_of_a_save_loses_nothing(folder, undisturbed, num_ranks):
+    done = reference(folder, num_ranks, check=False, fault=f"checkpoint.write:{num_ranks - 1}:3:term")
+    assert done.returncode == 75 and "SIGTERM was received" in done.stderr and saved_step(folder) >= 1
+    assert_nothing_left(folder)
+    assert_completed(folder, undisturbed, num_ranks)
+
+
+@pytest.mark.parametrize(("num_ranks", "times"), [(2, 1), pytest.param(1, 1, marks=TORTURE), pytest.param(2, 2, marks=TORTURE)])
+def test_control_c_ends_all(folder, undisturbed, num_ranks, times):
+    process = begin(folder, num_ranks)
+    wait_for(lambda: saved_step(folder) >= 1 or process.poll() is not None, "the first checkpoint")
+    for _ in range(times):
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode not in (0, 75), output
     assert_nothing_left(folder)
     assert_completed(folder, undisturbed, num_ranks)
 
@@ -311,6 +403,44 @@ def test_unfinished_work_of_other_settings_is_refused_with_the_differences(folde
     assert reference(folder, 1, "train.learning_rate=2e-4", check=False).returncode == 2
     anew = reference(folder, 1, "train.learning_rate=2e-4", "--restart")
     assert "resumed" not in anew.stdout and saved_step(folder) == 0
+
+
+def start_rank(folder, **environment):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    command = [sys.executable, "launch/run.py", QUICKSTART, *OPTIONS, f"run.dir={folder}", "--stage", "reference"]
+    return subprocess.run(
+        [*command, "limits.join_minutes=0.05"], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_that_do_not_come_and_ports_that_are_taken_are_one_clear_error(folder, rank):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+        port = str(taken.getsockname()[1])
+        if rank == "0":
+            busy = start_rank(folder, **place, MASTER_PORT=port)
+            assert busy.returncode == 2 and f"port {port} of 127.0.0.1 cannot be had" in busy.stderr and "MASTER_PORT" in busy.stderr
+    alone = start_rank(folder, **place, MASTER_PORT=port)
+    assert alone.returncode == 2 and f"rank {rank} of 2 could not join the others at 127.0.0.1:{port} within 3 s" in alone.stderr
+
+
+def lock_of(folder):
+    return next((folder / "extensions").rglob("lock"), None)
+
+
+@TORTURE
+def test_killed_while_an_extension_is_built(folder):
+    """DeepSpeed's Adam for offloaded optimisers is compiled at the first start; the lock of a build that was killed is not waited for."""
+    offload = ["engine.deepspeed=configs/deepspeed/zero3_offload.json"]
+    process = begin(folder, 1, *offload)
+    wait_for(lambda: lock_of(folder) is not None or process.poll() is not None, "the build")
+    for pid in processes_of(folder):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=PATIENCE)
+    assert lock_of(folder) is not None
+    reference(folder, 1, *offload)
+    assert lock_of(folder) is None
 
 
 def test_only_the_owner_can_read_a_run_and_nobody_else_can_reach_it(folder):

@@ -130,6 +130,16 @@ def test_nothing_in_a_state_file_is_run(two_ranks):
     assert two_ranks["payload"] == {"refused": "UnpicklingError", "has_run": False}
 
 
+def test_the_universal_form_loses_no_bit(two_ranks):
+    assert_same(two_ranks["as_if_from_other_ranks"], two_ranks["undisturbed"])
+
+
+def test_names_that_other_nodes_see_later_are_waited_for(two_ranks):
+    (first, last), hidden = two_ranks["late_names"]
+    assert stopped_after(first) == 3 and ".step_000003" in hidden[0]
+    assert_same(last, two_ranks["undisturbed"])
+
+
 def assert_elastic(data, monkeypatch, *, stage, precision, bound, sizes):
     """Runs on every number of ranks of `sizes` take up what those before it have left; each is held against the undisturbed run
     on as many ranks as it began on, from which only rounding may tell it."""
