@@ -262,7 +262,7 @@ def trained(prepared, tmp_path_factory):
     other = folder.parent / "undisturbed"
     shutil.copytree(folder, other)
     sftmix("score", QUICKSTART, *OPTIONS, f"run.dir={other}", "engine.num_processes=2")
-    return folder, (other / "scores" / "confidence.parquet").read_bytes()
+    return folder, (other / "confidence" / "confidence.parquet").read_bytes()
 
 
 @TORTURE
@@ -277,7 +277,7 @@ def test_a_rank_that_hangs_while_it_scores_or_merges_is_named(trained, tmp_path,
     assert len(re.findall(rf"error: rank {rank} \(\S+, pid \d+\) has not answered for 5 s", done.stdout + done.stderr)) == 1
     assert "faults.py" in (folder / "logs" / "stacks" / f"rank_000{rank}.txt").read_text()
     assert_nothing_left(folder)
-    assert score().returncode == 0 and (folder / "scores" / "confidence.parquet").read_bytes() == expected
+    assert score().returncode == 0 and (folder / "confidence" / "confidence.parquet").read_bytes() == expected
 
 
 @TORTURE
@@ -336,7 +336,11 @@ def test_a_sigterm_in_the_middle_of_a_save_loses_nothing(folder, undisturbed, nu
 
 @pytest.mark.parametrize(("num_ranks", "times"), [(2, 1), pytest.param(1, 1, marks=TORTURE), pytest.param(2, 2, marks=TORTURE)])
 def test_control_c_ends_all(folder, undisturbed, num_ranks, times):
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # tests in the background of a script would hand on that it is ignored
     process = begin(folder, num_ranks)
+    signal.signal(signal.SIGINT, before)
     wait_for(lambda: saved_step(folder) >= 1 or process.poll() is not None, "the first checkpoint")
     for _ in range(times):
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
