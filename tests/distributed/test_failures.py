@@ -336,9 +336,7 @@ def test_a_sigterm_in_the_middle_of_a_save_loses_nothing(folder, undisturbed, nu
 
 @pytest.mark.parametrize(("num_ranks", "times"), [(2, 1), pytest.param(1, 1, marks=TORTURE), pytest.param(2, 2, marks=TORTURE)])
 def test_control_c_ends_all(folder, undisturbed, num_ranks, times):
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # tests in the background of a script would hand on that it is ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a script in the background has it ignored
     process = begin(folder, num_ranks)
     signal.signal(signal.SIGINT, before)
     wait_for(lambda: saved_step(folder) >= 1 or process.poll() is not None, "the first checkpoint")
