@@ -4,6 +4,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 VERSION = next(line.split('"')[1] for line in (ROOT / "sftmix/__init__.py").read_text().splitlines() if line.startswith("__version__"))
+LORA = ["peft>=0.21,<1", "accelerate>=1.0"]  # peft imports accelerate; neither is needed where all weights are trained
 
 setup(
     name="sftmix",
@@ -42,6 +43,9 @@ setup(
         "matplotlib>=3.8",
         "rich>=13",
     ],
-    extras_require={"dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "types-PyYAML", "zstandard", "duckdb"]},
+    extras_require={
+        "lora": LORA,
+        "dev": [*LORA, "pytest>=8", "ruff>=0.8", "mypy>=1.13", "types-PyYAML", "zstandard", "duckdb"],
+    },
     entry_points={"console_scripts": ["sftmix=sftmix.cli:main"]},
 )

@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 _may_publish: list[Callable[[], None]] = []
 FORMAT = 1  # of the artifacts themselves; part of every fingerprint
 VISIBLE_SECONDS = 90.0  # network file systems look again for a name that was not there within 60 s (NFS: acdirmax)
-PACKAGES = ("sftmix", "torch", "deepspeed", "transformers", "datasets", "triton")
+PACKAGES = ("sftmix", "torch", "deepspeed", "transformers", "datasets", "triton", "peft")
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "export":
             command.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
             command.add_argument("--which", default="sftmix", help="sftmix (default) or baseline")
+            command.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, in peft's format, not merged")
     _add_doctor(commands.add_parser("doctor", help=DOCTOR, description=DOCTOR[0].upper() + DOCTOR[1:] + "."))
     _add_scores(commands.add_parser("scores", help="show, check, merge or export score tables", description="Score tables as artifacts."))
     return parser
@@ -144,7 +145,7 @@ def _dispatch(options: argparse.Namespace) -> int:
     if options.command == "export":
         from sftmix.export import export
 
-        print(export(config, which=options.which, to=options.to))
+        print(export(config, which=options.which, to=options.to, adapter=options.adapter))
         return 0
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if os.environ.get("RANK", "0") == "0":

@@ -34,6 +34,15 @@ class RunConfig(Section):
     seed: Int = Field(0, ge=0, description="Seeds initial weights, data order, pairs and lam.")
 
 
+class LoraConfig(Section):
+    rank: Int = Field(16, ge=1, description="Inner size of an adapter: its product B A has this rank.")
+    alpha: Float = Field(32.0, gt=0, description="The product is scaled by alpha / rank.")
+    dropout: DecayRate = Field(0.0, description="Share of an adapter's inputs that is set to zero in training.")
+    target_modules: Literal["all-linear"] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = Field(
+        "all-linear", description="Ends of names of linear modules (`[q_proj, v_proj]`); default: every linear module but the head."
+    )
+
+
 class ModelConfig(Section):
     path: str | None = Field(None, description="Folder or Hub name of a Hugging Face causal language model.")
     architecture: dict[str, Any] | None = Field(
@@ -44,6 +53,7 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="Commit, tag or branch on the Hub.")
     trust_remote_code: bool = Field(False, description="Run model code that comes with the weights. Off unless you trust it.")
     attn_implementation: str | None = Field(None, description="Attention of transformers: sdpa, eager, flash_attention_2, ...")
+    lora: LoraConfig | None = Field(None, description="Train low-rank adapters beside frozen weights; default: train all weights.")
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
@@ -167,6 +177,8 @@ class ConfidenceConfig(Section):
             raise ValueError("give `models` or `scores`, not both")
         if (self.models or self.scores) and (self.compare or self.mode != "checkpoints"):
             raise ValueError("`mode` and `compare` are about the reference run, and with `models` or `scores` there is none")
+        if any(model.lora is not None for model in self.models):
+            raise ValueError("`lora` belongs to a model that is trained, and `models` are only scored with")
         if self.mode in self.compare or len(set(self.compare)) < len(self.compare):
             raise ValueError("`compare` names modes other than `mode`, each once")
         if self.online_from_epoch > 1 and "online" not in self.modes:

@@ -144,7 +144,7 @@ def _numerics(config: Config) -> dict[str, Any]:
 def model_identity(model: ModelConfig) -> dict[str, Any]:
     """Returns what tells one model from another: settings, and for a local folder its config and the ends of its weight
     files (hashing 100 GB whole at every start would cost minutes)."""
-    identity = model.model_dump(mode="json")
+    identity = model.model_dump(mode="json", exclude=set() if model.lora else {"lora"})
     folder = Path(model.path) if model.path else None
     if folder is not None and folder.is_dir():
         identity["files"] = {}

@@ -10,7 +10,8 @@ def check(config: Config) -> None:
     """Raises ConfigError or DataError for the first thing that would stop the run later.
 
     Looks at: the sources' paths, formats and column mappings; the DeepSpeed JSON; model folders and
-    architectures; the tokenizer, its size against the embedding, its chat template; max length against the context.
+    architectures; the modules that adapters go to; the tokenizer, its size against the embedding, its chat template; max length
+    against the context.
     """
     from sftmix.data.formats import check_format
     from sftmix.data.readers import check_source
@@ -40,6 +41,18 @@ def check(config: Config) -> None:
         if model.path is not None:
             check_model_folder(model.path, name=name)
     _check_fit(config, models)
+    for name, model in models.items():
+        _check_lora(model, name)
+
+
+def _check_lora(model: ModelConfig, name: str) -> None:
+    if model.lora is None:
+        return
+    from sftmix.engine.loading import empty_model, hf_config
+    from sftmix.engine.lora import import_peft, target_names
+
+    import_peft()
+    target_names(empty_model(model, hf_config(model, name=name)), model.lora, name=name)
 
 
 def _models(config: Config) -> dict[str, ModelConfig]:

@@ -1,8 +1,9 @@
 """When a training stage saves its state, when it stops on request, and where it takes up again.
 
-All ranks call every method together. What is saved: DeepSpeed's state (model, optimiser, loss scaler), the log's running
-sums, and what `online` has collected. Everything else (order of the data, pairs, lam, learning rate, dropout streams) is a
-function of the step. So a resumed run's losses and weights are those of a run that nothing stopped, bit for bit on as many ranks.
+All ranks call every method together. What is saved: DeepSpeed's state (model, or of one with LoRA the adapters; optimiser, loss
+scaler), the log's running sums, and what `online` has collected. Everything else (order of the data, pairs, lam, learning rate,
+dropout streams) is a function of the step. So a resumed run's losses and weights are those of a run that nothing stopped, bit for
+bit on as many ranks.
 """
 
 from __future__ import annotations
@@ -160,6 +161,12 @@ class TrainingCheckpoints:
                 f"{engine.zero_stage}: what one stage saves another cannot read. Put it back, or begin anew with --restart.",
                 on_all_ranks=True,
             )
+        if manifest.facts.get("frozen", "") != engine.frozen_checksum():
+            raise ArtifactError(
+                f"{self.checkpoints.path(step)} holds adapters that were trained beside other weights than those that model.path now has. "
+                "Put them back, or begin anew with --restart.",
+                on_all_ranks=True,
+            )
         if engine.zero_stage == 0 or manifest.facts["world_size"] == self.ranks.world_size:
             engine.load_state(self.checkpoints.path(step))
             return
@@ -234,6 +241,7 @@ class TrainingCheckpoints:
             "world_size": self.ranks.world_size,
             "zero_stage": engine.zero_stage,
             "precision": engine.precision,
+            "frozen": engine.frozen_checksum(),
             "numbers": numbers,
         }
         self._pending = _Pending(step, staging, files, facts, started)
@@ -243,7 +251,7 @@ class TrainingCheckpoints:
 
     def _make_room(self, engine: Engine, step: int) -> None:
         staging = self.checkpoints.new_staging(step)
-        size = engine.num_parameters * (engine.bytes_per_weight + ADAM_BYTES)
+        size = engine.num_trained_parameters * (engine.bytes_per_weight + ADAM_BYTES)
         if self._last_step and self.checkpoints.path(self._last_step).is_dir():
             size = sum(path.stat().st_size for path in self.checkpoints.path(self._last_step).iterdir())
         self._needed = size

@@ -148,10 +148,14 @@ def _run_target(context: StageContext, name: str, *, mixup_weight: float) -> Non
 
     def save_model(engine: Engine, step: int) -> None:
         engine.export(context.kept / "model", _tokenizer(context))
+        if engine.has_adapters:
+            engine.export_adapter(context.kept / "adapter", _tokenizer(context))
         if context.ranks is not None and context.ranks.is_main:
             from sftmix.export import write_model_card
 
             write_model_card(context.kept / "model", config, objective=name)
+            if engine.has_adapters:
+                write_model_card(context.kept / "adapter", config, objective=name, is_adapter=True)
 
     last = len(plan.steps())
     _train(context, name, config.model, settings, examples, plan, objective, checkpoint_steps=[last], save=save_model)
@@ -215,7 +219,11 @@ def _train(
     if ranks.is_main:
         # Linked, not moved: the checkpoints vouch for these files until the output is published.
         shutil.copytree(kept, context.folder, copy_function=_link, dirs_exist_ok=True)
-    context.facts |= log.facts() | {"num_parameters": engine.num_parameters, "world_size": ranks.world_size}
+    context.facts |= log.facts() | {
+        "num_parameters": engine.num_parameters,
+        "num_trained_parameters": engine.num_trained_parameters,
+        "world_size": ranks.world_size,
+    }
     engine.close()
 
 
@@ -272,8 +280,9 @@ def run_report(context: StageContext) -> None:
 
 
 def trained_model(start: ModelConfig, folder: Path) -> ModelConfig:
-    """Returns the model that was trained from `start` into `folder`, with its other settings (attention, trust)."""
-    return start.model_copy(update={"path": str(folder), "architecture": None, "revision": None})
+    """Returns the model that was trained from `start` into `folder`, with its other settings (attention, trust).
+    Adapters are merged into it."""
+    return start.model_copy(update={"path": str(folder), "architecture": None, "revision": None, "lora": None})
 
 
 EVALUATION_UNIT = 256  # examples that one rank takes at a time

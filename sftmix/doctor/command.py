@@ -90,7 +90,8 @@ def _items(
         yield "file system", lambda: storage.check_file_system(folder)
         yield "other runs", lambda: storage.check_writer(folder)
     if config is not None and need is not None:
-        meaning = f"{config.checkpoint.keep_last} + 1 checkpoints of {need.num_parameters:,} parameters, {need.num_exports} exported models"
+        count = f"{config.checkpoint.keep_last} + 1 checkpoints of {need.num_trained_parameters:,} parameters"
+        meaning = f"{count}, {need.num_exports} exported models"
         yield "free space", lambda: storage.check_space(config.run.dir, needed_bytes=need.disk_bytes, meaning=meaning)
     yield "memory", lambda: memory.check_machine(need, has_gpu=bool(cards))
     yield "GPU memory", lambda: memory.check_gpus(need, cards)
@@ -136,7 +137,7 @@ def _need(config: Config | None, num_ranks: int, local_ranks: int, findings: lis
     need = Need(config, num_ranks, local_ranks)
 
     def look() -> list[Finding]:
-        words = f"{need.num_parameters:,} parameters, {need.bytes_per_weight} bytes each"
+        words = f"{need.described}, {need.bytes_per_weight} bytes each"
         parts = [name for name, is_moved in need.offload.items() if is_moved]
         return [Finding("model", "ok", f"{words}, {num_ranks} ranks{', offloaded: ' + ', '.join(parts) if parts else ''}.")]
 

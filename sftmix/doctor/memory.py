@@ -37,7 +37,7 @@ def check_machine(need: Need | None, *, has_gpu: bool, memory: tuple[int, int] |
         return [Finding(ITEM, "ok", f"{have}.", facts=facts)]
     needed = need.host_bytes(has_gpu=has_gpu)
     facts["needed_bytes"] = needed
-    found = f"{have}; the model ({need.num_parameters:,} parameters) needs {gib(needed)} here, without activations."
+    found = f"{have}; the model ({need.described}) needs {gib(needed)} here, without activations."
     remedy = "Use more nodes, engine.zero_stage=3, or a smaller model." if need.num_ranks > 1 else "Use more ranks, or a smaller model."
     return [Finding(ITEM, _verdict(needed, total, available), found, remedy if needed > 0.8 * available else "", facts)]
 

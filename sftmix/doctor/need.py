@@ -25,6 +25,21 @@ class Need:
         return count_parameters(self.config)
 
     @cached_property
+    def num_adapter_parameters(self) -> int:
+        """Those of LoRA, beside the model's own; 0 where all weights are trained."""
+        return count_adapter_parameters(self.config)
+
+    @property
+    def num_trained_parameters(self) -> int:
+        """Those with gradients and optimiser states."""
+        return self.num_adapter_parameters or self.num_parameters
+
+    @property
+    def described(self) -> str:
+        adapters = f", {self.num_adapter_parameters:,} more of adapters" if self.num_adapter_parameters else ""
+        return f"{self.num_parameters:,} parameters{adapters}"
+
+    @cached_property
     def bytes_per_weight(self) -> int:
         from sftmix.engine.distributed import resolve_precision
 
@@ -40,19 +55,19 @@ class Need:
         return {name: zero.get(f"offload_{name}", {}).get("device", "none") != "none" for name in ("optimizer", "param")}
 
     def _shard(self, num_bytes: int, *, from_stage: int) -> int:
-        """Returns a rank's part of `num_bytes` for each parameter, sharded from a ZeRO stage on."""
-        total = self.num_parameters * num_bytes
-        return -(-total // self.num_ranks) if self.config.engine.zero_stage >= from_stage else total
+        """Returns a rank's part of bytes that are sharded from a ZeRO stage on."""
+        return -(-num_bytes // self.num_ranks) if self.config.engine.zero_stage >= from_stage else num_bytes
 
     @property
     def states_per_rank(self) -> int:
         """Bytes of gradient sums, float32 weights and moments."""
         master = 4 if self.bytes_per_weight < 4 else 0
-        return self._shard(SUM_BYTES, from_stage=2) + self._shard(8 + master, from_stage=1)
+        trained = self.num_trained_parameters
+        return self._shard(SUM_BYTES * trained, from_stage=2) + self._shard((8 + master) * trained, from_stage=1)
 
     @property
     def weights_per_rank(self) -> int:
-        return self._shard(self.bytes_per_weight, from_stage=3)
+        return self._shard((self.num_parameters + self.num_adapter_parameters) * self.bytes_per_weight, from_stage=3)
 
     @property
     def gpu_bytes(self) -> int:
@@ -67,8 +82,8 @@ class Need:
 
     @property
     def disk_bytes(self) -> int:
-        """Training checkpoints, one more than are kept, and the exported models of all stages."""
-        state = self.num_parameters * (self.bytes_per_weight + ADAM_BYTES)
+        """Training checkpoints, one more than are kept, and the exported models of all stages, whole ones with LoRA too."""
+        state = self.num_trained_parameters * (self.bytes_per_weight + ADAM_BYTES)
         return state * (self.config.checkpoint.keep_last + 1) + self.num_parameters * self.bytes_per_weight * self.num_exports
 
     @property
@@ -91,24 +106,32 @@ class Need:
     def step_traffic(self) -> dict[str, int]:
         """Returns the bytes that a step gathers and reduces, whole tensors. ZeRO-3 gathers weights in every forward and backward;
         stages 1 and 2 once after the update; stage 0 is an all-reduce, which is both."""
-        weights = self.num_parameters * self.bytes_per_weight
+        weights = (self.num_parameters + self.num_adapter_parameters) * self.bytes_per_weight
+        trained = self.num_trained_parameters * self.bytes_per_weight
         if self.config.engine.zero_stage == 3:
-            return {"gather": 2 * weights * self.num_micro_batches, "reduce": weights * self.num_micro_batches}
+            return {"gather": 2 * weights * self.num_micro_batches, "reduce": trained * self.num_micro_batches}
         reductions = self.num_micro_batches if self.config.engine.zero_stage == 2 else 1
-        return {"gather": weights, "reduce": weights * reductions}
+        return {"gather": trained, "reduce": trained * reductions}
 
 
 def count_parameters(config: Config) -> int:
     """Returns the number of parameters of the target, built without memory. Tied ones count once."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    return sum(parameter.numel() for parameter in _empty_target(config).parameters())
 
-    from sftmix.engine.loading import hf_config, quiet_transformers
 
-    settings = hf_config(_with_vocabulary(config))
-    with quiet_transformers(), torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.model.trust_remote_code)
-    return sum(parameter.numel() for parameter in model.parameters())
+def count_adapter_parameters(config: Config) -> int:
+    """Returns how many parameters LoRA adds to the target; 0 without it. Raises ConfigError for targets that it does not have."""
+    if config.model.lora is None:
+        return 0
+    from sftmix.engine.lora import num_adapter_parameters
+
+    return num_adapter_parameters(_empty_target(config), config.model.lora, name="model")
+
+
+def _empty_target(config: Config) -> Any:
+    from sftmix.engine.loading import empty_model, hf_config
+
+    return empty_model(config.model, hf_config(_with_vocabulary(config)))
 
 
 def _with_vocabulary(config: Config) -> ModelConfig:

@@ -17,13 +17,23 @@ import torch
 from torch import Tensor
 
 from sftmix import guard
+from sftmix.artifacts import fingerprint
 from sftmix.config import Config, ModelConfig, TrainConfig
 from sftmix.data.batches import MicroBatch, StepCounts
 from sftmix.data.template import marker_ids
 from sftmix.deepspeed_json import deepspeed_config
 from sftmix.engine.distributed import Ranks, import_deepspeed, release_parameter_group, resolve_precision
 from sftmix.engine.head import CausalLMWithLoss, ScoreRequest, find_logit_transform
-from sftmix.engine.loading import build_model, hf_config, quiet_transformers
+from sftmix.engine.loading import build_model, empty_model, hf_config, quiet_transformers
+from sftmix.engine.lora import (
+    adapted_layers,
+    adapter_weights,
+    add_adapters,
+    checksum,
+    is_adapter,
+    merged_weight,
+    write_adapter,
+)
 from sftmix.objectives import Objective, loss_request
 
 if TYPE_CHECKING:
@@ -67,6 +77,8 @@ class Engine:
         self.hf_config = hf_config(model, tokenizer)
         self._model_config = model
         self._is_dropped = False
+        self._frozen_checksum = ""  # computed when it is first asked for: the weights do not change
+        self.has_adapters = train is not None and model.lora is not None  # a model that is only scored with has none
         settings = deepspeed_config(
             config,
             precision=self.precision,
@@ -87,6 +99,8 @@ class Engine:
             is_sharded=self.zero_stage == 3,
             deepspeed_config=settings,
         )
+        if self.has_adapters:
+            add_adapters(module, model, dtype=DTYPES[self.precision], seed=config.run.seed, name="model")
         if train is not None and config.engine.activation_checkpointing:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.module = CausalLMWithLoss(module)
@@ -156,8 +170,13 @@ class Engine:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the whole model; tied ones count once."""
+        """Parameters of the whole model, adapters included; tied ones count once."""
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+
+    @property
+    def num_trained_parameters(self) -> int:
+        """Those that have a gradient and optimiser states: all, or with LoRA the adapters'."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters() if p.requires_grad)
 
     @property
     def was_step_skipped(self) -> bool:
@@ -187,13 +206,19 @@ class Engine:
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yields (Hugging Face name, whole tensor) of every parameter and persistent buffer, one at a time.
 
-        Tied parameters come once. Under ZeRO-3 only one is gathered at a time.
+        Tied parameters come once. Adapters are merged into the weights beside which they are. Under ZeRO-3 only one parameter, with
+        its adapter, is gathered at a time.
         """
         import deepspeed
 
+        layers = {f"{name}.base_layer.weight": layer for name, layer in adapted_layers(self.module)}
         for name, parameter in self.module.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
-                yield self.module.plain_name(name), parameter.data
+            if is_adapter(name):
+                continue
+            layer = layers.get(name)
+            gathered = [parameter] if layer is None else [parameter, *adapter_weights(layer).values()]
+            with deepspeed.zero.GatheredParameters(gathered, enabled=self.zero_stage == 3):
+                yield self.module.plain_name(name), parameter.data if layer is None else merged_weight(layer)
         parameters = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             if name not in parameters and isinstance(tensor, Tensor):
@@ -213,14 +238,43 @@ class Engine:
             self._write_model(folder, state, tokenizer)
         self.ranks.barrier()
 
-    def _write_model(self, folder: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
-        from transformers import AutoModelForCausalLM, GenerationConfig
+    def named_adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields (name of the module + `.lora_A.weight` or `.lora_B.weight`, whole tensor), one at a time; nothing without LoRA."""
+        import deepspeed
 
+        for name, layer in adapted_layers(self.module):
+            for part, parameter in adapter_weights(layer).items():
+                with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                    yield self.module.plain_name(f"{name}.{part}"), parameter.data
+
+    def export_adapter(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Writes the adapters alone on rank 0, in peft's format, with the tokenizer and its template."""
+        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.named_adapters()}
+        if self.ranks.is_main:
+            write_adapter(folder, self.module.model, state)
+            tokenizer.save_pretrained(folder)
+        self.ranks.barrier()
+
+    def frozen_checksum(self) -> str:
+        """Returns what tells the frozen weights from others, on every rank; "" where all are trained."""
+        import deepspeed
+
+        if not self.has_adapters:
+            return ""
+        if not self._frozen_checksum:
+            found: list[str] = []
+            for name, parameter in self.module.named_parameters():
+                if not parameter.requires_grad:
+                    with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                        found += [f"{name} {checksum(parameter.data)}"] if self.ranks.is_main else []
+            self._frozen_checksum = self.ranks.text_from_main(fingerprint(found))
+        return self._frozen_checksum
+
+    def _write_model(self, folder: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
+        from transformers import GenerationConfig
+
+        shell = empty_model(self._model_config, self.hf_config, dtype=DTYPES[self.precision])
         with quiet_transformers():
-            with torch.device("meta"):
-                shell: Any = AutoModelForCausalLM.from_config(
-                    self.hf_config, dtype=DTYPES[self.precision], trust_remote_code=self._model_config.trust_remote_code
-                )
             generation = GenerationConfig.from_model_config(self.hf_config)
             generation.eos_token_id = generation_end_ids(tokenizer, self.hf_config)
             generation.pad_token_id = tokenizer.pad_token_id
@@ -233,7 +287,7 @@ class Engine:
         return DTYPES[self.precision].itemsize
 
     def save_state(self, folder: Path, *, in_background: bool = False) -> StateFiles:
-        """Writes model, optimiser and loss scaler into an existing folder, a few files per rank."""
+        """Writes trained weights, optimiser and loss scaler into an existing folder, a few files per rank."""
         from sftmix.engine.state import save_state
 
         return save_state(self._deepspeed, folder, in_background=in_background)

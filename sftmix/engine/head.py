@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sftmix.data.mixed_inputs import MixedInputs
+from sftmix.engine.lora import without_wrapper
 from sftmix.errors import ConfigError
 from sftmix.kernels.fused_linear_mixup_cross_entropy import fused_linear_mixup_cross_entropy
 from sftmix.kernels.linear_token_nll import linear_token_nll_and_match
@@ -208,8 +209,8 @@ class CausalLMWithLoss(nn.Module):
         return result[0]
 
     def plain_name(self, name: str) -> str:
-        """Returns the Hugging Face name of one of this module's parameters or buffers."""
-        owner, _, rest = name.partition(".")
+        """Returns the Hugging Face name of one of this module's parameters or buffers, as in the model without adapters."""
+        owner, _, rest = without_wrapper(name).partition(".")
         return rest if owner == "model" else f"{self.head_name}.{rest}"
 
 

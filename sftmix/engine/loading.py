@@ -161,6 +161,14 @@ def quiet_transformers() -> Iterator[None]:
         hf_logging.enable_progress_bar()
 
 
+def empty_model(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype = torch.float32) -> Any:
+    """Returns a transformers model without memory: names, shapes and types only."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+
+
 def build_model(
     model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype, seed: int, is_sharded: bool, deepspeed_config: dict[str, Any]
 ) -> Any:

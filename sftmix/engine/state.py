@@ -32,9 +32,10 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
     ranks to agree on afterwards. in_background: files are copied to memory and written by a thread; `wait` for them.
     """
 
-    def __init__(self, *, in_background: bool = False):
+    def __init__(self, *, in_background: bool = False, left_out: frozenset[str] = frozenset()):
         super().__init__()
         self.name = "sftmix"
+        self.left_out = left_out
         self.entries: dict[str, dict[str, Any]] = {}
         self.error: OSError | None = None
         self._jobs: queue.Queue[tuple[Any, Path] | None] | None = queue.Queue() if in_background else None
@@ -48,6 +49,9 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
 
     def save(self, state_dict: Any, path: str) -> None:
         """Writes one file, now or in the background."""
+        if self.left_out and isinstance(state_dict.get("module"), dict):
+            # DeepSpeed leaves frozen weights out by their first name, and tied ones have a second.
+            state_dict["module"] = {name: value for name, value in state_dict["module"].items() if name not in self.left_out}
         if self._jobs is None:
             self._write(state_dict, Path(path))
         else:
@@ -112,10 +116,11 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
 
 
 def save_state(deepspeed_engine: Any, folder: Path, *, in_background: bool) -> StateFiles:
-    """Writes the state of model, optimiser and loss scaler into an existing folder. All ranks call it."""
-    files = StateFiles(in_background=in_background)
+    """Writes the state of trained weights, optimiser and loss scaler into an existing folder. All ranks call it."""
+    frozen = frozenset(name for name, p in deepspeed_engine.module.named_parameters(remove_duplicate=False) if not p.requires_grad)
+    files = StateFiles(in_background=in_background, left_out=frozen)
     deepspeed_engine.checkpoint_engine = files
-    deepspeed_engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+    deepspeed_engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=bool(frozen))
     files.finish()
     return files
 
@@ -126,8 +131,11 @@ def load_state(deepspeed_engine: Any, folder: Path, *, is_universal: bool) -> No
     deepspeed_engine._config.load_universal_checkpoint = is_universal
     optimizer = getattr(deepspeed_engine.optimizer, "optimizer", deepspeed_engine.optimizer)  # ours, inside ZeRO's
     groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    is_whole = all(parameter.requires_grad for parameter in deepspeed_engine.module.parameters())  # else frozen weights are missing
     with only_tensors():
-        path, _ = deepspeed_engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
+        path, _ = deepspeed_engine.load_checkpoint(
+            str(folder.parent), tag=folder.name, load_module_strict=is_whole, load_lr_scheduler_states=False
+        )
     deepspeed_engine._config.load_universal_checkpoint = False
     assert path is not None, "DeepSpeed returns without loading where it finds no file; all were verified"
     if is_universal:

@@ -157,6 +157,8 @@ def _facts(context: StageContext) -> list[tuple[str, str]]:
     summary = read_metrics_json(context.inputs["data"] / "summary.json")
     sizes = context.facts_of("split")["sizes"]
     target = context.facts_of("train")
+    trained = target.get("num_trained_parameters", target["num_parameters"])
+    size = f"{target['num_parameters']:,} parameters" + (f", {trained:,} of them trained" if trained < target["num_parameters"] else "")
     dropped = sum(summary["dropped"].values())
     versions = ", ".join(f"{name} {version}" for name, version in artifacts.versions().items())
     return [
@@ -164,7 +166,7 @@ def _facts(context: StageContext) -> list[tuple[str, str]]:
         ("not used", f"{dropped:,} dropped, {summary['num_left_out']:,} left out; {summary['num_truncated']:,} truncated"),
         ("split", ", ".join(f"{count:,} {part}" for part, count in sizes.items())),
         ("mix coverage", ", ".join(f"{share:.1%} {way}" for way, share in context.facts_of("split")["mix_coverage"].items())),
-        ("target", f"{target['num_parameters']:,} parameters, {target['num_steps']:,} steps, {target['world_size']} processes"),
+        ("target", f"{size}, {target['num_steps']:,} steps, {target['world_size']} processes"),
         ("made by", f"sftmix {__version__}, commit {artifacts.commit() or 'unknown'}"),
         ("versions", versions),
     ]
