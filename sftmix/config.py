@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 
 def _no_bool(value: Any) -> Any:
@@ -34,11 +34,18 @@ class RunConfig(Section):
     seed: Int = Field(0, ge=0, description="Seeds initial weights, data order, pairs and lam.")
 
 
+def _module_names(value: Any) -> Any:
+    is_list = isinstance(value, list) and value and all(isinstance(name, str) and name for name in value)
+    if value != "all-linear" and not is_list:
+        raise ValueError("expected `all-linear` or a list of names of modules, for example [q_proj, v_proj]")
+    return value
+
+
 class LoraConfig(Section):
     rank: Int = Field(16, ge=1, description="Inner size of an adapter: its product B A has this rank.")
     alpha: Float = Field(32.0, gt=0, description="The product is scaled by alpha / rank.")
     dropout: DecayRate = Field(0.0, description="Share of an adapter's inputs that is set to zero in training.")
-    target_modules: Literal["all-linear"] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = Field(
+    target_modules: Annotated[Literal["all-linear"] | list[str], PlainValidator(_module_names)] = Field(
         "all-linear", description="Ends of names of linear modules (`[q_proj, v_proj]`); default: every linear module but the head."
     )
 
