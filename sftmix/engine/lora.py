@@ -87,12 +87,16 @@ def add_adapters(model: Any, config: ModelConfig, *, dtype: torch.dtype, seed: i
     `deepspeed.initialize` shards the adapters'. Raises ConfigError as `target_names` and `import_peft`."""
     lora = config.lora
     assert lora is not None, "the caller looks whether there are to be adapters"
+    from transformers.pytorch_utils import Conv1D
+
     peft = import_peft()
+    names = target_names(model, lora, name=name)
     settings = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=target_names(model, lora, name=name),
+        target_modules=names,
+        fan_in_fan_out=any(isinstance(model.get_submodule(key), Conv1D) for key in names),
         task_type="CAUSAL_LM",
         base_model_name_or_path=config.path,
         revision=config.revision,

@@ -43,9 +43,10 @@ ARCHITECTURE = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
     "max_position_embeddings": 512, "tie_word_embeddings": True, "attention_dropout": float(os.environ.get("DROPOUT", "0.1")),
 }  # fmt: skip
+LORA = {"rank": 2, "dropout": float(os.environ.get("DROPOUT", "0.1"))} if "LORA" in os.environ else None
 
 
-def config_of(*, persistent, **checkpoint):
+def config_of(*, persistent, seed=0, **checkpoint):
     deepspeed = None
     if not persistent:
         WORK.mkdir(parents=True, exist_ok=True)
@@ -53,8 +54,8 @@ def config_of(*, persistent, **checkpoint):
         deepspeed.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
     return Config.model_validate(
         {
-            "run": {"dir": str(WORK)},
-            "model": {"architecture": ARCHITECTURE},
+            "run": {"dir": str(WORK), "seed": seed},
+            "model": {"architecture": ARCHITECTURE, "lora": LORA},
             "tokenizer": {"path": str(FOLDER / "data" / "tokenizer")},
             "data": {"generator": {}},
             "train": {"learning_rate": 3e-3, "micro_batch_tokens": 300},
@@ -294,6 +295,11 @@ def other_run():
     return run(fresh("other", "two"), fingerprint="g")
 
 
+def other_base():
+    """Adapters are taken up beside other weights, which the settings do not tell."""
+    return run(fresh("base", "two"), seed=1)
+
+
 def payload():
     """A state file that runs code when it is unpickled, with a manifest that fits it."""
 
@@ -375,6 +381,7 @@ SCENARIOS = [
     undisturbed, stopped_twice, in_background, retention, two_checkpoints, damaged, hints, full_disk, small_disk, short_writes, slow_rank,
     other_run, payload, as_if_from_other_ranks, late_names, from_other_ranks,
 ]  # fmt: skip
+SCENARIOS += [other_base] if LORA else []
 wanted = sys.argv[4:]
 results = {scenario.__name__: scenario() for scenario in SCENARIOS if not wanted or scenario.__name__ in wanted}
 if ranks.is_main:

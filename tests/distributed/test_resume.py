@@ -168,6 +168,32 @@ def test_other_numbers_of_ranks_go_on_with_the_same_examples(data, monkeypatch, 
     assert_elastic(data, monkeypatch, stage=stage, precision=precision, bound=bound, sizes=(2, 1, 4))
 
 
+@pytest.fixture
+def lora(data, tmp_path, monkeypatch):
+    """A folder with the same data for runs with adapters."""
+    monkeypatch.setenv("LORA", "1")
+    (tmp_path / "data").symlink_to(data / "data")
+    return tmp_path
+
+
+def test_adapters_are_taken_up_to_the_last_bit(lora):  # with dropout
+    results = outcomes(lora, 1, 0, "undisturbed", "stopped_twice")
+    assert_same(results["stopped_twice"][-1], results["undisturbed"])
+
+
+def test_sharded_adapters_are_taken_up_too_on_other_ranks_but_not_beside_other_weights(lora, monkeypatch):
+    monkeypatch.setenv("DROPOUT", "0")  # its streams belong to ranks
+    results = outcomes(lora, 2, 3, "undisturbed", "stopped_twice", "two_checkpoints", "other_base")
+    assert_same(results["stopped_twice"][-1], results["undisturbed"])
+    [message] = set(results["other_base"]["errors"])
+    assert message.startswith("ArtifactError: ") and "trained beside other weights than those that model.path now has" in message
+    [outcome] = outcomes(lora, 1, 3, "from_other_ranks")["from_other_ranks"].values()
+    lines = results["undisturbed"]["lines"]
+    assert not any(outcome["errors"])
+    assert [line[NTP] for line in outcome["lines"]] == [pytest.approx(line[NTP], abs=1e-6) for line in lines]
+    assert lines[0][NTP] - lines[-1][NTP] > 1e-3  # what was not taken up would show
+
+
 @pytest.mark.torture
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_any_number_of_ranks_goes_on_after_any_other(data, monkeypatch, stage):
