@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from memory import table
+from memory import lora_table, table
 from processes import run_ranks
 from tokenizers_for_tests import character_tokenizer
 from transformers import AutoModelForCausalLM
@@ -17,13 +17,15 @@ from sftmix.config_file import dump_config, load_config
 from sftmix.data.template import ALPACA
 from sftmix.deepspeed_json import deepspeed_config
 from sftmix.engine.distributed import check_zero_section, import_deepspeed
-from sftmix.engine.loading import check_context, hf_config
+from sftmix.engine.loading import check_context, empty_model, hf_config
+from sftmix.engine.lora import num_adapter_parameters, target_names
 from sftmix.errors import ConfigError
 from sftmix.preflight import check
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
+LORA_RECIPES = [path for path in RECIPES if path.stem.endswith("-lora")]
 MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
 DATA = sorted((CONFIGS / "data").glob("*.yaml"))
 DEEPSPEED = sorted((CONFIGS / "deepspeed").glob("*.json"))
@@ -79,7 +81,8 @@ def test_every_model_and_data_make_a_recipe_of_three_lines(model, data, tmp_path
 def test_recipes_have_the_hyper_parameters_that_the_paper_states(path):
     config = load_config(path)
     for train in (config.train, config.reference_train):
-        assert (train.learning_rate, train.weight_decay, train.batch_size) == (2e-6, 0.1, 32)
+        assert (train.weight_decay, train.batch_size) == (0.1, 32)
+        assert 1e-4 <= train.learning_rate <= 2e-4 if path in LORA_RECIPES else train.learning_rate == 2e-6
         assert (train.schedule, train.warmup_ratio) == ("cosine", 0.1)
         assert train.epochs == (1 if "ultrachat" in path.stem or "tulu3" in path.stem else 3)
     assert (config.mixup.weight, config.mixup.alpha, config.split.confident_share, config.split.unconfident_share) == (0.2, 0.5, 0.5, 0.5)
@@ -100,6 +103,18 @@ def test_every_recipe_passes_the_checks_before_a_run(path, monkeypatch):
 def test_a_context_that_is_too_short_would_be_noticed(monkeypatch):  # the test of the test
     with pytest.raises(ConfigError, match="the context of model is 8192 tokens"):
         check_context(hf_config(ModelConfig(architecture=ARCHITECTURES["gemma2-9b"])), max_length=8193, name="model")
+
+
+def test_recipes_with_adapters_are_overlays_of_one_base():
+    assert [path.stem for path in LORA_RECIPES] == ["llama3.1-8b-alpaca-lora", "llama3.3-70b-alpaca-lora", "qwen2.5-14b-alpaca-lora"]
+    for path in RECIPES:
+        config = load_config(path)
+        assert config.reference_model.lora == config.model.lora
+        assert (config.model.lora is not None) == (path in LORA_RECIPES)
+    for path in LORA_RECIPES:
+        config, full = load_config(path), load_config(path.with_stem(path.stem.removesuffix("-lora")))
+        assert config.model.model_copy(update={"lora": None}) == full.model and config.data == full.data
+        assert config.train.model_copy(update={"learning_rate": 2e-6}) == full.train and config.mixup == full.mixup
 
 
 def test_the_weak_reference_reads_the_targets_tokens():
@@ -157,6 +172,21 @@ def test_the_table_of_memory_is_what_its_formula_gives():
     assert table(PUBLISHED) in (ROOT / "docs/recipes.md").read_text()
 
 
+def adapters_of(name):
+    """Returns the number of parameters of the adapters that configs/bases/lora.yaml gives a model, and of modules that have one."""
+    lora = load_config(LORA_RECIPES[0]).model.lora
+    model = empty_model(ModelConfig(architecture=ARCHITECTURES[name]), hf_config(ModelConfig(architecture=ARCHITECTURES[name])))
+    return num_adapter_parameters(model, lora, name=name), len(target_names(model, lora, name=name))
+
+
+def test_the_table_of_memory_with_adapters_is_what_its_formula_gives():
+    adapters = {name: adapters_of(name) for name in ARCHITECTURES}
+    for name in ("mistral-7b", "llama3.1-8b"):
+        # 32 layers of queries and outputs (4096 to 4096), keys and values (4096 to 1024), and three of the MLP (4096 to 14336)
+        assert adapters[name] == (32 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18432), 32 * 7)
+    assert lora_table(PUBLISHED, {name: count for name, (count, _) in adapters.items()}) in (ROOT / "docs/recipes.md").read_text()
+
+
 def shrunk(architecture):
     """Returns it with two layers and few, small heads; their grouping, what is tied, capped, biased or routed is kept."""
     heads, groups = architecture["num_attention_heads"], architecture["num_attention_heads"] // architecture["num_key_value_heads"]
@@ -179,7 +209,12 @@ def trained(tmp_path_factory):
     """What two steps of every architecture, shrunk, have shown: all in one process, as the stages of a run are."""
     folder = tmp_path_factory.mktemp("recipes")
     character_tokenizer(chat_template=ALPACA).save_pretrained(folder / "tokenizer")
-    (folder / "architectures.json").write_text(json.dumps({name: shrunk(a) for name, a in ARCHITECTURES.items()}))
+    described = {name: {"architecture": shrunk(a), "lora": None, "zero_stage": 3} for name, a in ARCHITECTURES.items()}
+    for path in LORA_RECIPES:
+        config = load_config(path)
+        lora = config.model.lora.model_dump(mode="json")
+        described[path.stem] = {"architecture": shrunk(architecture_of(config)), "lora": lora, "zero_stage": config.engine.zero_stage}
+    (folder / "architectures.json").write_text(json.dumps(described))
     files = [CONFIGS / f"deepspeed/{name}.json" for name in ("zero3_hierarchical", "zero3")]  # the others need a compiler or a GPU
     arguments = (folder / "architectures.json", folder, folder / "found.json", *files, files[0])  # one of them twice running
     run_ranks(Path(__file__).parent / "support/recipes_worker.py", 1, *map(str, arguments))
@@ -202,3 +237,16 @@ def test_a_shrunk_model_trains_two_steps(trained, name):
     assert all((row[2] > 0) == ("num_experts" in architecture) for row in found["losses"])
     assert any(part.endswith("q_proj.bias") for part in found["names"]) == (architecture["model_type"] == "qwen2")
     assert any(part.endswith("q_norm.weight") for part in found["names"]) == architecture["model_type"].startswith("qwen3")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("path", LORA_RECIPES, ids=stem)
+def test_a_shrunk_model_trains_its_adapters_for_two_steps(trained, path):
+    found, config = trained[path.stem], load_config(path)
+    settings = ModelConfig(architecture=shrunk(architecture_of(config)))
+    model = empty_model(settings, hf_config(settings))
+    assert found["is_finite"] and found["num_trained"] == num_adapter_parameters(model, config.model.lora, name="model")
+    first, second = (sum(row[0] for row in found["losses"][step : step + 2]) for step in (0, 2))
+    assert second < first  # the same batch again
+    moved = set(found["names"]) - set(found["unmoved"])  # of the merged weights
+    assert moved == {f"{name}.weight" for name in target_names(model, config.model.lora, name="model")}

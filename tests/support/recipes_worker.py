@@ -1,6 +1,7 @@
 """Trains every architecture of a file, shrunk, for two steps through the real engine, in one process.
 
-Arguments: a JSON file of name -> architecture; a folder with `tokenizer/`; a file to write; DeepSpeed JSONs, used in turn.
+Arguments: a JSON file of name -> {architecture, lora, zero_stage}; a folder with `tokenizer/`; a file to write; DeepSpeed JSONs,
+used in turn.
 """
 
 import json
@@ -24,21 +25,22 @@ ranks = init_ranks()
 tokenizer = tokenizer_from(folder / "tokenizer")
 
 
-def config_for(architecture, deepspeed_json):
+def config_for(architecture, lora, zero_stage, deepspeed_json):
+    deepspeed = {"deepspeed": str(deepspeed_json)} if zero_stage == 3 else {}
     return Config.model_validate(
         {
             "run": {"dir": str(folder / "run")},
-            "model": {"architecture": architecture},
+            "model": {"architecture": architecture, "lora": lora},
             "tokenizer": {"path": str(folder / "tokenizer")},
             "data": {"generator": {}},
             "train": {"learning_rate": 1e-3, "weight_decay": 0},  # what moves, moves by its gradient
-            "engine": {"zero_stage": 3, "precision": "fp32", "activation_checkpointing": True, "deepspeed": str(deepspeed_json)},
+            "engine": {"zero_stage": zero_stage, "precision": "fp32", "activation_checkpointing": True, **deepspeed},
         }
     )
 
 
-def train_two_steps(architecture, deepspeed_json):
-    config = config_for(architecture, deepspeed_json)
+def train_two_steps(deepspeed_json, **described):
+    config = config_for(**described, deepspeed_json=deepspeed_json)
     engine = Engine(config, config.model, ranks, tokenizer, train=config.train)
     before = {name: tensor.clone() for name, tensor in engine.named_tensors()}
     losses = []
@@ -59,13 +61,14 @@ def train_two_steps(architecture, deepspeed_json):
         "is_finite": all(math.isfinite(value) for row in losses for value in row) and all(math.isfinite(value) for value in moved.values()),
         "unmoved": sorted(name for name, change in moved.items() if change == 0 and torch.is_floating_point(before[name])),
         "names": sorted(moved),
+        "num_trained": engine.num_trained_parameters,
     }
     engine.close()
     return found
 
 
 found = {
-    name: train_two_steps(architecture, deepspeed_jsons[number % len(deepspeed_jsons)])
-    for number, (name, architecture) in enumerate(json.loads(architectures.read_text()).items())
+    name: train_two_steps(deepspeed_jsons[number % len(deepspeed_jsons)], **described)
+    for number, (name, described) in enumerate(json.loads(architectures.read_text()).items())
 }
 result_path.write_text(json.dumps(found))
