@@ -251,6 +251,40 @@ def test_export_copies_a_verified_model(finished, tmp_path):
     assert again.returncode == 2 and "not an empty folder" in again.stderr
 
 
+def test_adapters_are_trained_merged_scored_and_exported(finished, tmp_path):
+    from peft import AutoPeftModelForCausalLM
+
+    folder, start = tmp_path / "run", finished[0] / "baseline" / "model"
+    options = [*TINY, f"model.path={start}", "model.architecture=", "model.lora={rank: 4}", "train.learning_rate=0.01"]
+    options += ["baseline.enabled=false", "tokenizer.train=", f"run.dir={folder}"]
+    output = sftmix("run", QUICKSTART, *options).stdout
+    assert "score" in stages_run(output)[0] and not (folder / "reference" / "adapter").exists()
+    sftmix("export", QUICKSTART, *options, "--to", str(tmp_path / "merged"))
+    sftmix("export", QUICKSTART, *options, "--to", str(tmp_path / "adapter"), "--adapter")
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        before, merged, adapted = (
+            model(ids).logits
+            for model in (
+                AutoModelForCausalLM.from_pretrained(start),
+                AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
+                AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"),
+            )
+        )
+    assert torch.allclose(merged, adapted, rtol=1e-4, atol=1e-5) and (merged - before).abs().max() > 1e-2
+    base, checkpoint = (AutoModelForCausalLM.from_pretrained(f) for f in (start, next((folder / "reference/checkpoints").iterdir())))
+    same = {n for n, p in base.named_parameters() if torch.equal(p, checkpoint.get_parameter(n))}
+    assert same == {n for n, _ in base.named_parameters() if "proj" not in n}
+    facts = json.loads((folder / "sftmix" / "manifest.json").read_text())["facts"]
+    assert facts["num_trained_parameters"] == 4 * (4 * (32 + 32) + 3 * (32 + 48)) < facts["num_parameters"]
+    assert f"{facts['num_trained_parameters']:,} of them trained" in (folder / "report" / "index.html").read_text()
+    for name, words in (("merged", "merged into the weights"), ("adapter", "library_name: peft")):
+        assert words in (tmp_path / name / "README.md").read_text()
+    whole = [*TINY, f"run.dir={finished[0]}"]
+    refused = sftmix("export", QUICKSTART, *whole, "--to", str(tmp_path / "none"), "--adapter", check=False)
+    assert refused.returncode == 2 and "holds no adapter, since all weights were trained" in refused.stderr
+
+
 def test_a_trained_model_can_be_the_start_and_a_smaller_one_the_reference(finished, tmp_path):
     start = finished[0] / "sftmix" / "model"
     reference = "reference.model={architecture: {model_type: gpt2, n_embd: 16, n_layer: 1, n_head: 2, n_positions: 128}}"
