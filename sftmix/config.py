@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
 
 
 def _no_bool(value: Any) -> Any:
@@ -37,7 +38,7 @@ class RunConfig(Section):
 def _module_names(value: Any) -> Any:
     is_list = isinstance(value, list) and value and all(isinstance(name, str) and name for name in value)
     if value != "all-linear" and not is_list:
-        raise ValueError("expected `all-linear` or a list of names of modules, for example [q_proj, v_proj]")
+        raise PydanticCustomError("module_names", "expected `all-linear` or a list of names of modules, for example [q_proj, v_proj]")
     return value
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +31,9 @@ from sftmix.engine.lora import (
 )
 from sftmix.errors import ConfigError
 from sftmix.objectives import Objective, loss_request
+from sftmix.pipeline import model_identity
 from sftmix.preflight import check
+from sftmix.stages import trained_model
 
 MU, RANK, ALPHA = 0.3, 3, 5.0
 FAMILIES = ["llama", "llama-tied", "qwen2", "gpt2", "gpt-neox", "phi-head-with-bias", "mixtral-moe"]
@@ -163,6 +166,32 @@ def test_peft_reads_the_adapter_that_is_written(name, tmp_path):
     assert torch.equal(loaded(ids).logits, ours(ids).logits)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (RANK, ALPHA, "LORA") and settings["inference_mode"]
+
+
+# What a config may say.
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"path": "m", "lora": {"rank": 0}}}, "greater than or equal to 1"),
+        ({"model": {"path": "m", "lora": {"dropout": 1}}}, "less than 1"),
+        ({"model": {"path": "m", "lora": {"target_modules": "q_proj"}}}, "expected `all-linear` or a list of names of modules"),
+        ({"model": {"path": "m", "lora": {"target_modules": []}}}, "expected `all-linear` or a list of names of modules"),
+        ({"confidence": {"models": [{"path": "m", "lora": {}}]}}, "`lora` belongs to a model that is trained"),
+    ],
+)
+def test_what_makes_no_sense_of_adapters_is_refused(change, message):
+    settings = {"run": {"dir": "x"}, "model": {"path": "m"}, "data": {"path": "d"}}
+    assert Config.model_validate({**settings, "model": {"path": "m", "lora": {}}}).reference_model.lora is not None
+    with pytest.raises(ValueError, match=message):
+        Config.model_validate({**settings, **change})
+
+
+def test_a_model_without_adapters_is_told_from_others_as_it_always_was():
+    assert "lora" not in model_identity(ModelConfig(path="m"))  # else every finished stage would be run again
+    assert model_identity(ModelConfig(path="m", lora={}))["lora"]["rank"] == 16
+    assert trained_model(ModelConfig(path="m", lora={}), Path("x")) == ModelConfig(path="x")
 
 
 # Where adapters go.
