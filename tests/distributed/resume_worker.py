@@ -79,7 +79,7 @@ class StopAfter(StopRequest):
         return "a test asked" if self._left is not None and self._left <= 0 else None
 
 
-def run(name, *, stop_after=None, stop_rank=0, fault="", limit=5, fingerprint="f", persistent=True, **checkpoint):
+def run(name, *, stop_after=None, stop_rank=0, fault="", limit=5, fingerprint="f", persistent=LORA is None, **checkpoint):
     """Trains in the work folder `name` until the end, or until it is stopped; returns losses, weights and the error."""
     faults._hits.clear()
     os.environ["SFTMIX_FAULT"] = fault
