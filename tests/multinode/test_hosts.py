@@ -11,6 +11,7 @@ from nodes import ROOT, finish, hosts, wait_for, why_not
 from processes import sftmix
 from tiny import TINY
 
+from sftmix import artifacts
 from sftmix.config_file import dump_config, load_config
 from sftmix.runlog import read_metrics
 
@@ -53,5 +54,69 @@ def test_the_recipe_over_two_hosts_gives_the_losses_of_two_ranks_on_one(config, 
     folder = tmp_path / "run"
     with hosts(2, tmp_path / "hosts") as nodes:
         done = nodes[0].deepspeed("launch/run.py", str(config), f"run.dir={folder}")
-    print(done.stdout)
+    assert "rank 1" not in done.stdout and "shared" not in done.stdout
     assert result_of(folder) == result_of(undisturbed)
+
+
+def saved_step(folder):
+    return max((int(path.parent.name[5:]) for path in folder.glob("work/reference/checkpoints/step_*/manifest.json")), default=0)
+
+
+def reference_of(folder):
+    lines = [
+        (line["step"], line["loss/ntp (nats/token)"], line["grad_norm"]) for line in read_metrics(folder / "reference" / "metrics.jsonl")
+    ]
+    models = sorted((folder / "reference" / "checkpoints").glob("*/model.safetensors"))
+    return lines, [hashlib.sha256(path.read_bytes()).hexdigest() for path in models]
+
+
+def test_a_host_that_is_cut_off_is_named_and_the_same_command_goes_on_once_it_is_back(config, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    command = ["launch/run.py", str(config), f"run.dir={folder}", "--stage", "reference"]
+    shutil.copytree(undisturbed / "data", folder / "data")
+    shutil.copy(undisturbed / "config.yaml", folder)
+    with hosts(2, tmp_path / "hosts") as nodes:
+        process = nodes[0].start_deepspeed(*command, fault="train.step:1:4:sleep")
+        wait_for(lambda: saved_step(folder) == 3 or process.poll() is not None, "the third checkpoint")
+        nodes[1].unplug()
+        start = time.monotonic()
+        done = finish(process, check=False)
+        seconds = time.monotonic() - start
+        assert done.returncode not in (0, 2, 75)
+        named = re.findall(r"error: (rank \d+ \(\S+), pid \d+\) has not answered for 4 s", done.stdout)
+        assert named == ["rank 1 (node1"], done.stdout
+        assert seconds < SILENT_SECONDS + 20
+        for node in nodes:  # also on the host that nobody reaches
+            wait_for(lambda node=node: not node.processes(), f"{node.name} still runs {node.processes()}")
+        nodes[1].plug()
+        again = nodes[0].deepspeed(*command)
+    assert "resumed after step 3" in again.stdout
+    assert reference_of(folder) == reference_of(undisturbed)
+
+
+def test_hosts_that_share_no_storage_give_the_same_and_say_what_is_where(config, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    with hosts(2, tmp_path / "hosts", private=folder) as nodes:
+        done = nodes[0].deepspeed("launch/run.py", str(config), f"run.dir={folder}")
+        assert done.stdout.count("run.dir is not shared") == 1 and "on node1 is not the one on node0" in done.stdout
+        assert result_of(folder) == result_of(undisturbed)
+        theirs = nodes[1].path(folder)
+        for name in ("data", "reference", "pairing", "baseline", "sftmix"):
+            artifacts.verify(theirs / name)
+        assert not (theirs / "confidence").exists() and not list((theirs / "work").glob("*")) and not list(theirs.glob(".*"))
+        again = nodes[0].deepspeed("launch/run.py", str(config), f"run.dir={folder}")
+    assert again.stdout.count("up to date") == 8 and "is copied to" not in again.stdout
+
+
+def test_without_shared_storage_a_run_goes_on_from_what_each_host_has_saved(config, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    command = ["launch/run.py", str(config), f"run.dir={folder}", "--stage", "reference"]
+    with hosts(2, tmp_path / "hosts", private=folder) as nodes:
+        shutil.copytree(undisturbed / "data", folder / "data")
+        shutil.copy(undisturbed / "config.yaml", folder)
+        first = nodes[0].deepspeed(*command, check=False, fault="checkpoint.rename:1:4:kill9")
+        assert first.returncode not in (0, 2, 75) and "error: rank 1 (node1" in first.stdout
+        assert saved_step(folder) == 4 and saved_step(nodes[1].path(folder)) == 3
+        again = nodes[0].deepspeed(*command)
+        assert "checkpoint of step 4: not every node has its part" in again.stdout and "resumed after step 3" in again.stdout
+        assert reference_of(folder) == reference_of(undisturbed)

@@ -23,10 +23,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sftmix.processes import die_with_parent
-
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ("unshare", "nsenter", "ip", "ssh", "ssh-keygen", "pdsh", "/usr/sbin/sshd")
+TOGETHER = ("setpriv", "--pdeathsig", "KILL")  # what the test starts does not outlive it
+TOOLS = ("setpriv", "unshare", "nsenter", "ip", "ssh", "ssh-keygen", "pdsh", "/usr/sbin/sshd")
 INTERFACE = "eth0"
 PATIENCE = 120.0  # seconds until what does not end counts as hanging
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -47,23 +46,25 @@ class Node:
         inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         own = {"PATH": f"{self.folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "DS_ENV_FILE": str(self.folder / "environment")}
         return subprocess.Popen(
-            ["nsenter", "--target", str(self.pid), "--all", f"--wdns={ROOT}", *command],
+            [*TOGETHER, "nsenter", "--target", str(self.pid), "--all", f"--wdns={ROOT}", *command],
             env={**inherited, **ENVIRONMENT, **own, **environment},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=die_with_parent,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
     def run(self, command: list[str], *, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
         """Runs a command on this host to its end, and returns it with its output. A failing one fails the test."""
         return finish(self.start(command, **environment), check=check)
 
-    def start_deepspeed(self, *arguments: str, num_nodes: int = -1) -> subprocess.Popen[str]:
-        """Starts `deepspeed --hostfile` over all hosts, from this one."""
+    def start_deepspeed(self, *arguments: str, num_nodes: int = -1, fault: str = "") -> subprocess.Popen[str]:
+        """Starts `deepspeed --hostfile` over all hosts, or the first `num_nodes`, from this one. `fault`: as in sftmix/faults.py."""
+        exported = {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": INTERFACE, "SFTMIX_FAULT": fault, "SFTMIX_FAULT_SECONDS": f"{PATIENCE:g}"}
+        (self.folder / "environment").write_text("".join(f"{name}={value}\n" for name, value in exported.items() if value))
         options = ["--hostfile", str(self.folder / "hostfile"), *(["--num_nodes", str(num_nodes)] if num_nodes > 0 else [])]
         return self.start([sys.executable, "-m", "deepspeed.launcher.runner", *options, *arguments])
 
-    def deepspeed(self, *arguments: str, check: bool = True, num_nodes: int = -1) -> subprocess.CompletedProcess[str]:
-        """Runs `deepspeed --hostfile` over all hosts, from this one, to its end."""
-        return finish(self.start_deepspeed(*arguments, num_nodes=num_nodes), check=check)
+    def deepspeed(self, *arguments: str, check: bool = True, **options) -> subprocess.CompletedProcess[str]:
+        """Runs the same to its end."""
+        return finish(self.start_deepspeed(*arguments, **options), check=check)
 
     def unplug(self) -> None:
         """Takes the host's interface down: nothing that is sent comes, and nobody is told."""
@@ -133,8 +134,8 @@ def hosts(number: int, folder: Path, *, slots: int = 1, private: Path | None = N
     addresses = [f"10.77.0.{1 + index}" for index in range(number)]
     _write_settings(folder, addresses, slots)
     with contextlib.ExitStack() as held:
-        switch = held.enter_context(_first_process(["sh", "-c", "ip link add switch0 type bridge && ip link set switch0 up && echo ready && exec sleep infinity"]))
-        nodes = []
+        bridge = "ip link add switch0 type bridge && ip link set switch0 up && echo ready && exec sleep infinity"
+        switch, nodes = held.enter_context(_first_process(["sh", "-c", bridge])), []
         for index, address in enumerate(addresses):
             disk = f"mount -t tmpfs tmpfs '{private}' && " if private is not None and index else ""
             if private is not None:
@@ -158,9 +159,7 @@ def _unshare() -> list[str]:
 @contextlib.contextmanager
 def _first_process(command: list[str]) -> Iterator[int]:
     """Yields the pid of a command in new namespaces, once it has said that it is ready."""
-    process = subprocess.Popen(
-        [*_unshare(), *command], stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent, cwd="/", start_new_session=True
-    )
+    process = subprocess.Popen([*TOGETHER, *_unshare(), *command], stdout=subprocess.PIPE, text=True, cwd="/", start_new_session=True)
     try:
         assert process.stdout is not None and process.stdout.readline() == "ready\n", f"{command} did not start"
         yield int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
@@ -203,6 +202,3 @@ def _write_settings(folder: Path, addresses: list[str], slots: int) -> None:
     ssh.write_text(f"#!/bin/sh\nexec {shutil.which('ssh')} -F '{folder}/ssh_config' \"$@\"\n")
     ssh.chmod(0o755)
     (folder / "hostfile").write_text("".join(f"node{index} slots={slots}\n" for index in range(len(addresses))))
-    # What deepspeed exports on every host.
-    names_and_values = {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": INTERFACE}
-    (folder / "environment").write_text("".join(f"{name}={value}\n" for name, value in names_and_values.items() if value))
