@@ -36,10 +36,11 @@ _stall_seconds: float | None = None
 
 
 @contextlib.contextmanager
-def holding(config: Config) -> Iterator[fence.Fence]:
+def holding(config: Config, *, is_own_disk: bool = False) -> Iterator[fence.Fence]:
     """Makes this run the only writer of its folder: claims it, or joins the claim of the command that started this rank, and
-    shows every second that it is alive. Rank 0 or the command only. Raises ArtifactError where another run writes to it."""
-    given = os.environ.get(ATTEMPT)
+    shows every second that it is alive. The command, rank 0, and the leader of a disk that is not rank 0's (`is_own_disk`: the
+    command has not claimed that one). Raises ArtifactError where another run writes to it."""
+    given = None if is_own_disk else os.environ.get(ATTEMPT)
     if given:
         hold = fence.join(config.run.dir, int(given))
     else:

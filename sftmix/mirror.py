@@ -96,7 +96,7 @@ def hold_others(ranks: Ranks, config: Config, held: contextlib.ExitStack) -> Fen
     hold, problem = None, ""
     if ranks.leads_storage and not ranks.is_main:
         try:
-            hold = held.enter_context(guard.holding(config))
+            hold = held.enter_context(guard.holding(config, is_own_disk=True))
         except ArtifactError as error:
             problem = f"on {socket.gethostname()}: {error}"
     agree(ranks, problem)

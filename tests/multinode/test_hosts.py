@@ -50,6 +50,7 @@ def result_of(folder):
     return lines, digests, json.loads((folder / "evaluation" / "metrics.json").read_text())
 
 
+@TORTURE
 def test_the_recipe_over_two_hosts_gives_the_losses_of_two_ranks_on_one(config, undisturbed, tmp_path):
     folder = tmp_path / "run"
     with hosts(2, tmp_path / "hosts") as nodes:
@@ -70,11 +71,30 @@ def reference_of(folder):
     return lines, [hashlib.sha256(path.read_bytes()).hexdigest() for path in models]
 
 
-def test_a_host_that_is_cut_off_is_named_and_the_same_command_goes_on_once_it_is_back(config, undisturbed, tmp_path):
-    folder = tmp_path / "run"
-    command = ["launch/run.py", str(config), f"run.dir={folder}", "--stage", "reference"]
+def prepared(folder, config, undisturbed):
+    """Returns a run folder that holds the data, and the arguments for the reference stage in it."""
     shutil.copytree(undisturbed / "data", folder / "data")
     shutil.copy(undisturbed / "config.yaml", folder)
+    return folder, ["launch/run.py", str(config), f"run.dir={folder}", "--stage", "reference"]
+
+
+@pytest.mark.parametrize(
+    ("number", "slots", "is_shared"),
+    [(3, 1, True), pytest.param(2, 2, False, marks=TORTURE)],
+    ids=["three hosts", "two hosts of two ranks with disks of their own"],
+)
+def test_training_over_hosts_gives_the_losses_of_as_many_ranks_on_one(config, undisturbed, tmp_path, number, slots, is_shared):
+    folder, command = prepared(tmp_path / "run", config, undisturbed)
+    with hosts(number, tmp_path / "hosts", slots=slots, private=None if is_shared else folder) as nodes:
+        nodes[0].deepspeed(*command)
+        first = reference_of(folder)
+        alone, _ = prepared(tmp_path / "alone", config, undisturbed)
+    sftmix("reference", str(config), f"run.dir={alone}", f"engine.num_processes={number * slots}")
+    assert first == reference_of(alone)
+
+
+def test_a_host_that_is_cut_off_is_named_and_the_same_command_goes_on_once_it_is_back(config, undisturbed, tmp_path):
+    folder, command = prepared(tmp_path / "run", config, undisturbed)
     with hosts(2, tmp_path / "hosts") as nodes:
         process = nodes[0].start_deepspeed(*command, fault="train.step:1:4:sleep")
         wait_for(lambda: saved_step(folder) == 3 or process.poll() is not None, "the third checkpoint")
@@ -109,14 +129,23 @@ def test_hosts_that_share_no_storage_give_the_same_and_say_what_is_where(config,
 
 
 def test_without_shared_storage_a_run_goes_on_from_what_each_host_has_saved(config, undisturbed, tmp_path):
-    folder = tmp_path / "run"
-    command = ["launch/run.py", str(config), f"run.dir={folder}", "--stage", "reference"]
+    folder, command = prepared(tmp_path / "run", config, undisturbed)
     with hosts(2, tmp_path / "hosts", private=folder) as nodes:
-        shutil.copytree(undisturbed / "data", folder / "data")
-        shutil.copy(undisturbed / "config.yaml", folder)
         first = nodes[0].deepspeed(*command, check=False, fault="checkpoint.rename:1:4:kill9")
         assert first.returncode not in (0, 2, 75) and "error: rank 1 (node1" in first.stdout
         assert saved_step(folder) == 4 and saved_step(nodes[1].path(folder)) == 3
         again = nodes[0].deepspeed(*command)
         assert "checkpoint of step 4: not every node has its part" in again.stdout and "resumed after step 3" in again.stdout
         assert reference_of(folder) == reference_of(undisturbed)
+
+
+@TORTURE
+def test_a_rank_that_is_asked_to_stop_stops_all_hosts_with_75(config, undisturbed, tmp_path):
+    folder, command = prepared(tmp_path / "run", config, undisturbed)
+    with hosts(2, tmp_path / "hosts", private=folder) as nodes:
+        done = nodes[0].deepspeed(*command, check=False, fault="train.step:1:4:usr1")
+        assert done.returncode == 75 and done.stdout.count("stopped after step 4: SIGUSR1 was received") == 1, done.stdout[-3000:]
+        assert saved_step(folder) == saved_step(nodes[1].path(folder)) == 4
+        assert not nodes[0].processes() and not nodes[1].processes()
+        nodes[0].deepspeed(*command)
+    assert reference_of(folder) == reference_of(undisturbed)
