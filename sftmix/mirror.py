@@ -51,6 +51,9 @@ def find_storage(ranks: Ranks, folder: Path) -> Ranks:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             marks[ranks.rank].touch()
+            for left in folder.glob(".seen_*") if ranks.is_main else []:  # by an attempt that was killed while it looked
+                if token not in left.name:
+                    left.unlink(missing_ok=True)
         except OSError as error:
             problem = f"run.dir: {folder} cannot be written on {socket.gethostname()} ({error.strerror}). Mend it, or name another folder."
     agree(ranks, problem)
