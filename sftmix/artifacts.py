@@ -82,6 +82,11 @@ def publish(
     staging.mkdir(parents=True)
     yield staging
     seal(staging, stage=stage, settings=settings, inputs=inputs, facts=facts)
+    replace_folder(staging, folder)
+
+
+def replace_folder(staging: Path, folder: Path) -> None:
+    """Puts a sealed folder beside `folder` into its place."""
     old = folder.with_name(f".{folder.name}.old")
     discard(old)
     check_may_publish()

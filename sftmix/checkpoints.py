@@ -62,7 +62,8 @@ class CheckpointFolder:
         return manifest
 
     def publish(self, staging: Path, step: int, manifest: artifacts.Manifest) -> None:
-        """Makes a checkpoint exist whose state files are written and flushed. Raises what the fence of the run folder raises."""
+        """Makes a checkpoint exist whose state files are written and flushed. Raises what the fence of the run folder raises.
+        `retain` is for later: when it exists on every disk that has a part of it."""
         faults.point("checkpoint.manifest")
         vouched = replace(manifest, facts={**manifest.facts, OWN_DIGEST: artifacts.fingerprint(asdict(manifest))})
         artifacts.write_json(staging / artifacts.MANIFEST, asdict(vouched))
@@ -73,7 +74,6 @@ class CheckpointFolder:
         artifacts.sync_folder(self.folder)
         faults.point("checkpoint.latest")
         artifacts.write_text(self.folder / "latest", self.path(step).name + "\n")
-        self.retain()
 
     def retain(self) -> None:
         """Removes checkpoints that need not be kept, oldest first. Called when the newest is known to be whole."""

@@ -36,10 +36,11 @@ _stall_seconds: float | None = None
 
 
 @contextlib.contextmanager
-def holding(config: Config) -> Iterator[fence.Fence]:
+def holding(config: Config, *, is_own_disk: bool = False) -> Iterator[fence.Fence]:
     """Makes this run the only writer of its folder: claims it, or joins the claim of the command that started this rank, and
-    shows every second that it is alive. Rank 0 or the command only. Raises ArtifactError where another run writes to it."""
-    given = os.environ.get(ATTEMPT)
+    shows every second that it is alive. The command, rank 0, and the leader of a disk that is not rank 0's (`is_own_disk`: the
+    command has not claimed that one). Raises ArtifactError where another run writes to it."""
+    given = None if is_own_disk else os.environ.get(ATTEMPT)
     if given:
         hold = fence.join(config.run.dir, int(given))
     else:
@@ -93,16 +94,17 @@ def _own_extensions(folder: Path) -> None:
 
 
 def start_watch(config: Config, ranks: Ranks, hold: fence.Fence | None) -> None:
-    """Starts the heartbeat of this rank. All ranks call it, once they are joined; rank 0 with its hold of the run folder."""
+    """Starts the heartbeat of this rank. All ranks call it, once they are joined; leaders of a disk with the hold of its run folder."""
     global _watch, _stall_seconds
     if (ranks.world_size == 1 and not _launchers) or _watch is not None:
         return
     places = ranks.gather_texts(str(sorted(processes.place().items(), key=str)))
     is_one_host = len(set(places)) == 1
     listener, port = listen("127.0.0.1" if is_one_host else "") if ranks.is_main else (None, 0)
-    token, number, attempt = ranks.text_from_main(f"{secrets.token_hex(16)} {port} {hold.attempt if hold else 0}").split()
+    token, number = ranks.text_from_main(f"{secrets.token_hex(16)} {port}").split()
+    attempts = ranks.gather_texts(str(hold.attempt if hold else 0))
     if hold is None:
-        hold = fence.join(config.run.dir, int(attempt))
+        hold = fence.join(config.run.dir, int(attempts[ranks.storage_leader]))
         artifacts.before_publishing(hold.check)
     address = "127.0.0.1" if is_one_host else socket.gethostbyname(os.environ["MASTER_ADDR"])
     _watch = Watch(
@@ -113,7 +115,7 @@ def start_watch(config: Config, ranks: Ranks, hold: fence.Fence | None) -> None:
         folder=config.run.dir / "logs",
         listener=listener,
         silent_seconds=config.limits.silent_seconds,
-        on_beat=hold.check if ranks.is_main else None,
+        on_beat=hold.check if ranks.leads_storage else None,
         launchers=_launchers,
     )
     _stall_seconds = 60 * config.limits.stall_minutes

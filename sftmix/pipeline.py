@@ -12,7 +12,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,7 @@ class StageContext:
     ranks: Ranks | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     work: Path = Path()  # for what must survive a kill of this stage; removed once its output is published
-    # Of settings and inputs; complete on rank 0, elsewhere the fingerprint alone.
+    # Of settings and inputs; the same on every rank that runs the stage.
     identity: Identity = field(default_factory=lambda: Identity("", {}, {}))
     stop: StopRequest | None = None
 
@@ -178,7 +178,7 @@ def run_pipeline(
         if environment_rank() == 0:
             hold = held.enter_context(guard.holding(config))
         try:
-            _run_stages(config, stages, hold, only=only, force=force, restart=restart, say=say)
+            _run_stages(config, stages, held, hold, only=only, force=force, restart=restart, say=say)
         except BaseException as error:
             guard.end_watch(error)
             raise
@@ -187,8 +187,17 @@ def run_pipeline(
 
 
 def _run_stages(
-    config: Config, stages: list[Stage], hold: Fence | None, *, only: str | None, force: bool, restart: bool, say: Callable[[str], None]
+    config: Config,
+    stages: list[Stage],
+    held: contextlib.ExitStack,
+    hold: Fence | None,
+    *,
+    only: str | None,
+    force: bool,
+    restart: bool,
+    say: Callable[[str], None],
 ) -> None:
+    from sftmix import mirror
     from sftmix.engine.distributed import environment_rank, init_ranks
 
     is_main = environment_rank() == 0
@@ -201,7 +210,9 @@ def _run_stages(
         if stage.name not in needed:
             continue
         if stage.needs_engine and ranks is None:
-            ranks = init_ranks(timedelta(minutes=config.limits.join_minutes))
+            ranks = mirror.find_storage(init_ranks(timedelta(minutes=config.limits.join_minutes)), config.run.dir)
+            mirror.say_storage(ranks, config)
+            hold = mirror.hold_others(ranks, config, held) or hold
             guard.start_watch(config, ranks, hold)
         guard.note(phase=stage.name, can_stall=stage.needs_engine)
         if not is_main and not stage.needs_engine:
@@ -225,19 +236,23 @@ def _run_stages(
             context = StageContext(config, folder, {name: folder_of[name] for name in stage.reads}, ranks, stop=stop)
             context.identity = Identity(artifacts.stage_fingerprint(stage.name, settings, inputs) if is_main else "", settings, inputs)
             context.work = config.run.dir / "work" / stage.name
-            if is_main:
-                if not restart:
-                    _refuse_to_lose_work(config, stages, stage, settings)
+            if is_main and not restart:
+                _refuse_to_lose_work(config, stages, stage, settings)
+            if stage.needs_engine and ranks is not None:
+                context.identity = Identity(**json.loads(ranks.text_from_main(json.dumps(vars(context.identity), default=str))))
+            if is_main or (ranks is not None and ranks.leads_storage):
                 work.claim(context.work, stage.name, context.identity, discard=restart or (force and is_wanted))
             if stage.needs_engine and ranks is not None:
-                context.identity = replace(context.identity, fingerprint=ranks.text_from_main(context.identity.fingerprint))
                 for name in stage.reads:
+                    mirror.copy_to_others(ranks, folder_of[name])
                     artifacts.await_visible(folder_of[name] / artifacts.MANIFEST)
             with _publishing(stage, context, settings, inputs, is_main=is_main):
                 stage.run(context)
             if is_main:
                 artifacts.write_text(config.run.dir / "config.yaml", dump_config(config))  # what the folder now holds
                 say(f"{title}: {time.perf_counter() - start:.1f} s")
+            if not is_main and ranks is not None and ranks.leads_storage:
+                work.discard(context.work, context.identity.fingerprint)
         elif is_main and is_wanted:
             say(f"{title}: up to date")
         if is_main:

@@ -4,6 +4,9 @@ All ranks call every method together. What is saved: DeepSpeed's state (model, o
 scaler), the log's running sums, and what `online` has collected. Everything else (order of the data, pairs, lam, learning rate,
 dropout streams) is a function of the step. So a resumed run's losses and weights are those of a run that nothing stopped, bit for
 bit on as many ranks.
+
+Where nodes have disks of their own, each holds the files of its ranks with its own manifest; a checkpoint counts if all disks have
+their part.
 """
 
 from __future__ import annotations
@@ -93,7 +96,7 @@ class TrainingCheckpoints:
             problem = self._find_problem(step)
             if problem is None:
                 break
-            if self.ranks.is_main:
+            if self.ranks.leads_storage:
                 aside = self.checkpoints.set_aside(step)
                 print(f"  checkpoint of step {step}: {problem}. Set aside as {aside}; the one before it is used", flush=True)
             self.ranks.barrier()
@@ -117,12 +120,35 @@ class TrainingCheckpoints:
         return step
 
     def _newest(self) -> int:
-        found = self.checkpoints.steps() if self.ranks.is_main else []
-        return self.ranks.from_main(found[:1] or [0])[0]
+        """Returns the newest step of which every disk has its part. Newer ones, of a save that a kill cut short, are set aside.
+
+        Raises ArtifactError, on all ranks, where a node has had no part in what the others saved.
+        """
+        if self.ranks.is_storage_shared:
+            found = self.checkpoints.steps() if self.ranks.is_main else []
+            return self.ranks.from_main(found[:1] or [0])[0]
+        leads, folder = self.ranks.leads_storage, self.checkpoints.folder
+        host, own_steps = socket.gethostname(), self.checkpoints.steps()
+        own = {"host": host, "is_new": not folder.is_dir(), "steps": own_steps}
+        disks = [json.loads(text) for text in self.ranks.gather_texts(json.dumps(own) if leads else "") if text]
+        strangers = [disk["host"] for disk in disks if disk["is_new"]]
+        if strangers and any(disk["steps"] for disk in disks):
+            raise ArtifactError(
+                f"{folder} on {', '.join(strangers)} has no part of the training state that other nodes have: without shared storage "
+                "it lies on the disks of the nodes that saved it. Run on the same nodes, in the same order; or begin anew with --restart.",
+                on_all_ranks=True,
+            )
+        newest = max(set.intersection(*(set(disk["steps"]) for disk in disks)), default=0)
+        for step in own_steps if leads else []:
+            if step > newest:
+                aside = self.checkpoints.set_aside(step)
+                print(f"  checkpoint of step {step}: not every node has its part. Set aside as {aside} on {host}", flush=True)
+        return newest
 
     def _find_problem(self, step: int) -> str | None:
         """Returns what is wrong with a checkpoint, on every rank. The ranks share the reading."""
         artifacts.await_visible(self.checkpoints.path(step))
+        other_layout = ""
         try:
             manifest = self.checkpoints.read(step)
         except ArtifactError as error:
@@ -130,13 +156,30 @@ class TrainingCheckpoints:
         else:
             if manifest.fingerprint != self._identity["fingerprint"]:
                 self._refuse(step, manifest)
+            storage, leader = manifest.facts.get("storage", []), manifest.facts.get("leader", 0)
+            if storage != list(self.ranks.storage) or leader != self.ranks.storage_leader:
+                other_layout = socket.gethostname()
             names = sorted(manifest.files, key=lambda name: -manifest.files[name]["size"])
-            problem = find_problem(self.checkpoints.path(step), manifest, names[self.ranks.rank :: self.ranks.world_size])
+            beside = self._ranks_of_disk()
+            problem = find_problem(self.checkpoints.path(step), manifest, names[beside.index(self.ranks.rank) :: len(beside)])
             if problem is None and self.ranks.is_main:
                 kept = artifacts.Manifest(STAGE, "", {}, {}, manifest.facts["kept"])
                 problem = find_problem(self.kept, kept, list(kept.files))
+        others = [text for text in self.ranks.gather_texts(other_layout) if text]
+        if others:
+            raise ArtifactError(
+                f"{self.checkpoints.path(step)} on {others[0]} holds the part of other ranks, or was saved with a run.dir that was shared "
+                "otherwise. Without shared storage a run goes on only on the same nodes, in the same order; or begin anew with --restart.",
+                on_all_ranks=True,
+            )
         found = [text for text in self.ranks.gather_texts(problem or "") if text]
         return found[0] if found else None
+
+    def _ranks_of_disk(self) -> list[int]:
+        """Returns the ranks that see this rank's run folder."""
+        if self.ranks.is_storage_shared:
+            return list(range(self.ranks.world_size))
+        return [rank for rank, leader in enumerate(self.ranks.storage) if leader == self.ranks.storage_leader]
 
     def _refuse(self, step: int, manifest: artifacts.Manifest) -> None:
         theirs, ours = ({"settings": each["settings"], "inputs": each["inputs"]} for each in (vars(manifest), self._identity))
@@ -225,7 +268,7 @@ class TrainingCheckpoints:
     def _save(self, engine: Engine, step: int, parts: dict[str, Resumable], *, in_background: bool) -> None:
         started = time.perf_counter()
         staging = self.checkpoints.folder / f".step_{step:06d}"
-        self._together(step, lambda: self._make_room(engine, step) if self.ranks.is_main else None)
+        self._together(step, lambda: self._make_room(engine, step) if self.ranks.leads_storage else None)
         artifacts.await_visible(staging)
         files = engine.save_state(staging, in_background=in_background)
         numbers: dict[str, list[list[float]]] = {}
@@ -234,7 +277,7 @@ class TrainingCheckpoints:
             mine, shared = part.progress()
             numbers[name] = self.ranks.gather_rows(torch.tensor([mine], dtype=torch.float64)).tolist()
             arrays |= {f"{name}.{key}.npy": array for key, array in shared.items()}
-        if self.ranks.is_main and files.error is None:
+        if self.ranks.leads_storage and files.error is None:
             files.save_arrays(staging, arrays)
         facts = {
             "step": step,
@@ -243,6 +286,8 @@ class TrainingCheckpoints:
             "precision": engine.precision,
             "frozen": engine.frozen_checksum(),
             "numbers": numbers,
+            "storage": list(self.ranks.storage),
+            "leader": self.ranks.storage_leader,
         }
         self._pending = _Pending(step, staging, files, facts, started)
         self._last_saved = time.monotonic()
@@ -267,7 +312,7 @@ class TrainingCheckpoints:
         problems = [text for text in self.ranks.gather_texts(problem) if text]
         if problems:
             free = shutil.disk_usage(self.checkpoints.folder).free / 2**20
-            if self.ranks.is_main:
+            if self.ranks.leads_storage:
                 shutil.rmtree(pending.staging)  # half a checkpoint would only take room
             before = f"that of step {self._last_step} is untouched" if self._last_step else "there is none before it"
             message = (
@@ -277,8 +322,9 @@ class TrainingCheckpoints:
             )
             raise ArtifactError(self.ranks.text_from_main(message), on_all_ranks=True)  # what is free changes from look to look
         entries: dict[str, dict[str, Any]] = {}
-        for text in self.ranks.gather_texts(json.dumps(pending.files.entries)):
-            entries |= json.loads(text)
+        texts = self.ranks.gather_texts(json.dumps(pending.files.entries))
+        for rank in self._ranks_of_disk():
+            entries |= json.loads(texts[rank])
 
         def publish() -> None:
             facts = {**pending.facts, "kept": self._entries_of_kept()}
@@ -287,22 +333,24 @@ class TrainingCheckpoints:
             )
             self.checkpoints.publish(pending.staging, pending.step, manifest)
 
-        self._together(pending.step, lambda: publish() if self.ranks.is_main else None)
+        self._together(pending.step, lambda: publish() if self.ranks.leads_storage else None)
+        # Only now: as long as one disk may lack its part of this checkpoint, the one before it is needed on all.
+        self._together(pending.step, lambda: self.checkpoints.retain() if self.ranks.leads_storage else None)
         self._last_step = pending.step
         if self.ranks.is_main:
-            size = sum(entry["size"] for entry in entries.values()) / 2**20
+            size = sum(entry["size"] for text in texts for entry in json.loads(text).values()) / 2**20
             print(f"  saved after step {pending.step}: {size:,.1f} MiB in {time.perf_counter() - pending.started:.1f} s", flush=True)
 
     def _together(self, step: int, action: Any) -> None:
-        """Runs what rank 0 does alone, so that its failure is one error on all ranks and none waits for it."""
+        """Runs what one rank of each disk does alone, so that a failure is one error on all ranks and none waits for it."""
         problem = ""
         try:
             action()
         except (OSError, ArtifactError) as error:
             problem = f"the checkpoint of step {step} could not be saved: {error}"
-        problem = self.ranks.text_from_main(problem)
-        if problem:
-            raise ArtifactError(problem, on_all_ranks=True)
+        problems = [text for text in self.ranks.gather_texts(problem) if text]
+        if problems:
+            raise ArtifactError(problems[0], on_all_ranks=True)
 
     def _entries_of_kept(self) -> dict[str, dict[str, Any]]:
         """Returns size and SHA-256 of every finished output of the stage so far; each file is flushed and read once."""

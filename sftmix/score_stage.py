@@ -1,7 +1,4 @@
-"""The score stage's work: checkpoints scored in shards that survive a kill, and tables from whatever mode.
-
-The run folder must be storage that all ranks share: every rank publishes its own shards there.
-"""
+"""The score stage's work: checkpoints scored in shards that survive a kill, and tables from whatever mode."""
 
 from __future__ import annotations
 
@@ -42,6 +39,7 @@ def score_checkpoints(
     All ranks call it; returns the sums on rank 0, elsewhere nothing."""
     from sftmix.engine.distributed import should_shard
     from sftmix.engine.engine import Engine
+    from sftmix.mirror import collect_units
     from sftmix.scoring import score_missing_units
 
     config, ranks = context.config, context.ranks
@@ -62,6 +60,7 @@ def score_checkpoints(
             artifacts.commit(),
         ]
         shards = ShardFolder(context.work / f"checkpoint_{step:06d}", artifacts.fingerprint(parts))
+        collect_units(ranks, shards, sizes)  # what an earlier attempt has left on other disks
         units = ranks.from_main(shards.pending(sizes) if ranks.is_main else [])
         if ranks.is_main and len(units) < len(sizes):
             print(f"  checkpoint {step}: {len(sizes) - len(units)} of {len(sizes)} units are there already", flush=True)
@@ -69,6 +68,7 @@ def score_checkpoints(
             engine = Engine(config, model, ranks, tokenizer, is_sharded=is_sharded)
             score_missing_units(engine, examples, plan, shards, units, pad_id=tokenizer.pad_token_id, title=f"step {step}")
             engine.close()
+            collect_units(ranks, shards, sizes)
         if not ranks.is_main:
             continue
         for unit in units:
@@ -77,7 +77,7 @@ def score_checkpoints(
         if missing:
             raise ArtifactError(
                 f"{len(missing)} of {len(sizes)} units have no scores in {shards.folder} though every rank has finished. "
-                "run.dir must be on storage that all ranks share."
+                "Look at whether run.dir is the same folder, whole and writable, on every node; then start again."
             )
         nll_sum[step] = np.concatenate([shards.read(unit).nll_sum for unit in range(len(sizes))])
         mean = float(nll_sum[step].sum() / examples.num_response_tokens.sum())

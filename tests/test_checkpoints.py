@@ -23,6 +23,7 @@ def write(checkpoints, step, content=b"state" * 100):
         entries[name] = file.close()
     facts = {"step": step, "numbers": {"log": [[0.1, 1e-300, 5.25]]}, "kept": {}}
     checkpoints.publish(staging, step, artifacts.Manifest(STAGE, "f", {"rate": 0.5}, {"data": "d"}, entries, facts))
+    checkpoints.retain()
 
 
 def problem_of(checkpoints, step):

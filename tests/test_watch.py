@@ -396,3 +396,18 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_ranks_of_two_hosts_that_no_longer_reach_each_other_both_say_so_and_each_side_once(tmp_path, capfd):
+    words = [LastWords(tmp_path, rank, "token") for rank in range(3)]
+    try:
+        words[1].print_once("rank 0 is silent", cut_off=0)  # where nobody may see it
+        words[0].print_once("rank 1 is silent", cut_off=1)
+        words[2].print_once("rank 0 is silent", cut_off=0)  # beside rank 1
+        words[2].print_once("another cause")
+        words[0].print_once("another cause")
+    finally:
+        for each in words:
+            each.forget()
+    said = capfd.readouterr().err
+    assert said.count("rank 0 is silent") == said.count("rank 1 is silent") == said.count("another cause") == 1

@@ -27,16 +27,46 @@ RENDEZVOUS_LIMIT = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank, world_size: of all processes. local_rank: on this machine. device: where this process computes."""
+    """rank, world_size: of all processes. local_rank: on this machine. device: where this process computes.
+    storage: for each rank the lowest of those that see the same run folder; empty where all see rank 0's."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    storage: tuple[int, ...] = ()
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def is_storage_shared(self) -> bool:
+        """Do all ranks see one run folder?"""
+        return not self.storage
+
+    @property
+    def storage_leader(self) -> int:
+        """The rank that does what one process must do in the run folder that this rank sees."""
+        return self.storage[self.rank] if self.storage else 0
+
+    @property
+    def leads_storage(self) -> bool:
+        """Is this rank that one?"""
+        return self.rank == self.storage_leader
+
+    def bytes_to_leaders(self, content: bytes, length: int) -> bytes:
+        """Returns `length` bytes of rank 0 on every rank that leads a disk; where rank 0 has fewer, zeros follow. All of those ranks call
+        it, and each knows the length."""
+        sent = torch.zeros(length, dtype=torch.uint8)
+        if self.is_main and content:
+            sent[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        torch.distributed.broadcast(sent, src=0, group=_leaders_group(self.storage))
+        return sent.numpy().tobytes()
+
+    def join_leaders(self) -> None:
+        """Makes the group that `bytes_to_leaders` needs. All ranks call it."""
+        _leaders_group(self.storage)
 
     def barrier(self) -> None:
         """Waits for all ranks."""
@@ -110,6 +140,12 @@ class Ranks:
 def _control_group() -> Any:
     """Returns a group for small messages about the run itself: gloo, so that none waits for what a GPU still computes."""
     return torch.distributed.new_group(backend="gloo", timeout=RENDEZVOUS_LIMIT)
+
+
+@functools.cache
+def _leaders_group(storage: tuple[int, ...]) -> Any:
+    """Returns a group of the ranks that lead a disk. Made by all ranks together."""
+    return torch.distributed.new_group(sorted(set(storage)), backend="gloo", timeout=RENDEZVOUS_LIMIT)
 
 
 def should_shard(weight_bytes: int, ranks: Ranks) -> bool:

@@ -290,7 +290,8 @@ class Engine:
         """Writes trained weights, optimiser and loss scaler into an existing folder, a few files per rank."""
         from sftmix.engine.state import save_state
 
-        return save_state(self._deepspeed, folder, in_background=in_background)
+        leads_own_disk = self.ranks.leads_storage and not self.ranks.is_main
+        return save_state(self._deepspeed, folder, in_background=in_background, writes_shared=leads_own_disk)
 
     def load_state(self, folder: Path, *, is_universal: bool = False) -> None:
         """Loads what `save_state` wrote on as many ranks, or its universal form. The files were verified. A new engine only."""

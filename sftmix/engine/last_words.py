@@ -35,7 +35,7 @@ class LastWords:
         self._first_cause = self.folder / f"first_cause_{hashlib.sha256(token.encode()).hexdigest()[:8]}.txt"
         if rank == 0:
             for old in self.folder.glob("first_cause_*.txt"):
-                if old != self._first_cause:
+                if not old.name.startswith(self._first_cause.stem):
                     old.unlink(missing_ok=True)
         faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=True)
 
@@ -51,16 +51,18 @@ class LastWords:
         self._file.close()
         self._path.unlink(missing_ok=True)
 
-    def print_once(self, cause: str, *, after_seconds: float = 0.0) -> None:
-        """Prints the first cause, unless another rank does within `after_seconds` or has done so."""
+    def print_once(self, cause: str, *, after_seconds: float = 0.0, cut_off: int | None = None) -> None:
+        """Prints the first cause, unless another rank does within `after_seconds` or has done so. cut_off: a silent rank on another host.
+        It may think the same of this one and have said so first, to a terminal that nobody sees: its word does not count."""
+        first_cause = self._first_cause if cut_off is None else self._first_cause.with_stem(f"{self._first_cause.stem}_{cut_off}")
         deadline = time.monotonic() + after_seconds
         while time.monotonic() < deadline:
-            if self._first_cause.exists():
+            if first_cause.exists():
                 return
             time.sleep(POLL_SECONDS)
         text = "".join(f"sftmix: error: {line}\n" for line in cause.splitlines())
         try:
-            descriptor = os.open(self._first_cause, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            descriptor = os.open(first_cause, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return
         except OSError:  # a full disk: better twice than never

@@ -115,10 +115,15 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
                 file.abandon()
 
 
-def save_state(deepspeed_engine: Any, folder: Path, *, in_background: bool) -> StateFiles:
-    """Writes the state of trained weights, optimiser and loss scaler into an existing folder. All ranks call it."""
+def save_state(deepspeed_engine: Any, folder: Path, *, in_background: bool, writes_shared: bool = False) -> StateFiles:
+    """Writes the state of trained weights, optimiser and loss scaler into an existing folder. All ranks call it.
+
+    writes_shared: this rank also writes what DeepSpeed lets rank 0 write for all (the weights, below ZeRO-3): its disk is its own.
+    """
     frozen = frozenset(name for name, p in deepspeed_engine.module.named_parameters(remove_duplicate=False) if not p.requires_grad)
     files = StateFiles(in_background=in_background, left_out=frozen)
+    if writes_shared:
+        deepspeed_engine.save_non_zero_checkpoint = True
     deepspeed_engine.checkpoint_engine = files
     deepspeed_engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=bool(frozen))
     files.finish()

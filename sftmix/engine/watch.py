@@ -308,9 +308,10 @@ class Watch:
     def _stop(self, verdict: Verdict) -> NoReturn:
         """Ends this process. Rank 0 prints before it tells the others: their end may make a launcher end rank 0."""
         try:
-            if not self._is_told:
-                self._words.print_once(verdict.cause, after_seconds=self._turn())
             silent = verdict.silent
+            if not self._is_told:
+                cut_off = silent.rank if silent is not None and not silent.is_on(self._place) else None
+                self._words.print_once(verdict.cause, after_seconds=self._turn(), cut_off=cut_off)
             if silent is not None and silent.start is not None and silent.rank != self.rank and silent.is_on(self._place):
                 end_silent(processes.Process(silent.pid, silent.start), ask_for_stacks=self._is_told or self._turn() == 0.0)
             told = [peer.line for peer in self._peers.values() if self.rank == 0 and peer.line.is_open]

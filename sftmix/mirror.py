@@ -1,0 +1,220 @@
+"""A run folder that is not on shared storage: each node has one of its own, at the same path.
+
+Rank 0's is the run's. What a stage reads is copied from there to the other disks through the process group, and verified; scores that
+other nodes have made go the other way. Training state stays on the disk of the node that wrote it (`sftmix/resume.py`).
+
+On each disk the lowest of the ranks that see it, its leader (`Ranks.leads_storage`), does what one process must do there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+
+from sftmix import artifacts, guard
+from sftmix.config import Config
+from sftmix.engine.distributed import Ranks
+from sftmix.errors import ArtifactError
+from sftmix.fence import Fence
+from sftmix.shards import ShardFolder, UnitScores
+
+LOOK_SECONDS = 5.0  # within which a network file system shows a new name that nobody has asked for before
+CHUNK_BYTES = 16 << 20
+UNITS_AT_ONCE = 256
+_verified: set[tuple[Path, str]] = set()  # folders that hold a manifest's files, as this process has seen
+
+
+def find_storage(ranks: Ranks, folder: Path) -> Ranks:
+    """Returns the ranks with `storage` filled in: who shares the run folder with whom. All ranks call it, rank 0 with its folder made.
+
+    Every node's first rank leaves a name in the folder, and each rank looks for the lowest. Raises ArtifactError, on all ranks, where
+    a node cannot make the folder.
+    """
+    if ranks.world_size == 1:
+        return ranks
+    token = ranks.text_from_main(secrets.token_hex(8))
+    marks = [folder / f".seen_{token}_{rank}" for rank in range(ranks.world_size)]
+    problem = ""
+    if ranks.local_rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            marks[ranks.rank].touch()
+            for left in folder.glob(".seen_*") if ranks.is_main else []:  # by an attempt that was killed while it looked
+                if token not in left.name:
+                    left.unlink(missing_ok=True)
+        except OSError as error:
+            problem = f"run.dir: {folder} cannot be written on {socket.gethostname()} ({error.strerror}). Mend it, or name another folder."
+    agree(ranks, problem)
+    deadline = time.monotonic() + LOOK_SECONDS
+    while not marks[0].exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    leader = next((rank for rank, mark in enumerate(marks) if mark.exists()), ranks.rank)
+    storage = tuple(int(text) for text in ranks.gather_texts(str(leader)))
+    if ranks.local_rank == 0:
+        marks[ranks.rank].unlink(missing_ok=True)
+    if not any(storage):
+        return ranks
+    ranks = replace(ranks, storage=storage)
+    ranks.join_leaders()
+    return ranks
+
+
+def say_storage(ranks: Ranks, config: Config) -> None:
+    """Says once which nodes do not see rank 0's run folder, and what must be there on every node. All ranks call it."""
+    if ranks.is_storage_shared:
+        return
+    names = ranks.gather_texts(socket.gethostname())
+    others = sorted({name for name, leader in zip(names, ranks.storage, strict=True) if leader})
+    if ranks.is_main:
+        models = [config.model, config.reference_model, *config.confidence.models]
+        needed = [str(Path(model.path).absolute()) for model in models if model.path is not None and Path(model.path).exists()]
+        needed += [str(config.engine.deepspeed)] if config.engine.deepspeed else []
+        print(
+            f"run.dir is not shared: {config.run.dir.absolute()} on {', '.join(others)} is not the one on {names[0]}, which counts.\n"
+            "  Copied from there when a stage needs it: data, models of earlier stages, split.\n"
+            "  Kept on each node's own disk: training state, so that a run goes on only on the same nodes in the same order.\n"
+            "  Must be the same on every node, shared or copied: the config file, sftmix and its packages"
+            + "".join(f", {path}" for path in dict.fromkeys(needed)),
+            flush=True,
+        )
+
+
+def hold_others(ranks: Ranks, config: Config, held: contextlib.ExitStack) -> Fence | None:
+    """Makes this run the only writer of every other disk's run folder too. All ranks call it. Returns this rank's hold; None for a rank
+    that leads no disk but rank 0's. Raises ArtifactError, on all ranks, where a folder has another writer."""
+    if ranks.is_storage_shared:
+        return None
+    hold, problem = None, ""
+    if ranks.leads_storage and not ranks.is_main:
+        try:
+            hold = held.enter_context(guard.holding(config, is_own_disk=True))
+        except ArtifactError as error:
+            problem = f"on {socket.gethostname()}: {error}"
+    agree(ranks, problem)
+    return hold
+
+
+def agree(ranks: Ranks, problem: str) -> None:
+    """Raises ArtifactError with the first rank's problem on all ranks, if any has one. All ranks call it."""
+    problems = [text for text in ranks.gather_texts(problem) if text]
+    if problems:
+        raise ArtifactError(problems[0], on_all_ranks=True)
+
+
+def copy_to_others(ranks: Ranks, folder: Path) -> None:
+    """Brings a published folder of rank 0 to every disk that does not have it as it is. All ranks call it.
+
+    Raises ArtifactError, on all ranks, where it cannot be read or written, or does not arrive as it was sent.
+    """
+    if ranks.is_storage_shared:
+        return
+    text = ranks.text_from_main((folder / artifacts.MANIFEST).read_text(encoding="utf-8") if ranks.is_main else "")
+    manifest = artifacts.Manifest(**json.loads(text))
+    needs = ranks.leads_storage and not ranks.is_main and not _has(folder, manifest)
+    names = sorted({name for name in ranks.gather_texts(socket.gethostname() if needs else "") if name})
+    if not names:
+        return
+    if ranks.is_main:
+        size = sum(entry["size"] for entry in manifest.files.values()) / 2**20
+        print(f"  {folder.name}/ is copied to {', '.join(names)}: {size:,.1f} MiB", flush=True)
+    staging = folder.with_name(f".{folder.name}.staging")
+    problem = ""
+    if ranks.leads_storage:
+        if needs:
+            shutil.rmtree(staging, ignore_errors=True)
+        for name, entry in manifest.files.items():
+            found = _send(ranks, folder / name, staging / name if needs else None, entry)
+            problem = problem or found
+    agree(ranks, problem)
+    if needs:
+        try:
+            artifacts.write_text(staging / artifacts.MANIFEST, text)
+            artifacts.replace_folder(staging, folder)
+            _verified.add((folder, manifest.digest))
+        except (OSError, ArtifactError) as error:
+            problem = f"{folder} cannot be written on {socket.gethostname()}: {error}"
+    agree(ranks, problem)
+
+
+def _has(folder: Path, manifest: artifacts.Manifest) -> bool:
+    """Does this disk hold what the manifest lists?"""
+    if (folder, manifest.digest) in _verified:
+        return True
+    with contextlib.suppress(ArtifactError):  # damaged, or of an earlier attempt: it is replaced
+        if artifacts.read_manifest(folder) == manifest:
+            artifacts.verify(folder)
+            _verified.add((folder, manifest.digest))
+            return True
+    return False
+
+
+def _send(ranks: Ranks, source: Path, target: Path | None, entry: dict[str, object]) -> str:
+    """Sends one file of rank 0 to the leaders; those with a `target` write it. Returns what went wrong here: whatever does, all go on
+    to the file's end, since the others wait for their part."""
+    size, problem, digest = int(str(entry["size"])), "", hashlib.sha256()
+    with contextlib.ExitStack() as closing:
+        file: IO[bytes] | None = None
+        try:
+            if ranks.is_main:
+                file = closing.enter_context(source.open("rb"))
+            elif target is not None:
+                target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                file = closing.enter_context(target.open("wb"))
+        except OSError as error:
+            problem = f"{error.filename} on {socket.gethostname()}: {error.strerror}"
+        for start in range(0, size, CHUNK_BYTES):
+            guard.tick()
+            length = min(CHUNK_BYTES, size - start)
+            content = b""
+            try:
+                if ranks.is_main and file is not None:
+                    content = file.read(length)
+                content = ranks.bytes_to_leaders(content, length)
+                if target is not None and file is not None and not problem:
+                    digest.update(content)
+                    file.write(content)
+            except OSError as error:
+                problem = problem or f"{target or source} on {socket.gethostname()}: {error.strerror}"
+                if ranks.is_main:
+                    ranks.bytes_to_leaders(b"", length)
+        try:
+            if target is not None and file is not None and not problem:
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            problem = f"{target} on {socket.gethostname()}: {error.strerror}"
+    if target is not None and not problem and digest.hexdigest() != entry["sha256"]:
+        problem = f"{source} did not come to {socket.gethostname()} as its manifest says (SHA-256). Run its stage again."
+    return problem
+
+
+def collect_units(ranks: Ranks, shards: ShardFolder, sizes: list[int]) -> None:
+    """Brings the scores of other disks that rank 0's lacks to it. All ranks call it. sizes: examples of each unit."""
+    if ranks.is_storage_shared:
+        return
+    lacking = [unit for unit, size in enumerate(sizes) if shards.problem(unit, size) is not None] if ranks.is_main else []
+    lacking = ranks.from_main(lacking)
+    for start in range(0, len(lacking), UNITS_AT_ONCE):
+        units = lacking[start : start + UNITS_AT_ONCE]
+        rows = [torch.zeros(0, 3, dtype=torch.float64)]
+        for unit in units if ranks.leads_storage and not ranks.is_main else []:
+            if shards.problem(unit, sizes[unit]) is None:
+                scores = shards.read(unit)
+                rows.append(torch.from_numpy(np.stack([np.full(sizes[unit], unit), scores.nll_sum, scores.num_misses], axis=1)))
+        table = ranks.gather_rows(torch.cat(rows)).numpy()
+        for unit in units if ranks.is_main else []:
+            found = table[table[:, 0] == unit][: sizes[unit]]  # two attempts may have left the same unit on two disks
+            if len(found):
+                shards.write(unit, UnitScores(found[:, 1].copy(), found[:, 2].astype(np.int64)))
