@@ -7,7 +7,7 @@ import shutil
 import time
 
 import pytest
-from nodes import ROOT, finish, hosts, wait_for, why_not
+from hosts import ROOT, finish, hosts, wait_for, why_not
 from processes import sftmix
 from tiny import TINY
 
