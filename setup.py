@@ -19,6 +19,7 @@ setup(
         "sftmix.data",
         "sftmix.doctor",
         "sftmix.engine",
+        "sftmix.multinode",
         "sftmix.report",
         "sftmix.kernels",
         "sftmix.launch",

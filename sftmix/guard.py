@@ -21,14 +21,16 @@ from sftmix import artifacts, fence, processes
 from sftmix.config import Config
 from sftmix.config_file import dump_config
 from sftmix.engine.watch import Watch, listen
-from sftmix.errors import ArtifactError, SftmixError
-from sftmix.stopping import STOP_FILE
+from sftmix.errors import ArtifactError, SftmixError, StoppedError
+from sftmix.launch_environment import place_of
+from sftmix.stopping import EXIT_CODE, STOP_FILE
 
 if TYPE_CHECKING:
     from sftmix.engine.distributed import Ranks
 
+LOGS = "logs"
 ATTEMPT = "SFTMIX_ATTEMPT"  # number of the attempt that the command has claimed, for the ranks that it starts
-_is_rank = "RANK" in os.environ
+_is_rank = place_of() is not None
 # Looked for before torch is imported, which takes seconds: a launcher that ended before it is looked for is never missed.
 _launchers = processes.launchers() if _is_rank else []
 _watch: Watch | None = None
@@ -38,7 +40,10 @@ _stall_seconds: float | None = None
 @contextlib.contextmanager
 def holding(config: Config) -> Iterator[fence.Fence]:
     """Makes this run the only writer of its folder: claims it, or joins the claim of the command that started this rank, and
-    shows every second that it is alive. Rank 0 or the command only. Raises ArtifactError where another run writes to it."""
+    shows every second that it is alive. Rank 0 or the command only. Raises ArtifactError where another run writes to it.
+
+    One that joins leaves word of how it ended for the one that claimed: launchers of many nodes lose exit codes.
+    """
     given = os.environ.get(ATTEMPT)
     if given:
         hold = fence.join(config.run.dir, int(given))
@@ -51,13 +56,21 @@ def holding(config: Config) -> Iterator[fence.Fence]:
     done = threading.Event()
     thread = threading.Thread(target=_renew_until, args=(hold, done), daemon=True)
     thread.start()
+    outcome = None
     try:
         yield hold
+        outcome = 0
+    except StoppedError:
+        outcome = EXIT_CODE
+        raise
     finally:
         done.set()
         thread.join()
         artifacts.before_publishing(None)
-        if not given:
+        if given:
+            with contextlib.suppress(OSError):  # without word of it the command takes it for a failure
+                hold.note_outcome(outcome)
+        else:
             hold.release()
 
 
@@ -74,7 +87,8 @@ def _make_run_folder(config: Config) -> None:
         raise ArtifactError(f"run.dir: {folder} is a link to {folder.readlink()}, which does not exist. Create it, or name another folder.")
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"run.dir: {folder} is a file. Name a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
+    is_used = folder.is_dir() and any(path.name != LOGS for path in folder.iterdir())  # ranks may have begun their logs
+    if is_used and not (folder / "config.yaml").is_file():
         raise ArtifactError(f"run.dir: {folder} is not empty and is no run folder. Name another, or an empty one.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +124,7 @@ def start_watch(config: Config, ranks: Ranks, hold: fence.Fence | None) -> None:
         world_size=ranks.world_size,
         address=(address, int(number)),
         token=token,
-        folder=config.run.dir / "logs",
+        folder=config.run.dir / LOGS,
         listener=listener,
         silent_seconds=config.limits.silent_seconds,
         on_beat=hold.check if ranks.is_main else None,
