@@ -24,7 +24,7 @@ setup(
         "sftmix.kernels",
         "sftmix.launch",
     ],
-    package_data={"sftmix.report": ["*.j2"]},
+    package_data={"sftmix.report": ["*.j2"], "sftmix.launch": ["hostfile", "templates/*"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.5,<0.20",

@@ -78,6 +78,8 @@ def asking_to_stop(stop_file: Path, *, then: Then = signal.SIG_DFL) -> Iterator[
     then: handles a second SIGTERM; by default it ends this process, and the ranks with it."""
 
     def ask(number: int, frame: FrameType | None) -> None:
+        if not stop_file.parent.is_dir():  # no rank has come so far
+            raise SystemExit(128 + number)
         stop_file.write_text(f"{signal.Signals(number).name} was received\n", encoding="utf-8")
         if number == signal.SIGTERM:
             signal.signal(number, then)

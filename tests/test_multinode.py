@@ -1,6 +1,5 @@
 """`sftmix launch`: what reaches the nodes is what was given here, whatever letters are in it, and nothing of it is run by a shell."""
 
-import argparse
 import json
 import os
 import shlex
@@ -9,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from nodes import nodes_on_this_machine
-from processes import ROOT, sftmix
+from nodes import nodes_on_this_machine, script
+from processes import ROOT
 
-from sftmix import guard
 from sftmix.cli import _parser
 from sftmix.errors import ConfigError
 from sftmix.hostfile import Node
@@ -23,7 +21,7 @@ NODES = [Node("a", 2), Node("b", 1)]
 HOSTILE = [
     "run.dir=$(touch hacked) `touch hacked` x",
     "run.dir=$(touch${IFS}hacked);touch${IFS}hacked",
-    "a=it's \"quoted\" \\ and \\\" $HOME",
+    'a=it\'s "quoted" \\ and \\" $HOME',
     "b='x'\"y\"\\z&|<>*?~!#",
     "c=%n%h%u%% %n",
     "d=two\nlines here",
@@ -113,7 +111,8 @@ def test_a_node_over_ssh_gets_one_quoted_text(tmp_path):
     there = text.split(" && exec ", 1)[1]
     words = shlex.split(there)
     assert host == "b" and words[0] == "env" and words[-len(HOSTILE) :] == HOSTILE
-    done = subprocess.run(["sh", "-c", there.replace(sys.executable, "printf '%s\\0'", 1)], cwd=tmp_path, capture_output=True, text=True)
+    printing = there.replace(sys.executable, "printf '%s\\0'", 1)
+    done = subprocess.run(["sh", "-c", printing], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split("\0")[-len(HOSTILE) - 1 : -1] == HOSTILE and list(tmp_path.iterdir()) == []
 
 
@@ -182,10 +181,13 @@ def test_secrets_stay_here_and_the_users_own_file_counts(tmp_path, monkeypatch):
     here = {"HF_TOKEN": "hf_secret", "HF_HOME": "/hf", "NCCL_DEBUG": "VERSION", "EDITOR": "vi", "TOKENIZERS_PARALLELISM": "true"}
     found = exports.wanted({**here, "PYTHONPATH": "/mine"}, Path("/root"))
     assert found == {
-        "HF_HOME": "/hf", "NCCL_DEBUG": "INFO", "OWN": "1=2", "HOME_ONLY": "x", "PYTHONPATH": "/root:/mine", "TOKENIZERS_PARALLELISM": "true",
+        "HF_HOME": "/hf", "NCCL_DEBUG": "INFO", "OWN": "1=2", "HOME_ONLY": "x", "PYTHONPATH": "/root:/mine",
+        "TOKENIZERS_PARALLELISM": "true",
     }  # fmt: skip
     with command._for_runner(plan("pdsh"), {**here, "MLFLOW_TRACKING_URI": "$(touch hacked)", "UCX_TLS": "tcp"}) as environment:
-        assert Path(environment["DS_ENV_FILE"]).stat().st_mode & 0o077 == 0 and "hf_secret" not in Path(environment["DS_ENV_FILE"]).read_text()
+        assert (
+            Path(environment["DS_ENV_FILE"]).stat().st_mode & 0o077 == 0 and "hf_secret" not in Path(environment["DS_ENV_FILE"]).read_text()
+        )
         assert "MLFLOW_TRACKING_URI" not in environment and environment["UCX_TLS"] == "tcp" and environment["HF_TOKEN"] == "hf_secret"
     assert not Path(environment["DS_ENV_FILE"]).exists() and Path(".deepspeed_env").read_text().startswith("# ours")
     Path(".deepspeed_env").write_text("export A=1\n")
@@ -243,11 +245,72 @@ def test_ranks_on_two_nodes_see_arguments_and_environment_as_they_were_given(tmp
     else:
         variables = exports.wanted(environment, command.PACKAGE_ROOT)
         assert command._run([commands.ssh_command(made, number, variables) for number in (0, 1)], environment) == 0
+    check_probes(tmp_path, VALUES)
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["hosts"]
+
+
+def check_probes(tmp_path, values):
+    """What three ranks of two nodes saw is what was given."""
     for rank in range(3):
         arguments, seen, folder = json.loads((tmp_path / "found" / str(rank)).read_text())
         assert arguments == HOSTILE and folder == str(tmp_path / "work")
-        assert {name: seen[name] for name in VALUES} == VALUES
+        assert {name: seen[name] for name in values} == values
         assert (seen["NODE"], seen["LOCAL_RANK"], seen["WORLD_SIZE"]) == [("a", "0", "3"), ("a", "1", "3"), ("b", "0", "3")][rank]
         translate(seen)
         assert seen["LOCAL_WORLD_SIZE"] == "221"[rank] and seen["PYTHONPATH"].split(":")[0] == str(ROOT)
-    assert sorted(path.name for path in Path.cwd().iterdir()) == ["hosts"]
+
+
+SRUN = """
+import os, subprocess, sys
+words = sys.argv[1:]
+number, exported, command = int(words[words.index("-n") + 1]), words[2], words[3:]
+assert words[0] == "-n" and exported.startswith("--export=ALL")
+for part in exported.split(",")[1:]:  # a comma ends a value; a name without one keeps what it has
+    name, sign, value = part.partition("=")
+    if sign:
+        os.environ[name] = value
+step = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "9", "SLURM_STEP_NUM_TASKS": str(number), "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
+step["SLURM_STEP_NODELIST"] = "node[1-2]"
+tasks = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i % 2), "SLURM_NODEID": str(i // 2)} for i in range(number)]
+sys.exit(max([p.wait() for p in [subprocess.Popen(command, env={**os.environ, **step, **task}) for task in tasks]]))
+"""
+MPIRUN = """
+import os, subprocess, sys
+words = sys.argv[1:]
+number = int(words[words.index("-n") + 1])
+given = dict(words[at + 1].split("=", 1) for at, word in enumerate(words) if word == "-x")
+command = words[max(at for at, word in enumerate(words) if word == "-x") + 2 :]
+own = {name: os.environ[name] for name in ("PATH", "HOME")}
+ranks = [{"OMPI_COMM_WORLD_RANK": str(i), "OMPI_COMM_WORLD_LOCAL_RANK": str(i % 2)} for i in range(number)]
+size = {"OMPI_COMM_WORLD_SIZE": str(number), "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+sys.exit(max([p.wait() for p in [subprocess.Popen(command, env={**own, **given, **size, **rank}) for rank in ranks]]))
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("launcher", "code", "beside"), [("slurm", SRUN, "sinfo"), ("openmpi", MPIRUN, "ompi_info")])
+def test_ranks_of_srun_and_mpirun_see_the_same(tmp_path, monkeypatch, launcher, code, beside):
+    """DeepSpeed's runner is real; srun and mpirun are ours, and set what the real ones document."""
+    (tmp_path / "probe.py").write_text("from sftmix.launch_environment import translate\ntranslate()\n" + PROBE)
+    monkeypatch.setattr(commands, "RUN_SCRIPT", tmp_path / "probe.py")
+    script(tmp_path / "bin", {"slurm": "srun", "openmpi": "mpirun"}[launcher], code)
+    script(tmp_path / "bin", beside, "")
+    values = VALUES if launcher == "slurm" else {"NCCL_IB_HCA": "=mlx5_0:1,mlx5_1:1", "HF_HOME": "/hf", "OMP_NUM_THREADS": "3"}
+    environment = {
+        **os.environ,
+        **values,
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "SFTMIX_TEST_FOLDER": str(tmp_path),
+    }
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    monkeypatch.chdir(tmp_path)
+    Path("hosts").write_text("a slots=2\nb slots=2\n")
+    made = plan(launcher, *HOSTILE, nodes=[Node("a", 2), Node("b", 2)])
+    with command._for_runner(made, environment) as prepared:
+        assert command._run([commands.runner_command(made)], prepared) == 0
+    for rank in range(4):
+        arguments, seen, folder = json.loads((tmp_path / str(rank)).read_text())
+        assert arguments == HOSTILE and folder == str(tmp_path) and {name: seen[name] for name in values} == values
+        assert (seen["WORLD_SIZE"], seen["LOCAL_RANK"], seen["LOCAL_WORLD_SIZE"]) == ("4", str(rank % 2), "2")
+        assert seen["MASTER_ADDR"] == {"slurm": "node1", "openmpi": "a"}[launcher]

@@ -1,4 +1,4 @@
-"""Nodes for tests: an `ssh` that runs its command on this machine, as a login shell of another would: in /, with an environment of its own."""
+"""Nodes for tests: an `ssh` that runs its command on this machine, in /, with an environment of its own, as a login there would."""
 
 import os
 import sys
@@ -19,9 +19,14 @@ with open(os.environ["SSH_LOG"], "a") as log:
     log.write(host + " " + command.replace("\\n", " ") + "\\n")
 if host == "gone":
     sys.exit("ssh: connect to host gone port 22: No route to host")
+child = os.fork()  # what runs on a node does not end with the connection
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256)
+os.setsid()
 os.chdir("/")
 environment = {name: os.environ[name] for name in ("PATH", "SSH_LOG", "PYTHONDONTWRITEBYTECODE") if name in os.environ}
-os.execvpe("sh", ["sh", "-c", command], {**environment, "HOME": "/nowhere", "NODE": host})
+os.execvpe("sh", ["sh", "-c", "(eval \\"$0\\"); exit $?", command],  # a shell between, as sshd is: no launcher that ranks would miss
+            {**environment, "HOME": "/nowhere", "NODE": host})
 """
 
 
