@@ -1,6 +1,7 @@
 """Ranks started by DeepSpeed, torchrun, mpirun and srun know their place; a process that was started alone is left alone."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from processes import ROOT
 from sftmix.engine.distributed import environment_rank
 from sftmix.errors import ConfigError
 from sftmix.launch_environment import first_host, place_of, rank_of, translate
+from sftmix.launcher import asking_to_stop
 
 SRUN = {
     "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NTASKS": "7",
@@ -127,3 +129,24 @@ def test_the_watch_and_the_engine_see_the_same_rank(monkeypatch):
     code = "from sftmix import guard; print(guard._is_rank)"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"
+
+
+def test_a_rank_takes_the_gpu_that_it_sees(monkeypatch):
+    from sftmix.engine import distributed
+
+    monkeypatch.setattr(distributed, "has_gpu", lambda: True)
+    monkeypatch.setenv("RANK", "3")
+    for visible, local_rank, expected in ((4, "3", 3), (1, "3", 0), (1, "0", 0)):  # one: srun --gpus-per-task shows each task its own
+        monkeypatch.setattr(distributed.torch.cuda, "device_count", lambda visible=visible: visible)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert distributed._local_rank() == expected and os.environ["LOCAL_RANK"] == str(expected)
+    monkeypatch.setattr(distributed.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(ConfigError, match="rank 3 is the 4th of this machine, and 2 GPUs are visible"):
+        distributed._local_rank()
+
+
+def test_a_node_that_is_stopped_before_there_is_a_run_folder_ends(tmp_path):
+    with pytest.raises(SystemExit) as ended, asking_to_stop(tmp_path / "run/stop"):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert ended.value.code == 128 + signal.SIGUSR1

@@ -62,3 +62,17 @@ def test_a_log_that_cannot_be_written_is_said_and_the_rank_goes_on(tmp_path):
     (tmp_path / "logs").write_text("a file")
     done = rank(tmp_path / "logs", "print('on')")
     assert done.returncode == 0 and "rank 3: " in done.stdout and "cannot be written" in done.stdout and done.stdout.endswith("on\n")
+
+
+def test_ranks_may_begin_their_logs_before_rank_0_claims_the_folder(tmp_path):
+    from sftmix import guard
+    from sftmix.config_file import load_config
+    from sftmix.errors import ArtifactError
+
+    config = load_config(str(ROOT / "configs/quickstart.yaml"), [f"run.dir={tmp_path / 'run'}"])
+    (tmp_path / "run/logs").mkdir(parents=True)
+    with guard.holding(config) as hold:
+        assert hold.attempt == 1 and hold.outcome() is None
+    (tmp_path / "run/config.yaml").unlink()
+    with pytest.raises(ArtifactError, match="is not empty and is no run folder"), guard.holding(config):
+        pass
