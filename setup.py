@@ -20,11 +20,12 @@ setup(
         "sftmix.data",
         "sftmix.doctor",
         "sftmix.engine",
+        "sftmix.multinode",
         "sftmix.report",
         "sftmix.kernels",
         "sftmix.launch",
     ],
-    package_data={"sftmix.report": ["*.j2"]},
+    package_data={"sftmix.report": ["*.j2"], "sftmix.launch": ["hostfile", "templates/*"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.5,<0.20",

@@ -29,6 +29,9 @@ OTHERS = {
     "inspect": "show examples with their tokens coloured by the response mask",
     "export": "copy a trained model to a folder of your own",
 }
+LAUNCH = "run on the nodes of a hostfile, through DeepSpeed's launchers; or write a batch script, with --template"
+LAUNCHERS = ("pdsh", "ssh", "torchrun", "openmpi", "slurm")
+TEMPLATES = ("slurm", "kubernetes", "skypilot", "pdsh")
 DOCTOR = "look for what would make a run fail or compute wrong numbers, on this machine and others"
 SCORES = {
     "show": "what a score table holds, and how it was made",
@@ -49,22 +52,25 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest  # overrides may stand behind an option
-    is_main = os.environ.get("RANK", "0") == "0"
     try:
         return _dispatch(options)
     except StoppedError as stopped:
-        if is_main:
+        if _is_main():
             print(f"sftmix: {stopped}", file=sys.stderr)
         return EXIT_CODE
     except SftmixError as error:
         if options.debug:
             raise
-        for line in str(error).splitlines() if is_main or not error.on_all_ranks else []:
+        for line in str(error).splitlines() if _is_main() or not error.on_all_ranks else []:
             print(f"sftmix: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sftmix: interrupted", file=sys.stderr)
         return 130
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
             command.add_argument("--which", default="sftmix", help="sftmix (default) or baseline")
             command.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, in peft's format, not merged")
+    _add_launch(commands.add_parser("launch", help=LAUNCH, description=LAUNCH[0].upper() + LAUNCH[1:] + "."))
     _add_doctor(commands.add_parser("doctor", help=DOCTOR, description=DOCTOR[0].upper() + DOCTOR[1:] + "."))
     _add_scores(commands.add_parser("scores", help="show, check, merge or export score tables", description="Score tables as artifacts."))
     return parser
@@ -97,6 +104,22 @@ def _parser() -> argparse.ArgumentParser:
 def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a field, for example train.epochs=1")
+
+
+def _add_launch(command: argparse.ArgumentParser) -> None:
+    _add_config(command)
+    command.add_argument("--hostfile", type=Path, metavar="FILE", help="the nodes: lines of `host slots=N`")
+    command.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="what starts the ranks (default pdsh): docs/launch.md")
+    command.add_argument("--stage", choices=STAGES, help="this stage alone, in place of the whole recipe")
+    command.add_argument("--dry-run", action="store_true", help="show the command, and what each node would do; start nothing")
+    command.add_argument("--node-rank", type=int, metavar="I", help="with ssh and torchrun: the part of node I alone, on this machine")
+    command.add_argument("--master-addr", metavar="HOST", help="where the ranks meet (default: the first node)")
+    command.add_argument("--master-port", type=int, metavar="PORT", help="and at which port (default 29500; slurm: by the job's number)")
+    command.add_argument("--force", action="store_true", help="with --stage: run it though it is up to date")
+    command.add_argument("--restart", action="store_true", help="throw unfinished work away, where it cannot be taken up")
+    command.add_argument("--template", choices=TEMPLATES, help="print a file that starts this config there, and start nothing")
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="with --template: nodes=2, gpus=8, ...")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _add_doctor(command: argparse.ArgumentParser) -> None:
@@ -141,6 +164,13 @@ def _dispatch(options: argparse.Namespace) -> int:
         return 0
     from sftmix.config_file import load_config
 
+    if options.command == "launch":
+        from sftmix.multinode.command import launch_on_nodes
+
+        return launch_on_nodes(options)
+    from sftmix.launch_environment import place_of, translate
+
+    translate()
     config = load_config(options.config, options.overrides)
     if options.command == "export":
         from sftmix.export import export
@@ -148,7 +178,13 @@ def _dispatch(options: argparse.Namespace) -> int:
         print(export(config, which=options.which, to=options.to, adapter=options.adapter))
         return 0
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if os.environ.get("RANK", "0") == "0":
+    os.umask(0o077)  # data and weights are the user's own
+    place = place_of()
+    if place is not None and place.is_on_many_nodes and options.command != "inspect":
+        from sftmix import rank_log
+
+        rank_log.start(config.run.dir / "logs", place.rank)
+    if _is_main():
         from sftmix.preflight import check
 
         check(config)
@@ -157,12 +193,11 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         inspect(config, num_examples=options.num)
         return 0
-    os.umask(0o077)  # data and weights are the user's own
     only = None if options.command == "run" else options.command
     how = {"force": getattr(options, "force", False), "restart": options.restart}
     from sftmix.pipeline import run_pipeline
 
-    if config.engine.num_processes > 1 and "RANK" not in os.environ:
+    if config.engine.num_processes > 1 and place is None:
         from sftmix.launcher import launch
 
         return launch(config, options.config, options.overrides, only=only, **how)

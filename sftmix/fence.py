@@ -48,7 +48,8 @@ class Fence:
         self._num_renewals = 0
 
     def check(self) -> None:
-        """Raises SupersededError when a later attempt owns the folder, or when the folder was removed or made anew."""
+        """Raises SupersededError when a later attempt owns the folder, when the folder was removed or made anew, or when the command that
+        began this attempt has ended it."""
         attempts = self._folder / ATTEMPTS
         last = _last_attempt(attempts)
         record = _read(attempts, max(last, self.attempt))
@@ -63,6 +64,8 @@ class Fence:
                 f"{self._folder}: the file of attempt {self.attempt} is gone or another's: the run folder was removed "
                 "while this run wrote to it. Nothing more is written; start again."
             )
+        if "ended" in record:
+            raise SupersededError(f"{self._folder}: attempt {self.attempt} was ended by the command that had begun it. Start again.")
 
     def renew(self) -> None:
         """Shows others that this attempt is alive; about once a second. Raises SupersededError as `check` does."""
@@ -74,11 +77,24 @@ class Fence:
         temporary.replace(path)
 
     def release(self) -> None:
-        """Marks the attempt as ended, so that the next claim need not look for its process."""
+        """Marks the attempt as ended: the next claim need not look for its process, and ranks that still run end."""
+        self._add(ended=_now())
+
+    def note_outcome(self, exit_code: int | None) -> None:
+        """Leaves word, for the command that began this attempt, of how its ranks ended; None takes it back."""
+        self._add(outcome=exit_code)
+
+    def outcome(self) -> int | None:
+        """Returns what `note_outcome` left; None where the ranks could not say."""
+        record = _read(self._folder / ATTEMPTS, self.attempt)
+        found = record.get("outcome") if record is not None and record["key"] == self._key else None
+        return found if isinstance(found, int) else None
+
+    def _add(self, **facts: object) -> None:
         attempts = self._folder / ATTEMPTS
         record = _read(attempts, self.attempt)
         if record is not None and record["key"] == self._key and "ended" not in record:
-            write_json(_path(attempts, self.attempt), {**record, "ended": _now()})
+            write_json(_path(attempts, self.attempt), {**record, **facts})
 
 
 def claim(folder: Path, *, patience_seconds: float = 5.0) -> Fence:

@@ -21,14 +21,16 @@ from sftmix import artifacts, fence, processes
 from sftmix.config import Config
 from sftmix.config_file import dump_config
 from sftmix.engine.watch import Watch, listen
-from sftmix.errors import ArtifactError, SftmixError
-from sftmix.stopping import STOP_FILE
+from sftmix.errors import ArtifactError, SftmixError, StoppedError
+from sftmix.launch_environment import place_of
+from sftmix.stopping import EXIT_CODE, STOP_FILE
 
 if TYPE_CHECKING:
     from sftmix.engine.distributed import Ranks
 
+LOGS, SEEN = "logs", ".seen_"
 ATTEMPT = "SFTMIX_ATTEMPT"  # number of the attempt that the command has claimed, for the ranks that it starts
-_is_rank = "RANK" in os.environ
+_is_rank = place_of() is not None
 # Looked for before torch is imported, which takes seconds: a launcher that ended before it is looked for is never missed.
 _launchers = processes.launchers() if _is_rank else []
 _watch: Watch | None = None
@@ -39,7 +41,10 @@ _stall_seconds: float | None = None
 def holding(config: Config, *, is_own_disk: bool = False) -> Iterator[fence.Fence]:
     """Makes this run the only writer of its folder: claims it, or joins the claim of the command that started this rank, and
     shows every second that it is alive. The command, rank 0, and the leader of a disk that is not rank 0's (`is_own_disk`: the
-    command has not claimed that one). Raises ArtifactError where another run writes to it."""
+    command has not claimed that one). Raises ArtifactError where another run writes to it.
+
+    One that joins leaves word of how it ended for the one that claimed: launchers of many nodes lose exit codes.
+    """
     given = None if is_own_disk else os.environ.get(ATTEMPT)
     if given:
         hold = fence.join(config.run.dir, int(given))
@@ -52,13 +57,21 @@ def holding(config: Config, *, is_own_disk: bool = False) -> Iterator[fence.Fenc
     done = threading.Event()
     thread = threading.Thread(target=_renew_until, args=(hold, done), daemon=True)
     thread.start()
+    outcome = None
     try:
         yield hold
+        outcome = 0
+    except StoppedError:
+        outcome = EXIT_CODE
+        raise
     finally:
         done.set()
         thread.join()
         artifacts.before_publishing(None)
-        if not given:
+        if given:
+            with contextlib.suppress(OSError):  # without word of it the command takes it for a failure
+                hold.note_outcome(outcome)
+        else:
             hold.release()
 
 
@@ -75,7 +88,9 @@ def _make_run_folder(config: Config) -> None:
         raise ArtifactError(f"run.dir: {folder} is a link to {folder.readlink()}, which does not exist. Create it, or name another folder.")
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"run.dir: {folder} is a file. Name a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
+    # Ranks may have begun their logs, and looked for who shares the folder.
+    is_used = folder.is_dir() and any(path.name != LOGS and not path.name.startswith(SEEN) for path in folder.iterdir())
+    if is_used and not (folder / "config.yaml").is_file():
         raise ArtifactError(f"run.dir: {folder} is not empty and is no run folder. Name another, or an empty one.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +127,7 @@ def start_watch(config: Config, ranks: Ranks, hold: fence.Fence | None) -> None:
         world_size=ranks.world_size,
         address=(address, int(number)),
         token=token,
-        folder=config.run.dir / "logs",
+        folder=config.run.dir / LOGS,
         listener=listener,
         silent_seconds=config.limits.silent_seconds,
         on_beat=hold.check if ranks.leads_storage else None,

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -15,6 +15,7 @@ from sftmix import guard
 from sftmix.config import Config
 from sftmix.stopping import STOP_FILE
 
+Then = Callable[[int, FrameType | None], object] | signal.Handlers
 RUN_SCRIPT = Path(__file__).resolve().parent / "launch" / "run.py"
 
 
@@ -35,7 +36,7 @@ def launch(config: Config, config_path: str, overrides: list[str], *, only: str 
         goal = folder_of_last(config, only) / MANIFEST
         before = goal.stat().st_ino if goal.exists() else None
         options = [*(["--stage", only] if only else []), *(["--force"] if force else []), *(["--restart"] if restart else [])]
-        with _asking_to_stop(config.run.dir / STOP_FILE):
+        with asking_to_stop(config.run.dir / STOP_FILE):
             code = subprocess.run([*_launcher(config), config_path, *overrides, *options], env=environment, check=False).returncode
         if code:
             return code
@@ -72,14 +73,16 @@ def _environment(config: Config, attempt: int) -> Iterator[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def _asking_to_stop(stop_file: Path) -> Iterator[None]:
+def asking_to_stop(stop_file: Path, *, then: Then = signal.SIG_DFL) -> Iterator[None]:
     """Turns SIGTERM and SIGUSR1 into a file that rank 0 looks for after each step: the launcher between would rather kill the ranks.
-    A second SIGTERM ends this process, and the ranks with it."""
+    then: handles a second SIGTERM; by default it ends this process, and the ranks with it."""
 
     def ask(number: int, frame: FrameType | None) -> None:
+        if not stop_file.parent.is_dir():  # no rank has come so far
+            raise SystemExit(128 + number)
         stop_file.write_text(f"{signal.Signals(number).name} was received\n", encoding="utf-8")
         if number == signal.SIGTERM:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, then)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:

@@ -45,13 +45,13 @@ def find_storage(ranks: Ranks, folder: Path) -> Ranks:
     if ranks.world_size == 1:
         return ranks
     token = ranks.text_from_main(secrets.token_hex(8))
-    marks = [folder / f".seen_{token}_{rank}" for rank in range(ranks.world_size)]
+    marks = [folder / f"{guard.SEEN}{token}_{rank}" for rank in range(ranks.world_size)]
     problem = ""
     if ranks.local_rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             marks[ranks.rank].touch()
-            for left in folder.glob(".seen_*") if ranks.is_main else []:  # by an attempt that was killed while it looked
+            for left in folder.glob(f"{guard.SEEN}*") if ranks.is_main else []:  # by an attempt that was killed while it looked
                 if token not in left.name:
                     left.unlink(missing_ok=True)
         except OSError as error:

@@ -6,12 +6,12 @@ from sftmix.config import Config, ModelConfig
 from sftmix.errors import ConfigError
 
 
-def check(config: Config) -> None:
+def check(config: Config, *, has_device: bool = True) -> None:
     """Raises ConfigError or DataError for the first thing that would stop the run later.
 
     Looks at: the sources' paths, formats and column mappings; the DeepSpeed JSON; model folders and
     architectures; the modules that adapters go to; the tokenizer, its size against the embedding, its chat template; max length
-    against the context.
+    against the context. has_device: does the run compute on this machine, so that a GPU must be here if one is asked for?
     """
     from sftmix.data.formats import check_format
     from sftmix.data.readers import check_source
@@ -29,7 +29,7 @@ def check(config: Config) -> None:
             f"engine.zero_stage is 0 and the precision {precision}: DeepSpeed would sum the gradients of the micro-batches in that "
             "precision. Use engine.zero_stage=1, which sums them in float32, or engine.precision=fp32."
         )
-    if config.engine.kernel_backend == "triton" and not has_gpu():
+    if config.engine.kernel_backend == "triton" and has_device and not has_gpu():
         raise ConfigError("engine.kernel_backend is triton, which needs a GPU, and there is none here. Use auto or torch.")
     if config.engine.deepspeed is not None:
         for train in (config.train, config.reference_train):

@@ -22,7 +22,8 @@ from sftmix.doctor import build, gpus, memory, network, nodes, ranks, storage, v
 from sftmix.doctor.findings import Finding, count, examine
 from sftmix.doctor.identity import digest_of, identity
 from sftmix.doctor.need import Need
-from sftmix.errors import ConfigError, SftmixError
+from sftmix.errors import SftmixError
+from sftmix.hostfile import Node
 from sftmix.local_ranks import first_failure, run_local_ranks
 
 GIB = 2**30
@@ -422,34 +423,6 @@ def test_ranks_that_cannot_start_are_a_finding(monkeypatch):
 # Nodes.
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("-oProxyCommand=x slots=2", "is no host name"),
-        ("-v slots=2", "is no host name"),
-        ("a$(id) slots=2", "is no host name"),
-        ("a;rm slots=2", "is no host name"),
-        ("a slots=0", "expected 1 to"),
-        ("a slots=99999999", "expected 1 to"),
-        ("a slots=99999999999", "expected `host slots=N`"),
-        ("a", "expected `host slots=N`"),
-        ("a slots=2 and more", "expected `host slots=N`"),
-        ("a slots=2\na slots=2", "hosts:2: a stands twice"),
-        ("# nothing\n", "names no node"),
-    ],
-)
-def test_a_hostile_hostfile_is_refused(tmp_path, text, words):
-    (tmp_path / "hosts").write_text(text)
-    with pytest.raises(ConfigError, match="hosts") as caught:
-        nodes.read_hostfile(tmp_path / "hosts")
-    assert words in str(caught.value)
-
-
-def test_a_hostfile_is_read(tmp_path):
-    (tmp_path / "hosts").write_text("# two nodes\nnode-1.cluster slots=8  # old\n\n10.0.0.2 slots=4\n")
-    assert nodes.read_hostfile(tmp_path / "hosts") == [nodes.Node("node-1.cluster", 8), nodes.Node("10.0.0.2", 4)]
-
-
 def report(**changes):
     own = {
         "versions": {"torch": "2.13.0", "deepspeed": "0.19.8"},
@@ -538,7 +511,7 @@ def test_nodes_are_asked_over_ssh_and_each_is_judged(tmp_path, commands, monkeyp
 
 def test_without_ssh_the_nodes_are_bad(monkeypatch):
     monkeypatch.setattr(nodes.shutil, "which", lambda name: None)
-    assert "there is no ssh" in only(nodes.check_nodes([nodes.Node("a", 1)], report(), [])).found
+    assert "there is no ssh" in only(nodes.check_nodes([Node("a", 1)], report(), [])).found
 
 
 def test_a_remote_command_is_one_quoted_text(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from sftmix.doctor import build, gpus, memory, network, nodes, ranks, storage, v
 from sftmix.doctor.findings import Finding, count, examine
 from sftmix.doctor.identity import identity
 from sftmix.doctor.need import Need
+from sftmix.hostfile import read_hostfile
 
 Look = tuple[str, Callable[[], list[Finding]]]
 
@@ -39,7 +40,7 @@ def examine_machine(options: argparse.Namespace) -> int:
 def _examine_all(options: argparse.Namespace) -> tuple[dict[str, Any], list[Finding]]:
     """Returns the report of this machine, with which those of other nodes are compared, and all findings."""
     findings: list[Finding] = []
-    known = nodes.read_hostfile(options.hostfile) if options.hostfile is not None else []
+    known = read_hostfile(options.hostfile) if options.hostfile is not None else []
     config = _load(options, findings)
     num_nodes = options.nodes or max(1, len(known))
     local_ranks = max((node.slots for node in known), default=config.engine.num_processes if config else 1)

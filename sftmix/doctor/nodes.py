@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -12,57 +11,19 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sftmix.doctor.findings import Finding, examine
-from sftmix.errors import ConfigError
+from sftmix.hostfile import Node, is_host_name
 
 ITEM = "nodes"
-HOST = re.compile(r"[A-Za-z0-9._:-]+")  # DeepSpeed's own parser takes anything, an option of ssh too
-MAX_SLOTS = 1024
 MAX_SKEW_SECONDS = 1.0
 CONNECT_SECONDS = 10
 NODE_SECONDS = 180.0
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}")
 # Of the environment here, what decides there which code and files are used.
 EXPORTED = ("PYTHONPATH", "TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_HUB_OFFLINE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-
-
-@dataclass(frozen=True)
-class Node:
-    host: str
-    slots: int
-
-
-def read_hostfile(path: Path) -> list[Node]:
-    """Returns the nodes of a hostfile, lines of `host slots=N`. Raises ConfigError with file and line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--hostfile {path} cannot be read: {error}. Give a file with lines of `host slots=N`.") from None
-    nodes: dict[str, Node] = {}
-    for number, line in enumerate(lines, start=1):
-        text = line.split("#")[0].strip()
-        if not text:
-            continue
-        match = re.fullmatch(r"(\S+)\s+slots=(\d{1,9})", text)
-        if match is None:
-            raise ConfigError(f"{path}:{number}: found {text[:80]!r}, expected `host slots=N`. Correct the line.")
-        host, slots = match[1], int(match[2])
-        if HOST.fullmatch(host) is None or host.startswith("-"):
-            raise ConfigError(
-                f"{path}:{number}: {host[:80]!r} is no host name: letters, digits and . _ : - only, no - in front. Correct it."
-            )
-        if not 1 <= slots <= MAX_SLOTS:
-            raise ConfigError(f"{path}:{number}: slots={slots}, expected 1 to {MAX_SLOTS}, the GPUs of the node. Correct it.")
-        if host in nodes:
-            raise ConfigError(f"{path}:{number}: {host} stands twice. Keep one of the lines.")
-        nodes[host] = Node(host, slots)
-    if not nodes:
-        raise ConfigError(f"{path} names no node. Give a file with lines of `host slots=N`.")
-    return list(nodes.values())
 
 
 def check_nodes(nodes: list[Node], here: Mapping[str, Any], arguments: list[str]) -> list[Finding]:
@@ -134,7 +95,7 @@ def measure_skew(ask: Callable[[], subprocess.CompletedProcess[str]]) -> tuple[f
 
 def on_node(host: str, command: list[str], limit_seconds: float) -> subprocess.CompletedProcess[str]:
     """Runs a command on a node. ssh hands one text to the shell there, so every word is quoted."""
-    assert HOST.fullmatch(host) and not host.startswith("-"), f"{host!r} was not validated"
+    assert is_host_name(host), f"{host!r} was not validated"
     return subprocess.run(
         [*SSH, "--", host, shlex.join(command)],
         stdin=subprocess.DEVNULL,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from sftmix.errors import ConfigError, did_you_mean
+from sftmix.launch_environment import rank_of, translate
 
 # Numbers the counters of this process; the same on all ranks, since all ranks make them together.
 _counters = itertools.count()
@@ -161,7 +162,7 @@ def should_shard(weight_bytes: int, ranks: Ranks) -> bool:
 
 def environment_rank() -> int:
     """Returns this process's rank as its launcher says, before anything is initialised; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    return rank_of()
 
 
 def has_gpu() -> bool:
@@ -170,22 +171,18 @@ def has_gpu() -> bool:
 
 
 def init_ranks(join_limit: timedelta = RENDEZVOUS_LIMIT) -> Ranks:
-    """Joins the process group that the launcher (deepspeed, torchrun) describes, or one of a single process.
+    """Joins the process group that the launcher (deepspeed, torchrun, mpirun, srun) describes, or one of a single process.
 
     NCCL on GPUs, gloo on CPUs. Calling it again returns the same group. Raises ConfigError where not all ranks have come within
     `join_limit`, or the port is taken.
     """
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        raise ConfigError(
-            f"srun started {os.environ['SLURM_NTASKS']} tasks, but RANK, WORLD_SIZE and LOCAL_RANK are not set, so each would run alone. "
-            "Let srun start torchrun or deepspeed, one per node."
-        )
+    translate()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     deepspeed = import_deepspeed()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = _local_rank()
     device = torch.device("cuda", local_rank) if has_gpu() else torch.device("cpu")
     if has_gpu():
         torch.cuda.set_device(device)
@@ -211,6 +208,20 @@ def init_ranks(join_limit: timedelta = RENDEZVOUS_LIMIT) -> Ranks:
             ) from None
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_LIMIT)
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
+
+
+def _local_rank() -> int:
+    """Returns which of the visible GPUs is this rank's; on a CPU what the launcher says. Raises ConfigError where there is none for it."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if not has_gpu() or local_rank < torch.cuda.device_count():
+        return local_rank
+    if torch.cuda.device_count() > 1:
+        raise ConfigError(
+            f"rank {os.environ['RANK']} is the {local_rank + 1}th of this machine, and {torch.cuda.device_count()} GPUs are visible to it. "
+            "Start one rank for each GPU."
+        )
+    os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task shows each task its own GPU alone; DeepSpeed reads this name
+    return 0
 
 
 def _join_over_loopback(backend: str, join_limit: timedelta) -> None:

@@ -1,0 +1,54 @@
+"""The nodes of a run: lines of `host slots=N`, as DeepSpeed's launchers read them, and nothing that a shell or ssh could misread."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from sftmix.errors import ConfigError
+
+_HOST = re.compile(r"[A-Za-z0-9._:-]+")  # DeepSpeed's own parser takes anything, an option of ssh too
+MAX_SLOTS = 1024
+
+
+def is_host_name(text: str) -> bool:
+    """Can this be given to ssh, pdsh and mpirun as a host, and be nothing else?"""
+    return _HOST.fullmatch(text) is not None and not text.startswith("-")
+
+
+@dataclass(frozen=True)
+class Node:
+    """slots: ranks that it takes, one for each of its GPUs."""
+
+    host: str
+    slots: int
+
+
+def read_hostfile(path: Path) -> list[Node]:
+    """Returns the nodes of a hostfile, lines of `host slots=N`. Raises ConfigError with file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--hostfile {path} cannot be read: {error}. Give a file with lines of `host slots=N`.") from None
+    nodes: dict[str, Node] = {}
+    for number, line in enumerate(lines, start=1):
+        text = line.split("#")[0].strip()
+        if not text:
+            continue
+        match = re.fullmatch(r"(\S+)\s+slots=(\d{1,9})", text)
+        if match is None:
+            raise ConfigError(f"{path}:{number}: found {text[:80]!r}, expected `host slots=N`. Correct the line.")
+        host, slots = match[1], int(match[2])
+        if not is_host_name(host):
+            raise ConfigError(
+                f"{path}:{number}: {host[:80]!r} is no host name: letters, digits and . _ : - only, no - in front. Correct it."
+            )
+        if not 1 <= slots <= MAX_SLOTS:
+            raise ConfigError(f"{path}:{number}: slots={slots}, expected 1 to {MAX_SLOTS}, the GPUs of the node. Correct it.")
+        if host in nodes:
+            raise ConfigError(f"{path}:{number}: {host} stands twice. Keep one of the lines.")
+        nodes[host] = Node(host, slots)
+    if not nodes:
+        raise ConfigError(f"{path} names no node. Give a file with lines of `host slots=N`.")
+    return list(nodes.values())

@@ -1,0 +1,146 @@
+"""Which rank is this process, in the words of whatever launcher started it.
+
+torchrun and DeepSpeed set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. mpirun of OpenMPI and srun set names of their
+own, and no address: `translate` completes them. All else in sftmix reads RANK and its companions.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+from sftmix.errors import ConfigError
+from sftmix.hostfile import is_host_name
+
+DEFAULT_PORT = 29500  # of deepspeed and torchrun
+CARRIED = "SFTMIX_SET_"  # in front of a variable that a launcher would have garbled under its own name
+
+
+@dataclass(frozen=True)
+class Place:
+    """launcher: who says so. rank, world_size: of all processes; local_*: on this machine, None where the launcher does not say."""
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int | None
+    local_size: int | None
+
+    @property
+    def is_on_many_nodes(self) -> bool:
+        return self.local_size is not None and self.local_size < self.world_size
+
+
+def place_of(environment: Mapping[str, str] = os.environ) -> Place | None:
+    """Returns where this process stands among those that a launcher started; None where it was started alone.
+
+    RANK counts before mpirun's names, and those before srun's: mpirun starts its helpers by srun, and either may start torchrun.
+    The batch script of a SLURM job is no task of a step, whatever SLURM_NTASKS says of the job.
+    """
+    if "RANK" in environment:
+        local_size = _number(environment, "LOCAL_WORLD_SIZE", _number(environment, "LOCAL_SIZE"))
+        rank, world_size = _needed(environment, "RANK"), _number(environment, "WORLD_SIZE", 1)
+        assert world_size is not None, "a default was given"
+        return Place("RANK", rank, world_size, _number(environment, "LOCAL_RANK"), local_size)
+    if "OMPI_COMM_WORLD_RANK" in environment:
+        names = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
+        return _many("mpirun", *(_needed(environment, name) for name in names))
+    if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+        size = _number(environment, "SLURM_STEP_NUM_TASKS", _number(environment, "SLURM_NTASKS", 1))
+        assert size is not None, "a default was given"
+        if size > 1:
+            rank, local_rank = (_needed(environment, name) for name in ("SLURM_PROCID", "SLURM_LOCALID"))
+            return Place("srun", rank, size, local_rank, _tasks_here(environment))
+    return None
+
+
+def rank_of(environment: Mapping[str, str] = os.environ) -> int:
+    """Returns this process's rank; 0 without a launcher."""
+    place = place_of(environment)
+    return place.rank if place is not None else 0
+
+
+def translate(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Sets RANK and its companions from what mpirun or srun say, and LOCAL_WORLD_SIZE from DeepSpeed's LOCAL_SIZE. A process that no
+    launcher started is left as it is. Doing it again changes nothing. Raises ConfigError where the ranks could not find each other.
+    """
+    for name in [name for name in environment if name.startswith(CARRIED)]:
+        environment[name.removeprefix(CARRIED)] = environment.pop(name)
+    place = place_of(environment)
+    if place is None:
+        return
+    if place.local_size is not None:
+        environment.setdefault("LOCAL_WORLD_SIZE", str(place.local_size))
+    if place.launcher == "RANK":
+        return
+    address = environment.get("MASTER_ADDR") or _address(place, environment)
+    port = environment.get("MASTER_PORT") or str(_port(place, environment))
+    environment.update(
+        RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(place.local_rank), MASTER_ADDR=address, MASTER_PORT=port
+    )
+
+
+def first_host(nodes: str) -> str:
+    """Returns the first host of a SLURM node list: `gpu003` of `gpu[003-010,20],login1`. Raises ConfigError for what is none."""
+    first = re.match(r"(?:[^,\[\]]|\[[^\[\]]*\])+(?=,|$)", nodes)
+    host = re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0]) if first else ""
+    if not is_host_name(host):
+        raise ConfigError(f"SLURM names the nodes {nodes[:80]!r}, expected a list such as gpu[003-010]. Set MASTER_ADDR to the first node.")
+    return host
+
+
+def _address(place: Place, environment: Mapping[str, str]) -> str:
+    if place.local_size == place.world_size:
+        return "127.0.0.1"
+    nodes = next((environment[name] for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if environment.get(name)), None)
+    if place.launcher == "srun" and nodes is not None:
+        return first_host(nodes)
+    example = " (mpirun -x MASTER_ADDR=node-1, or a line of .deepspeed_env)" if place.launcher == "mpirun" else ""
+    raise ConfigError(
+        f"rank {place.rank} of {place.world_size} was started by {place.launcher}, which does not say where the ranks meet. "
+        f"Set MASTER_ADDR to the first node{example}."
+    )
+
+
+def _port(place: Place, environment: Mapping[str, str]) -> int:
+    """Returns a port that all ranks come to by themselves; jobs and steps that share a node get others."""
+    if place.launcher != "srun":
+        return DEFAULT_PORT
+    job, step = _number(environment, "SLURM_JOB_ID", 0), _number(environment, "SLURM_STEP_ID", 0)
+    assert job is not None and step is not None, "defaults were given"
+    return 10000 + (job * 31 + step) % 20000  # below the ports that the kernel hands out by itself
+
+
+def _many(launcher: str, rank: int, world_size: int, local_rank: int, local_size: int) -> Place | None:
+    return Place(launcher, rank, world_size, local_rank, local_size) if world_size > 1 else None
+
+
+def _tasks_here(environment: Mapping[str, str]) -> int | None:
+    """Returns the tasks of this node, from `4(x2),3`: four on each of two nodes, three on the next."""
+    text = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", part.strip())
+        if match is None:
+            return None
+        counts += [int(match[1])] * int(match[2] or 1)
+    node = _number(environment, "SLURM_NODEID", 0)
+    return counts[node] if node is not None and node < len(counts) else None
+
+
+def _needed(environment: Mapping[str, str], name: str) -> int:
+    value = _number(environment, name)
+    if value is None:
+        raise ConfigError(f"{name} is not set, though other variables of the launcher are. Set it, or set RANK and WORLD_SIZE.")
+    return value
+
+
+def _number(environment: Mapping[str, str], name: str, otherwise: int | None = None) -> int | None:
+    text = environment.get(name)
+    if text is None:
+        return otherwise
+    if not re.fullmatch(r"\d{1,18}", text):
+        raise ConfigError(f"{name} is {text[:40]!r}, expected a number. Correct it, or unset it.")
+    return int(text)

@@ -1,0 +1,118 @@
+"""Files for batch systems, filled in from `launch/templates/`: every value is checked against what it may be, and arguments are quoted."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+from sftmix.config_file import load_config
+from sftmix.errors import ConfigError, did_you_mean
+
+FOLDER = Path(__file__).resolve().parents[1] / "launch" / "templates"
+FILES = {"slurm": "slurm.sh", "kubernetes": "kubernetes.yaml", "skypilot": "skypilot.yaml", "pdsh": "pdsh.sh"}
+
+
+@dataclass(frozen=True)
+class Value:
+    """pattern: of the whole value. meaning: with an example. default: None where it must be given."""
+
+    pattern: str
+    meaning: str
+    default: str | None = None
+
+
+_COUNT = r"[1-9]\d{0,3}"
+_PATH = r"/[A-Za-z0-9@+=:,./_-]*"
+_NAME = r"[a-z]([a-z0-9-]{0,40}[a-z0-9])?"  # of a Kubernetes service: a pod's own is longer by its index
+_WORD = r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}"
+_COMMON = {
+    "name": Value(_NAME, "name of the job, small letters, digits and -", "sftmix"),
+    "nodes": Value(_COUNT, "number of nodes"),
+    "gpus": Value(_COUNT, "GPUs of each node, which is ranks"),
+}
+_PLACE = {
+    "folder": Value(_PATH, "where the command runs, on all nodes: relative paths of the config begin there", str(Path.cwd())),
+    "python": Value(_PATH, "the Python with sftmix, on all nodes", sys.executable),
+}
+VALUES: dict[str, dict[str, Value]] = {
+    "slurm": {
+        **_COMMON,
+        **_PLACE,
+        "time": Value(r"(\d{1,3}-)?\d{1,4}(:[0-5]\d){0,2}", "time limit, for example 24:00:00"),
+        "cpus": Value(_COUNT, "cores for each rank", "8"),
+        "warning": Value(_COUNT, "seconds before the time limit at which the run is asked to save and stop", "600"),
+        "partition": Value(_WORD, "SLURM partition", ""),
+        "account": Value(_WORD, "SLURM account", ""),
+        "qos": Value(_WORD, "SLURM quality of service", ""),
+    },
+    "kubernetes": {
+        **_COMMON,
+        **_PLACE,
+        "image": Value(r"[a-z0-9][A-Za-z0-9._:/@-]{0,250}", "container image with sftmix"),
+        "claim": Value(_NAME, "PersistentVolumeClaim, ReadWriteMany"),
+        "mount": Value(_PATH, "where the claim is mounted", "/shared"),
+        "warning": Value(_COUNT, "seconds that a pod has to save when it is taken away", "600"),
+        "retries": Value(_COUNT, "pods that may fail before the job does; a failure of the run counts once for each node", "6"),
+    },
+    "skypilot": {**_COMMON, "accelerator": Value(_WORD, "SkyPilot's name of the GPU, for example H100")},
+    "pdsh": {**_PLACE, "hostfile": Value(_PATH, "the hostfile, on the first node")},
+}
+
+
+def print_template(options: argparse.Namespace) -> int:
+    """Prints the file. Returns 0. Raises ConfigError for options that are not a template's, and for values that are missing or wrong."""
+    for name in ("hostfile", "node_rank", "master_addr", "master_port"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} is of no use with --template {options.template}. Leave it out; see --set.")
+    load_config(options.config, options.overrides)
+    given: dict[str, str] = {}
+    for text in options.set:
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise ConfigError(f"--set {text[:80]!r}: expected NAME=VALUE, for example nodes=2.")
+        given[name] = value
+    stage = [*(["--stage", options.stage] if options.stage else []), *(["--force"] if options.force else [])]
+    arguments = [options.config, *options.overrides, *stage, *(["--restart"] if options.restart else [])]
+    print(render(options.template, given, arguments, doctor_arguments=[options.config, *options.overrides]), end="")
+    return 0
+
+
+def render(template: str, given: Mapping[str, str], arguments: Sequence[str], *, doctor_arguments: Sequence[str] = ()) -> str:
+    """Returns the file. arguments: of `sftmix launch`, the config first. Raises ConfigError for values that are missing or wrong."""
+    known = VALUES[template]
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f"--set {name[:80]}: {template} has no such value. " + did_you_mean(name, known, f"It has {', '.join(known)}.")
+            )
+    values = {name: given.get(name, value.default) for name, value in known.items()}
+    missing = [f"--set {name}=... ({known[name].meaning})" for name, value in values.items() if value is None]
+    if missing:
+        raise ConfigError(f"--template {template} also needs {', '.join(missing)}.")
+    filled = {name: value for name, value in values.items() if value is not None}
+    for name, value in filled.items():
+        if value != known[name].default and re.fullmatch(known[name].pattern, value) is None:
+            raise ConfigError(f"--set {name}={value[:80]!r} cannot be: {known[name].meaning}, matching {known[name].pattern}. Correct it.")
+    for argument in arguments:
+        if not argument.isprintable():
+            raise ConfigError(
+                f"{argument[:80]!r} holds a line break or another letter that cannot be printed. Write it into the config file."
+            )
+    for name in ("folder", "python"):  # defaults, which no pattern has seen
+        if name in filled:
+            filled[name] = shlex.quote(filled[name])
+    filled |= {
+        "arguments": shlex.join(arguments),
+        "doctor_arguments": shlex.join(doctor_arguments),
+        "options": "".join(f"#SBATCH --{name}={filled[name]}\n" for name in ("partition", "account", "qos") if filled.get(name)),
+    }
+    if template == "kubernetes":
+        hosts = (f"    {filled['name']}-{number}.{filled['name']} slots={filled['gpus']}" for number in range(int(filled["nodes"])))
+        filled["hosts"] = "\n".join(hosts)
+    return Template((FOLDER / FILES[template]).read_text(encoding="utf-8")).substitute(filled)

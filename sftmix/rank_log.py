@@ -1,0 +1,88 @@
+"""What a rank prints, in a file of its own as well: launchers of many nodes mix the output of ranks, and lose the last of it.
+
+A process of its own copies, so that the last words of a rank that is killed are kept too. It is forked before torch is
+imported, and lives until nobody writes to it any more: the ranks of a machine end without waiting for it, except at a normal end.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+FLUSH_SECONDS = 5.0
+# Launchers signal whole trees of processes.
+NOT_FOR_COPIER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGPIPE)
+
+
+def name_of(rank: int) -> str:
+    """Returns the name of a rank's log."""
+    return f"rank_{rank:04d}.log"
+
+
+def start(folder: Path, rank: int) -> None:
+    """From here on, what this process and its children print goes to `folder` too, after what earlier attempts have left there.
+
+    A file that cannot be written is said on stderr, and the rank goes on. Call it before threads are started.
+    """
+    path = folder / name_of(rank)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError as error:
+        print(f"sftmix: rank {rank}: {path} cannot be written ({error.strerror}): its output is here alone", file=sys.stderr, flush=True)
+        return
+    os.write(log, f"--- {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} host {socket.gethostname()} pid {os.getpid()}\n".encode())
+    reading, writing = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_COPIER)  # until it has said what it does with them
+    copier = os.fork()
+    if copier == 0:
+        os.close(writing)
+        _copy(reading, log)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    os.dup2(writing, 1)
+    os.dup2(writing, 2)
+    for descriptor in (reading, writing, log):
+        os.close(descriptor)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    atexit.register(_finish, copier, os.getpid())
+
+
+def _copy(reading: int, log: int) -> None:
+    """Copies to the log and to the stdout of this process, until nobody writes any more; never returns."""
+    for number in NOT_FOR_COPIER:
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(BaseException):
+        while part := os.read(reading, 1 << 16):
+            for descriptor in (log, 1):
+                with contextlib.suppress(OSError):  # a full disk, a connection that has gone: the other goes on
+                    _write_all(descriptor, part)
+    os._exit(0)
+
+
+def _write_all(descriptor: int, part: bytes) -> None:
+    while part:
+        part = part[os.write(descriptor, part) :]
+
+
+def _finish(copier: int, owner: int) -> None:
+    """Waits until all is copied, where nobody else holds the pipe: in a container the end of the rank is the end of the copier."""
+    if os.getpid() != owner:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+    deadline = time.monotonic() + FLUSH_SECONDS
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(copier, os.WNOHANG)[0] == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
