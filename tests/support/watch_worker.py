@@ -47,7 +47,10 @@ for command in sys.stdin:
         case ["at", phase, step]:
             watch.phase, watch.step = phase, int(step)
         case ["knows", number, phase, step]:  # waits until the peer is known to be there
+            deadline = time.monotonic() + 60
             while not any(int(number) == r and (p.phase, p.step) == (phase, int(step)) for r, p in list(watch._peers.items())):
+                if time.monotonic() > deadline:
+                    sys.exit(f"rank {number} was never seen in {phase}, step {step}")
                 time.sleep(0.01)
         case ["code", code]:
             watch.exit_code = int(code)
