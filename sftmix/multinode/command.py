@@ -25,7 +25,7 @@ from sftmix.fence import Fence
 from sftmix.hostfile import is_host_name, read_hostfile
 from sftmix.launcher import asking_to_stop
 from sftmix.multinode import exports
-from sftmix.multinode.commands import ON_EACH_NODE, Plan, describe, make_plan, node_command, runner_command, ssh_command
+from sftmix.multinode.commands import ALIVE, ON_EACH_NODE, Plan, describe, make_plan, node_command, runner_command, ssh_command
 from sftmix.stopping import EXIT_CODE, STOP_FILE
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -166,7 +166,9 @@ def _for_runner(plan: Plan, environment: Mapping[str, str]) -> Iterator[dict[str
     with tempfile.NamedTemporaryFile("w", prefix="sftmix_env_", encoding="utf-8") as file:  # for this user's eyes only (0600)
         file.write(exports.env_file_text(variables, plan.launcher))
         file.flush()
-        yield {**rest, **variables, exports.ENV_FILE: file.name}
+        # Else pdsh waits for hours for the ssh to a node that was cut off.
+        patience = " ".join([environment.get("PDSH_SSH_ARGS_APPEND", ""), *(f"-o{option}" for option in ALIVE)]).strip()
+        yield {**rest, **variables, exports.ENV_FILE: file.name, "PDSH_SSH_ARGS_APPEND": patience}
 
 
 def _end_now(number: int, frame: object) -> None:

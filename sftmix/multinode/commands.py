@@ -23,7 +23,8 @@ from sftmix.multinode.exports import for_pdsh
 
 ON_EACH_NODE = frozenset({"ssh", "torchrun"})  # launchers that need a command on every node
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
+ALIVE = ("ServerAliveInterval=15", "ServerAliveCountMax=3")  # a node that is cut off ends its connection
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *(word for option in ALIVE for word in ("-o", option)))
 _UNQUOTED = re.compile(r"[A-Za-z0-9@+=:,./_-]+")  # in paths that DeepSpeed hands to a shell as they are
 
 

@@ -4,10 +4,11 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 import time
 
 import pytest
-from hosts import ROOT, finish, hosts, wait_for, why_not
+from hosts import INTERFACE, ROOT, finish, hosts, wait_for, why_not
 from processes import sftmix
 from tiny import TINY
 
@@ -137,6 +138,19 @@ def test_without_shared_storage_a_run_goes_on_from_what_each_host_has_saved(conf
         assert saved_step(folder) == 4 and saved_step(nodes[1].path(folder)) == 3
         again = nodes[0].deepspeed(*command)
         assert "checkpoint of step 4: not every node has its part" in again.stdout and "resumed after step 3" in again.stdout
+        assert reference_of(folder) == reference_of(undisturbed)
+
+
+@TORTURE
+@pytest.mark.parametrize("is_shared", [True, False], ids=["shared storage", "disks of their own"])
+@pytest.mark.parametrize("launcher", ["pdsh", "ssh", "torchrun"])
+def test_sftmix_launch_over_hosts(config, undisturbed, tmp_path, launcher, is_shared):
+    folder, _ = prepared(tmp_path / "run", config, undisturbed)
+    command = [sys.executable, "-m", "sftmix.cli", "launch", str(config), f"run.dir={folder}", "--stage", "reference"]
+    with hosts(2, tmp_path / "hosts", private=None if is_shared else folder) as nodes:
+        where = ["--hostfile", str(nodes[0].folder / "hostfile"), "--launcher", launcher, "--master-addr", nodes[0].address]
+        nodes[0].run([*command, *where], GLOO_SOCKET_IFNAME=INTERFACE)
+        assert (nodes[0].path(folder) / "logs" / "rank_0000.log").is_file() and (nodes[1].path(folder) / "logs" / "rank_0001.log").is_file()
         assert reference_of(folder) == reference_of(undisturbed)
 
 
