@@ -148,10 +148,27 @@ def test_sftmix_launch_over_hosts(config, undisturbed, tmp_path, launcher, is_sh
     folder, _ = prepared(tmp_path / "run", config, undisturbed)
     command = [sys.executable, "-m", "sftmix.cli", "launch", str(config), f"run.dir={folder}", "--stage", "reference"]
     with hosts(2, tmp_path / "hosts", private=None if is_shared else folder) as nodes:
-        where = ["--hostfile", str(nodes[0].folder / "hostfile"), "--launcher", launcher, "--master-addr", nodes[0].address]
+        where = ["--hostfile", str(nodes[0].folder / "hostfile"), "--launcher", launcher]
         nodes[0].run([*command, *where], GLOO_SOCKET_IFNAME=INTERFACE)
         assert (nodes[0].path(folder) / "logs" / "rank_0000.log").is_file() and (nodes[1].path(folder) / "logs" / "rank_0001.log").is_file()
         assert reference_of(folder) == reference_of(undisturbed)
+
+
+@TORTURE
+def test_the_doctor_looks_at_real_hosts(config, tmp_path):
+    folder = tmp_path / "run"
+    with hosts(2, tmp_path / "hosts", private=folder) as nodes:
+        command = [sys.executable, "-m", "sftmix.cli", "doctor", str(config), f"run.dir={folder}", "--quick", "--json"]
+        command += ["--hostfile", str(nodes[0].folder / "hostfile")]
+        found = json.loads(nodes[0].run(command, check=False).stdout)
+        by_item = {finding["item"]: finding for finding in found["findings"]}
+        assert {"node node0", "node node1"} <= set(by_item)
+        assert by_item["node node0"]["verdict"] == "ok", by_item["node node0"]
+        assert by_item["node node1"]["verdict"] == "warning" and str(folder) in by_item["node node1"]["found"]
+        nodes[1].unplug()
+        gone = json.loads(nodes[0].run(command, check=False).stdout)
+        verdicts = {finding["item"]: finding["verdict"] for finding in gone["findings"]}
+        assert verdicts["node node0"] == "ok" and verdicts["node node1"] == "bad"
 
 
 @TORTURE

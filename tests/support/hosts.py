@@ -141,7 +141,7 @@ def hosts(number: int, folder: Path, *, slots: int = 1, private: Path | None = N
             if private is not None:
                 private.mkdir(parents=True, exist_ok=True)
             script = (
-                f"hostname node{index} && ip link set lo up && mount -t tmpfs tmpfs /run && mkdir /run/sshd && {disk}"
+                f"hostname node{index} && mount --bind '{folder}/hosts' /etc/hosts && ip link set lo up && mount -t tmpfs tmpfs /run && mkdir /run/sshd && {disk}"
                 f"{{ /usr/sbin/sshd -D -f '{folder}/sshd_config' -E '{folder}/sshd_{index}.log' & echo ready; wait; }}"
             )
             pid = held.enter_context(_first_process(["bash", "-c", script]))
@@ -196,6 +196,7 @@ def _write_settings(folder: Path, addresses: list[str], slots: int) -> None:
         f"IdentityFile {key}\nIdentitiesOnly yes\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\nBatchMode yes\n"
         "ServerAliveInterval 2\nServerAliveCountMax 3\nConnectTimeout 10\n"
     )
+    (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{address} node{index}\n" for index, address in enumerate(addresses)))
     names = "".join(f"Host node{index}\n  HostName {address}\n" for index, address in enumerate(addresses))
     (folder / "ssh_config").write_text(settings + names)
     ssh = folder / "ssh"
