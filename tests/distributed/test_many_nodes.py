@@ -15,10 +15,12 @@ from nodes import nodes_on_this_machine
 from processes import ROOT, sftmix
 from tiny import TINY
 
+from sftmix.engine.distributed import free_port
 from sftmix.local_ranks import OF_A_LAUNCHER, run_local_ranks
 from sftmix.runlog import read_metrics
 
 pytestmark = pytest.mark.distributed
+TORTURE = pytest.mark.torture
 QUICKSTART = "configs/quickstart.yaml"
 OPTIONS = [*TINY, "reference.num_checkpoints=2", "checkpoint.every_steps=1", "limits.silent_seconds=5"]
 PATIENCE = 120
@@ -49,14 +51,14 @@ def losses_of(folder):
     return [(line["step"], line["loss/ntp (nats/token)"], line["grad_norm"]) for line in read_metrics(folder / "reference/metrics.jsonl")]
 
 
-def launch(folder, *more, port, fault=None):
+def launch(folder, *more, port=None, fault=None):
     (folder.parent / "hosts").write_text("a slots=1\nb slots=1\n")
     without_launcher = {name: value for name, value in os.environ.items() if name not in OF_A_LAUNCHER}
     environment = {**without_launcher, **nodes_on_this_machine(folder.parent), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "PDSH_RCMD_TYPE": "ssh"}
     environment |= {"SFTMIX_FAULT": fault, "SFTMIX_FAULT_SECONDS": "90"} if fault else {}
     command = [sys.executable, "-m", "sftmix.cli", "launch", QUICKSTART, *OPTIONS, f"run.dir={folder}", "--stage", "reference"]
-    command += ["--hostfile", str(folder.parent / "hosts"), "--master-addr", "127.0.0.2", "--master-port", str(port), *more]
+    command += ["--hostfile", str(folder.parent / "hosts"), "--master-addr", "127.0.0.2", "--master-port", str(port or free_port()), *more]
     return subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -90,11 +92,11 @@ def processes_of(folder):
     return found
 
 
-@pytest.mark.parametrize(("launcher", "port"), [("pdsh", 29521), ("torchrun", 29523)])
-def test_two_nodes_give_the_losses_of_one_host_and_each_rank_has_its_log(folder, on_one_host, launcher, port):
+@pytest.mark.parametrize("launcher", ["pdsh", pytest.param("torchrun", marks=TORTURE)])
+def test_two_nodes_give_the_losses_of_one_host_and_each_rank_has_its_log(folder, on_one_host, launcher):
     if launcher == "pdsh" and shutil.which("pdsh") is None:
         pytest.skip("there is no pdsh here")
-    code, output = end_of(launch(folder, "--launcher", launcher, port=port))
+    code, output = end_of(launch(folder, "--launcher", launcher))
     assert code == 0, output[-3000:]
     assert losses_of(folder) == on_one_host and "[2/" in output
     for rank in (0, 1):
@@ -107,19 +109,20 @@ def test_two_nodes_give_the_losses_of_one_host_and_each_rank_has_its_log(folder,
 
 
 def test_sigterm_saves_and_the_code_is_75_though_torchrun_ends_with_1(folder, on_one_host):
-    process = launch(folder, "--launcher", "torchrun", port=29532)
+    process = launch(folder, "--launcher", "torchrun")
     wait_for(lambda: list(folder.glob("work/reference/checkpoints/step_*/manifest.json")), process, "the first checkpoint")
     os.kill(process.pid, signal.SIGTERM)
     code, output = end_of(process)
     if code == 0:
         pytest.skip("the run was over before it was asked")
     assert code == 75 and "SIGTERM was received" in output, output[-3000:]
-    code, output = end_of(launch(folder, "--launcher", "torchrun", port=29532))
+    code, output = end_of(launch(folder, "--launcher", "torchrun"))
     assert code == 0 and "resumed after step" in output and losses_of(folder) == on_one_host, output[-3000:]
 
 
+@TORTURE
 def test_a_second_sigterm_ends_the_ranks_of_all_nodes(folder):
-    process = launch(folder, "--launcher", "ssh", port=29541, fault="train.step:*:3:sleep")
+    process = launch(folder, "--launcher", "ssh", fault="train.step:*:3:sleep")
     wait_for(lambda: list(folder.glob("work/reference/checkpoints/step_000002/manifest.json")), process, "the second checkpoint")
     for _ in range(2):
         os.kill(process.pid, signal.SIGTERM)
@@ -132,20 +135,22 @@ def test_a_second_sigterm_ends_the_ranks_of_all_nodes(folder):
     assert not processes_of(folder)
 
 
+@TORTURE
 def test_what_a_rank_died_of_is_named_and_the_code_is_no_success(folder):
-    code, output = end_of(launch(folder, "--launcher", "ssh", port=29542, fault="train.step:1:2:kill9"))
+    code, output = end_of(launch(folder, "--launcher", "ssh", fault="train.step:1:2:kill9"))
     assert code not in (0, 75) and "rank 1" in output + log_of(folder, 0) and "died" in output + log_of(folder, 0), output[-3000:]
 
 
 def test_one_node_at_a_time_on_the_machine_itself(folder, on_one_host):
     """`--node-rank`, as in Kubernetes: each node starts its own part, and no ssh is asked."""
-    parts = [launch(folder, "--launcher", "ssh", "--node-rank", str(number), port=29543) for number in (0, 1)]
+    port = free_port()
+    parts = [launch(folder, "--launcher", "ssh", "--node-rank", str(number), port=port) for number in (0, 1)]
     ends = [end_of(part) for part in parts]
     assert [code for code, _ in ends] == [0, 0], ends
     assert losses_of(folder) == on_one_host and not (folder.parent / "ssh.log").exists()
 
 
-@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+@pytest.mark.parametrize("launcher", ["srun", pytest.param("mpirun", marks=TORTURE)])
 def test_ranks_that_srun_or_mpirun_started_by_themselves(folder, on_one_host, launcher):
     """Without either here: ranks get the variables that they would set, and not RANK."""
     shown = {
