@@ -141,7 +141,8 @@ def hosts(number: int, folder: Path, *, slots: int = 1, private: Path | None = N
             if private is not None:
                 private.mkdir(parents=True, exist_ok=True)
             script = (
-                f"hostname node{index} && mount --bind '{folder}/hosts' /etc/hosts && ip link set lo up && mount -t tmpfs tmpfs /run && mkdir /run/sshd && {disk}"
+                f"hostname node{index} && mount --bind '{folder}/hosts' /etc/hosts && ip link set lo up && "
+                f"mount -t tmpfs tmpfs /run && mkdir /run/sshd && {disk}"
                 f"{{ /usr/sbin/sshd -D -f '{folder}/sshd_config' -E '{folder}/sshd_{index}.log' & echo ready; wait; }}"
             )
             pid = held.enter_context(_first_process(["bash", "-c", script]))
