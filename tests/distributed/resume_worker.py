@@ -202,6 +202,19 @@ def damaged():
     return results
 
 
+def damaged_output():
+    """A finished output of the stage, for which its checkpoints vouch, is changed."""
+    name = fresh("output")
+    output = WORK / name / "kept" / "model.bin"
+    for content in (b"whole", b"whale"):
+        if ranks.is_main:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_bytes(content)
+        ranks.barrier()
+        result = run(name, stop_after=4 if content == b"whole" else None, every_steps=2)
+    return result
+
+
 def hints():
     """`latest` says nothing, or nonsense; junk lies about; the clock was set back; files of two steps and of ranks are swapped."""
     results = {}
@@ -378,7 +391,7 @@ def from_other_ranks():
 
 
 SCENARIOS = [
-    undisturbed, stopped_twice, in_background, retention, two_checkpoints, damaged, hints, full_disk, small_disk, short_writes, slow_rank,
+    undisturbed, stopped_twice, in_background, retention, two_checkpoints, damaged, damaged_output, hints, full_disk, small_disk, short_writes, slow_rank,
     other_run, payload, as_if_from_other_ranks, late_names, from_other_ranks,
 ]  # fmt: skip
 SCENARIOS += [other_base] if LORA else []

@@ -79,6 +79,11 @@ def test_every_damage_is_found_before_use_and_the_checkpoint_before_it_taken(two
             assert "step_000006.damaged" in outcome["left"], what  # set aside, not deleted
 
 
+def test_a_checkpoint_vouches_for_the_outputs_before_it_too(two_ranks):
+    assert_same(two_ranks["damaged_output"], two_ranks["undisturbed"])
+    assert {"step_000002.damaged", "step_000004.damaged"} <= set(two_ranks["damaged_output"]["left"])
+
+
 def test_hints_junk_clocks_and_swapped_files(two_ranks):
     after = {what: stopped_after(outcome) for what, outcome in two_ranks["hints"].items()}
     assert {step for what, step in after.items() if what.startswith("latest")} == {7}
