@@ -391,8 +391,8 @@ def from_other_ranks():
 
 
 SCENARIOS = [
-    undisturbed, stopped_twice, in_background, retention, two_checkpoints, damaged, damaged_output, hints, full_disk, small_disk, short_writes, slow_rank,
-    other_run, payload, as_if_from_other_ranks, late_names, from_other_ranks,
+    undisturbed, stopped_twice, in_background, retention, two_checkpoints, damaged, damaged_output, hints, full_disk,
+    small_disk, short_writes, slow_rank, other_run, payload, as_if_from_other_ranks, late_names, from_other_ranks,
 ]  # fmt: skip
 SCENARIOS += [other_base] if LORA else []
 wanted = sys.argv[4:]
