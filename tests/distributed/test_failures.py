@@ -302,7 +302,7 @@ def test_killed_while_it_converts_for_other_ranks(folder, undisturbed, site):
 
 @pytest.mark.parametrize("victim", ["runner", pytest.param("launch.py", marks=TORTURE), pytest.param("sftmix.cli", marks=TORTURE)])
 def test_no_rank_outlives_its_launcher(folder, undisturbed, victim):
-    process = begin(folder, 2)
+    process = begin(folder, 2, fault="train.step:0:4:sleep")  # it is not over before it is killed
     wait_for(lambda: saved_step(folder) >= 1 or process.poll() is not None, "the first checkpoint")
     for pid in pids_of(folder, victim):
         os.kill(pid, signal.SIGKILL)
@@ -334,10 +334,11 @@ def test_a_sigterm_in_the_middle_of_a_save_loses_nothing(folder, undisturbed, nu
     assert_completed(folder, undisturbed, num_ranks)
 
 
-@pytest.mark.parametrize(("num_ranks", "times"), [(2, 1), pytest.param(1, 1, marks=TORTURE), pytest.param(2, 2, marks=TORTURE)])
+@TORTURE
+@pytest.mark.parametrize(("num_ranks", "times"), [(2, 1), (1, 1), (2, 2)])
 def test_control_c_ends_all(folder, undisturbed, num_ranks, times):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a script in the background has it ignored
-    process = begin(folder, num_ranks)
+    process = begin(folder, num_ranks, fault="train.step:0:4:sleep")
     signal.signal(signal.SIGINT, before)
     wait_for(lambda: saved_step(folder) >= 1 or process.poll() is not None, "the first checkpoint")
     for _ in range(times):

@@ -11,6 +11,7 @@ from processes import sftmix
 from tiny import TINY
 
 pytestmark = pytest.mark.distributed
+TORTURE = pytest.mark.torture
 QUICKSTART = "configs/quickstart.yaml"
 OPTIONS = [*TINY, "confidence.unit_examples=8", "confidence.micro_batch_tokens=300", "reference.num_checkpoints=2"]
 NUM_UNITS, NUM_CHECKPOINTS = 8, 2  # 61 examples
@@ -72,8 +73,10 @@ def assert_survives(folder, undisturbed, *, fault, killed_ranks, restart_ranks):
     assert not list((folder / "work").glob("*"))
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+@pytest.mark.parametrize(
+    ("sharding", "num_ranks"),
+    [("replicated", 2), ("zero3", 3), pytest.param("replicated", 3, marks=TORTURE), pytest.param("zero3", 2, marks=TORTURE)],
+)
 def test_the_table_does_not_depend_on_ranks_or_sharding(folder, undisturbed, sharding, num_ranks):
     sftmix("score", QUICKSTART, *OPTIONS, f"run.dir={folder}", f"engine.num_processes={num_ranks}", f"confidence.sharding={sharding}")
     assert tables_of(folder) == undisturbed
@@ -112,7 +115,7 @@ def test_other_settings_take_up_nothing(folder):
     assert "are there already" not in again.stdout
 
 
-@pytest.mark.torture
+@TORTURE
 @pytest.mark.parametrize("site", SITES)
 def test_killed_at_every_write_flush_and_rename(folder, undisturbed, site):
     rng = random.Random(site)
@@ -120,7 +123,7 @@ def test_killed_at_every_write_flush_and_rename(folder, undisturbed, site):
     assert_survives(folder, undisturbed, fault=f"{site}:0:{hit}:kill9", killed_ranks=1, restart_ranks=rng.randint(1, 3))
 
 
-@pytest.mark.torture
+@TORTURE
 @pytest.mark.parametrize("number", range(25))
 def test_killed_at_random(folder, undisturbed, number):
     rng = random.Random(number)

@@ -79,9 +79,10 @@ def prepared(folder, config, undisturbed):
     return folder, ["launch/run.py", str(config), f"run.dir={folder}", "--stage", "reference"]
 
 
+@TORTURE
 @pytest.mark.parametrize(
     ("number", "slots", "is_shared"),
-    [(3, 1, True), pytest.param(2, 2, False, marks=TORTURE)],
+    [(3, 1, True), (2, 2, False)],
     ids=["three hosts", "two hosts of two ranks with disks of their own"],
 )
 def test_training_over_hosts_gives_the_losses_of_as_many_ranks_on_one(config, undisturbed, tmp_path, number, slots, is_shared):
