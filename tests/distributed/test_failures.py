@@ -172,7 +172,7 @@ def test_killed_at_random(folder, undisturbed, number):
     for _ in range(4):
         process = begin(folder, 2)
         is_over = partial(lambda started: started.poll() is not None, process)
-        victim = rng.choice(["rank", "ranks", "launch.py", "runner", "sftmix.cli"])
+        victim = rng.choice(["rank", "ranks", "launcher.launch", "runner", "sftmix.cli"])
         wait_for(lambda is_over=is_over: len(ranks_of(folder)) == 2 or is_over(), "start")
         deadline = time.monotonic() + rng.uniform(0, 14)
         while time.monotonic() < deadline and not is_over():
@@ -300,11 +300,13 @@ def test_killed_while_it_converts_for_other_ranks(folder, undisturbed, site):
         assert step == expected_step and abs(loss - expected) <= 1e-6
 
 
-@pytest.mark.parametrize("victim", ["runner", pytest.param("launch.py", marks=TORTURE), pytest.param("sftmix.cli", marks=TORTURE)])
+@pytest.mark.parametrize("victim", ["runner", pytest.param("launcher.launch", marks=TORTURE), pytest.param("sftmix.cli", marks=TORTURE)])
 def test_no_rank_outlives_its_launcher(folder, undisturbed, victim):
     process = begin(folder, 2, fault="train.step:0:4:sleep")  # it is not over before it is killed
     wait_for(lambda: saved_step(folder) >= 1 or process.poll() is not None, "the first checkpoint")
-    for pid in pids_of(folder, victim):
+    victims = pids_of(folder, victim)
+    assert victims, processes_of(folder)
+    for pid in victims:
         os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=PATIENCE)
     assert process.returncode != 0  # DeepSpeed's launcher itself ends with 0 when it is killed
