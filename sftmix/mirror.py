@@ -108,9 +108,9 @@ def hold_others(ranks: Ranks, config: Config, held: contextlib.ExitStack) -> Fen
 
 def agree(ranks: Ranks, problem: str) -> None:
     """Raises ArtifactError with the first rank's problem on all ranks, if any has one. All ranks call it."""
-    problems = [text for text in ranks.gather_texts(problem) if text]
-    if problems:
-        raise ArtifactError(problems[0], on_all_ranks=True)
+    first = ranks.first_text(problem)
+    if first:
+        raise ArtifactError(first, on_all_ranks=True)
 
 
 def copy_to_others(ranks: Ranks, folder: Path) -> None:

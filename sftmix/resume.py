@@ -165,15 +165,14 @@ class TrainingCheckpoints:
             if problem is None and self.ranks.is_main:
                 kept = artifacts.Manifest(STAGE, "", {}, {}, manifest.facts["kept"])
                 problem = find_problem(self.kept, kept, list(kept.files))
-        others = [text for text in self.ranks.gather_texts(other_layout) if text]
-        if others:
+        other = self.ranks.first_text(other_layout)
+        if other:
             raise ArtifactError(
-                f"{self.checkpoints.path(step)} on {others[0]} holds the part of other ranks, or was saved with a run.dir that was shared "
+                f"{self.checkpoints.path(step)} on {other} holds the part of other ranks, or was saved with a run.dir that was shared "
                 "otherwise. Without shared storage a run goes on only on the same nodes, in the same order; or begin anew with --restart.",
                 on_all_ranks=True,
             )
-        found = [text for text in self.ranks.gather_texts(problem or "") if text]
-        return found[0] if found else None
+        return self.ranks.first_text(problem or "") or None
 
     def _ranks_of_disk(self) -> list[int]:
         """Returns the ranks that see this rank's run folder."""
@@ -261,8 +260,8 @@ class TrainingCheckpoints:
         if should_save or should_stop:
             self._save(engine, step, parts, in_background=self.config.asynchronous and not should_stop)
         if should_stop:
-            reasons = [text for text in self.ranks.gather_texts(self.stop.reason or "") if text]
-            raise StoppedError(f"stopped after step {step}: {reasons[0]}. The state is saved; the same command goes on from here")
+            reason = self.ranks.first_text(self.stop.reason or "")
+            raise StoppedError(f"stopped after step {step}: {reason}. The state is saved; the same command goes on from here")
         return should_save
 
     def _save(self, engine: Engine, step: int, parts: dict[str, Resumable], *, in_background: bool) -> None:
@@ -308,15 +307,14 @@ class TrainingCheckpoints:
         pending.files.wait()
         faults.point("checkpoint.agree")
         failure = pending.files.error
-        problem = f"rank {self.ranks.rank} on {socket.gethostname()}: {failure}" if failure else ""
-        problems = [text for text in self.ranks.gather_texts(problem) if text]
-        if problems:
+        problem = self.ranks.first_text(f"rank {self.ranks.rank} on {socket.gethostname()}: {failure}" if failure else "")
+        if problem:
             free = shutil.disk_usage(self.checkpoints.folder).free / 2**20
             if self.ranks.leads_storage:
                 shutil.rmtree(pending.staging)  # half a checkpoint would only take room
             before = f"that of step {self._last_step} is untouched" if self._last_step else "there is none before it"
             message = (
-                f"the checkpoint of step {pending.step} could not be written: {problems[0]} ({free:,.1f} MiB free in "
+                f"the checkpoint of step {pending.step} could not be written: {problem} ({free:,.1f} MiB free in "
                 f"{self.checkpoints.folder}, {self._needed / 2**20:,.1f} MiB needed); {before}. "
                 "Make room or mend the disk, and start again."
             )
@@ -348,9 +346,9 @@ class TrainingCheckpoints:
             action()
         except (OSError, ArtifactError) as error:
             problem = f"the checkpoint of step {step} could not be saved: {error}"
-        problems = [text for text in self.ranks.gather_texts(problem) if text]
-        if problems:
-            raise ArtifactError(problems[0], on_all_ranks=True)
+        problem = self.ranks.first_text(problem)
+        if problem:
+            raise ArtifactError(problem, on_all_ranks=True)
 
     def _entries_of_kept(self) -> dict[str, dict[str, Any]]:
         """Returns size and SHA-256 of every finished output of the stage so far; each file is flushed and read once."""

@@ -117,6 +117,10 @@ class Ranks:
         rows = self.gather_rows(torch.stack([torch.full_like(content, self.rank), content], dim=1))
         return [bytes(rows[rows[:, 0] == rank, 1].tolist()).decode() for rank in range(self.world_size)]
 
+    def first_text(self, text: str) -> str:
+        """Returns the text of the lowest rank that has one, on every rank; empty where none has. All ranks call it."""
+        return next((found for found in self.gather_texts(text) if found), "")
+
     def text_from_main(self, text: str) -> str:
         """Returns rank 0's text on every rank. All ranks call it."""
         return bytes(self.from_main(list(text.encode()))).decode()
