@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import inspect
 import itertools
 import logging
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -186,6 +189,8 @@ def init_ranks(join_limit: timedelta = RENDEZVOUS_LIMIT) -> Ranks:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     deepspeed = import_deepspeed()
+    import torch.distributed.nn  # before there is a group: its functions keep the one that they find
+
     local_rank = _local_rank()
     device = torch.device("cuda", local_rank) if has_gpu() else torch.device("cpu")
     if has_gpu():
@@ -211,7 +216,26 @@ def init_ranks(join_limit: timedelta = RENDEZVOUS_LIMIT) -> Ranks:
                 "ranks were started, with the same MASTER_ADDR and MASTER_PORT, and reach each other."
             ) from None
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_LIMIT)
+        atexit.register(_leave)
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
+
+
+def _leave() -> None:
+    """Ends the process group while Python still runs. A thread of gloo may hold the last reference to a tensor, and one that lets
+    go of it when the interpreter is being torn down aborts the process: a run that is done would end with SIGABRT
+    (https://github.com/pytorch/pytorch/issues/190489)."""
+    if getattr(sys, "last_value", None) is not None:
+        return  # this rank ends by an error; what it has under way may wait for ranks that never answer
+    if torch.distributed.is_initialized():
+        from deepspeed.utils import groups
+
+        # What holds a group keeps its threads.
+        for made in (_control_group, _leaders_group):
+            made.cache_clear()
+        for name, value in list(vars(groups).items()):
+            if isinstance(value, torch.distributed.ProcessGroup):
+                setattr(groups, name, None)
+        torch.distributed.destroy_process_group()
 
 
 def _local_rank() -> int:
@@ -266,11 +290,19 @@ def import_deepspeed():  # type: ignore[no-untyped-def]
     return deepspeed
 
 
-def release_parameter_group() -> None:
-    """Ends the group of ranks that `zero_hpz_partition_size` made. DeepSpeed keeps it for the whole process, and then
-    refuses to make it for the next engine. All ranks call it."""
+def release_leftovers(module: torch.nn.Module) -> None:
+    """Lets go of what DeepSpeed 0.19 keeps of a destroyed engine to the end of the process: the model, by two names that hold all else with
+    it (ZeRO-3: this rank's share of the weights), and the group of ranks that `zero_hpz_partition_size` made, because of which it
+    would refuse to make it for the next engine. All ranks call it."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.utils import groups
 
+    FWD_MODULE_STACK[:] = [entered for entered in FWD_MODULE_STACK if entered is not module]
+    cached = getattr(PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release", None)
+    for wrapped in inspect.getclosurevars(cached).nonlocals.values() if cached else ():
+        if hasattr(wrapped, "cache_clear"):
+            wrapped.cache_clear()  # its keys are modules
     group = groups._get_zero_param_intra_parallel_group()
     if group is not None:
         torch.distributed.destroy_process_group(group)

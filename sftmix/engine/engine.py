@@ -22,7 +22,7 @@ from sftmix.config import Config, ModelConfig, TrainConfig
 from sftmix.data.batches import MicroBatch, StepCounts
 from sftmix.data.template import marker_ids
 from sftmix.deepspeed_json import deepspeed_config
-from sftmix.engine.distributed import Ranks, import_deepspeed, release_parameter_group, resolve_precision
+from sftmix.engine.distributed import Ranks, import_deepspeed, release_leftovers, resolve_precision
 from sftmix.engine.head import CausalLMWithLoss, ScoreRequest, find_logit_transform
 from sftmix.engine.loading import build_model, empty_model, hf_config, quiet_transformers
 from sftmix.engine.lora import (
@@ -302,7 +302,7 @@ class Engine:
     def close(self) -> None:
         """Frees the model, its optimiser and the hooks, so that the next engine of this process finds room."""
         self._deepspeed.destroy()
-        release_parameter_group()
+        release_leftovers(self.module)
         del self._deepspeed, self.optimizer, self.module
         gc.collect()
         if self.ranks.device.type == "cuda":

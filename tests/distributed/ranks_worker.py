@@ -3,7 +3,10 @@
 Arguments: a working folder with `tokenizer/` and the model folders `tied/`, `untied/`; a file to write.
 """
 
+import atexit
+import gc
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +23,15 @@ from sftmix.engine.engine import Engine
 from sftmix.objectives import Objective
 
 folder, result_path = Path(sys.argv[1]), Path(sys.argv[2])
+
+
+def write_threads():
+    """Writes the names of the threads that are left when Python ends."""
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    result_path.with_suffix(f".threads-{os.environ['RANK']}").write_text(" ".join(sorted(names)))
+
+
+atexit.register(write_threads)  # the first that is registered is the last that is called
 ranks = init_ranks()
 tokenizer = tokenizer_from(folder / "tokenizer")
 
@@ -64,6 +76,14 @@ def train_steps(engine, layout, objective):
     return steps
 
 
+def close(engine):
+    """Closes an engine, of which nothing may stay: the next would find no room."""
+    engine.close()
+    gc.collect()
+    left = sum(isinstance(thing, torch.nn.Parameter) for thing in gc.get_objects())
+    assert left == 0, f"{left} parameters outlive their engine"
+
+
 results = {}
 for stage in (0, 1, 2, 3):
     for model in ("tied", "untied"):
@@ -82,7 +102,7 @@ for stage in (0, 1, 2, 3):
                 logits = engine.logits(micro_batch([0, 2]))
                 if ranks.is_main:
                     torch.save(logits, export / "logits.pt")
-            engine.close()
+            close(engine)
 
 # Mixing at the input embeddings: a third forward on every rank, over nothing where a rank has no pair.
 for stage in (0, 3):
@@ -91,7 +111,7 @@ for stage in (0, 3):
         for name, layout in LAYOUTS[ranks.world_size].items():
             engine = Engine(config, config.model, ranks, tokenizer, train=config.train)
             results[f"inputs {stage} {model} {name}"] = train_steps(engine, layout, Objective(0.4, "input_embeddings"))
-            engine.close()
+            close(engine)
 
 # A scoring engine reads what another one wrote.
 engine = Engine(config_for(3, "tied"), ModelConfig(path=str(folder / "tied")), ranks, tokenizer)
@@ -99,3 +119,4 @@ nll, _ = engine.score(micro_batch([0, 1, 2, 3]))
 if ranks.is_main:
     torch.save(nll, folder / f"nll-{ranks.world_size}.pt")
     result_path.write_text(json.dumps(results))
+close(engine)

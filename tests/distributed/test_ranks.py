@@ -104,3 +104,11 @@ def test_scores_do_not_depend_on_the_number_of_ranks(results):
     folder, _ = results
     one, two = (torch.load(folder / f"nll-{n}.pt", weights_only=True) for n in (1, 2))
     assert torch.equal(one, two) and len(one)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_thread_of_the_process_group_outlives_it(results, rank):
+    """One that drops the last reference to a tensor when Python is torn down aborts the process, though all its work is done."""
+    folder, _ = results
+    left = (folder / f"2.threads-{rank}").read_text()
+    assert "gloo" not in left and "tcpstore" not in left, left
