@@ -22,6 +22,7 @@ from sftmix.doctor import build, gpus, memory, network, nodes, ranks, storage, v
 from sftmix.doctor.findings import Finding, count, examine
 from sftmix.doctor.identity import digest_of, identity
 from sftmix.doctor.need import Need
+from sftmix.engine.distributed import free_port
 from sftmix.errors import SftmixError
 from sftmix.hostfile import Node
 from sftmix.local_ranks import first_failure, run_local_ranks
@@ -494,6 +495,7 @@ def test_nodes_are_asked_over_ssh_and_each_is_judged(tmp_path, commands, monkeyp
     (folder / "hosts").write_text("".join(f"{host} slots=2\n" for host in ("near", "late", "gone", "empty")))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))  # the default one may be taken on the machine that runs the tests
     (folder / "run.yaml").write_text((ROOT / "configs/quickstart.yaml").read_text())
     done = sftmix("doctor", "run.yaml", "run.dir=$(touch hacked) x", "--quick", "--hostfile", "hosts", "--json", cwd=folder, check=False)
     found = json.loads(done.stdout)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sftmix.doctor.findings import Finding
+from sftmix.launch_environment import DEFAULT_PORT
 
-DEFAULT_PORT = 29500  # of deepspeed and torchrun, where none is named
 # Bridges and ends of containers: no way to another machine.
 VIRTUAL = (
     "lo",
