@@ -484,18 +484,18 @@ if host == "late" and command.startswith("date"):
 if host == "empty" and not command.startswith("date"):
     command = "echo welcome; exit 127"
 os.chdir("/")
+os.environ["MASTER_PORT"] = "{port}"  # the default one may be taken where the tests run
 os.execvp("sh", ["sh", "-c", command])
 """
 
 
 def test_nodes_are_asked_over_ssh_and_each_is_judged(tmp_path, commands, monkeypatch):
-    script(commands, "ssh", SSH)
+    script(commands, "ssh", SSH.replace("{port}", str(free_port())))
     folder = tmp_path / "a folder; with $(odd) letters"
     folder.mkdir()
     (folder / "hosts").write_text("".join(f"{host} slots=2\n" for host in ("near", "late", "gone", "empty")))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))  # the default one may be taken on the machine that runs the tests
     (folder / "run.yaml").write_text((ROOT / "configs/quickstart.yaml").read_text())
     done = sftmix("doctor", "run.yaml", "run.dir=$(touch hacked) x", "--quick", "--hostfile", "hosts", "--json", cwd=folder, check=False)
     found = json.loads(done.stdout)
@@ -563,7 +563,7 @@ def test_a_torch_that_cannot_be_imported_is_a_finding(tmp_path, monkeypatch):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     for item in ("config", "CUDA", "ranks"):
         assert re.search(f"bad +{item} .*libcudart.so.13", done.stdout), (item, done.stdout)
-    assert re.search("ok +ports ", done.stdout)
+    assert re.search("(ok|warning) +ports ", done.stdout)
 
 
 def test_a_hostfile_that_cannot_be_used_is_a_users_mistake():
