@@ -2,37 +2,39 @@
 
     python benchmarks/checkpoint.py [--hidden-size 1024 --layers 4 --vocab-size 32000] [--rounds 5] [--folder FOLDER] [--out FILE.json]
 
-Every round saves the state of one engine with and without the SHA-256 of what is written, in rotating order, each file flushed;
-then verifies and loads it. In the background: how long training stands still.
+Every round saves the state of one engine in rotating order, each file flushed: with the SHA-256 of what is written, without any checksum,
+and with torch's own CRC-32 of each tensor alone; then verifies it. In the background: how long training stands still.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import shutil
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import side_by_side
 from step import build_config, build_work
 
 from sftmix import artifacts, checkpoints
+from sftmix.engine import state
 from sftmix.engine.distributed import init_ranks
 from sftmix.engine.engine import Engine
 
-WITH, WITHOUT, BACKGROUND = "save", "save without digests", "save in the background (until training goes on)"
+WITH, WITHOUT, AS_TORCH = "save", "save without digests", "save without digests, with torch's CRC-32"
+BACKGROUND = "save in the background (until training goes on)"
 
 
-class NoHash:
-    """Stands in for a SHA-256."""
+class FileWithoutHash(checkpoints.HashedFile):
+    """Writes alone."""
 
-    def update(self, content: Any) -> None:
-        """Nothing."""
-
-    def hexdigest(self) -> str:
+    def _follow(self) -> str:
         return ""
 
 
@@ -65,21 +67,32 @@ def main() -> None:
             batch = collate(work.examples, work.plan, piece, pad_id=work.tokenizer.pad_token_id)
             engine.forward_backward(batch, counts, Objective(), is_last=place == len(pieces))
         engine.step(learning_rate=1e-4)
-        real = checkpoints.hashlib.sha256
 
-        def save(hashed: bool, in_background: bool = False) -> Any:
-            checkpoints.hashlib.sha256 = real if hashed else NoHash
+        def save(*, in_background: bool = False) -> tuple[state.StateFiles, float]:
             target = folder / "state"
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir()
+            os.sync()
             start = time.perf_counter()
             files = engine.save_state(target, in_background=in_background)
             stood_still = time.perf_counter() - start
             files.wait()
-            checkpoints.hashlib.sha256 = real
             return files, stood_still
 
-        calls = {WITH: lambda _: save(True), WITHOUT: lambda _: save(False), BACKGROUND: lambda _: save(True, True)}
+        def save_without_digests(_: int) -> tuple[state.StateFiles, float]:
+            with mock.patch.object(state, "HashedFile", FileWithoutHash):
+                return save()
+
+        def save_as_torch(number: int) -> tuple[state.StateFiles, float]:
+            with mock.patch.object(state, "_without_crc32", contextlib.nullcontext):
+                return save_without_digests(number)
+
+        calls: dict[str, Any] = {
+            WITH: lambda _: save(),
+            WITHOUT: save_without_digests,
+            AS_TORCH: save_as_torch,
+            BACKGROUND: lambda _: save(in_background=True),
+        }
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         verify: list[float] = []
         for number, measured in enumerate(side_by_side.rounds(calls, num_rounds=1 + options.rounds, device=ranks.device)):
@@ -87,7 +100,7 @@ def main() -> None:
                 continue
             for each, (_, (_, stood_still)) in measured.items():
                 seconds[each].append(stood_still)
-            files = save(True)[0]
+            files = save()[0]
             manifest = artifacts.Manifest(checkpoints.STAGE, "", {}, {}, files.entries)
             start = time.perf_counter()
             assert checkpoints.find_problem(folder / "state", manifest, list(files.entries)) is None

@@ -10,9 +10,11 @@ renamed by rank 0. A crash at any point leaves the one before it as it was.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -118,28 +120,27 @@ def check_space(folder: Path, needed_bytes: int) -> None:
 
 
 class HashedFile:
-    """A file to write that knows its size and SHA-256. The hash is computed beside the write. Mode 0600.
+    """A file to write that knows its size and SHA-256. Mode 0600.
 
-    A failure is kept in `error`, because torch hides what a file object raises behind an error of its own.
+    A thread follows the writing and hashes what the file gives back, so that neither a write nor the flush waits for it, and
+    memory that was handed over may be used again. A failure is kept in `error`, because torch hides what a file object raises
+    behind an error of its own.
     """
 
-    PARALLEL_BYTES = 1 << 20
+    CHUNK_BYTES = 1 << 20
 
     def __init__(self, path: Path):
-        self._hash, self._pool = hashlib.sha256(), ThreadPoolExecutor(1)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        self.path, self.size = path, 0
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        self.path, self.size, self._hashed = path, 0, 0
         self.error: OSError | None = None
+        self._grown, self._is_complete, self._is_abandoned = threading.Condition(), False, False
+        self._pool = ThreadPoolExecutor(1, "sftmix-hash")
+        self._digest = self._pool.submit(self._follow)
 
     def write(self, content: Any) -> int:
         """Writes all of a bytes-like object."""
         view = memoryview(content).cast("B")
-        hashing = None
         try:
-            if len(view) >= self.PARALLEL_BYTES:
-                hashing = self._pool.submit(self._hash.update, view)  # both let go of the interpreter's lock
-            else:
-                self._hash.update(view)
             written = 0
             while written < len(view):
                 is_short = faults.point("checkpoint.write")
@@ -147,30 +148,54 @@ class HashedFile:
         except OSError as error:
             self.error = self.error or error
             raise
-        finally:
-            if hashing is not None:
-                hashing.result()
-        self.size += len(view)
+        with self._grown:
+            self.size += len(view)
+            self._grown.notify()
         return len(view)
 
     def flush(self) -> None:
         """Nothing is buffered here."""
 
     def close(self) -> dict[str, Any]:
-        """Flushes the file to disk; returns its entry for the manifest."""
+        """Flushes the file to disk; returns its entry for the manifest. Raises OSError where it cannot be flushed or read back."""
         try:
+            with self._grown:
+                self._is_complete = True
+                self._grown.notify()
             faults.point("checkpoint.flush")
             os.fsync(self._descriptor)
+            digest = self._digest.result()
         except OSError as error:
             self.error = self.error or error
             raise
         finally:
             self.abandon()
-        return {"size": self.size, "sha256": self._hash.hexdigest()}
+        return {"size": self.size, "sha256": digest}
 
     def abandon(self) -> None:
         """Lets go of the file as it is. Calling it again does nothing."""
         if self._descriptor >= 0:
+            with self._grown:
+                self._is_abandoned = True
+                self._grown.notify()
+            self._pool.shutdown()
             os.close(self._descriptor)
             self._descriptor = -1
-            self._pool.shutdown()
+
+    def _follow(self) -> str:
+        digest, chunk = hashlib.sha256(), memoryview(bytearray(self.CHUNK_BYTES))
+        while True:
+            with self._grown:
+                self._grown.wait_for(self._can_go_on)
+                written = self.size
+                if self._is_abandoned or self._hashed == written:
+                    return digest.hexdigest()
+            while self._hashed < written and not self._is_abandoned:
+                count = os.preadv(self._descriptor, [chunk[: written - self._hashed]], self._hashed)
+                if count == 0:
+                    raise OSError(errno.EIO, f"ends after {self._hashed} of the {written} bytes that were written", str(self.path))
+                digest.update(chunk[:count])
+                self._hashed += count
+
+    def _can_go_on(self) -> bool:
+        return self._is_complete or self._is_abandoned or self.size - self._hashed >= self.CHUNK_BYTES

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import random
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -109,6 +111,24 @@ def test_the_digest_is_that_of_the_bytes_on_disk(tmp_path, sizes):
     content = (tmp_path / "x").read_bytes()
     assert content == b"".join(parts)
     assert entry == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_a_file_that_is_cut_while_it_is_written_is_noticed(tmp_path):
+    file = HashedFile(tmp_path / "x")
+    file.write(bytes(100))
+    os.truncate(tmp_path / "x", 60)
+    with pytest.raises(OSError, match="ends after 60 of the 100 bytes"):
+        file.close()
+    assert "ends after 60" in str(file.error)
+
+
+def test_a_file_that_is_let_go_of_leaves_no_thread(tmp_path):
+    before = threading.active_count()
+    file = HashedFile(tmp_path / "x")
+    file.write(bytes(5 << 20))
+    file.abandon()
+    file.abandon()
+    assert threading.active_count() == before
 
 
 def test_a_file_that_is_there_is_not_written_over(tmp_path):

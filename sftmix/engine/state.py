@@ -103,7 +103,8 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
         file = None
         try:
             file = HashedFile(path)
-            torch.save(state_dict, cast(IO[bytes], file))
+            with _without_crc32():
+                torch.save(state_dict, cast(IO[bytes], file))
             self.entries[path.name] = file.close()
         except (OSError, RuntimeError) as error:  # torch wraps what the file raised
             cause = file.error if file is not None and file.error is not None else error
@@ -188,6 +189,18 @@ def only_tensors() -> Iterator[None]:
             del os.environ[FORCE_SAFE]
         else:
             os.environ[FORCE_SAFE] = before
+
+
+@contextlib.contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Spares torch its checksum of each tensor, which costs as much as writing it, is never compared on loading, and says less than
+    the SHA-256 of the file."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _copied(value: Any) -> Any:
