@@ -14,12 +14,14 @@ import socket
 import threading
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sftmix import artifacts, fence, processes
 from sftmix.config import Config
 from sftmix.config_file import dump_config
+from sftmix.engine.members import Position
 from sftmix.engine.watch import Watch, listen
 from sftmix.errors import ArtifactError, SftmixError, StoppedError
 from sftmix.launch_environment import place_of
@@ -141,14 +143,20 @@ def note(*, phase: str, can_stall: bool) -> None:
     """Says what this rank begins to do, for the message if it stops doing it. can_stall: is it a fault if nothing gets on for long?
     What rank 0 does alone is no such thing."""
     if _watch is not None:
-        _watch.phase, _watch.step = phase, 0
+        _watch.position = Position(phase)
         _watch.stall_seconds = _stall_seconds if can_stall else None
 
 
 def tick() -> None:
     """Says that this rank gets on: a micro-batch, a unit of work."""
     if _watch is not None:
-        _watch.step += 1
+        _watch.position = replace(_watch.position, ticks=_watch.position.ticks + 1)
+
+
+def begin_step(step: int) -> None:
+    """Says which step of training this rank is in, for the message if it ends there."""
+    if _watch is not None:
+        _watch.position = replace(_watch.position, step=step)
 
 
 def end_watch(error: BaseException | None) -> None:

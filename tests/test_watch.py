@@ -15,6 +15,7 @@ import pytest
 
 from sftmix import processes
 from sftmix.engine.last_words import LastWords
+from sftmix.engine.members import Position
 
 WORKER = Path(__file__).parent / "support" / "watch_worker.py"
 TOKEN = "0123abcd"
@@ -197,7 +198,7 @@ def test_a_rank_that_fails_before_it_joined(run):
     run.start(1, 2, "interval=1")
     run.tell(1, "fail ImportError: no module", answers=False)
     assert run.codes() == [1, 1]
-    assert re.match(r"rank 1 .* failed in start, step 0: ImportError", only_error(run))
+    assert re.match(r"rank 1 .* failed in start: ImportError", only_error(run))
 
 
 def test_a_rank_that_never_joins(run):
@@ -205,6 +206,14 @@ def test_a_rank_that_never_joins(run):
     run.start(2, 3)
     assert run.codes() == [1, 1]
     assert only_error(run).startswith("rank 1 did not join within 1 s")
+
+
+def test_a_position_is_as_exact_as_it_is_known():
+    assert [str(Position(*known)) for known in (("start",), ("score", 0, 7), ("train", 3, 40))] == [
+        "start",
+        "score, micro-batch 7",
+        "train, step 3",
+    ]
 
 
 def test_no_progress(run):

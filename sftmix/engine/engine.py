@@ -132,6 +132,7 @@ class Engine:
 
     def start_step(self, *, seed: int, step: int) -> None:
         """Gives dropout a stream that depends on (seed, step, rank) only, so that a resumed run repeats it."""
+        guard.begin_step(step)
         key = (seed * 1_000_003 + step) * 65_537 + self.ranks.rank
         torch.manual_seed(key % 2**63)
 

@@ -26,14 +26,27 @@ class Member:
         return place["boot_id"] is not None and self.place == place
 
 
+@dataclass(frozen=True)
+class Position:
+    """Where a rank is in its work. step: of training, from 1; ticks: what tells that it gets on, micro-batches of this phase."""
+
+    phase: str
+    step: int = 0
+    ticks: int = 0
+
+    def __str__(self) -> str:
+        if self.step:
+            return f"{self.phase}, step {self.step}"
+        return f"{self.phase}, micro-batch {self.ticks}" if self.ticks else self.phase
+
+
 @dataclass
 class Peer:
     """A rank at the other end of a connection."""
 
     member: Member
     line: Connection
-    phase: str = ""
-    step: int = 0
+    position: Position
 
 
 @dataclass(frozen=True)

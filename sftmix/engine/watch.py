@@ -6,7 +6,7 @@ the others and the others judge rank 0:
     the connection closed without a goodbye    the rank died: at once
     no line for `silent_seconds`               it hangs: stopped, or its GIL is held
     `fail(text)`                               it raised
-    nobody's phase or step changed             no progress for `stall_seconds`
+    nobody's position changed                  no progress for `stall_seconds`
 
 Then rank 0 tells all ranks; each writes its stacks, the first cause is printed once, and all end with the same code. If it is
 rank 0 that died or hangs, the others come to the same judgement by themselves. Each rank also watches its launchers: DeepSpeed
@@ -26,7 +26,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -34,7 +34,7 @@ from typing import NoReturn
 from sftmix import processes
 from sftmix.engine.last_words import LastWords, end, end_silent
 from sftmix.engine.lines import Connection, Message, listen
-from sftmix.engine.members import Member, Peer, Verdict, member_of
+from sftmix.engine.members import Member, Peer, Position, Verdict, member_of
 
 __all__ = ["Watch", "listen"]
 
@@ -47,7 +47,7 @@ NUM_NAMED = 16  # ranks that a beat of rank 0 names as alive; the lowest of them
 
 
 class Watch:
-    """The heartbeat of one rank, from `start` to `close`. `phase` and `step` may be set at any time; `exit_code` is what all
+    """The heartbeat of one rank, from `start` to `close`. `position` may be set at any time; `exit_code` is what all
     ranks end with if this one fails or judges. `on_beat` is called in the thread once per interval; what it raises is a
     failure of this rank.
 
@@ -72,7 +72,7 @@ class Watch:
         launchers: Sequence[processes.Process] | None = None,
     ):
         self.rank, self.world_size = rank, world_size
-        self.phase, self.step = "start", 0
+        self.position = Position("start")
         self.exit_code = 1
         self.stall_seconds = stall_seconds
         self._address, self._listener, self._token, self._folder = address, listener, token, folder
@@ -108,7 +108,7 @@ class Watch:
         # A forked child would keep the connections open when this process is killed.
         os.register_at_fork(after_in_child=partial(_close_sockets_of, weakref.ref(self)))
         self._started = self._progressed = self._ticked = time.monotonic()
-        self._progress: dict[int, tuple[str, int]] = {}
+        self._progress: dict[int, Position] = {}
         self._thread.start()
 
     def fail(self, text: str) -> NoReturn:
@@ -180,7 +180,7 @@ class Watch:
                 self._own_failure = self._own_failure or f"{type(error).__name__}: {error}"
         if self.rank > 0 and 0 not in self._peers and 0 not in self._left and not self._strangers:
             self._connect()
-        beat: Message = {"beat": [str(self.phase), int(self.step)]}
+        beat: Message = {"beat": astuple(self.position)}
         if self.rank == 0:
             beat["named"] = sorted(rank for rank, peer in self._peers.items() if peer.line.is_open)[:NUM_NAMED]
         for peer in self._peers.values():
@@ -214,7 +214,7 @@ class Watch:
             if member is None or member.rank not in expected or member.rank in self._peers:
                 line.close()
                 return
-            peer = self._peers[member.rank] = Peer(member, line, "start")
+            peer = self._peers[member.rank] = Peer(member, line, Position("start"))
             if self.rank == 0:
                 line.send({"token": self._token, "member": asdict(self._member)})
             for message in messages[1:]:
@@ -226,8 +226,8 @@ class Watch:
 
     def _handle(self, rank: int, peer: Peer, message: Message) -> None:
         match message:
-            case {"beat": [str(phase), int(step)], **rest}:
-                peer.phase, peer.step = phase, step
+            case {"beat": [str(phase), int(step), int(ticks)], **rest}:
+                peer.position = Position(phase, step, ticks)
                 if rank == 0:
                     self._named = [int(r) for r in rest.get("named", [])]
             case {"fail": str(cause), "code": int(code)} if self._failure is None:
@@ -253,7 +253,7 @@ class Watch:
             return
         failed = self._failure[0] if self._failure is not None else None
         for peer in self._peers.values():
-            where = f"in {peer.phase}, step {peer.step}"
+            where = f"in {peer.position}"
             if not peer.line.is_open:
                 if peer.member.rank != failed:
                     self._set(f"{peer.member} died {where}. What it printed, or the kernel's log (out of memory), may say why.")
@@ -280,11 +280,11 @@ class Watch:
                    if r not in self._peers and r not in self._left]  # fmt: skip
         if missing and now - self._started > self._join_seconds:
             self._set(f"{_ranks(missing)} did not join within {self._join_seconds:g} s (seen by {self._member}, address {self._address}).")
-        progress = {self.rank: (self.phase, self.step)} | {r: (p.phase, p.step) for r, p in self._peers.items()}
+        progress = {self.rank: self.position} | {r: p.position for r, p in self._peers.items()}
         if progress != self._progress:
             self._progress, self._progressed = progress, now
         elif self.rank == 0 and self.stall_seconds is not None and now - self._progressed > self.stall_seconds:
-            where = ", ".join(f"rank {r} in {phase}, step {step}" for r, (phase, step) in sorted(progress.items())[:NUM_NAMED])
+            where = ", ".join(f"rank {r} in {position}" for r, position in sorted(progress.items())[:NUM_NAMED])
             self._set(f"no progress for {self.stall_seconds:g} s ({where}). Stacks: {self._words.folder}.")
 
     def _report_failure(self, now: float) -> None:
@@ -298,7 +298,7 @@ class Watch:
             self._failure = (self.rank, verdict, now + (ALONE_SECONDS if self._peers else 0.0))
 
     def _describe_failure(self) -> str:
-        return f"{self._member} failed in {self.phase}, step {self.step}: {(self._own_failure or '')[:16384]}"
+        return f"{self._member} failed in {self.position}: {(self._own_failure or '')[:16384]}"
 
     def _set(self, cause: str, silent: Member | None = None) -> None:
         self._verdict = Verdict(cause, self.exit_code, silent)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from sftmix import processes
+from sftmix.engine.members import Position
 from sftmix.engine.watch import Watch, listen
 
 folder, rank, world, port, token, *options = sys.argv[1:]
@@ -45,10 +46,10 @@ print(port, os.getpid(), flush=True)
 for command in sys.stdin:
     match command.split():
         case ["at", phase, step]:
-            watch.phase, watch.step = phase, int(step)
+            watch.position = Position(phase, int(step))
         case ["knows", number, phase, step]:  # waits until the peer is known to be there
             deadline = time.monotonic() + 60
-            while not any(int(number) == r and (p.phase, p.step) == (phase, int(step)) for r, p in list(watch._peers.items())):
+            while not any(int(number) == r and p.position == Position(phase, int(step)) for r, p in list(watch._peers.items())):
                 if time.monotonic() > deadline:
                     sys.exit(f"rank {number} was never seen in {phase}, step {step}")
                 time.sleep(0.01)
