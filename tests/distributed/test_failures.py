@@ -301,7 +301,7 @@ def test_killed_while_it_converts_for_other_ranks(folder, undisturbed, site):
         assert step == expected_step and abs(loss - expected) <= 1e-6
 
 
-@pytest.mark.parametrize("victim", ["runner", pytest.param("launcher.launch", marks=TORTURE), pytest.param("sftmix.cli", marks=TORTURE)])
+@pytest.mark.parametrize("victim", ["launcher.launch", pytest.param("runner", marks=TORTURE), pytest.param("sftmix.cli", marks=TORTURE)])
 def test_no_rank_outlives_its_launcher(folder, undisturbed, victim):
     process = begin(folder, 2, fault="train.step:0:4:sleep")  # it is not over before it is killed
     wait_for(lambda: saved_step(folder) >= 1 or process.poll() is not None, "the first checkpoint")
@@ -312,6 +312,7 @@ def test_no_rank_outlives_its_launcher(folder, undisturbed, victim):
     process.communicate(timeout=PATIENCE)
     assert process.returncode != 0  # DeepSpeed's launcher itself ends with 0 when it is killed
     assert_nothing_left(folder)
+    assert not (folder / "reference").exists()  # the ranks ended, rather than go on to the end
     assert_completed(folder, undisturbed, 2)
 
 
