@@ -1,0 +1,71 @@
+"""Runs that are asked to stop: each saves what it has, says so by its exit code, and is completed by the same command."""
+
+import os
+import re
+import signal
+
+import pytest
+from reference_runs import PATIENCE, assert_completed, assert_nothing_left, begin, reference, saved_step, wait_for
+
+from sftmix.runlog import read_metrics
+
+pytestmark = pytest.mark.distributed
+TORTURE = pytest.mark.torture
+
+
+@pytest.mark.parametrize(("number", "num_ranks"), [(signal.SIGTERM, 2), pytest.param(signal.SIGUSR1, 1, marks=TORTURE)])
+def test_a_signal_finishes_the_step_saves_and_exits_with_75(folder, undisturbed, number, num_ranks):
+    process = begin(folder, num_ranks, "checkpoint.every_steps=")
+    wait_for(lambda: (folder / "work" / "reference" / "kept" / "metrics.jsonl").exists() or process.poll() is not None, "the first step")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 75 and output.count("stopped after step ") == 1 and f"{number.name} was received" in output
+    stopped = int(re.search(r"stopped after step (\d+)", output)[1])
+    assert saved_step(folder) == stopped >= 1  # no step is lost
+    assert_nothing_left(folder)
+    assert_completed(folder, undisturbed, num_ranks)
+
+
+@TORTURE
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_sigterm_in_the_middle_of_a_save_loses_nothing(folder, undisturbed, num_ranks):
+    done = reference(folder, num_ranks, check=False, fault=f"checkpoint.write:{num_ranks - 1}:3:term")
+    assert done.returncode == 75 and "SIGTERM was received" in done.stderr and saved_step(folder) >= 1
+    assert_nothing_left(folder)
+    assert_completed(folder, undisturbed, num_ranks)
+
+
+@TORTURE
+@pytest.mark.parametrize(("num_ranks", "times"), [(2, 1), (1, 1), (2, 2)])
+def test_control_c_ends_all(folder, undisturbed, num_ranks, times):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a script in the background has it ignored
+    process = begin(folder, num_ranks, fault="train.step:0:4:sleep")
+    signal.signal(signal.SIGINT, before)
+    wait_for(lambda: saved_step(folder) >= 1 or process.poll() is not None, "the first checkpoint")
+    for _ in range(times):
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode not in (0, 75), output
+    assert_nothing_left(folder)
+    assert_completed(folder, undisturbed, num_ranks)
+
+
+def test_a_second_sigterm_ends_at_once(folder):
+    process = begin(folder, 1, "checkpoint.every_steps=", fault="train.step:0:3:sleep")  # 6 s in which the first is not answered
+    wait_for(lambda: len(read_metrics_if_there(folder)) == 2 or process.poll() is not None, "the second step")
+    process.send_signal(signal.SIGTERM)
+    wait_for(lambda: "SIGTERM again ends at once" in process.stdout.readline(), "the answer to the first")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == -signal.SIGTERM and saved_step(folder) == 0
+
+
+def read_metrics_if_there(folder):
+    path = folder / "work" / "reference" / "kept" / "metrics.jsonl"
+    return read_metrics(path) if path.exists() else []
+
+
+def test_the_wall_clock_limit_saves_and_exits_with_75(folder, undisturbed):
+    done = reference(folder, 1, "limits.wall_clock_minutes=0.001", "checkpoint.every_steps=", check=False)
+    assert done.returncode == 75 and "limits.wall_clock_minutes (0.001) is over" in done.stderr
+    assert_completed(folder, undisturbed, 1)
