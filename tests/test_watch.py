@@ -245,7 +245,7 @@ def test_a_late_rank_below_the_limit_is_no_alarm(run):
         due[rank] = time.monotonic() + generator.uniform(0.5, 3.0)
     for rank in sorted(due, key=due.__getitem__):
         time.sleep(max(0.0, due[rank] - time.monotonic()))  # the lateness that is the subject of this test
-        say(ranks[rank], {"beat": ["train", 1]})
+        say(ranks[rank], {"beat": ["train", 1, 1]})
         say(ranks[rank], {"bye": True})
     run.tell(0, "close", answers=False)
     assert run.codes() == [0]
@@ -327,7 +327,7 @@ def test_lines_in_pieces_are_put_together(run):
     run.start(0, 2)
     with socket.create_connection(("127.0.0.1", int(run.port))) as rank:
         text = json.dumps({"token": TOKEN, "member": {"rank": 1, "host": "test", "pid": 1, "start": None, "place": {}}}) + "\n"
-        for piece in (text[:10], text[10:50], text[50:] + '{"beat": ["tr', 'ain", 5]}\n{"by', 'e": true}\n'):
+        for piece in (text[:10], text[10:50], text[50:] + '{"beat": ["tr', 'ain", 5, 5]}\n{"by', 'e": true}\n'):
             rank.sendall(piece.encode())
             time.sleep(0.05)
         assert received(rank)
