@@ -5,14 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pairs import micro_batch
+from pairs import micro_batch, results_of
 from peft import AutoPeftModelForCausalLM, PeftModel
-from processes import run_ranks
 from safetensors.torch import load_file
-from tokenizers_for_tests import character_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from sftmix.data.template import ALPACA
 from sftmix.engine.state import only_tensors
 
 pytestmark = pytest.mark.distributed
@@ -24,22 +21,10 @@ NUM_ADAPTERS = 2 * 4 * (4 * (16 + 16) + 3 * (16 + 24))
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
-    character_tokenizer(chat_template=ALPACA).save_pretrained(folder / "tokenizer")
     # With the default threshold weights as small as these stay whole on every rank, and nothing would be gathered.
     sharded = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     (folder / "zero3.json").write_text(json.dumps(sharded))
-    for name in ("tied", "untied"):
-        torch.manual_seed(1)
-        config = AutoConfig.for_model(
-            "llama", vocab_size=99, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=64, tie_word_embeddings=name == "tied",
-        )  # fmt: skip
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
-    found = {}
-    for num_ranks in (1, 2):
-        run_ranks(WORKER, num_ranks, str(folder), str(folder / f"{num_ranks}.json"))
-        found |= json.loads((folder / f"{num_ranks}.json").read_text())
-    return folder, found
+    return folder, results_of(WORKER, folder)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

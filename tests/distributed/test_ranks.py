@@ -1,17 +1,13 @@
 """Loss, gradient norm and weights do not depend on how a step is cut up: real processes, ZeRO stages 0 to 3."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from pairs import COUNTS, PAIRS, micro_batch
-from processes import run_ranks
-from tokenizers_for_tests import character_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from pairs import COUNTS, PAIRS, micro_batch, results_of
+from transformers import AutoModelForCausalLM
 
 from sftmix.data.batches import build_micro_batch
-from sftmix.data.template import ALPACA
 
 pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).parent / "ranks_worker.py"
@@ -20,19 +16,7 @@ WORKER = Path(__file__).parent / "ranks_worker.py"
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    character_tokenizer(chat_template=ALPACA).save_pretrained(folder / "tokenizer")
-    for name in ("tied", "untied"):
-        torch.manual_seed(1)
-        config = AutoConfig.for_model(
-            "llama", vocab_size=99, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=64, tie_word_embeddings=name == "tied",
-        )  # fmt: skip
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
-    found = {}
-    for num_ranks in (1, 2):
-        run_ranks(WORKER, num_ranks, str(folder), str(folder / f"{num_ranks}.json"))
-        found |= json.loads((folder / f"{num_ranks}.json").read_text())
-    return folder, found
+    return folder, results_of(WORKER, folder)
 
 
 LAYOUTS = ["2 x 2", "2 x 1", "one rank without a response token", "one rank without a response token at times"]

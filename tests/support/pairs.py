@@ -1,8 +1,16 @@
-"""Four pairs whose response lengths differ much, between and within pairs."""
+"""Four pairs whose response lengths differ much, between and within pairs, and models and a tokenizer for them."""
+
+import json
+from pathlib import Path
 
 import numpy as np
+import torch
+from processes import run_ranks
+from tokenizers_for_tests import character_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sftmix.data.batches import StepCounts, build_micro_batch
+from sftmix.data.template import ALPACA
 
 rng = np.random.default_rng(0)
 
@@ -26,3 +34,20 @@ def micro_batch(numbers, *, mixes_inputs=False):
     examples = [member for n in numbers for member in PAIRS[n][:2]]
     partners = [(2 * place, 2 * place + 1, PAIRS[n][2]) for place, n in enumerate(numbers)]
     return build_micro_batch(examples, partners, indices=tuple(range(len(examples))), pad_id=0, mixes_inputs=mixes_inputs)
+
+
+def results_of(worker: Path, folder: Path) -> dict:
+    """Runs a worker on one rank and on two, on a folder with `tokenizer/` and the models `tied/` and `untied/`; returns what they wrote."""
+    character_tokenizer(chat_template=ALPACA).save_pretrained(folder / "tokenizer")
+    for name in ("tied", "untied"):
+        torch.manual_seed(1)
+        config = AutoConfig.for_model(
+            "llama", vocab_size=99, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=64, tie_word_embeddings=name == "tied",
+        )  # fmt: skip
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+    found = {}
+    for num_ranks in (1, 2):
+        run_ranks(worker, num_ranks, str(folder), str(folder / f"{num_ranks}.json"))
+        found |= json.loads((folder / f"{num_ranks}.json").read_text())
+    return found
