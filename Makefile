@@ -23,8 +23,9 @@ $(VENV)/.ready: setup.py constraints-cpu.txt
 quickstart: setup
 	$(VENV)/bin/sftmix run configs/quickstart.yaml
 
+# Two files at a time, each in order: tests of several processes wait so much that one at a time leaves half of two cores idle.
 test: setup
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
 
 torture: setup
 	$(VENV)/bin/python -m pytest -q -m torture

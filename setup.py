@@ -46,7 +46,7 @@ setup(
     ],
     extras_require={
         "lora": LORA,
-        "dev": [*LORA, "pytest>=8", "ruff>=0.8", "mypy>=1.13", "types-PyYAML", "zstandard", "duckdb"],
+        "dev": [*LORA, "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.8", "mypy>=1.13", "types-PyYAML", "zstandard", "duckdb"],
     },
     entry_points={"console_scripts": ["sftmix=sftmix.cli:main"]},
 )
