@@ -7,13 +7,13 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 import yaml
+from processes import ROOT
 from pydantic import BaseModel
 
 from sftmix.config import Config
 from sftmix.config_file import dump_config, load_config
 from sftmix.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[1]
 BASE = {
     "run": {"dir": "runs/x"},
     "model": {"architecture": {"model_type": "llama"}},

@@ -1,13 +1,10 @@
 """Hostfiles: what is read, and what is refused."""
 
-from pathlib import Path
-
 import pytest
+from processes import ROOT
 
 from sftmix.errors import ConfigError
 from sftmix.hostfile import Node, read_hostfile
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(

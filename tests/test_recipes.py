@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from memory import lora_table, table
-from processes import run_ranks
+from processes import ROOT, run_ranks
 from tokenizers_for_tests import character_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +22,6 @@ from sftmix.engine.lora import num_adapter_parameters, target_names
 from sftmix.errors import ConfigError
 from sftmix.preflight import check
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
 LORA_RECIPES = [path for path in RECIPES if path.stem.endswith("-lora")]

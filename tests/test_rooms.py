@@ -3,11 +3,10 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from processes import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(p for folder in ("sftmix", "kernels", "launch") for p in (ROOT / folder).rglob("*.py") if not p.is_symlink())
 FILES = [p for p in FILES if not {"kernels", "launch"} & set(p.relative_to(ROOT).parts[1:])]
 

@@ -1,20 +1,17 @@
 """Score tables for others: who can open them, the folder for the Hub, and what `show` says."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from processes import ROOT
 from score_tables import FINGERPRINTS, IDS, NAN, SUMS, own_table, table
 
 from sftmix.errors import ArtifactError
 from sftmix.score_commands import export_scores, show_scores
 from sftmix.scores import fit_scores, read_scores
-
-ROOT = Path(__file__).resolve().parents[1]
-
 
 NAMES = ("confidence", "perplexity")
 

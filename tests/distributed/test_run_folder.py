@@ -77,6 +77,7 @@ def test_ranks_that_do_not_come_and_ports_that_are_taken_are_one_clear_error(fol
 def test_only_the_owner_can_read_a_run_and_nobody_else_can_reach_it(folder):
     before = os.umask(0)
     process = begin(folder, 2, fault="train.step:0:3:stop")
+    os.umask(before)
     wait_for(lambda: saved_step(folder) >= 1 or process.poll() is not None, "the first checkpoint")
     listening = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
@@ -92,4 +93,3 @@ def test_only_the_owner_can_read_a_run_and_nobody_else_can_reach_it(folder):
     assert ours and ours <= {"0100007F", "00000000000000000000000001000000"}, ours  # 127.0.0.1 and ::1
     for path in (folder / "work").rglob("*"):
         assert not stat.S_IMODE(path.stat().st_mode) & 0o077, path
-    os.umask(before)

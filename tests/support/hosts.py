@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from processes import ROOT
+
 TOGETHER = ("setpriv", "--pdeathsig", "KILL")  # what the test starts does not outlive it
 TOOLS = ("setpriv", "unshare", "nsenter", "ip", "ssh", "ssh-keygen", "pdsh", "/usr/sbin/sshd")
 INTERFACE = "eth0"
