@@ -135,7 +135,7 @@ def _score_settings(config: Config) -> dict[str, Any]:
 
 def _numerics(config: Config) -> dict[str, Any]:
     """Settings that every stage with a model depends on; ZeRO stage and number of ranks change nothing but rounding."""
-    from sftmix.engine.distributed import resolve_precision
+    from sftmix.engine.precision import resolve_precision
 
     deepspeed = read_deepspeed_json(config.engine.deepspeed) if config.engine.deepspeed else None
     return {"seed": config.run.seed, "precision": resolve_precision(config.engine.precision), "deepspeed": deepspeed}

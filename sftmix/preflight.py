@@ -17,13 +17,16 @@ def check(config: Config, *, has_device: bool = True) -> None:
     from sftmix.data.readers import check_source
     from sftmix.data.template import choose_template
     from sftmix.deepspeed_json import deepspeed_config
-    from sftmix.engine.distributed import check_zero_section, has_gpu, resolve_precision
+    from sftmix.engine.distributed import check_zero_section, has_gpu
     from sftmix.engine.loading import check_model_folder
+    from sftmix.engine.precision import check_device_computes_in, resolve_precision
 
     for source in config.data.all_sources:
         check_source(source)
         check_format(source.format, source.columns)
     precision = resolve_precision(config.engine.precision)
+    if has_device:
+        check_device_computes_in(precision)
     if config.engine.zero_stage == 0 and precision != "fp32":
         raise ConfigError(
             f"engine.zero_stage is 0 and the precision {precision}: DeepSpeed would sum the gradients of the micro-batches in that "

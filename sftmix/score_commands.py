@@ -83,7 +83,7 @@ def check_scores(source: str, config_path: str, overrides: Sequence[str]) -> lis
     """
     from sftmix.config_file import load_config
     from sftmix.data.batches import TokenisedExamples
-    from sftmix.engine.distributed import resolve_precision
+    from sftmix.engine.precision import resolve_precision
     from sftmix.pipeline import first_unfinished_stage
 
     # The config as it would be with this table: there is then no reference run whose mode could be asked for.

@@ -35,16 +35,21 @@ def work_plan(config: Config, examples: TokenisedExamples) -> WorkPlan:
 def score_checkpoints(
     context: StageContext, examples: TokenisedExamples, tokenizer: PreTrainedTokenizerBase, models: dict[int, ModelConfig]
 ) -> Sums:
-    """Scores every example under every model, by its checkpoint number; what an earlier attempt has scored is not scored again.
-    All ranks call it; returns the sums on rank 0, elsewhere nothing."""
+    """Scores every example under every model, by its checkpoint number; what an earlier attempt has
+    scored is not scored again. Collective: all ranks must call it. Returns the sums on rank 0,
+    elsewhere nothing. Leaves the dtype of the models' weights in `context.facts["precision"]`."""
     from sftmix.engine.distributed import should_shard
     from sftmix.engine.engine import Engine
+    from sftmix.engine.precision import resolve_precision
     from sftmix.mirror import collect_units
     from sftmix.scoring import score_missing_units
 
     config, ranks = context.config, context.ranks
     assert ranks is not None
     plan = work_plan(config, examples)
+    # Of units that are there already. Only an engine of this dtype, which was examined, wrote them:
+    # their fingerprint says so.
+    context.facts["precision"] = resolve_precision(config.engine.precision)
     sizes = [len(plan.examples(unit)) for unit in range(plan.num_units)]
     nll_sum: Sums = {}
     for step, model in models.items():
@@ -66,6 +71,7 @@ def score_checkpoints(
             print(f"  checkpoint {step}: {len(sizes) - len(units)} of {len(sizes)} units are there already", flush=True)
         if units:
             engine = Engine(config, model, ranks, tokenizer, is_sharded=is_sharded)
+            context.facts["precision"] = engine.precision
             score_missing_units(engine, examples, plan, shards, units, pad_id=tokenizer.pad_token_id, title=f"step {step}")
             engine.close()
             collect_units(ranks, shards, sizes)
@@ -91,8 +97,17 @@ def weight_bytes(model: ModelConfig) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else 0
 
 
-def write_tables(context: StageContext, folder: Path, mode: str, examples: TokenisedExamples, nll_sum: Sums) -> None:
-    """Writes the two tables of one mode, and says what has no finite perplexity."""
+def write_tables(
+    context: StageContext,
+    folder: Path,
+    mode: str,
+    examples: TokenisedExamples,
+    nll_sum: Sums,
+    *,
+    precision: str,
+) -> None:
+    """Writes the two tables of one mode, and says what has no finite perplexity. precision: dtype of
+    the weights that scored."""
     from sftmix.pipeline import model_identity
     from sftmix.scores import ScoreMetadata, write_scores
 
@@ -102,7 +117,7 @@ def write_tables(context: StageContext, folder: Path, mode: str, examples: Token
         mode=mode,
         models=[model_identity(model) for model in models],
         checkpoints=sorted(nll_sum),
-        fingerprints=_fingerprints(context),
+        fingerprints=_fingerprints(context, precision),
         dataset=[source.path for source in config.data.all_sources] or ["generated toy skills"],
         versions=artifacts.versions(),
         commit=artifacts.commit(),
@@ -117,6 +132,7 @@ def write_tables(context: StageContext, folder: Path, mode: str, examples: Token
 
 def import_scores(context: StageContext, examples: TokenisedExamples) -> None:
     """Takes a published table in place of scoring: checked against the data, and brought into its order."""
+    from sftmix.engine.precision import resolve_precision
     from sftmix.scores import fit_scores, read_scores
 
     settings = context.config.confidence
@@ -125,7 +141,7 @@ def import_scores(context: StageContext, examples: TokenisedExamples) -> None:
     rows = fit_scores(
         table,
         examples.example_ids,
-        _fingerprints(context),
+        _fingerprints(context, resolve_precision(context.config.engine.precision)),
         allow_differences=settings.allow_differences,
         report_to=context.config.run.dir / "scores_that_do_not_fit.jsonl",
     )
@@ -133,11 +149,9 @@ def import_scores(context: StageContext, examples: TokenisedExamples) -> None:
     print(f"  {len(rows):,} scores of {settings.scores}")
 
 
-def _fingerprints(context: StageContext) -> dict[str, str | int]:
+def _fingerprints(context: StageContext, precision: str) -> dict[str, str | int]:
     """Returns what scores of this run's data carry, and what a table from elsewhere is held against."""
-    from sftmix.engine.distributed import resolve_precision
-
-    return {**context.facts_of("data")["fingerprints"], "dtype": resolve_precision(context.config.engine.precision)}
+    return {**context.facts_of("data")["fingerprints"], "dtype": precision}
 
 
 def write_sums(path: Path, nll_sum: Sums) -> None:

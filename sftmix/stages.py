@@ -91,6 +91,7 @@ def run_score(context: StageContext) -> None:
     for mode in modes:
         if mode in ("live", "online"):
             assert reference is not None
+            precision = context.facts_of("reference")["precision"]
             nll_sum = read_sums(reference / f"{mode}.parquet", len(examples))
             if mode == "online":
                 nll_sum = dict(sorted(nll_sum.items())[config.confidence.online_from_epoch - 1 :])
@@ -102,9 +103,12 @@ def run_score(context: StageContext) -> None:
         else:
             models = dict(enumerate(config.confidence.models, start=1))
             nll_sum = score_checkpoints(context, examples, _tokenizer(context), models)
+        if mode in ("checkpoints", "models"):
+            precision = context.facts["precision"]
         is_first = mode in (config.confidence.mode, "models")
         if context.ranks is None or context.ranks.is_main:
-            write_tables(context, context.folder if is_first else context.folder / "compared" / mode, mode, examples, nll_sum)
+            folder = context.folder if is_first else context.folder / "compared" / mode
+            write_tables(context, folder, mode, examples, nll_sum, precision=precision)
 
 
 def run_split(context: StageContext) -> None:
@@ -223,6 +227,7 @@ def _train(
         "num_parameters": engine.num_parameters,
         "num_trained_parameters": engine.num_trained_parameters,
         "world_size": ranks.world_size,
+        "precision": engine.precision,
     }
     engine.close()
 
@@ -253,6 +258,7 @@ def run_evaluate(context: StageContext) -> None:
         if name not in context.inputs or not len(examples):
             continue
         engine = Engine(config, trained_model(config.model, context.inputs[name] / "model"), ranks, tokenizer)
+        context.facts["precision"] = engine.precision
         work = WorkPlan(examples.num_tokens, EVALUATION_UNIT, config.evaluation.micro_batch_tokens)
         scores = score_examples(engine, examples, work, pad_id=tokenizer.pad_token_id, title=MODEL_NAMES[name])
         engine.close()

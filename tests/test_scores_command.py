@@ -18,7 +18,7 @@ from sftmix.errors import ConfigError
 def run(tmp_path_factory):
     """A config whose data stage has run; returns (config, ids of its training examples, fingerprints of its table)."""
     from sftmix.data.batches import TokenisedExamples
-    from sftmix.engine.distributed import resolve_precision
+    from sftmix.engine.precision import resolve_precision
 
     folder = tmp_path_factory.mktemp("run")
     rows = [{"question": f"What is {n} and {n}?", "answer": f"It is {2 * n}."} for n in range(60)]

@@ -19,13 +19,16 @@ from sftmix.doctor import build, gpus, memory, network, nodes, ranks, storage, v
 from sftmix.doctor.findings import Finding, count, examine
 from sftmix.doctor.identity import identity
 from sftmix.doctor.need import Need
+from sftmix.errors import SftmixError
 from sftmix.hostfile import read_hostfile
 
+CONFIG, REFUSED = "config", "sftmix run refuses it"
 Look = tuple[str, Callable[[], list[Finding]]]
 
 
 def examine_machine(options: argparse.Namespace) -> int:
-    """Returns 0 where nothing is bad, else 1. Raises ConfigError for a hostfile that cannot be used."""
+    """Returns 0 where nothing is bad, 2 where the config is, which `sftmix run` refuses with the same
+    code, else 1. Raises ConfigError for a hostfile that cannot be used."""
     _choose_accelerator()
     with redirect_stdout(sys.stderr) if options.json else nullcontext():  # what libraries print is no JSON
         report, findings = _examine_all(options)
@@ -34,6 +37,8 @@ def examine_machine(options: argparse.Namespace) -> int:
         print(json.dumps({**report, "counts": counts, "findings": [asdict(finding) for finding in findings]}, default=str))
     else:
         print(f"{counts['ok']} ok, {counts['warning']} warnings, {counts['bad']} bad, {counts['skipped']} skipped")
+    if any(finding.facts.get(REFUSED) for finding in findings):
+        return 2
     return 1 if counts["bad"] else 0
 
 
@@ -123,11 +128,14 @@ def _load(options: argparse.Namespace, findings: list[Finding]) -> Config | None
         from sftmix.config_file import load_config
         from sftmix.preflight import check
 
-        loaded.append(load_config(options.config, options.overrides))
-        check(loaded[0])
-        return [Finding("config", "ok", f"{options.config} loads, and a run would start.")]
+        try:
+            loaded.append(load_config(options.config, options.overrides))
+            check(loaded[0])
+        except SftmixError as error:
+            return [Finding(CONFIG, "bad", str(error), facts={REFUSED: True})]
+        return [Finding(CONFIG, "ok", f"{options.config} loads, and a run would start.")]
 
-    findings += examine("config", look)
+    findings += examine(CONFIG, look)
     return loaded[0] if loaded else None
 
 

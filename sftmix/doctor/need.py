@@ -41,7 +41,7 @@ class Need:
 
     @cached_property
     def bytes_per_weight(self) -> int:
-        from sftmix.engine.distributed import resolve_precision
+        from sftmix.engine.precision import resolve_precision
 
         return 4 if resolve_precision(self.config.engine.precision) == "fp32" else 2
 

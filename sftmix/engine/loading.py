@@ -128,8 +128,12 @@ def load_source(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dt
             torch.manual_seed(seed)
             # Drawn in float32 and rounded afterwards: the same start whatever the precision.
             random_model: Any = AutoModelForCausalLM.from_config(config, **{**options, "dtype": torch.float32})
-        for parameter in random_model.parameters():  # not `.to(dtype)`: rotary frequencies stay in float32
+        for parameter in random_model.parameters():
             parameter.data = parameter.data.to(dtype)
+        # Not `.to(dtype)` for all: rotary frequencies stay in float32, Gemma's scale does not.
+        expected = buffer_dtypes(model, config, dtype=dtype)
+        for name, buffer in random_model.named_buffers():
+            buffer.data = buffer.data.to(expected[name])
         return random_model
     with quiet_transformers():
         loaded: Any
@@ -169,6 +173,12 @@ def empty_model(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dt
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
 
 
+def buffer_dtypes(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Returns the dtype that transformers gives each buffer of a model whose weights are `dtype`."""
+    named = empty_model(model, config, dtype=dtype).named_buffers()
+    return {name: buffer.dtype for name, buffer in named}
+
+
 def build_model(
     model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype, seed: int, is_sharded: bool, deepspeed_config: dict[str, Any]
 ) -> Any:
@@ -185,16 +195,19 @@ def build_model(
         # Imports the model's code before zero.Init wraps constructors: a class that is defined meanwhile would lose
         # what its decorators did to its __init__ (the experts of Mixtral lose their config).
         AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code, **options)
-    with no_init_weights(), prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config, dtype=dtype):
+    # zero.Init takes the dtype from the config: its argument of that name is wrong (precision.py).
+    init = deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
+    with no_init_weights(), prevent_arange_dtype_change(), init:
         shell = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code, **options)
     shell.tie_weights()  # no_init_weights leaves it out
     source = load_source(model, config, dtype=dtype, seed=seed) if torch.distributed.get_rank() == 0 else None
-    copy_weights(source, shell)
+    copy_weights(source, shell, buffer_dtypes(model, config, dtype=dtype))
     return shell
 
 
-def copy_weights(source: nn.Module | None, target: nn.Module) -> None:
-    """Fills a sharded model from rank 0's `source` (None elsewhere), one tensor at a time. All ranks call it."""
+def copy_weights(source: nn.Module | None, target: nn.Module, buffers: dict[str, torch.dtype]) -> None:
+    """Fills a sharded model from rank 0's `source` (None elsewhere), one tensor at a time, and gives
+    each buffer its dtype in `buffers`: zero.Init casts some. Collective: all ranks must call it."""
     import deepspeed
     import torch.distributed as dist
 
@@ -208,7 +221,7 @@ def copy_weights(source: nn.Module | None, target: nn.Module) -> None:
                 parameter.data.copy_(given[name].data.to(parameter.device))
     given_buffers = dict(source.named_buffers()) if source is not None else {}
     for name, buffer in target.named_buffers():
+        buffer.data = buffer.data.to(buffers[name])
         if source is not None:
-            assert given_buffers[name].dtype == buffer.dtype, f"{name}: {given_buffers[name].dtype} became {buffer.dtype} in the shell"
             buffer.data.copy_(given_buffers[name])
         dist.broadcast(buffer.data, src=0)
