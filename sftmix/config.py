@@ -237,6 +237,12 @@ class BaselineConfig(Section):
 
 class EngineConfig(Section):
     num_processes: Int = Field(1, ge=1, description="Processes that `sftmix run` starts on this machine, one per GPU.")
+    num_threads: Int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of each rank. Default: OMP_NUM_THREADS, or the machine's cores over its ranks. On CPUs, results are "
+        "equal to the last bit only where the threads are.",
+    )
     zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_bool)] = Field(
         3, description="What DeepSpeed shards over the ranks: 1 optimiser, 2 + gradients, 3 + weights."
     )

@@ -59,11 +59,11 @@ def _launcher(config: Config) -> list[str]:
 @contextlib.contextmanager
 def _environment(config: Config, attempt: int) -> Iterator[dict[str, str]]:
     """Yields the ranks' environment. This process joins its own claim too, for the stage that it runs itself."""
-    from sftmix.engine.distributed import has_gpu
+    from sftmix.engine.distributed import has_gpu, threads_of_rank
 
     os.environ[guard.ATTEMPT] = str(attempt)
     environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.engine.num_processes)))
+    environment.setdefault("OMP_NUM_THREADS", str(threads_of_rank(config.engine.num_threads, config.engine.num_processes)))
     if not has_gpu():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     try:

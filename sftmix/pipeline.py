@@ -198,7 +198,7 @@ def _run_stages(
     say: Callable[[str], None],
 ) -> None:
     from sftmix import mirror
-    from sftmix.engine.distributed import environment_rank, init_ranks
+    from sftmix.engine.distributed import environment_rank, init_ranks, use_threads
 
     is_main = environment_rank() == 0
     folder_of = {stage.name: config.run.dir / stage.folder for stage in stages}
@@ -211,6 +211,7 @@ def _run_stages(
             continue
         if stage.needs_engine and ranks is None:
             ranks = mirror.find_storage(init_ranks(timedelta(minutes=config.limits.join_minutes)), config.run.dir)
+            use_threads(config.engine.num_threads)
             mirror.say_storage(ranks, config)
             hold = mirror.hold_others(ranks, config, held) or hold
             guard.start_watch(config, ranks, hold)

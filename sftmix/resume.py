@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from sftmix import artifacts, faults
 from sftmix.checkpoints import STAGE, CheckpointFolder, check_space, find_problem
 from sftmix.config import CheckpointConfig
-from sftmix.engine.distributed import Ranks
+from sftmix.engine.distributed import Ranks, use_threads
 from sftmix.errors import ArtifactError, StoppedError
 from sftmix.stopping import StopRequest
 
@@ -194,6 +194,12 @@ class TrainingCheckpoints:
             print(f"  not bit for bit: the checkpoint was written by other versions: {'; '.join(changed)}", flush=True)
         if manifest.facts["world_size"] != self.ranks.world_size:
             print(f"  from {manifest.facts['world_size']} to {self.ranks.world_size} ranks: the same examples, other rounding", flush=True)
+        threads, before = use_threads(None), manifest.facts.get("num_threads")
+        if self.ranks.device.type == "cpu" and before not in (None, threads):
+            print(
+                f"  not bit for bit: {threads} CPU threads per rank, {before} when the checkpoint was saved (engine.num_threads)",
+                flush=True,
+            )
 
     def _load(self, engine: Engine, step: int, manifest: artifacts.Manifest) -> None:
         faults.point("resume.load")
@@ -283,6 +289,7 @@ class TrainingCheckpoints:
             "world_size": self.ranks.world_size,
             "zero_stage": engine.zero_stage,
             "precision": engine.precision,
+            "num_threads": use_threads(None),
             "frozen": engine.frozen_checksum(),
             "numbers": numbers,
             "storage": list(self.ranks.storage),

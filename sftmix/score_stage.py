@@ -38,7 +38,7 @@ def score_checkpoints(
     """Scores every example under every model, by its checkpoint number; what an earlier attempt has
     scored is not scored again. Collective: all ranks must call it. Returns the sums on rank 0,
     elsewhere nothing. Leaves the dtype of the models' weights in `context.facts["precision"]`."""
-    from sftmix.engine.distributed import should_shard
+    from sftmix.engine.distributed import should_shard, use_threads
     from sftmix.engine.engine import Engine
     from sftmix.engine.precision import resolve_precision
     from sftmix.mirror import collect_units
@@ -50,6 +50,7 @@ def score_checkpoints(
     # Of units that are there already. Only an engine of this dtype, which was examined, wrote them:
     # their fingerprint says so.
     context.facts["precision"] = resolve_precision(config.engine.precision)
+    context.facts["num_threads"] = use_threads(None)
     sizes = [len(plan.examples(unit)) for unit in range(plan.num_units)]
     nll_sum: Sums = {}
     for step, model in models.items():

@@ -178,6 +178,7 @@ def _train(
     save: Any,
     online: OnlineScores | None = None,
 ) -> None:
+    from sftmix.engine.distributed import use_threads
     from sftmix.engine.engine import Engine
     from sftmix.resume import TrainingCheckpoints
     from sftmix.runlog import RunLog
@@ -228,6 +229,7 @@ def _train(
         "num_trained_parameters": engine.num_trained_parameters,
         "world_size": ranks.world_size,
         "precision": engine.precision,
+        "num_threads": use_threads(None),
     }
     engine.close()
 

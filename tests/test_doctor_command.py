@@ -166,7 +166,7 @@ def test_a_precision_that_the_device_does_not_have_is_refused_in_one_line(tmp_pa
     )
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if "precision" in line]
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "engine.precision is" in line]
     assert done.returncode == 2 and len(lines) == 1 and "fp16" in lines[0] and not folder.exists()
     assert "Use bf16 or fp32" in lines[0] and "Traceback" not in done.stderr
 

@@ -326,6 +326,19 @@ def check_zero_section(section: dict[str, Any], where: str) -> None:
         raise ConfigError(f"{where}: `{name}` is {detail['input']!r}: {detail['msg'].lower()}. Correct the value.") from None
 
 
+def use_threads(num_threads: int | None) -> int:
+    """Lets torch compute with so many CPU threads in this process; None leaves it as it is (OMP_NUM_THREADS, or all cores).
+    Returns the number. Sums in matrix products are cut by thread, so that another number rounds otherwise."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    return torch.get_num_threads()
+
+
+def threads_of_rank(num_threads: int | None, num_local_ranks: int) -> int:
+    """Returns the CPU threads of each of several ranks on this machine: `engine.num_threads`, or its share of the cores."""
+    return num_threads or max(1, (os.cpu_count() or 1) // num_local_ranks)
+
+
 def free_port() -> int:
     """Returns a TCP port of the loopback interface that nobody listens on."""
     with socket.socket() as probe:

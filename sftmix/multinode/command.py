@@ -134,8 +134,9 @@ def _exit_code(code: int) -> int:
 def _environment(plan: Plan) -> dict[str, str]:
     """Returns the environment of what is started here, which is where that of the ranks is taken from."""
     environment = dict(os.environ)
-    cores = max(1, (os.cpu_count() or 1) // max(node.slots for node in plan.nodes))
-    environment.setdefault("OMP_NUM_THREADS", str(cores))
+    from sftmix.engine.distributed import threads_of_rank
+
+    environment.setdefault("OMP_NUM_THREADS", str(threads_of_rank(None, max(node.slots for node in plan.nodes))))
     return environment
 
 

@@ -2,10 +2,11 @@
 
 import os
 import re
+import shutil
 import signal
 
 import pytest
-from reference_runs import PATIENCE, assert_completed, assert_nothing_left, begin, reference, saved_step, wait_for
+from reference_runs import PATIENCE, assert_completed, assert_nothing_left, begin, reference, result_of, saved_step, wait_for
 
 from sftmix.runlog import read_metrics
 
@@ -69,3 +70,14 @@ def test_the_wall_clock_limit_saves_and_exits_with_75(folder, undisturbed):
     done = reference(folder, 1, "limits.wall_clock_minutes=0.001", "checkpoint.every_steps=", check=False)
     assert done.returncode == 75 and "limits.wall_clock_minutes (0.001) is over" in done.stderr
     assert_completed(folder, undisturbed, 1)
+
+
+def test_going_on_with_other_threads_is_said_and_the_same_to_rounding(folder, prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "other")
+    reference(tmp_path / "other", 1, "engine.num_threads=1")
+    reference(folder, 1, "engine.num_threads=1", check=False, fault="train.step:0:5:kill9")
+    again = reference(folder, 1, "engine.num_threads=3")
+    said = "not bit for bit: 3 CPU threads per rank, 1 when the checkpoint was saved"
+    assert "resumed after step 4" in again.stdout and said in again.stdout
+    found, expected = (result_of(each)[0] for each in (folder, tmp_path / "other"))
+    assert found == [pytest.approx(line, rel=1e-5) for line in expected]
