@@ -30,6 +30,8 @@ OTHERS = {
     "export": "copy a trained model to a folder of your own",
 }
 LAUNCH = "run on the nodes of a hostfile, through DeepSpeed's launchers; or write a batch script, with --template"
+FORCE = "replace finished work that was made with other settings"
+RESTART = "discard saved progress instead of resuming"
 LAUNCHERS = ("pdsh", "ssh", "torchrun", "openmpi", "slurm")
 TEMPLATES = ("slurm", "kubernetes", "skypilot", "pdsh")
 DOCTOR = "look for what would make a run fail or compute wrong numbers, on this machine and others"
@@ -86,9 +88,9 @@ def _parser() -> argparse.ArgumentParser:
         _add_config(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if name in STAGES or name == "run":
-            command.add_argument("--restart", action="store_true", help="throw unfinished work away, where it cannot be taken up")
-        if name in STAGES:
-            command.add_argument("--force", action="store_true", help="run the stage though it is up to date")
+            command.add_argument("--restart", action="store_true", help=RESTART)
+            again = "run the stage again, and " if name in STAGES else ""
+            command.add_argument("--force", action="store_true", help=again + FORCE)
         if name == "inspect":
             command.add_argument("--num", type=int, default=3, metavar="N", help="examples to show (default 3)")
         if name == "export":
@@ -115,8 +117,8 @@ def _add_launch(command: argparse.ArgumentParser) -> None:
     command.add_argument("--node-rank", type=int, metavar="I", help="with ssh and torchrun: the part of node I alone, on this machine")
     command.add_argument("--master-addr", metavar="HOST", help="where the ranks meet (default: the first node)")
     command.add_argument("--master-port", type=int, metavar="PORT", help="and at which port (default 29500; slurm: by the job's number)")
-    command.add_argument("--force", action="store_true", help="with --stage: run it though it is up to date")
-    command.add_argument("--restart", action="store_true", help="throw unfinished work away, where it cannot be taken up")
+    command.add_argument("--force", action="store_true", help=f"with --stage: run it again; {FORCE}")
+    command.add_argument("--restart", action="store_true", help=RESTART)
     command.add_argument("--template", choices=TEMPLATES, help="print a file that starts this config there, and start nothing")
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="with --template: nodes=2, gpus=8, ...")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")

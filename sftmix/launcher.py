@@ -26,11 +26,11 @@ def launch(config: Config, config_path: str, overrides: list[str], *, only: str 
     believed only if the output is there: current, and, where it was to be made again, new.
     """
     from sftmix.artifacts import MANIFEST
-    from sftmix.pipeline import first_unfinished_stage, folder_of_last, run_pipeline
+    from sftmix.pipeline import check_finished_work, first_unfinished_stage, folder_of_last
 
+    check_finished_work(config, only, force=force)
     with guard.holding(config) as hold, _environment(config, hold.attempt) as environment:
-        if only in (None, "data"):  # one process tokenises: ranks that wait for it would only hold GPUs
-            run_pipeline(config, only="data", force=force, restart=restart)
+        prepare_data(config, only, force=force, restart=restart)
         if only == "data":
             return 0
         goal = folder_of_last(config, only) / MANIFEST
@@ -41,10 +41,18 @@ def launch(config: Config, config_path: str, overrides: list[str], *, only: str 
         if code:
             return code
         unfinished = first_unfinished_stage(config, only)
-        if unfinished or (force and goal.stat().st_ino == before):
+        if unfinished or (only and force and goal.stat().st_ino == before):
             print(f"sftmix: the launcher ended, but {unfinished or only} was not published: it was killed. Start again.", file=sys.stderr)
             return 1
         return 0
+
+
+def prepare_data(config: Config, only: str | None, *, force: bool, restart: bool) -> None:
+    """Runs the data stage in this process, where it is missing or asked for: ranks that wait for it would only hold GPUs."""
+    from sftmix.pipeline import first_unfinished_stage, run_pipeline
+
+    if only == "data" or first_unfinished_stage(config, "data"):
+        run_pipeline(config, only="data", force=force, restart=restart)
 
 
 def _launcher(config: Config) -> list[str]:

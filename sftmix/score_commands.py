@@ -84,14 +84,15 @@ def check_scores(source: str, config_path: str, overrides: Sequence[str]) -> lis
     from sftmix.config_file import load_config
     from sftmix.data.batches import TokenisedExamples
     from sftmix.engine.precision import resolve_precision
-    from sftmix.pipeline import first_unfinished_stage
+    from sftmix.pipeline import check_finished_work, first_unfinished_stage
 
     # The config as it would be with this table: there is then no reference run whose mode could be asked for.
     own = [f"confidence.scores={json.dumps(source)}", "confidence.mode=checkpoints", "confidence.compare=[]", "confidence.models=[]"]
     config = load_config(config_path, [*overrides, *own])
     folder = config.run.dir / "data"
+    check_finished_work(config, "data", force=False)
     if first_unfinished_stage(config, "data") is not None:
-        raise ArtifactError(f"{folder} is missing, or was made with other settings. Run `sftmix data {config_path}` first.")
+        raise ArtifactError(f"{folder} is missing. Run `sftmix data {config_path}` first.")
     fingerprints = artifacts.verify(folder).facts.get("fingerprints")
     if not isinstance(fingerprints, dict):
         raise ArtifactError(

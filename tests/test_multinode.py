@@ -144,7 +144,6 @@ def test_what_a_launcher_cannot_do_is_refused(launcher, nodes, where, words):
     [
         ([], "--hostfile is missing"),
         (["--hostfile", "hosts", "--set", "a=b"], "--set belongs to --template"),
-        (["--hostfile", "hosts", "--force"], "--force needs --stage"),
         (["--hostfile", "hosts", "--master-port", "0"], "--master-port 0 is no port"),
         (["--hostfile", "hosts", "--master-addr=-v"], "--master-addr '-v' is no host name"),
         (["--hostfile", "hosts", "--node-rank", "0"], "--node-rank is for --launcher ssh and torchrun"),

@@ -23,7 +23,7 @@ from sftmix.config_file import load_config
 from sftmix.errors import ConfigError
 from sftmix.fence import Fence
 from sftmix.hostfile import is_host_name, read_hostfile
-from sftmix.launcher import asking_to_stop
+from sftmix.launcher import asking_to_stop, prepare_data
 from sftmix.multinode import exports
 from sftmix.multinode.commands import ALIVE, ON_EACH_NODE, Plan, describe, make_plan, node_command, runner_command, ssh_command
 from sftmix.stopping import EXIT_CODE, STOP_FILE
@@ -61,8 +61,6 @@ def plan_of(options: argparse.Namespace) -> Plan:
         raise ConfigError("--hostfile is missing: lines of `host slots=N`. On one machine: `sftmix run CONFIG engine.num_processes=N`.")
     if options.set:
         raise ConfigError("--set belongs to --template. For a key of the config write key=value without it.")
-    if options.force and options.stage is None:
-        raise ConfigError("--force needs --stage: which stage is to run though it is up to date? --restart throws unfinished work away.")
     if options.master_port is not None and not 1 <= options.master_port <= 65535:
         raise ConfigError(f"--master-port {options.master_port} is no port (1 to 65535). Name another.")
     if options.master_addr is not None and not is_host_name(options.master_addr):
@@ -92,12 +90,12 @@ def _show(plan: Plan, node_rank: int | None) -> None:
 
 def _launch(config: Config, plan: Plan, options: argparse.Namespace) -> int:
     from sftmix.artifacts import MANIFEST
-    from sftmix.pipeline import folder_of_last, run_pipeline
+    from sftmix.pipeline import check_finished_work, folder_of_last
 
     only = options.stage
+    check_finished_work(config, only, force=options.force)
     with guard.holding(config) as hold, _joining(hold):
-        if only in (None, "data"):  # here and once: ranks that wait for it would only hold GPUs
-            run_pipeline(config, only="data", force=options.force, restart=options.restart)
+        prepare_data(config, only, force=options.force, restart=options.restart)
         if only == "data":
             return 0
         hold.note_outcome(None)  # the data stage has left its own
