@@ -12,6 +12,7 @@ import numpy as np
 
 from sftmix import artifacts
 from sftmix.config import ModelConfig, TrainConfig
+from sftmix.meter import describe_time
 from sftmix.pipeline import StageContext
 
 if TYPE_CHECKING:
@@ -196,6 +197,7 @@ def _train(
         every_steps=config.log.every_steps,
         has_mixup=objective.mixup_weight > 0,
         has_router=engine.module.has_router,
+        meter=context.meter,
     )
     context.stop.listen()
     try:
@@ -219,12 +221,15 @@ def _train(
     if ranks.is_main:
         # Linked, not moved: the checkpoints vouch for these files until the output is published.
         shutil.copytree(kept, context.folder, copy_function=_link, dirs_exist_ok=True)
-    context.facts |= log.facts() | {
+    context.facts |= {
         "num_parameters": engine.num_parameters,
         "num_trained_parameters": engine.num_trained_parameters,
         "world_size": ranks.world_size,
     }
     engine.close()
+    context.facts |= log.facts()
+    if ranks.is_main:
+        print(f"  {describe_time(context.facts)}", flush=True)
 
 
 def _link(source: str, target: str) -> None:
