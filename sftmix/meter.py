@@ -68,11 +68,13 @@ class Meter:
         return {**named, "waited_seconds": sum(self.seconds.values()), **rates}
 
 
+NAMES = {TRAINING: "training", CHECKPOINT: "checkpoints and exports", OTHER: "start and end"}
+
+
 def describe_time(facts: Mapping[str, float]) -> str:
     """Returns in one line where a stage's minutes went. facts: those of `Meter.facts`."""
-    names = {"training": TRAINING, "checkpoints and exports": CHECKPOINT, "start and end": OTHER}
     minutes = minutes_of(facts)
-    shown = ", ".join(f"{name} {minutes[activity]:.2f}" for name, activity in names.items())
+    shown = ", ".join(f"{name} {minutes[activity]:.2f}" for activity, name in NAMES.items())
     return f"{minutes['waited']:.2f} min: {shown}"
 
 

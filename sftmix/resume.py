@@ -32,6 +32,7 @@ from sftmix.config import CheckpointConfig
 from sftmix.engine.distributed import Ranks
 from sftmix.errors import ArtifactError, StoppedError
 from sftmix.stopping import StopRequest
+from sftmix.wording import counted
 
 if TYPE_CHECKING:
     from sftmix.engine.engine import Engine
@@ -203,7 +204,10 @@ class TrainingCheckpoints:
         if changed:
             print(f"  not bit for bit: the checkpoint was written by other versions: {'; '.join(changed)}", flush=True)
         if manifest.facts["world_size"] != self.ranks.world_size:
-            print(f"  from {manifest.facts['world_size']} to {self.ranks.world_size} ranks: the same examples, other rounding", flush=True)
+            print(
+                f"  from {manifest.facts['world_size']} to {counted(self.ranks.world_size, 'rank')}: the same examples, other rounding",
+                flush=True,
+            )
 
     def _load(self, engine: Engine, step: int, manifest: artifacts.Manifest) -> None:
         faults.point("resume.load")

@@ -168,8 +168,9 @@ class RunLog:
         losses = self._losses.cpu()  # waits for the device: before the clock is read
         self.meter.switch(TRAINING if step < self.num_steps else OTHER)
         tokens = torch.tensor([self.meter.window_tokens[kind] for kind in TOKEN_KINDS]).double()
-        ntp, mixup, auxiliary, *counts = self.ranks.sum(torch.cat([losses, tokens])).tolist()
-        seconds, rates = self.meter.end_window(dict(zip(TOKEN_KINDS, counts, strict=True)))
+        sums = self.ranks.sum(torch.cat([losses, tokens])).tolist()
+        ntp, mixup, auxiliary = sums[: len(LOSSES)]
+        seconds, rates = self.meter.end_window(dict(zip(TOKEN_KINDS, sums[len(LOSSES) :], strict=True)))
         line: dict[str, float] = {"step": step, "epoch": epoch, NTP: ntp / self._window_steps}
         if self.has_mixup:
             line[MIXUP] = mixup / self._window_steps

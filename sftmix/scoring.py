@@ -207,7 +207,8 @@ class _Progress:
         now = time.perf_counter()
         seconds = max(now - self._start, 1e-9)
         done = min(self._total, self._examples * self._num_ranks)
-        rates = f"{done / seconds:,.0f} examples/s {self._tokens * self._num_ranks / seconds:,.0f} tok/s"
+        tokens = self._tokens * done / self._examples  # of as many examples as are counted as done
+        rates = f"{done / seconds:,.0f} examples/s {tokens / seconds:,.0f} tok/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, info=rates)
         elif now - self._last_line > 30:

@@ -118,7 +118,8 @@ def run_split(context: StageContext) -> None:
     lengths = examples.column("num_response_tokens")
     write_parts(context.folder, sizes, lengths)
     coverage = mix_coverages(context.folder, lengths, context.config)
-    print("  mix coverage (response tokens that take part in a mix): " + ", ".join(f"{share:.1%} {way}" for way, share in coverage.items()))
+    shown = ", ".join(f"{share:.1%} {way}" for way, share in coverage.items())
+    print(f"  mix coverage ({COVERAGE}): {shown} matching")
     context.facts |= {"sizes": sizes, "mix_coverage": coverage}
 
 
@@ -290,6 +291,7 @@ def trained_model(start: ModelConfig, folder: Path) -> ModelConfig:
     return start.model_copy(update={"path": str(folder), "architecture": None, "revision": None, "lora": None})
 
 
+COVERAGE = "share of the response tokens that are mixed with another example's"
 EVALUATION_UNIT = 256  # examples that one rank takes at a time
 MODEL_NAMES = {"baseline": "NTP baseline", "train": "SFTMix"}
 
