@@ -174,9 +174,8 @@ class ScoreTable:
         """(N,) strings. Raises ArtifactError for a row without one, and for an id that stands twice."""
         ids = read_column(self.path, "example_id", pa.string())
         if ids.null_count:
-            raise ArtifactError(
-                f"{self.path}: {counted(ids.null_count, 'row has', 'rows have')} no example_id. Every row needs one; fill or remove such rows."
-            )
+            rows = counted(ids.null_count, "row has", "rows have")
+            raise ArtifactError(f"{self.path}: {rows} no example_id. Every row needs one; fill or remove such rows.")
         if pc.count_distinct(ids).as_py() < len(ids):
             times = pc.value_counts(ids)
             twice = [str(pair["values"]) for pair in times.filter(pc.greater(times.field("counts"), 1)).to_pylist()]

@@ -200,6 +200,23 @@ def test_a_stage_killed_twice_still_adds_up(tmp_path):
     assert facts["waited_seconds"] == 3 * START + STEPS * STEP + 11 * SAVE - 2 * SAVE / 2 + EXPORT
 
 
+def test_what_follows_the_last_step_is_no_training(tmp_path):
+    clock, ranks = Clock(0.0), Ranks(0, 1, 0, torch.device("cpu"))
+    log = RunLog(
+        "test", ranks, metrics=tmp_path / "m.jsonl", tensorboard=None, every_steps=2, has_mixup=False, has_router=False,
+        meter=Meter(clock),
+    )  # fmt: skip
+    log.start(num_steps=3)
+    for step in (1, 2, 3):
+        clock.now += 1.0
+        log.end_step(step, counts=None, lam=np.zeros(0), learning_rate=0.1, grad_norm=1.0, is_skipped=False, epoch=0)
+        clock.now += 4.0  # the scores of an epoch are gathered, say
+    log.finish()
+    lines = read_metrics(tmp_path / "m.jsonl")
+    assert sum(line[TRAINING_TIME] for line in lines) == log.meter.facts()["training_seconds"] == 11.0
+    assert log.meter.facts()["waited_seconds"] == 15.0
+
+
 def log_of(rank, world_size, folder):
     ranks = Ranks(rank, world_size, 0, torch.device("cpu"))
     return RunLog("test", ranks, metrics=folder / "m.jsonl", tensorboard=None, every_steps=2, has_mixup=False, has_router=False)
