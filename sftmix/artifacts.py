@@ -24,6 +24,7 @@ from typing import Any
 
 from sftmix import faults
 from sftmix.errors import ArtifactError
+from sftmix.wording import counted
 
 MANIFEST = "manifest.json"
 _may_publish: list[Callable[[], None]] = []
@@ -186,7 +187,9 @@ def verify(folder: Path, *, digests: bool = True) -> Manifest:
             raise ArtifactError(f"{path} is missing, though {folder / MANIFEST} lists it. Remove {folder} and run the stage again.")
         size = path.stat().st_size
         if size != expected["size"]:
-            raise ArtifactError(f"{path} has {size} bytes, {expected['size']} were written. Remove {folder} and run the stage again.")
+            raise ArtifactError(
+                f"{path} has {counted(size, 'byte')}, expected {expected['size']:,}. Remove {folder} and run the stage again."
+            )
         if digests and sha256_of_file(path) != expected["sha256"]:
             raise ArtifactError(f"{path} differs from what was written (SHA-256). Remove {folder} and run the stage again.")
     return manifest

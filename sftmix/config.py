@@ -310,7 +310,7 @@ class Config(Section):
     def _online_has_epochs(self) -> Config:
         if "online" in self.confidence.modes and self.confidence.online_from_epoch > self.reference_train.epochs:
             given, epochs = self.confidence.online_from_epoch, self.reference_train.epochs
-            raise ValueError(f"`confidence.online_from_epoch` is {given}, and the reference run has {epochs} epochs")
+            raise ValueError(f"`confidence.online_from_epoch` is {given}, and the last epoch of the reference run is {epochs}")
         return self
 
     @property

@@ -10,6 +10,7 @@ import yaml
 from sftmix import __version__, artifacts
 from sftmix.config import Config, LoraConfig
 from sftmix.errors import ArtifactError, ConfigError
+from sftmix.wording import counted
 
 MODELS = ("sftmix", "baseline")  # as their folders in the run folder are called
 
@@ -42,8 +43,8 @@ def write_model_card(folder: Path, config: Config, *, objective: str, is_adapter
         "",
         f"- start: {start}",
         f"- data: {sources}",
-        f"- {train.epochs} epochs, {train.batch_size} examples per step, AdamW, peak learning rate {train.learning_rate:g} "
-        f"({train.schedule}), weight decay {train.weight_decay:g}",
+        f"- {counted(train.epochs, 'epoch')}, {counted(train.batch_size, 'example')} per step, AdamW, "
+        f"peak learning rate {train.learning_rate:g} ({train.schedule}), weight decay {train.weight_decay:g}",
         *([_lora_line(lora, is_adapter=is_adapter)] if lora is not None else []),
         f"- seed {config.run.seed}; made by sftmix {__version__}, commit {artifacts.commit() or 'unknown'}",
         "",

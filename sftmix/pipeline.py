@@ -23,6 +23,7 @@ from sftmix.config_file import dump_config
 from sftmix.deepspeed_json import read_deepspeed_json
 from sftmix.errors import ArtifactError
 from sftmix.fence import Fence
+from sftmix.meter import Meter
 from sftmix.stopping import StopRequest
 from sftmix.up_to_date import refusal, refuse_changed, state_of
 from sftmix.work import Identity
@@ -60,6 +61,7 @@ class StageContext:
     # Of settings and inputs; the same on every rank that runs the stage.
     identity: Identity = field(default_factory=lambda: Identity("", {}, {}))
     stop: StopRequest | None = None
+    meter: Meter = field(default_factory=Meter)  # begins with the stage
 
     @property
     def kept(self) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sftmix.config import Config, ModelConfig
 from sftmix.errors import ConfigError
+from sftmix.wording import counted
 
 
 def check(config: Config, *, has_device: bool = True) -> None:
@@ -84,5 +85,5 @@ def _check_fit(config: Config, models: dict[str, ModelConfig]) -> None:
         is_given = model.path is not None or "vocab_size" in (model.architecture or {})
         if is_given and size > settings.vocab_size:
             raise ConfigError(
-                f"{name}: tokenizer.train.vocab_size is {size}, the model's embedding has {settings.vocab_size} rows. Lower it."
+                f"{name}: tokenizer.train.vocab_size is {size}, the model's embedding has {counted(settings.vocab_size, 'row')}. Lower it."
             )

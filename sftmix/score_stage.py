@@ -15,6 +15,7 @@ from sftmix.config import Config, ModelConfig
 from sftmix.errors import ArtifactError
 from sftmix.pipeline import StageContext
 from sftmix.shards import ShardFolder
+from sftmix.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +70,7 @@ def score_checkpoints(
         collect_units(ranks, shards, sizes)  # what an earlier attempt has left on other disks
         units = ranks.from_main(shards.pending(sizes) if ranks.is_main else [])
         if ranks.is_main and len(units) < len(sizes):
-            print(f"  checkpoint {step}: {len(sizes) - len(units)} of {len(sizes)} units are there already", flush=True)
+            print(f"  checkpoint {step}: {len(sizes) - len(units)} of {counted(len(sizes), 'unit')} already scored", flush=True)
         if units:
             engine = Engine(config, model, ranks, tokenizer, is_sharded=is_sharded)
             context.facts["precision"] = engine.precision
@@ -83,12 +84,13 @@ def score_checkpoints(
         missing = shards.pending(sizes)
         if missing:
             raise ArtifactError(
-                f"{len(missing)} of {len(sizes)} units have no scores in {shards.folder} though every rank has finished. "
+                f"the scores of {counted(len(missing), 'unit')} of {len(sizes)} are missing in {shards.folder} "
+                "though every rank has finished. "
                 "Look at whether run.dir is the same folder, whole and writable, on every node; then start again."
             )
         nll_sum[step] = np.concatenate([shards.read(unit).nll_sum for unit in range(len(sizes))])
         mean = float(nll_sum[step].sum() / examples.num_response_tokens.sum())
-        print(f"  checkpoint {step}: {len(examples):,} examples, {mean:.4f} nats per response token", flush=True)
+        print(f"  checkpoint {step}: {counted(len(examples), 'example')}, {mean:.4f} nats per response token", flush=True)
     return nll_sum
 
 
@@ -147,7 +149,7 @@ def import_scores(context: StageContext, examples: TokenisedExamples) -> None:
         report_to=context.config.run.dir / "scores_that_do_not_fit.jsonl",
     )
     pq.write_table(table.confidence.take(pa.array(rows)), context.folder / "confidence.parquet")
-    print(f"  {len(rows):,} scores of {settings.scores}")
+    print(f"  {counted(len(rows), 'score')} of {settings.scores}")
 
 
 def _fingerprints(context: StageContext, precision: str) -> dict[str, str | int]:

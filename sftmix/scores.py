@@ -26,6 +26,7 @@ from sftmix import artifacts
 from sftmix.confidence import CONFIDENCE_SCHEMA, PERPLEXITY_SCHEMA, aggregate, confidence_ranks, perplexity
 from sftmix.errors import ArtifactError
 from sftmix.score_files import CONFIDENCE, NOT_FINITE, PERPLEXITY, ROWS_PER_GROUP, locate, read_column, read_schema, string_column
+from sftmix.wording import counted
 
 FORMAT = 1  # of the two tables
 KEY = b"sftmix"
@@ -77,6 +78,9 @@ class ScoreMetadata:
         return cls(**found)
 
 
+MEANING = "minus the perplexity of a response; -1 is the highest possible"
+
+
 @dataclass(frozen=True)
 class ScoreSummary:
     """mean_confidence: over the finite ones, NaN for none. not_finite: the first 20 ids; all are in not_finite.jsonl."""
@@ -89,9 +93,12 @@ class ScoreSummary:
 
     def lines(self) -> list[str]:
         """Returns what is shown on screen."""
-        lines = [f"{self.num_examples:,} examples, {self.num_checkpoints} checkpoints, mean confidence {self.mean_confidence:.4g}"]
+        sizes = f"{counted(self.num_examples, 'example')}, {counted(self.num_checkpoints, 'checkpoint')}"
+        lines = [f"{sizes}, mean confidence {self.mean_confidence:.4g} ({MEANING})"]
         if self.num_not_finite:
-            lines.append(f"{self.num_not_finite:,} have no finite confidence ({NOT_FINITE}), first: {', '.join(self.not_finite)}")
+            lines.append(
+                f"{counted(self.num_not_finite, 'has', 'have')} no finite confidence ({NOT_FINITE}), first: {', '.join(self.not_finite)}"
+            )
         return lines
 
 
@@ -167,11 +174,14 @@ class ScoreTable:
         """(N,) strings. Raises ArtifactError for a row without one, and for an id that stands twice."""
         ids = read_column(self.path, "example_id", pa.string())
         if ids.null_count:
-            raise ArtifactError(f"{self.path}: {ids.null_count} rows have no example_id. Every row needs one; fill or remove them.")
+            rows = counted(ids.null_count, "row has", "rows have")
+            raise ArtifactError(f"{self.path}: {rows} no example_id. Every row needs one; fill or remove such rows.")
         if pc.count_distinct(ids).as_py() < len(ids):
-            counted = pc.value_counts(ids)
-            twice = [str(pair["values"]) for pair in counted.filter(pc.greater(counted.field("counts"), 1)).to_pylist()]
-            raise ArtifactError(f"{self.path}: {len(twice)} ids stand in several rows ({named(twice)}). Keep one row of each.")
+            times = pc.value_counts(ids)
+            twice = [str(pair["values"]) for pair in times.filter(pc.greater(times.field("counts"), 1)).to_pylist()]
+            raise ArtifactError(
+                f"{self.path}: {counted(len(twice), 'id stands', 'ids stand')} in several rows ({named(twice)}). Keep one row of each."
+            )
         return ids
 
     @cached_property
@@ -203,7 +213,8 @@ class ScoreTable:
         num_rows, expected = pq.read_metadata(path).num_rows, len(self.example_ids) * len(metadata.checkpoints)
         if num_rows != expected:
             raise ArtifactError(
-                f"{path} has {num_rows:,} rows; {len(self.example_ids):,} examples under {len(metadata.checkpoints)} checkpoints "
+                f"{path} has {counted(num_rows, 'row')}; {counted(len(self.example_ids), 'example')} under "
+                f"{counted(len(metadata.checkpoints), 'checkpoint')} "
                 f"are {expected:,}. Get the table again."
             )
         return path
@@ -264,7 +275,7 @@ def fit_scores(
         records = [{"example_id": table.example_ids[int(row)].as_py(), table.column: str(table.values[row])} for row in bad]
         where = _report(report_to, ({**record, "problem": "not finite"} for record in records))
         raise ArtifactError(
-            f"{table.source}: the {table.column} of {len(bad)} examples is infinite, NaN or null "
+            f"{table.source}: the {table.column} of {counted(len(bad), 'example')} is infinite, NaN or null "
             f"({named([str(record['example_id']) for record in records])}){where}. They cannot be ranked: score them again, or remove "
             "these examples from the data and the table."
         )
@@ -282,8 +293,8 @@ def match_rows(table: ScoreTable, example_ids: Sequence[str] | pa.ChunkedArray, 
         problems = (("missing", missing), ("surplus", surplus))
         where = _report(report_to, ({"example_id": i, "problem": problem} for problem, found in problems for i in found))
         raise ArtifactError(
-            f"{table.source} does not fit the data: {len(missing)} examples have no score ({named(missing)}), "
-            f"{len(surplus)} scores have no example ({named(surplus)}){where}. "
+            f"{table.source} does not fit the data: {counted(len(missing), 'example has', 'examples have')} no score ({named(missing)}), "
+            f"{counted(len(surplus), 'score has', 'scores have')} no example ({named(surplus)}){where}. "
             "Score this data itself (`sftmix score CONFIG`), or use the data that the table was made from."
         )
     return rows

@@ -20,6 +20,7 @@ from sftmix.pairing import CONFIDENT, MIDDLE, UNCONFIDENT, Matching, mix_coverag
 from sftmix.pipeline import StageContext
 from sftmix.score_files import CONFIDENCE, ROWS_PER_GROUP
 from sftmix.split import split_table
+from sftmix.wording import counted
 
 if TYPE_CHECKING:
     from sftmix.data.batches import TokenisedExamples
@@ -68,7 +69,7 @@ def _check_order(table: Path, column: str, examples: TokenisedExamples, stratify
     With `stratify_by` writes `beside`: the table's ids and values, and the data's column as "stratum"."""
     data = examples.table.data.table
     if pq.read_metadata(table).num_rows != len(examples):
-        found = f"{pq.read_metadata(table).num_rows:,} rows for {len(examples):,} examples"
+        found = f"{counted(pq.read_metadata(table).num_rows, 'row')} for {counted(len(examples), 'example')}"
         raise ArtifactError(f"{table} has {found}. Run the score stage again.")
     writer, start = None, 0
     try:

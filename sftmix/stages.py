@@ -12,6 +12,7 @@ import numpy as np
 
 from sftmix import artifacts
 from sftmix.config import ModelConfig, TrainConfig
+from sftmix.meter import describe_time
 from sftmix.pipeline import StageContext
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ def run_split(context: StageContext) -> None:
     lengths = examples.column("num_response_tokens")
     write_parts(context.folder, sizes, lengths)
     coverage = mix_coverages(context.folder, lengths, context.config)
-    print("  mix coverage (response tokens that take part in a mix): " + ", ".join(f"{share:.1%} {way}" for way, share in coverage.items()))
+    shown = ", ".join(f"{share:.1%} {way}" for way, share in coverage.items())
+    print(f"  mix coverage ({COVERAGE}): {shown} matching")
     context.facts |= {"sizes": sizes, "mix_coverage": coverage}
 
 
@@ -201,6 +203,7 @@ def _train(
         every_steps=config.log.every_steps,
         has_mixup=objective.mixup_weight > 0,
         has_router=engine.module.has_router,
+        meter=context.meter,
     )
     context.stop.listen()
     try:
@@ -224,7 +227,7 @@ def _train(
     if ranks.is_main:
         # Linked, not moved: the checkpoints vouch for these files until the output is published.
         shutil.copytree(kept, context.folder, copy_function=_link, dirs_exist_ok=True)
-    context.facts |= log.facts() | {
+    context.facts |= {
         "num_parameters": engine.num_parameters,
         "num_trained_parameters": engine.num_trained_parameters,
         "world_size": ranks.world_size,
@@ -232,6 +235,9 @@ def _train(
         "num_threads": use_threads(None),
     }
     engine.close()
+    context.facts |= log.facts()
+    if ranks.is_main:
+        print(f"  {describe_time(context.facts)}", flush=True)
 
 
 def _link(source: str, target: str) -> None:
@@ -293,6 +299,7 @@ def trained_model(start: ModelConfig, folder: Path) -> ModelConfig:
     return start.model_copy(update={"path": str(folder), "architecture": None, "revision": None, "lora": None})
 
 
+COVERAGE = "share of the response tokens that are mixed with another example's"
 EVALUATION_UNIT = 256  # examples that one rank takes at a time
 MODEL_NAMES = {"baseline": "NTP baseline", "train": "SFTMix"}
 

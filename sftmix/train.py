@@ -103,10 +103,10 @@ def train(
         if online is not None and (step == len(steps) or steps[step][0] != epoch):
             online.end_epoch(step)
         if step in checkpoint_steps and save_checkpoint is not None:
-            save_checkpoint(step)
-            log.leave_out_time()
-        if checkpoints is not None and checkpoints.end_step(engine, step, is_last=step == len(steps), parts=parts):
-            log.leave_out_time()
+            with log.pause():
+                save_checkpoint(step)
+        if checkpoints is not None:
+            checkpoints.end_step(engine, step, is_last=step == len(steps), parts=parts, pause=log.pause)
     log.finish()
 
 

@@ -41,7 +41,7 @@ def test_publishing_again_replaces_the_whole_folder(tmp_path):
     ("damage", "message"),
     [
         (lambda f: (f / "deep" / "file.txt").unlink(), "is missing"),
-        (lambda f: (f / "deep" / "file.txt").write_text("conten"), "6 bytes, 7 were written"),
+        (lambda f: (f / "deep" / "file.txt").write_text("conten"), "6 bytes, expected 7"),
         (lambda f: (f / "deep" / "file.txt").write_text("Content"), "differs from what was written"),
         (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
         (lambda f: (f / "manifest.json").write_text("{"), "is damaged"),

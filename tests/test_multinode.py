@@ -147,7 +147,7 @@ def test_what_a_launcher_cannot_do_is_refused(launcher, nodes, where, words):
         (["--hostfile", "hosts", "--master-port", "0"], "--master-port 0 is no port"),
         (["--hostfile", "hosts", "--master-addr=-v"], "--master-addr '-v' is no host name"),
         (["--hostfile", "hosts", "--node-rank", "0"], "--node-rank is for --launcher ssh and torchrun"),
-        (["--hostfile", "hosts", "--launcher", "ssh", "--node-rank", "2"], "has nodes 0 to 1"),
+        (["--hostfile", "hosts", "--launcher", "ssh", "--node-rank", "2"], "has 2 nodes, counted from 0"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(tmp_path, monkeypatch, options, words):

@@ -58,8 +58,9 @@ def test_every_stage_publishes_a_folder_that_verifies(finished):
 def test_the_table_and_the_path_of_the_report_are_printed_last(finished):
     folder, output = finished
     tail = output[output.index("SFTMix beside next-token prediction") :]
-    for word in ("NTP baseline", "SFTMix", "held-out loss", "perplexity", "exact match", "tokens/s", "minutes", "report:"):
+    for word in ("NTP baseline", "SFTMix", "loss", "ppl", "exact", "tokens/s", "minutes", "report:"):
         assert word in tail
+    assert len(re.findall(r"^  [\d.]+ min: training [\d.]+, checkpoints and exports [\d.]+, start and end [\d.]+$", output, re.M)) == 3
     assert (folder / "report" / "index.html").is_file()
 
 
@@ -97,6 +98,7 @@ def test_metrics_have_losses_rates_and_lam(finished):
     expected = {
         "step", "epoch", NTP, MIXUP, "mixup/lam (mean)", "grad_norm", "learning_rate",
         "tokens/real (tokens/s)", "tokens/response (tokens/s)", "tokens/padded (tokens/s)", "steps/skipped (steps)",
+        "time/training (s)",
     }  # fmt: skip
     assert set(lines[0]) == expected
     for line in lines:
@@ -241,7 +243,7 @@ def test_no_baseline_and_no_held_out_examples(tmp_path):
 
 def test_inspect_shows_tokens_and_touches_nothing(tmp_path):
     done = sftmix("inspect", QUICKSTART, *TINY, f"run.dir={tmp_path / 'run'}", "--num", "2", "data.max_length=24")
-    assert "% truncated to 24 tokens" in done.stdout and len(re.findall(r"\d+ of \d+ tokens carry loss", done.stdout)) == 2
+    assert "% truncated to 24 tokens" in done.stdout and len(re.findall(r"loss on \d+ of \d+ tokens", done.stdout)) == 2
     assert done.stdout.count("<<\n") == 2  # marks stand in for colours where there is no terminal
     assert not (tmp_path / "run").exists()
 

@@ -60,7 +60,7 @@ def test_check_ends_with_0_where_the_table_fits_and_with_2_where_not(run, tmp_pa
     assert code == 0
     code, _, err = command(capsys, "check", fitting(tmp_path / "more", [*ids, "x"], fingerprints), config)
     report = config.parent / "run" / "scores_that_do_not_fit.jsonl"
-    assert code == 2 and "1 scores have no example (first 'x')" in err and str(report) in err and report.is_file()
+    assert code == 2 and "1 score has no example (first 'x')" in err and str(report) in err and report.is_file()
 
 
 def test_check_needs_the_data_stage_of_this_very_config(run, tmp_path, capsys):

@@ -21,6 +21,7 @@ from sftmix.doctor.identity import identity
 from sftmix.doctor.need import Need
 from sftmix.errors import SftmixError
 from sftmix.hostfile import read_hostfile
+from sftmix.wording import counted
 
 CONFIG, REFUSED = "config", "sftmix run refuses it"
 Look = tuple[str, Callable[[], list[Finding]]]
@@ -36,7 +37,7 @@ def examine_machine(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({**report, "counts": counts, "findings": [asdict(finding) for finding in findings]}, default=str))
     else:
-        print(f"{counts['ok']} ok, {counts['warning']} warnings, {counts['bad']} bad, {counts['skipped']} skipped")
+        print(f"{counts['ok']} ok, {counted(counts['warning'], 'warning')}, {counts['bad']} bad, {counts['skipped']} skipped")
     if any(finding.facts.get(REFUSED) for finding in findings):
         return 2
     return 1 if counts["bad"] else 0
@@ -96,8 +97,8 @@ def _items(
         yield "file system", lambda: storage.check_file_system(folder)
         yield "other runs", lambda: storage.check_writer(folder)
     if config is not None and need is not None:
-        count = f"{config.checkpoint.keep_last} + 1 checkpoints of {need.num_trained_parameters:,} parameters"
-        meaning = f"{count}, {need.num_exports} exported models"
+        count = f"{config.checkpoint.keep_last} + 1 checkpoints of {counted(need.num_trained_parameters, 'parameter')}"
+        meaning = f"{count}, {counted(need.num_exports, 'exported model')}"
         yield "free space", lambda: storage.check_space(config.run.dir, needed_bytes=need.disk_bytes, meaning=meaning)
     yield "memory", lambda: memory.check_machine(need, has_gpu=bool(cards))
     yield "GPU memory", lambda: memory.check_gpus(need, cards)
@@ -148,7 +149,7 @@ def _need(config: Config | None, num_ranks: int, local_ranks: int, findings: lis
     def look() -> list[Finding]:
         words = f"{need.described}, {need.bytes_per_weight} bytes each"
         parts = [name for name, is_moved in need.offload.items() if is_moved]
-        return [Finding("model", "ok", f"{words}, {num_ranks} ranks{', offloaded: ' + ', '.join(parts) if parts else ''}.")]
+        return [Finding("model", "ok", f"{words}, {counted(num_ranks, 'rank')}{', offloaded: ' + ', '.join(parts) if parts else ''}.")]
 
     found = examine("model", look)
     findings += found

@@ -20,6 +20,7 @@ from torch import nn
 
 from sftmix.config import ModelConfig
 from sftmix.errors import ConfigError, did_you_mean
+from sftmix.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -103,7 +104,8 @@ def check_fit(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, m
     """Raises ConfigError for a tokenizer larger than the embedding, or examples longer than the model's context."""
     if len(tokenizer) > config.vocab_size:
         raise ConfigError(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {config.vocab_size} rows, so some ids would "
+            f"{name}: the tokenizer has {counted(len(tokenizer), 'token')}, "
+            f"the model's embedding {counted(config.vocab_size, 'row')}, so some ids would "
             "be out of range. Use the model's own tokenizer (tokenizer.path), or a model with a larger vocabulary."
         )
     check_context(config, max_length=max_length, name=name)
@@ -113,7 +115,9 @@ def check_context(config: PretrainedConfig, *, max_length: int, name: str) -> No
     """Raises ConfigError for examples that may be longer than the model's context."""
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and max_length > context:
-        raise ConfigError(f"data.max_length is {max_length}, but the context of {name} is {context} tokens. Lower data.max_length.")
+        raise ConfigError(
+            f"data.max_length is {max_length}, but the context of {name} is {counted(context, 'token')}. Lower data.max_length."
+        )
 
 
 def load_source(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype, seed: int) -> Any:
@@ -144,8 +148,8 @@ def load_source(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dt
     missing = sorted(report["missing_keys"])
     if missing:
         raise ConfigError(
-            f"model.path: {model.path} lacks {len(missing)} tensors of a {type(loaded).__name__}, first {missing[0]!r}; they would be "
-            "random. Complete the folder, or correct its config.json."
+            f"model.path: {model.path} lacks {counted(len(missing), 'tensor')} of a {type(loaded).__name__}, "
+            f"first {missing[0]!r}; random ones would take their place. Complete the folder, or correct its config.json."
         )
     return loaded
 

@@ -27,6 +27,7 @@ from sftmix.launcher import asking_to_stop, prepare_data
 from sftmix.multinode import exports
 from sftmix.multinode.commands import ALIVE, ON_EACH_NODE, Plan, describe, make_plan, node_command, runner_command, ssh_command
 from sftmix.stopping import EXIT_CODE, STOP_FILE
+from sftmix.wording import counted
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 GRACE_SECONDS = 60.0  # that other nodes have to end, after one has: their ranks have heard of it by heartbeat
@@ -70,7 +71,9 @@ def plan_of(options: argparse.Namespace) -> Plan:
         if options.launcher not in ON_EACH_NODE:
             raise ConfigError(f"--node-rank is for --launcher ssh and torchrun; {options.launcher} starts all nodes. Leave it out.")
         if not 0 <= options.node_rank < len(nodes):
-            raise ConfigError(f"--node-rank is {options.node_rank}, and {options.hostfile} has nodes 0 to {len(nodes) - 1}. Correct it.")
+            raise ConfigError(
+                f"--node-rank is {options.node_rank}, and {options.hostfile} has {counted(len(nodes), 'node')}, counted from 0. Correct it."
+            )
     arguments = [options.config, *options.overrides]
     arguments += [*(["--stage", options.stage] if options.stage else []), *(["--force"] if options.force else [])]
     arguments += ["--restart"] if options.restart else []

@@ -71,7 +71,7 @@ def assert_survives(folder, undisturbed, *, fault, killed_ranks, restart_ranks):
     assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
     assert tables_of(folder) == undisturbed
     # What was whole is taken up, not scored again.
-    kept = sum(int(count) for count in re.findall(r"(\d+) of \d+ units are there already", again.stdout))
+    kept = sum(int(count) for count in re.findall(r"(\d+) of \d+ units already scored", again.stdout))
     assert kept == (0 if "[3/8] score: up to date" in again.stdout else len(before))
     assert not list((folder / "work").glob("*"))
 
@@ -114,7 +114,7 @@ def test_a_damaged_shard_is_set_aside_and_scored_again(folder, undisturbed):
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     again = score(folder, 1)
-    assert "unit_000002.parquet is damaged: set aside" in again.stdout and "5 of 8 units are there already" in again.stdout
+    assert "unit_000002.parquet is damaged: set aside" in again.stdout and "5 of 8 units already scored" in again.stdout
     assert tables_of(folder) == undisturbed
 
 
