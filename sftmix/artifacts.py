@@ -24,6 +24,7 @@ from typing import Any
 
 from sftmix import faults
 from sftmix.errors import ArtifactError
+from sftmix.machine import accessing
 
 MANIFEST = "manifest.json"
 _may_publish: list[Callable[[], None]] = []
@@ -137,7 +138,7 @@ def seal(
     """Flushes every file below `folder` and writes its manifest last. For folders that grow in place."""
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST):
-        with path.open("rb") as file:
+        with accessing(path), path.open("rb") as file:
             os.fsync(file.fileno())
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
     manifest = Manifest(
@@ -207,7 +208,7 @@ def write_json(path: Path, content: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file by temporary file and rename."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with accessing(path), temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -53,20 +53,43 @@ def main(arguments: list[str] | None = None) -> int:
     if rest:
         options.overrides += rest  # overrides may stand behind an option
     try:
-        return _dispatch(options)
+        code = _dispatch(options)
+        sys.stdout.flush()  # a full disk behind it shows here, and not when Python ends
+        return code
     except StoppedError as stopped:
         if _is_main():
             print(f"sftmix: {stopped}", file=sys.stderr)
         return EXIT_CODE
-    except SftmixError as error:
-        if options.debug:
-            raise
-        for line in str(error).splitlines() if _is_main() or not error.on_all_ranks else []:
-            print(f"sftmix: error: {line}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("sftmix: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        is_lost = _forget_lost_output()
+        if is_lost and isinstance(error, BrokenPipeError):  # `sftmix inspect CONFIG | head`: nobody wants to read more
+            return 1
+        from sftmix.machine import explain
+
+        known = (
+            error if isinstance(error, SftmixError) else explain(error, "stdout" if is_lost else getattr(options, "writes_to", "a file"))
+        )
+        if known is None or options.debug:  # not a mistake of the user or the machine: a bug of sftmix
+            raise
+        for line in str(known).splitlines() if _is_main() or not known.on_all_ranks else []:
+            print(f"sftmix: error: {line}", file=sys.stderr)
+        return 2
+
+
+def _forget_lost_output() -> bool:
+    """Returns whether stdout takes nothing any more (a closed pipe, a full disk). Python would say so again when it ends, so what it
+    still holds, and what is printed from here on, goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return True
+    return False
 
 
 def _is_main() -> bool:
@@ -170,13 +193,14 @@ def _dispatch(options: argparse.Namespace) -> int:
         return launch_on_nodes(options)
     from sftmix.launch_environment import place_of, translate
 
-    translate()
     config = load_config(options.config, options.overrides)
     if options.command == "export":
         from sftmix.export import export
 
         print(export(config, which=options.which, to=options.to, adapter=options.adapter))
         return 0
+    options.writes_to = f"a file in {config.run.dir}"
+    translate()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.umask(0o077)  # data and weights are the user's own
     place = place_of()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sftmix.config import Config, ModelConfig
 from sftmix.errors import ConfigError
 
@@ -9,9 +11,9 @@ from sftmix.errors import ConfigError
 def check(config: Config, *, has_device: bool = True) -> None:
     """Raises ConfigError or DataError for the first thing that would stop the run later.
 
-    Looks at: the sources' paths, formats and column mappings; the DeepSpeed JSON; model folders and
-    architectures; the modules that adapters go to; the tokenizer, its size against the embedding, its chat template; max length
-    against the context. has_device: does the run compute on this machine, so that a GPU must be here if one is asked for?
+    Looks at: the sources' paths, formats and column mappings; the DeepSpeed JSON; model folders, the shapes of their weights,
+    architectures; attention; the modules that adapters go to; the tokenizer, its size against the embedding, its chat template;
+    max length against the context. has_device: does the run compute on this machine, so that a GPU must be here if one is asked for?
     """
     from sftmix.data.formats import check_format
     from sftmix.data.readers import check_source
@@ -42,17 +44,27 @@ def check(config: Config, *, has_device: bool = True) -> None:
             check_model_folder(model.path, name=name)
     _check_fit(config, models)
     for name, model in models.items():
-        _check_lora(model, name)
+        _check_model(model, name, precision=precision, has_device=has_device)
 
 
-def _check_lora(model: ModelConfig, name: str) -> None:
-    if model.lora is None:
-        return
-    from sftmix.engine.loading import empty_model, hf_config
+def _check_model(model: ModelConfig, name: str, *, precision: str, has_device: bool) -> None:
+    """Looks at what shows in the model without memory: attention, shapes of the weights, places of the adapters."""
+    from sftmix.engine.distributed import has_gpu
+    from sftmix.engine.loading import check_attention, check_weights, empty_model, hf_config
     from sftmix.engine.lora import import_peft, target_names
 
-    import_peft()
-    target_names(empty_model(model, hf_config(model, name=name)), model.lora, name=name)
+    settings = hf_config(model, name=name)
+    if has_device:
+        check_attention(model, settings, precision=precision, is_on_gpu=has_gpu(), name=name)
+    is_local = model.path is not None and Path(model.path).is_dir()
+    if not is_local and model.lora is None:
+        return
+    shell = empty_model(model, settings)
+    if is_local:
+        check_weights(str(model.path), settings, shell, name=name)
+    if model.lora is not None:
+        import_peft()
+        target_names(shell, model.lora, name=name)
 
 
 def _models(config: Config) -> dict[str, ModelConfig]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,14 @@ from sftmix.artifacts import fingerprint, sha256_of_file
 from sftmix.config import Config, TokenizerTrainConfig
 from sftmix.data.formats import Message
 from sftmix.data.template import choose_template
-from sftmix.errors import ConfigError, DataError
+from sftmix.errors import ConfigError, DataError, first_line
+from sftmix.machine import accessing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# What transformers raises for a folder with a file that is missing, damaged, or does not fit.
+NOT_LOADED = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
 
@@ -36,10 +40,11 @@ def tokenizer_from(source: str | Path, **options: object) -> PreTrainedTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source), use_fast=True, **options)
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:
+        if not isinstance(error, NOT_LOADED) and type(error) is not Exception:  # which the package tokenizers raises
+            raise
         raise ConfigError(
-            f"tokenizer: {source} cannot be loaded: {first_line} "
+            f"tokenizer: {source} cannot be loaded: {first_line(error)} "
             "Give a folder with tokenizer files in tokenizer.path, or train one with tokenizer.train."
         ) from None
     if not tokenizer.is_fast:
@@ -75,11 +80,12 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizerTrainConfig, folder
     from transformers import LlamaTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()  # SentencePiece itself takes no notice of a full disk
     lines = (line for text in texts for line in text.splitlines() if line.strip())
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
-            model_prefix=str(folder / "tokenizer"),
+            model_writer=model,
             vocab_size=settings.vocab_size,
             model_type=settings.model_type,
             byte_fallback=True,
@@ -103,7 +109,8 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizerTrainConfig, folder
             f"the SentencePiece tokenizer cannot be trained: {' '.join(str(error).split())[-200:]} "
             f"Lower tokenizer.train.vocab_size (now {settings.vocab_size}), or use more data."
         ) from None
-    (folder / "tokenizer.vocab").unlink()
+    with accessing(folder / "tokenizer.model"):
+        (folder / "tokenizer.model").write_bytes(model.getvalue())
     tokenizer = LlamaTokenizer.from_pretrained(str(folder), legacy=False, add_prefix_space=False)
     tokenizer.pad_token = "<pad>"
     return tokenizer
