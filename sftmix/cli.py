@@ -63,15 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("sftmix: interrupted", file=sys.stderr)
         return 130
-    except Exception as error:
+    except (SftmixError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: torch's, out of memory
         is_lost = _forget_lost_output()
         if is_lost and isinstance(error, BrokenPipeError):  # `sftmix inspect CONFIG | head`: nobody wants to read more
             return 1
         from sftmix.machine import explain
 
-        known = (
-            error if isinstance(error, SftmixError) else explain(error, "stdout" if is_lost else getattr(options, "writes_to", "a file"))
-        )
+        known = error if isinstance(error, SftmixError) else explain(error, None if is_lost else getattr(options, "writes_to", None))
         if known is None or options.debug:  # not a mistake of the user or the machine: a bug of sftmix
             raise
         for line in str(known).splitlines() if _is_main() or not known.on_all_ranks else []:
@@ -199,7 +197,6 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         print(export(config, which=options.which, to=options.to, adapter=options.adapter))
         return 0
-    options.writes_to = f"a file in {config.run.dir}"
     translate()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.umask(0o077)  # data and weights are the user's own
@@ -217,6 +214,7 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         inspect(config, num_examples=options.num)
         return 0
+    options.writes_to = config.run.dir
     only = None if options.command == "run" else options.command
     how = {"force": getattr(options, "force", False), "restart": options.restart}
     from sftmix.pipeline import run_pipeline

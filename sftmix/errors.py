@@ -26,8 +26,9 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """Returns what a library's error says first, as a sentence."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip().rstrip(".:") + "."
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return said.rstrip(".:") + "."
 
 
 class SftmixError(Exception):

@@ -10,6 +10,7 @@ from typing import Any
 from sftmix import artifacts
 from sftmix.cards import STAGE_OF, write_model_card
 from sftmix.config import Config
+from sftmix.config_file import load_config
 from sftmix.errors import ArtifactError, ConfigError
 from sftmix.machine import accessing
 from sftmix.pipeline import Stage, stages_of
@@ -64,14 +65,16 @@ def _refuse_other_settings(config: Config, which: str, folder: Path) -> None:
     stages = {stage.name: stage for stage in stages_of(config)}
     if STAGE_OF[which] not in stages:
         raise ConfigError(f"--which {which}: baseline.enabled is false in this config, and {folder} holds a baseline. Set it to true.")
-    lines: list[str] = []
+    saved = load_config(config.run.dir / "config.yaml")
+    lines = [f"tokenizer.{line}" for line in artifacts.differences(saved.tokenizer.model_dump(), config.tokenizer.model_dump())]
     needed = [STAGE_OF[which]]
     for name in needed:  # it grows
         stage = stages[name]
         needed += [read for read in stage.reads if read not in needed]
         manifest = artifacts.read_manifest(config.run.dir / stage.folder)
         if manifest is not None:
-            lines += [f"{name}: {line}" for line in _differences(config, stage, manifest.settings)]
+            prefix = f"{name}." if name in ("data", "split") else f"{name}: "
+            lines += [prefix + line for line in _differences(config, stage, manifest.settings)]
     if lines:
         raise ArtifactError(
             f"{folder} was made with other settings than this config's:\n"

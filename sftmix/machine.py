@@ -11,7 +11,6 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from sftmix.errors import MachineError, SftmixError
@@ -55,37 +54,39 @@ def error_number(error: BaseException) -> int | None:
     return next((number for number in _NAMED if os.strerror(number) in text), None)
 
 
-@contextlib.contextmanager
-def accessing(path: Path) -> Iterator[None]:
+class accessing(contextlib.AbstractContextManager[None]):
     """Turns what any library raises inside because the system refuses to read or write into an OSError that names `path`."""
-    try:
-        yield
-    except Exception as error:
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, SftmixError) or getattr(error, "filename", None) is not None:
+            return
         number = error_number(error)
-        if number is None or isinstance(error, SftmixError) or (isinstance(error, OSError) and error.filename is not None):
-            raise
-        raise OSError(number, os.strerror(number), str(path)) from error
+        if number is not None:
+            raise OSError(number, os.strerror(number), str(self._path)) from error
 
 
-def describe(error: OSError, where: str, *, needed_bytes: int | None = None) -> str:
+def describe(error: OSError, folder: Path | None = None, *, needed_bytes: int | None = None) -> str:
     """Returns one line: the file, the system's words, the space that is free and that is needed, and the remedy.
 
-    where: what stands for the file where the error names none.
+    folder: where files are written, for an error that names no file; None where nothing but stdout is written.
     """
     number = error_number(error)
-    path = str(error.filename or where)
+    path, known = str(error.filename or ""), Path(error.filename) if error.filename else folder
     space = []
     if number in SPACE:
-        free = _free_bytes(Path(path))
-        space = [f"{free / 2**20:,.1f} MiB free"] if free is not None else []
-        space += [f"{needed_bytes / 2**20:,.1f} MiB needed"] if needed_bytes is not None else []
+        free = _free_bytes(known) if known is not None else None
+        space = [f"{_mib(count)} {word}" for count, word in ((free, "free"), (needed_bytes, "needed")) if count is not None]
     words = os.strerror(number) if number is not None else str(error)
     room = f" ({', '.join(space)})" if space else ""
+    path = path or (f"a file in {folder}, or stdout" if folder is not None else "stdout")
     return f"{path}: {words}{room}. {REMEDIES.get(number or 0, 'Correct it, and start again.')}"
 
 
-def explain(error: BaseException, where: str) -> MachineError | None:
-    """Returns the error of one line for an exception that the machine is to blame for; None for any other."""
+def explain(error: BaseException, folder: Path | None = None) -> MachineError | None:
+    """Returns the error of one line for an exception that the machine is to blame for; None for any other. folder: as for `describe`."""
     if isinstance(error, SftmixError):
         return None
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _is_about_memory(error):
@@ -103,11 +104,16 @@ def explain(error: BaseException, where: str) -> MachineError | None:
     if number not in REMEDIES:
         return None
     filename = error.filename if isinstance(error, OSError) else None
-    return MachineError(describe(OSError(number, os.strerror(number), filename), where))
+    return MachineError(describe(OSError(number, os.strerror(number), filename), folder))
 
 
 def _is_about_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _MEMORY)
+
+
+def _mib(num_bytes: int) -> str:
+    mib = num_bytes / 2**20
+    return f"{mib:,.1f} MiB" if mib >= 1 or num_bytes == 0 else f"{mib:.3f} MiB"
 
 
 def _free_bytes(path: Path) -> int | None:

@@ -180,7 +180,10 @@ def run_pipeline(
         try:
             _run_stages(config, stages, held, hold, only=only, force=force, restart=restart, say=say)
         except BaseException as error:
-            guard.end_watch(machine.explain(error, f"a file in {config.run.dir}") or error)
+            known = machine.explain(error, config.run.dir)
+            guard.end_watch(known or error)
+            if known is not None:
+                raise known from error
             raise
         guard.end_watch(None)
     return config.run.dir / next(stage.folder for stage in reversed(stages) if only in (None, stage.name))

@@ -20,7 +20,7 @@ def check(config: Config, *, has_device: bool = True) -> None:
     from sftmix.data.template import choose_template
     from sftmix.deepspeed_json import deepspeed_config
     from sftmix.engine.distributed import check_zero_section, has_gpu, resolve_precision
-    from sftmix.engine.loading import check_model_folder
+    from sftmix.engine.loading import hf_config
 
     for source in config.data.all_sources:
         check_source(source)
@@ -40,8 +40,7 @@ def check(config: Config, *, has_device: bool = True) -> None:
     choose_template(config.tokenizer.chat_template, None)
     models = _models(config)
     for name, model in models.items():
-        if model.path is not None:
-            check_model_folder(model.path, name=name)
+        hf_config(model, name=name)  # before the tokenizer, whose loader reads the model's config too, and says less
     _check_fit(config, models)
     for name, model in models.items():
         _check_model(model, name, precision=precision, has_device=has_device)

@@ -201,7 +201,7 @@ class RunLog:
             yield
         except OSError as error:
             self._writer = None
-            print(f"  TensorBoard is left out from here on: {describe(error, str(self._tensorboard))}", flush=True)
+            print(f"  TensorBoard is left out from here on: {describe(error, self._tensorboard)}", flush=True)
 
     def _clear(self) -> None:
         self._losses = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)

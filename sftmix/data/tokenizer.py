@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,20 +37,35 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 def tokenizer_from(source: str | Path, **options: object) -> PreTrainedTokenizerBase:
     """Returns the fast tokenizer of a folder or Hub name. Raises ConfigError where there is none."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source), use_fast=True, **options)
-    except Exception as error:
-        if not isinstance(error, NOT_LOADED) and type(error) is not Exception:  # which the package tokenizers raises
+    except BaseException as error:
+        if not isinstance(error, (*NOT_LOADED, StrictDataclassError)) and type(error) is not Exception:  # of the package tokenizers
             raise
         raise ConfigError(
-            f"tokenizer: {source} cannot be loaded: {first_line(error)} "
+            f"tokenizer: {source} cannot be loaded: {why_not_loaded(source, error)} "
             "Give a folder with tokenizer files in tokenizer.path, or train one with tokenizer.train."
         ) from None
     if not tokenizer.is_fast:
         raise ConfigError(f"tokenizer: {source} has no fast version, which the response mask needs (character offsets).")
     return tokenizer
+
+
+def why_not_loaded(source: str | Path, error: BaseException) -> str:
+    """Returns why transformers could not load a folder, as a sentence: its file that is no JSON object, else what the error says."""
+    for path in sorted(Path(source).glob("*.json")) if Path(source).is_dir() else []:
+        try:
+            is_object = isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+        except OSError:
+            continue
+        except ValueError:
+            is_object = False
+        if not is_object:
+            return f"{path} is damaged: it holds no JSON object."
+    return first_line(error.__cause__ or error)
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, named: str | None) -> PreTrainedTokenizerBase:

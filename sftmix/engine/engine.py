@@ -270,7 +270,7 @@ class Engine:
                     write()
             except OSError as error:
                 needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-                problem = f"the model could not be exported: {describe(error, str(folder), needed_bytes=needed)}"
+                problem = f"the model could not be exported: {describe(error, folder, needed_bytes=needed)}"
                 shutil.rmtree(folder, ignore_errors=True)
         if self.ranks.agree([bool(problem)])[0]:
             raise ArtifactError(self.ranks.text_from_main(problem), on_all_ranks=True)

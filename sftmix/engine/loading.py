@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from sftmix.config import ModelConfig
-from sftmix.data.tokenizer import NOT_LOADED
+from sftmix.data.tokenizer import NOT_LOADED, why_not_loaded
 from sftmix.errors import ConfigError, did_you_mean, first_line
 
 if TYPE_CHECKING:
@@ -45,9 +45,7 @@ def hf_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = No
         try:
             return AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
         except (*NOT_LOADED, StrictDataclassError) as error:
-            raise ConfigError(
-                f"{name}.path: {model.path} cannot be loaded: {first_line(error.__cause__ or error)} Give a folder."
-            ) from None
+            raise ConfigError(f"{name}.path: {model.path} cannot be loaded: {why_not_loaded(model.path, error)} Give a folder.") from None
     assert model.architecture is not None, "the schema wants one of path and architecture"
     values = dict(model.architecture)
     if tokenizer is not None:
