@@ -12,7 +12,6 @@ from sftmix.cards import STAGE_OF, write_model_card
 from sftmix.config import Config
 from sftmix.config_file import load_config
 from sftmix.errors import ArtifactError, ConfigError
-from sftmix.machine import accessing
 from sftmix.pipeline import Stage, stages_of
 
 
@@ -38,14 +37,18 @@ def export(config: Config, *, which: str, to: Path, adapter: bool = False) -> Pa
         )
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"--to: {to} exists and is not an empty folder. Name another.")
-    for path in [source, *sorted(source.rglob("*"))]:
-        target = to / path.relative_to(source)
-        if path.is_dir():
-            target.mkdir(parents=True, exist_ok=True)
-        else:
-            with accessing(target):
+    metrics = _metrics(config, which, manifest.digest)
+    try:
+        for path in [source, *sorted(source.rglob("*"))]:
+            target = to / path.relative_to(source)
+            if path.is_dir():
+                target.mkdir(parents=True, exist_ok=True)
+            else:
                 shutil.copyfile(path, target)  # without its mode
-    write_model_card(to, config, which, is_adapter=adapter, metrics=_metrics(config, which, manifest.digest))
+        write_model_card(to, config, which, is_adapter=adapter, metrics=metrics)
+    except OSError:
+        shutil.rmtree(to, ignore_errors=True)  # a part of a model is none
+        raise
     return to
 
 

@@ -74,7 +74,8 @@ def describe(error: OSError, folder: Path | None = None, *, needed_bytes: int | 
     folder: where files are written, for an error that names no file; None where nothing but stdout is written.
     """
     number = error_number(error)
-    path, known = str(error.filename or ""), Path(error.filename) if error.filename else folder
+    path = _file_of(error)
+    known = Path(path) if path else folder
     space = []
     if number in SPACE:
         free = _free_bytes(known) if known is not None else None
@@ -103,8 +104,14 @@ def explain(error: BaseException, folder: Path | None = None) -> MachineError | 
     number = error_number(error)
     if number not in REMEDIES:
         return None
-    filename = error.filename if isinstance(error, OSError) else None
+    filename = _file_of(error) if isinstance(error, OSError) else None
     return MachineError(describe(OSError(number, os.strerror(number), filename), folder))
+
+
+def _file_of(error: OSError) -> str | None:
+    """Returns the file that an error names: of two, the one that was to be written."""
+    named = error.filename2 or error.filename
+    return str(named) if named else None
 
 
 def _is_about_memory(error: BaseException) -> bool:

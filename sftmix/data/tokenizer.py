@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sftmix.artifacts import fingerprint, sha256_of_file
 from sftmix.config import Config, TokenizerTrainConfig
 from sftmix.data.formats import Message
-from sftmix.data.template import choose_template
+from sftmix.data.template import choose_template, rendering
 from sftmix.errors import ConfigError, DataError, first_line
 from sftmix.machine import accessing
 
@@ -82,7 +82,8 @@ def render_for_training(conversations: list[tuple[Message, ...]], template: str)
     """Returns the conversations as the template writes them, without special tokens: what a tokenizer should learn from."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    rendered: Any = render_jinja_template([list(c) for c in conversations], chat_template=template, bos_token="", eos_token="")
+    with rendering("training examples"):
+        rendered: Any = render_jinja_template([list(c) for c in conversations], chat_template=template, bos_token="", eos_token="")
     return list(rendered[0])
 
 
