@@ -168,8 +168,12 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        parts = (manifest.settings, manifest.inputs, manifest.facts, manifest.versions, manifest.files, *manifest.files.values())
+        if not all(isinstance(part, dict) for part in parts):
+            raise TypeError("a part of it is no object")
+        return manifest
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}). Remove the folder and run the stage again.") from None
 
 

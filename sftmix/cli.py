@@ -44,6 +44,7 @@ SCORES = {
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of `sftmix`. Returns the exit code: 0 done, 2 a mistake that the user can mend, 75 stopped on request and saved (to be
     started again), 1 anything else."""
+    _open_closed_output()
     # The deepspeed launcher adds --local_rank to what it starts; the environment says the same.
     given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
     parser = _parser()
@@ -75,6 +76,17 @@ def main(arguments: list[str] | None = None) -> int:
         for line in str(known).splitlines() if _is_main() or not known.on_all_ranks else []:
             print(f"sftmix: error: {line}", file=sys.stderr)
         return 2
+
+
+def _open_closed_output() -> None:
+    """Lets what is printed go nowhere where stdout or stderr is closed (`>&-`): else the next file that is opened would get it."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, os.fdopen(number, "w"))
 
 
 def _forget_lost_output() -> bool:

@@ -40,6 +40,7 @@ REMEDIES = {
 SPACE = (errno.ENOSPC, errno.EDQUOT)
 # Errors that carry no number are recognised by the system's words for these. The others' words have other meanings too.
 _NAMED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE)
+_IN_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors, tokenizers, polars
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # numpy hides the cause, which is a full disk almost always
 _MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -49,6 +50,8 @@ def error_number(error: BaseException) -> int | None:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     text = str(error)
+    if found := _IN_RUST.search(text):
+        return int(found[1])
     if _SHORT_WRITE.search(text):
         return errno.ENOSPC
     return next((number for number in _NAMED if os.strerror(number) in text), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sftmix.config import Config, ModelConfig
-from sftmix.errors import ConfigError
+from sftmix.errors import ConfigError, first_line
 
 
 def check(config: Config, *, has_device: bool = True) -> None:
@@ -55,11 +55,12 @@ def _check_model(model: ModelConfig, name: str, *, precision: str, has_device: b
     settings = hf_config(model, name=name)
     if has_device:
         check_attention(model, settings, precision=precision, is_on_gpu=has_gpu(), name=name)
-    is_local = model.path is not None and Path(model.path).is_dir()
-    if not is_local and model.lora is None:
-        return
-    shell = empty_model(model, settings)
-    if is_local:
+    try:
+        shell = empty_model(model, settings)
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, ImportError) as error:
+        where = f"{name}.path: the config of {model.path}" if model.path else f"{name}.architecture"
+        raise ConfigError(f"{where} describes no model that can be built: {first_line(error)} Correct its values.") from error
+    if model.path is not None and Path(model.path).is_dir():
         check_weights(str(model.path), settings, shell, name=name)
     if model.lora is not None:
         import_peft()

@@ -48,6 +48,7 @@ def given(tmp_path_factory):
     (folder / "rows.txt").write_text("rows")
     (folder / "broken.jinja").write_text("{% for")
     (folder / "latin1.jinja").write_bytes(b"\xff")
+    (folder / "filter.jinja").write_text("{{ messages | nofilter }}")
     (folder / "stage2.json").write_text('{"zero_optimization": {"stage": 2}}')
     (folder / "zero.json").write_text('{"zero_optimization": {"overlap_com": true}}')
     (folder / "misspelled.json").write_text('{"zero_optimisation": {"stage": 3}}')
@@ -130,6 +131,20 @@ def model(name, folder="GIVEN/"):
 FOUND_BEFORE_ANYTHING_STARTS = {
     "unknown key": (["train.epohcs=1"], "`train.epohcs` is an unknown key", "Did you mean `epochs`?"),
     "wrong type": (["train.epochs=many"], "`train.epochs` is 'many'", "should be a valid integer"),
+    "list for a section": (["train=[1, 2]"], "`train` is [1, 2]", "should be a valid dictionary"),
+    "number beyond all bounds": (["run.seed=99999999999999999999"], "`run.seed` is 99999999999999999999", "should be less than"),
+    "date that is none": (["run.dir=2020-99-99"], "override `run.dir=2020-99-99`", "the value is not valid YAML: month must be"),
+    "sizes of no model": (
+        ["model.architecture.hidden_size=0"],
+        "model.architecture describes no model that can be built",
+        "Correct its values",
+    ),
+    "no attention heads": (["model.architecture.num_attention_heads=0"], "model.architecture (model_type 'llama')", "Correct the value"),
+    "unknown filter in a template": (
+        ["tokenizer.chat_template=GIVEN/filter.jinja"],
+        "No filter named 'nofilter'",
+        "tokenizer.chat_template",
+    ),
     "no override": (["epochs"], "override `epochs`", "for example `train.epochs=1`"),
     "missing data": (["data.path=GIVEN/no.jsonl"], "GIVEN/no.jsonl does not exist", "Give the path of a file"),
     "unknown format": (["data.format=alpacca"], "data.format is 'alpacca'", "expected auto, "),
@@ -336,6 +351,7 @@ def test_output_that_nobody_takes_is_no_traceback(config):
     assert run_shell("inspect {} | true", config) == (1, "")
     code, said = run_shell("inspect {} > /dev/full", config)
     assert code == 2 and said.startswith("sftmix: error: stdout: No space left on device")
+    assert run_shell("inspect {} >&-", config) == (0, "")
 
 
 def test_an_error_that_is_a_bug_keeps_its_traceback(config, monkeypatch):
@@ -385,6 +401,20 @@ def test_each_of_several_mistakes_has_a_line_of_its_own(config, capsys):
 
 def test_overrides_count_before_and_behind_an_option(config, capsys):
     assert len(mistake(capsys, "data", config, "train.epohcs=1", "--force", "log.every_steps=0").splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("? [a, b]\n: 1\n", "run.yaml:1: a key is a list or a mapping, expected a word"),
+        ("? {a: b}\n: 1\n", "run.yaml:1: a key is a list or a mapping, expected a word"),
+        ("run: {dir: 2020-99-99}\n", "not valid YAML: month must be"),
+        (f"run: {{seed: 1{'0' * 5000}}}\n", "not valid YAML: Exceeds the limit"),
+    ],
+)
+def test_yaml_that_python_cannot_take_is_one_line(text, cause, config, capsys):
+    config.write_text(text)
+    assert cause in mistake(capsys, "data", config)
 
 
 def test_a_missing_config_suggests_one_with_a_near_name(config, capsys):

@@ -15,8 +15,10 @@ from processes import ROOT
 from tokenizers_for_tests import character_tokenizer
 
 from sftmix import artifacts
+from sftmix.engine.distributed import Ranks
 from sftmix.errors import ArtifactError
 from sftmix.machine import REMEDIES, accessing, describe, error_number, explain
+from sftmix.runlog import RunLog
 
 NUMBERS = np.random.default_rng(0).random(100_000)
 
@@ -108,6 +110,11 @@ def test_each_refusal_has_the_systems_words_and_a_remedy(number):
     assert str(explain(OSError(number, os.strerror(number)), Path("/run"))).startswith("a file in /run, or stdout: ")
 
 
+def test_the_number_in_an_error_of_a_rust_library_counts():
+    assert error_number(Exception("I/O error: whatever (os error 27)")) == errno.EFBIG
+    assert explain(Exception("no such tensor (os error 2)")) is None
+
+
 def test_free_and_needed_space_are_told(tmp_path):
     said = describe(OSError(errno.ENOSPC, "", str(tmp_path / "not" / "there")), needed_bytes=3 * 2**20)
     assert "MiB free, 3.0 MiB needed)" in said
@@ -129,3 +136,19 @@ def test_an_error_that_has_its_line_keeps_it(tmp_path):
     assert explain(error) is None and error_number(error) == errno.ENOSPC
     with pytest.raises(ArtifactError), accessing(tmp_path):
         raise error
+
+
+@pytest.mark.parametrize("size", ["4k", "16k"])  # full when the file is created, and later in the writer's thread
+def test_a_full_disk_under_tensorboard_is_said_once_and_the_run_goes_on(size, mounted, tmp_path, capfd):
+    log = RunLog(
+        "baseline", Ranks(0, 1, 0, torch.device("cpu")), metrics=tmp_path / "metrics.jsonl", tensorboard=mounted(f"size={size}") / "tb",
+        every_steps=1, has_mixup=False, has_router=False,
+    )  # fmt: skip
+    log.start(num_steps=2)
+    line = {"epoch": 0, "loss/ntp (nats/token)": 1.0, "tokens/real (tokens/s)": 1.0, "grad_norm": 1.0, "learning_rate": 1.0}
+    for step in range(400):
+        log._write(step, {"step": step, **line})
+    log.finish()
+    said, errors = capfd.readouterr()
+    assert said.count("TensorBoard is left out from here on: ") == 1 and "No space left on device" in said and "Traceback" not in errors
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 400

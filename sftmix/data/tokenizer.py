@@ -121,7 +121,7 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizerTrainConfig, folder
             pad_id=3,
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise DataError(
             f"the SentencePiece tokenizer cannot be trained: {' '.join(str(error).split())[-200:]} "
             f"Lower tokenizer.train.vocab_size (now {settings.vocab_size}), or use more data."

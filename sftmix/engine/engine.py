@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sftmix import faults, guard
@@ -263,13 +264,15 @@ class Engine:
     def _write_on_main(self, folder: Path, state: dict[str, Tensor], write: Callable[[], None]) -> None:
         """Lets rank 0 write a folder. A failure is one error on all ranks, none of which waits for rank 0; no half of the folder stays."""
         problem = ""
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())  # transformers empties it
         if self.ranks.is_main:
             try:
                 with accessing(folder):
                     faults.point("export.write")
                     write()
             except OSError as error:
-                needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+                if isinstance(error.__cause__, SafetensorError):  # which names no file
+                    error.filename = str(folder / "*.safetensors")
                 problem = f"the model could not be exported: {describe(error, folder, needed_bytes=needed)}"
                 shutil.rmtree(folder, ignore_errors=True)
         if self.ranks.agree([bool(problem)])[0]:

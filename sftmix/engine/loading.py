@@ -56,7 +56,7 @@ def hf_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = No
     where = f"{name}.architecture (model_type {model_type!r})"
     try:
         config = AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         cause = error.__cause__ or error  # what transformers wraps says it in one line
         raise ConfigError(f"{where}: {' '.join(str(cause).split())[:300]} Correct the value.") from None
     if type(config) not in AutoModelForCausalLM._model_mapping:
