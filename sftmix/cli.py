@@ -46,6 +46,7 @@ SCORES = {
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of `sftmix`. Returns the exit code: 0 done, 2 a mistake that the user can mend, 75 stopped on request and saved (to be
     started again), 1 anything else."""
+    _open_closed_output()
     # The deepspeed launcher adds --local_rank to what it starts; the environment says the same.
     given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
     parser = _parser()
@@ -55,20 +56,52 @@ def main(arguments: list[str] | None = None) -> int:
     if rest:
         options.overrides += rest  # overrides may stand behind an option
     try:
-        return _dispatch(options)
+        code = _dispatch(options)
+        sys.stdout.flush()  # a full disk behind it shows here, and not when Python ends
+        return code
     except StoppedError as stopped:
         if _is_main():
             print(f"sftmix: {stopped}", file=sys.stderr)
         return EXIT_CODE
-    except SftmixError as error:
-        if options.debug:
-            raise
-        for line in str(error).splitlines() if _is_main() or not error.on_all_ranks else []:
-            print(f"sftmix: error: {line}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("sftmix: interrupted", file=sys.stderr)
         return 130
+    except (SftmixError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: torch's, out of memory
+        is_lost = _forget_lost_output()
+        if is_lost and isinstance(error, BrokenPipeError):  # `sftmix inspect CONFIG | head`: nobody wants to read more
+            return 1
+        from sftmix.machine import explain
+
+        known = error if isinstance(error, SftmixError) else explain(error, None if is_lost else getattr(options, "writes_to", None))
+        if known is None or options.debug:  # not a mistake of the user or the machine: a bug of sftmix
+            raise
+        for line in str(known).splitlines() if _is_main() or not known.on_all_ranks else []:
+            print(f"sftmix: error: {line}", file=sys.stderr)
+        return 2
+
+
+def _open_closed_output() -> None:
+    """Lets what is printed go nowhere where stdout or stderr is closed (`>&-`): else the next file that is opened would get it."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, os.fdopen(number, "w"))
+
+
+def _forget_lost_output() -> bool:
+    """Returns whether stdout takes nothing any more (a closed pipe, a full disk). Python would say so again when it ends, so what it
+    still holds, and what is printed from here on, goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return True
+    return False
 
 
 def _is_main() -> bool:
@@ -172,13 +205,13 @@ def _dispatch(options: argparse.Namespace) -> int:
         return launch_on_nodes(options)
     from sftmix.launch_environment import place_of, translate
 
-    translate()
     config = load_config(options.config, options.overrides)
     if options.command == "export":
         from sftmix.export import export
 
         print(export(config, which=options.which, to=options.to, adapter=options.adapter))
         return 0
+    translate()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.umask(0o077)  # data and weights are the user's own
     place = place_of()
@@ -195,6 +228,7 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         inspect(config, num_examples=options.num)
         return 0
+    options.writes_to = config.run.dir
     only = None if options.command == "run" else options.command
     how = {"force": getattr(options, "force", False), "restart": options.restart}
     from sftmix.pipeline import run_pipeline

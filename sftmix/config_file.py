@@ -142,7 +142,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Places]:
         if node is not None:
             _record_places(node, (), path, places)
         raw = _Loader(text).get_single_data()
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:  # ValueError: no UTF-8, no date, too many digits
         text = " ".join(str(error).split()).replace('"<unicode string>"', str(path))
         raise ConfigError(f"{path}: not valid YAML: {text}") from None
     if not isinstance(raw, dict) or node is None:
@@ -153,8 +153,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Places]:
 def _record_places(node: yaml.Node, prefix: KeyPath, path: Path, places: Places) -> None:
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
-            key = (*prefix, key_node.value)
             place = f"{path}:{key_node.start_mark.line + 1}"
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{place}: a key is a list or a mapping, expected a word such as `run`. Correct it.")
+            key = (*prefix, key_node.value)
             if key in places:
                 raise ConfigError(f"{place}: `{_dotted(key)}` stands twice (first at {places[key]}). Keep one of them.")
             places[key] = place
@@ -171,7 +173,7 @@ def _apply_override(raw: dict[str, Any], places: Places, override: str) -> None:
         raise ConfigError(f"override `{override}`: expected `key.sub=value`, for example `train.epochs=1`.")
     try:
         parsed = _Loader(value).get_single_data() if value else None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"override `{override}`: the value is not valid YAML: {' '.join(str(error).split())}") from None
     keys = name.split(".")
     section = raw

@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sftmix import artifacts, guard, work
+from sftmix import artifacts, guard, machine, work
 from sftmix.config import Config, ModelConfig
 from sftmix.config_file import dump_config
 from sftmix.deepspeed_json import read_deepspeed_json
@@ -154,7 +154,7 @@ def model_identity(model: ModelConfig) -> dict[str, Any]:
     folder = Path(model.path) if model.path else None
     if folder is not None and folder.is_dir():
         identity["files"] = {}
-        for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.py")]):
+        for path in sorted(file for pattern in ("config.json", "*.safetensors", "*.py") for file in folder.glob(pattern)):
             size = path.stat().st_size
             with path.open("rb") as file:
                 head = file.read(1 << 20)
@@ -190,7 +190,10 @@ def run_pipeline(
         try:
             _run_stages(config, stages, held, hold, only=only, force=force, restart=restart, say=say)
         except BaseException as error:
-            guard.end_watch(error)
+            known = machine.explain(error, config.run.dir)
+            guard.end_watch(known or error)
+            if known is not None:
+                raise known from error
             raise
         guard.end_watch(None)
     return config.run.dir / next(stage.folder for stage in reversed(stages) if only in (None, stage.name))

@@ -211,7 +211,7 @@ class TrainingCheckpoints:
         threads, before = use_threads(None), manifest.facts.get("num_threads")
         if self.ranks.device.type == "cpu" and before not in (None, threads):
             print(
-                f"  not bit for bit: {counted(threads, 'CPU thread')} per rank, {before} when the checkpoint was saved (engine.num_threads)",
+                f"  not bit for bit: {counted(threads, 'CPU thread')} per rank, {before} when it was saved (engine.num_threads)",
                 flush=True,
             )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from sftmix import artifacts
 from sftmix.data.batches import MicroBatch, StepCounts
 from sftmix.engine.distributed import Ranks
+from sftmix.machine import accessing, describe
 from sftmix.meter import ACTIVITIES, CHECKPOINT, OTHER, TOKEN_KINDS, TRAINING, Meter
 
 if TYPE_CHECKING:
@@ -127,11 +129,10 @@ class RunLog:
         if self.ranks.is_main:
             self._file = self._metrics.open("a" if after else "w", encoding="utf-8")
         if self.ranks.is_main and self._tensorboard is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
             if not after:
                 shutil.rmtree(self._tensorboard, ignore_errors=True)  # of an earlier attempt: its curves would lie over these
-            self._writer = SummaryWriter(str(self._tensorboard), purge_step=after + 1 if after else None)
+            with self._tensorboard_may_fail():
+                self._writer = _summary_writer(self._tensorboard, purge_step=after + 1 if after else None)
         if self.ranks.is_main and sys.stdout.isatty():
             self._bar = progress_bar()
             self._bar.start()
@@ -203,8 +204,9 @@ class RunLog:
             self._bar.stop()
         if self._file is not None:
             self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        with self._tensorboard_may_fail():
+            if self._writer is not None:
+                self._writer.close()
 
     def facts(self) -> dict[str, float]:
         """Returns what a report wants of the whole stage."""
@@ -215,10 +217,12 @@ class RunLog:
             return
         # NaN is no JSON: a reader must not choke on the very line that shows what went wrong.
         printable = {k: v if np.isfinite(v) else None for k, v in line.items()}
-        self._file.write(json.dumps(printable) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            self._write_scalars(step, line)
+        with accessing(self._metrics):
+            self._file.write(json.dumps(printable) + "\n")
+            self._file.flush()
+        with self._tensorboard_may_fail():
+            if self._writer is not None:
+                self._write_scalars(step, line)
         losses = f"ntp {line[NTP]:.4f}" + (f" mixup {line[MIXUP]:.4f}" if self.has_mixup else "")
         rate = f"{line[REAL_RATE]:,.0f} tok/s"
         if self._bar is not None:
@@ -239,10 +243,34 @@ class RunLog:
                 values.append(Summary.Value(tag=tag, simple_value=line[key], metadata=metadata))
         self._writer.file_writer.add_summary(Summary(value=values), step)
 
+    @contextmanager
+    def _tensorboard_may_fail(self) -> Iterator[None]:
+        """Goes on without TensorBoard where its files cannot be written, and says so: metrics.jsonl holds the same figures."""
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            print(f"  TensorBoard is left out from here on: {describe(error, self._tensorboard)}", flush=True)
+
     def _clear(self) -> None:
         self._losses = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
         self._lam, self._num_lam = 0.0, 0
         self._window_steps = 0
+
+
+def _summary_writer(folder: Path, *, purge_step: int | None) -> Any:
+    """Returns TensorBoard's writer. Its thread prints no traceback where a file cannot be written: the next call raises that error."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    before = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
+            before(failed)
+
+    if "_summary_writer" not in before.__qualname__:
+        threading.excepthook = hook
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def progress_bar() -> Any:

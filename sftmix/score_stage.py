@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sftmix import artifacts
 from sftmix.config import Config, ModelConfig
 from sftmix.errors import ArtifactError
+from sftmix.machine import accessing
 from sftmix.pipeline import StageContext
 from sftmix.shards import ShardFolder
 from sftmix.wording import counted
@@ -148,7 +149,9 @@ def import_scores(context: StageContext, examples: TokenisedExamples) -> None:
         allow_differences=settings.allow_differences,
         report_to=context.config.run.dir / "scores_that_do_not_fit.jsonl",
     )
-    pq.write_table(table.confidence.take(pa.array(rows)), context.folder / "confidence.parquet")
+    path = context.folder / "confidence.parquet"
+    with accessing(path):
+        pq.write_table(table.confidence.take(pa.array(rows)), path)
     print(f"  {counted(len(rows), 'score')} of {settings.scores}")
 
 
@@ -159,7 +162,8 @@ def _fingerprints(context: StageContext, precision: str) -> dict[str, str | int]
 
 def write_sums(path: Path, nll_sum: Sums) -> None:
     """Writes what a training run scored itself: a column for each checkpoint, rows in dataset order."""
-    pq.write_table(pa.table({str(step): sums for step, sums in nll_sum.items()}), path)
+    with accessing(path):
+        pq.write_table(pa.table({str(step): sums for step, sums in nll_sum.items()}), path)
 
 
 def read_sums(path: Path, num_examples: int) -> Sums:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from sftmix import artifacts
 from sftmix.confidence import CONFIDENCE_SCHEMA, PERPLEXITY_SCHEMA, aggregate, confidence_ranks, perplexity
 from sftmix.errors import ArtifactError
+from sftmix.machine import accessing
 from sftmix.score_files import CONFIDENCE, NOT_FINITE, PERPLEXITY, ROWS_PER_GROUP, locate, read_column, read_schema, string_column
 from sftmix.wording import counted
 
@@ -121,7 +122,7 @@ def write_scores(
     # Ids do not repeat inside a row group: a dictionary of them would only cost.
     written: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["checkpoint"], "write_page_checksum": True}
     schema = metadata.to_schema(PERPLEXITY_SCHEMA)
-    with pq.ParquetWriter(folder / PERPLEXITY, schema, **written) as writer:
+    with accessing(folder / PERPLEXITY), pq.ParquetWriter(folder / PERPLEXITY, schema, **written) as writer:
         for step in sorted(nll_sum):
             all_sums = nll_sum[step]
             for start in range(0, num_examples, ROWS_PER_GROUP):
@@ -134,7 +135,8 @@ def write_scores(
     ranks = confidence_ranks(ids, scores.confidence)
     columns = [ids, scores.confidence, scores.variability, scores.minimum, scores.maximum, ranks]
     table = pa.table(columns, schema=metadata.to_schema(CONFIDENCE_SCHEMA))
-    pq.write_table(table, folder / CONFIDENCE, row_group_size=ROWS_PER_GROUP, **written)
+    with accessing(folder / CONFIDENCE):
+        pq.write_table(table, folder / CONFIDENCE, row_group_size=ROWS_PER_GROUP, **written)
     bad = np.flatnonzero(~np.isfinite(scores.confidence))
     if len(bad):
         write_jsonl(folder / NOT_FINITE, _not_finite(bad, ids, scores.confidence, num_response_tokens, nll_sum))
@@ -307,7 +309,7 @@ def named(ids: Sequence[str]) -> str:
 
 def write_jsonl(path: Path, records: Iterator[dict[str, Any]]) -> None:
     """Writes one JSON object per line."""
-    with path.open("w", encoding="utf-8") as file:
+    with accessing(path), path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 

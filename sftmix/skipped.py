@@ -16,6 +16,7 @@ from sftmix.data.batches import MicroBatch
 from sftmix.engine.distributed import Ranks
 from sftmix.engine.engine import MicroBatchLoss
 from sftmix.errors import TrainingError
+from sftmix.machine import accessing
 from sftmix.wording import counted
 
 
@@ -45,7 +46,7 @@ class SkippedSteps:
         ids = self._ids.take(pa.array(sorted(causes[:, 0].long().tolist()))).to_pylist()
         what = "loss" if (table[:, 1] == 1).any() else "gradient"
         if self._ranks.is_main:
-            with self._path.open("a", encoding="utf-8") as file:
+            with accessing(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "not_finite": what, "example_ids": ids}) + "\n")
             print(
                 f"  step {step} skipped: the {what} is not finite; {counted(len(ids), 'example')}, first {ids[0]} ({self._path.name})",

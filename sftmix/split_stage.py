@@ -5,6 +5,7 @@ No list of all examples is held in memory but the response lengths and, to order
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from sftmix.config import Config
 from sftmix.errors import ArtifactError, ConfigError
+from sftmix.machine import accessing
 from sftmix.pairing import CONFIDENT, MIDDLE, UNCONFIDENT, Matching, mix_coverage
 from sftmix.pipeline import StageContext
 from sftmix.score_files import CONFIDENCE, ROWS_PER_GROUP
@@ -49,15 +51,16 @@ def split_scores(context: StageContext, examples: TokenisedExamples) -> dict[str
     beside = context.folder / "with_stratum.parquet"
     _check_order(table, split.column, examples, split.stratify_by, beside)
     try:
-        return split_table(
-            [beside if split.stratify_by else table],
-            context.folder / SPLIT,
-            value=split.column,
-            highest_first=split.highest_is_confident,
-            confident_share=split.confident_share,
-            unconfident_share=split.unconfident_share,
-            stratum="stratum" if split.stratify_by else None,
-        )
+        with accessing(context.folder / SPLIT):
+            return split_table(
+                [beside if split.stratify_by else table],
+                context.folder / SPLIT,
+                value=split.column,
+                highest_first=split.highest_is_confident,
+                confident_share=split.confident_share,
+                unconfident_share=split.unconfident_share,
+                stratum="stratum" if split.stratify_by else None,
+            )
     except ValueError as error:
         raise ArtifactError(f"{error}. Lower the reference's learning rate, or remove these examples.") from None
     finally:
@@ -108,7 +111,11 @@ def write_parts(folder: Path, sizes: dict[str, int], num_response_tokens: NDArra
 
 
 def _new_list(path: Path, size: int) -> NDArray[np.int64]:
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.int64, shape=(size,))
+    """Returns a new list on disk. Its space is reserved: a write to mapped memory on a full disk kills the process (SIGBUS)."""
+    indices = np.lib.format.open_memmap(path, mode="w+", dtype=np.int64, shape=(size,))
+    with accessing(path), path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    return indices
 
 
 def open_matching(folder: Path, config: Config, way: str) -> Matching:

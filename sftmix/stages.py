@@ -12,6 +12,7 @@ import numpy as np
 
 from sftmix import artifacts
 from sftmix.config import ModelConfig, TrainConfig
+from sftmix.machine import accessing
 from sftmix.meter import describe_time
 from sftmix.pipeline import StageContext
 
@@ -62,7 +63,9 @@ def run_reference(context: StageContext) -> None:
             nll_sum = score_examples(engine, examples, work_plan(config, examples), **shown).nll_sum
             if ranks.is_main:
                 live.mkdir(exist_ok=True)
-                np.save(live / f"{checkpoint_name(step)}.npy", nll_sum)
+                path = live / f"{checkpoint_name(step)}.npy"
+                with accessing(path):
+                    np.save(path, nll_sum)
 
     objective = Objective()
     _train(
@@ -157,11 +160,11 @@ def _run_target(context: StageContext, name: str, *, mixup_weight: float) -> Non
         if engine.has_adapters:
             engine.export_adapter(context.kept / "adapter", _tokenizer(context))
         if context.ranks is not None and context.ranks.is_main:
-            from sftmix.export import write_model_card
+            from sftmix.cards import write_model_card
 
-            write_model_card(context.kept / "model", config, objective=name)
+            write_model_card(context.kept / "model", config, name)
             if engine.has_adapters:
-                write_model_card(context.kept / "adapter", config, objective=name, is_adapter=True)
+                write_model_card(context.kept / "adapter", config, name, is_adapter=True)
 
     last = len(plan.steps())
     _train(context, name, config.model, settings, examples, plan, objective, checkpoint_steps=[last], save=save_model)
@@ -283,7 +286,9 @@ def run_evaluate(context: StageContext) -> None:
     if ranks.is_main:
         artifacts.write_json(context.folder / "metrics.json", metrics)
         if tables:
-            pq.write_table(pa.concat_tables(tables), context.folder / "per_example.parquet")
+            path = context.folder / "per_example.parquet"
+            with accessing(path):
+                pq.write_table(pa.concat_tables(tables), path)
 
 
 def run_report(context: StageContext) -> None:

@@ -23,7 +23,10 @@ class StopRequest:
     def __init__(self, run_folder: Path, *, wall_clock_minutes: float | None = None):
         self._file = run_folder / STOP_FILE
         self._minutes = wall_clock_minutes
-        self._started = float(os.environ.setdefault(STARTED, str(time.time())))
+        try:
+            self._started = float(os.environ.setdefault(STARTED, str(time.time())))
+        except ValueError:  # not ours
+            self._started = time.time()
         self._reason: str | None = None
         self._before: dict[signal.Signals, object] = {}
 

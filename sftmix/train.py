@@ -137,4 +137,5 @@ def choose_checkpoint_steps(plan: TrainingPlan, num_checkpoints: int | None) -> 
             last_of_epoch = {epoch: number for number, (epoch, _, _) in enumerate(steps, start=1)}
             return sorted(last_of_epoch.values())
         num_checkpoints = 3
+    num_checkpoints = min(num_checkpoints, len(steps))
     return sorted({math.ceil(len(steps) * n / num_checkpoints) for n in range(1, num_checkpoints + 1)})

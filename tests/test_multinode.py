@@ -313,3 +313,14 @@ def test_ranks_of_srun_and_mpirun_see_the_same(tmp_path, monkeypatch, launcher, 
         assert arguments == HOSTILE and folder == str(tmp_path) and {name: seen[name] for name in values} == values
         assert (seen["WORLD_SIZE"], seen["LOCAL_RANK"], seen["LOCAL_WORLD_SIZE"]) == ("4", str(rank % 2), "2")
         assert seen["MASTER_ADDR"] == {"slurm": "node1", "openmpi": "a"}[launcher]
+
+
+@pytest.mark.parametrize(("launcher", "program"), [("pdsh", "pdsh"), ("ssh", "ssh"), ("openmpi", "mpirun"), ("slurm", "srun")])
+def test_a_launcher_whose_program_is_missing_is_refused(launcher, program, monkeypatch):
+    from sftmix.multinode.command import _check_programs
+
+    monkeypatch.setattr("shutil.which", lambda name: None if name == program else f"/usr/bin/{name}")
+    with pytest.raises(ConfigError, match=f"--launcher {launcher} needs the program {program}, which is not in PATH"):
+        _check_programs(launcher)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    _check_programs(launcher)

@@ -30,6 +30,7 @@ from sftmix.data.formats import BadRow, Example, check_format, content_hash, det
 from sftmix.data.template import MASK_POLICY, ChatEncoder, choose_template
 from sftmix.data.tokenizer import load_tokenizer, render_for_training, tokenizer_identity, train_tokenizer, with_template
 from sftmix.errors import DataError
+from sftmix.machine import accessing
 from sftmix.wording import counted
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
     """
     summary = Summary()
     train, held_out, noisy = _read(config, summary)
-    with (folder / "dropped.jsonl").open("w", encoding="utf-8") as dropped_file:
+    with accessing(folder / "dropped.jsonl"), (folder / "dropped.jsonl").open("w", encoding="utf-8") as dropped_file:
 
         def drop(example: Example, reason: str) -> None:
             summary.dropped[reason] += 1
@@ -133,7 +134,8 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
                 summary.num_truncated += counts["truncated"]
                 if name == "train":
                     summary.num_tokens, summary.num_response_tokens = counts["tokens"], counts["response_tokens"]
-    tokenizer.save_pretrained(folder / "tokenizer")
+    with accessing(folder / "tokenizer"):
+        tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "summary.json", {**vars(summary), "dropped": dict(summary.dropped)})
     if summary.num_train < 2:
         raise DataError(
@@ -264,7 +266,7 @@ def _encode(part: list[Example], encoder: ChatEncoder, config: Config, drop: Any
 
 def _write_arrow(path: Path, rows: Iterator[Row], noisy: set[str], identity: Any) -> Counter[str]:
     counts: Counter[str] = Counter(examples=0, truncated=0, tokens=0, response_tokens=0)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+    with accessing(path), pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
 
         def flush() -> None:

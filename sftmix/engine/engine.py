@@ -8,15 +8,17 @@ optimiser step, so the engine asks for no division and multiplies by the number 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from sftmix import guard
+from sftmix import faults, guard
 from sftmix.artifacts import fingerprint
 from sftmix.config import Config, ModelConfig, TrainConfig
 from sftmix.data.batches import MicroBatch, StepCounts
@@ -43,6 +45,8 @@ from sftmix.engine.precision import (
     precision_of,
     resolve_precision,
 )
+from sftmix.errors import ArtifactError
+from sftmix.machine import accessing, describe
 from sftmix.objectives import Objective, loss_request
 
 if TYPE_CHECKING:
@@ -254,15 +258,14 @@ class Engine:
         """Writes a Hugging Face folder on rank 0: safetensors, config, generation config, tokenizer with template.
 
         transformers itself writes it, from a model without memory and the gathered tensors, so that names, shards
-        and weight conversions are what `AutoModelForCausalLM.from_pretrained` reads.
+        and weight conversions are what `AutoModelForCausalLM.from_pretrained` reads. Raises ArtifactError, on all ranks, where the
+        folder cannot be written.
         """
         state: dict[str, Tensor] = {}
         for name, tensor in self.named_tensors():
             if self.ranks.is_main:
                 state[name] = tensor.detach().to("cpu", copy=True)
-        if self.ranks.is_main:
-            self._write_model(folder, state, tokenizer)
-        self.ranks.barrier()
+        self._write_on_main(folder, state, lambda: self._write_model(folder, state, tokenizer))
 
     def named_adapters(self) -> Iterator[tuple[str, Tensor]]:
         """Yields (name of the module + `.lora_A.weight` or `.lora_B.weight`, whole tensor), one at a time; nothing without LoRA."""
@@ -274,13 +277,35 @@ class Engine:
                     yield self.module.plain_name(f"{name}.{part}"), parameter.data
 
     def export_adapter(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes the adapters alone on rank 0, in peft's format, with the tokenizer and its template."""
+        """Writes the adapters alone on rank 0, in peft's format, with the tokenizer and its template. Raises as `export`."""
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.named_adapters()}
-        if self.ranks.is_main:
+
+        def write() -> None:
             write_adapter(folder, self.module.model, state)
             check_exported(folder, self._dtype, {})
             tokenizer.save_pretrained(folder)
-        self.ranks.barrier()
+
+        self._write_on_main(folder, state, write)
+
+    def _write_on_main(self, folder: Path, state: dict[str, Tensor], write: Callable[[], None]) -> None:
+        """Lets rank 0 write a folder. A failure is one error on all ranks, none of which waits for rank 0; no half of the folder stays."""
+        problem = ""
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())  # transformers empties it
+        if self.ranks.is_main:
+            try:
+                with accessing(folder):
+                    faults.point("export.write")
+                    write()
+            except OSError as error:
+                if isinstance(error.__cause__, SafetensorError):  # which names no file
+                    error.filename = str(folder / "*.safetensors")
+                problem = f"the model could not be exported: {describe(error, folder, needed_bytes=needed)}"
+                shutil.rmtree(folder, ignore_errors=True)
+            except ArtifactError as error:
+                problem = str(error)
+                shutil.rmtree(folder, ignore_errors=True)
+        if self.ranks.agree([bool(problem)])[0]:
+            raise ArtifactError(self.ranks.text_from_main(problem), on_all_ranks=True)
 
     def frozen_checksum(self) -> str:
         """Returns what tells the frozen weights from others, on every rank; "" where all are trained."""

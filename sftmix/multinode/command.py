@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +48,8 @@ def launch_on_nodes(options: argparse.Namespace) -> int:
     from sftmix.preflight import check
 
     check(config, has_device=False)
+    if options.node_rank is None:
+        _check_programs(plan.launcher)
     os.umask(0o077)
     if options.node_rank:  # the first node's command claims the folder and prepares the data; these ranks join it
         with asking_to_stop(config.run.dir / STOP_FILE, then=_end_now):
@@ -54,6 +57,15 @@ def launch_on_nodes(options: argparse.Namespace) -> int:
             code = _run([node_command(plan, options.node_rank)], environment | exports.wanted(environment, PACKAGE_ROOT))
             return _exit_code(code)
     return _launch(config, plan, options)
+
+
+def _check_programs(launcher: str) -> None:
+    """Raises ConfigError where the program that `launcher` starts ranks with is not installed here."""
+    program = {"openmpi": "mpirun", "slurm": "srun", "pdsh": "pdsh"}.get(launcher, "ssh")
+    if shutil.which(program) is None:
+        raise ConfigError(
+            f"--launcher {launcher} needs the program {program}, which is not in PATH. Install it, or use another --launcher."
+        )
 
 
 def plan_of(options: argparse.Namespace) -> Plan:

@@ -11,6 +11,7 @@ import numpy as np
 
 from sftmix import __version__, artifacts
 from sftmix.config_file import dump_config
+from sftmix.machine import accessing
 from sftmix.meter import NAMES, minutes_of
 from sftmix.pipeline import StageContext
 from sftmix.report import plots
@@ -173,7 +174,8 @@ def _data_map(context: StageContext, scored: ScoredExamples) -> dict[str, Any] |
     if not len(points):
         return None
     image = plots.data_map(scored, points)
-    (context.folder / "data_map.png").write_bytes(image)
+    with accessing(context.folder / "data_map.png"):
+        (context.folder / "data_map.png").write_bytes(image)
     return {
         "image": base64.b64encode(image).decode(),
         "num_points": len(points),

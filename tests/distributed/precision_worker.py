@@ -200,7 +200,6 @@ note("built", built_in_bf16)
 note("states", states_in_bf16)
 note("loaded", lambda: loaded_in_bf16(is_universal=False))
 note("loaded universal", lambda: loaded_in_bf16(is_universal=True))
-if ranks.world_size == 1:
-    note("exported", exported_in_bf16)
+note("exported", exported_in_bf16)
 if ranks.is_main:
     result_path.write_text(json.dumps(results))

@@ -77,7 +77,7 @@ def test_going_on_with_other_threads_is_said_and_the_same_to_rounding(folder, pr
     reference(tmp_path / "other", 1, "engine.num_threads=1")
     reference(folder, 1, "engine.num_threads=1", check=False, fault="train.step:0:5:kill9")
     again = reference(folder, 1, "engine.num_threads=3")
-    said = "not bit for bit: 3 CPU threads per rank, 1 when the checkpoint was saved"
+    said = "not bit for bit: 3 CPU threads per rank, 1 when it was saved"
     assert "resumed after step 4" in again.stdout and said in again.stdout
     found, expected = (result_of(each)[0] for each in (folder, tmp_path / "other"))
     assert found == [pytest.approx(line, rel=1e-5) for line in expected]
