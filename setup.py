@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # kernels/ and launch/ live at the top of the repository and are linked into the package: docs/architecture.md
+    # kernels/, launch/ and configs/ live at the top of the repository and are linked into the package: docs/architecture.md
     packages=[
         "sftmix",
         "sftmix.data",
@@ -24,8 +24,9 @@ setup(
         "sftmix.report",
         "sftmix.kernels",
         "sftmix.launch",
+        "sftmix.configs",
     ],
-    package_data={"sftmix.report": ["*.j2"], "sftmix.launch": ["hostfile", "templates/*"]},
+    package_data={"sftmix.report": ["*.j2"], "sftmix.launch": ["hostfile", "templates/*"], "sftmix.configs": ["*.yaml", "*/*"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.5,<0.20",
