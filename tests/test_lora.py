@@ -35,6 +35,9 @@ from sftmix.pipeline import model_identity
 from sftmix.preflight import check
 from sftmix.stages import trained_model
 
+# Plain peft asks for the old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
 MU, RANK, ALPHA = 0.3, 3, 5.0
 FAMILIES = ["llama", "llama-tied", "qwen2", "gpt2", "gpt-neox", "phi-head-with-bias", "mixtral-moe"]
 LLAMA = {
