@@ -5,6 +5,9 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 VERSION = next(line.split('"')[1] for line in (ROOT / "sftmix/__init__.py").read_text().splitlines() if line.startswith("__version__"))
 LORA = ["peft>=0.21,<1", "accelerate>=1.0"]  # peft imports accelerate; neither is needed where all weights are trained
+# torch for CUDA and ROCm brings triton. Elsewhere it is for the tests alone, which interpret and compile
+# the kernels: 1 GB that no run without a GPU needs.
+TRITON = "triton>=3.5; platform_system == 'Linux'"
 
 setup(
     name="sftmix",
@@ -32,14 +35,13 @@ setup(
         "deepspeed>=0.19.5,<0.20",
         "transformers>=5.12,<6",
         "datasets>=4.8,<6",
-        "triton>=3.5; platform_system == 'Linux'",
         "sentencepiece>=0.2",
         "protobuf",  # transformers reads SentencePiece models through it
         "tensorboard>=2.15",
         "pydantic>=2.7",
         "pyyaml>=6",
         "numpy>=1.26",
-        "pyarrow>=15",
+        "pyarrow>=21",
         "polars>=1.30",
         "jinja2>=3.1",
         "matplotlib>=3.8",
@@ -47,7 +49,17 @@ setup(
     ],
     extras_require={
         "lora": LORA,
-        "dev": [*LORA, "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.8", "mypy>=1.13", "types-PyYAML", "zstandard", "duckdb"],
+        "dev": [
+            *LORA,
+            TRITON,
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.8",
+            "mypy>=1.13",
+            "types-PyYAML",
+            "zstandard",
+            "duckdb",
+        ],
     },
     entry_points={"console_scripts": ["sftmix=sftmix.cli:main"]},
 )
