@@ -1,41 +1,73 @@
 # make quickstart   set up, then run the whole recipe on generated data
-# make test         set up, then run all tests
+# make test         set up with the tools of development, then run all tests
+# make test-oldest  the quick tests with the oldest versions that setup.py allows, make test-newest with the newest
 # make torture      the long tests of what survives kills
 # make check        lint, formatting and types
 SHELL := /bin/bash
 VENV := .venv
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
+# A pyenv shim is there for versions that are not: each is tried, in silence.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 # Without a GPU the CPU build of torch is enough, and gigabytes smaller; constraints-cpu.txt pins one that the registry has as such.
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || echo -c constraints-cpu.txt)
 TORCH := $(if $(CONSTRAINTS),$(shell grep '^torch==' constraints-cpu.txt))
+QUICK := not recipe and not distributed and not torture
 
-.PHONY: setup quickstart test torture check format clean
+.PHONY: setup setup-dev quickstart test test-oldest test-newest torture check format clean
 
 setup: $(VENV)/.ready
+setup-dev: $(VENV)/.ready-dev
+
+# $(call install,FOLDER,ARGUMENTS): into the environment in FOLDER, made where it is missing. What pip says goes to a
+# file, and to the screen where it fails.
+define install
+@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
+@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+@echo "pip install $(2)  (into $(1), minutes the first time; what pip says: $(1)/pip.log)"
+@$(1)/bin/pip install $(2) >$(1)/pip.log 2>&1 || { cat $(1)/pip.log; exit 1; }
+endef
 
 $(VENV)/.ready: setup.py constraints-cpu.txt
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(if $(TORCH),$(VENV)/bin/pip install --quiet "$(TORCH)")
-	$(VENV)/bin/pip install --quiet $(CONSTRAINTS) -e '.[dev]'
-	touch $@
+	$(if $(TORCH),$(call install,$(VENV),"$(TORCH)"))
+	$(call install,$(VENV),$(CONSTRAINTS) -e .)
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(call install,$(VENV),$(CONSTRAINTS) -e '.[dev]')
+	@touch $@
 
 quickstart: setup
 	$(VENV)/bin/sftmix run configs/quickstart.yaml
 
 # Two files at a time, each in order: tests of several processes wait so much that one at a time leaves half of two cores idle.
-test: setup
+test: setup-dev
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
 
-torture: setup
+# Where torch is pinned, both ends have that one.
+.venv-oldest/.ready: setup.py constraints-cpu.txt constraints-oldest.txt
+	$(if $(TORCH),$(call install,.venv-oldest,"$(TORCH)"))
+	@sed $(if $(TORCH),-e '/^torch==/d') constraints-oldest.txt >.venv-oldest/constraints.txt
+	$(call install,.venv-oldest,$(CONSTRAINTS) -c .venv-oldest/constraints.txt -e '.[dev]')
+	@touch $@
+
+.venv-newest/.ready: setup.py constraints-cpu.txt
+	$(if $(TORCH),$(call install,.venv-newest,"$(TORCH)"))
+	$(call install,.venv-newest,--upgrade --upgrade-strategy eager $(CONSTRAINTS) -e '.[dev]')
+	@touch $@
+
+test-oldest test-newest: test-%: .venv-%/.ready
+	@.venv-$*/bin/python -c 'from sftmix.doctor.versions import installed; print(installed())'
+	.venv-$*/bin/python -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
+
+torture: setup-dev
 	$(VENV)/bin/python -m pytest -q -m torture
 
-check: setup
+check: setup-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-format: setup
+format: setup-dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 

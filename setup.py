@@ -5,6 +5,9 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 VERSION = next(line.split('"')[1] for line in (ROOT / "sftmix/__init__.py").read_text().splitlines() if line.startswith("__version__"))
 LORA = ["peft>=0.21,<1", "accelerate>=1.0"]  # peft imports accelerate; neither is needed where all weights are trained
+# torch for CUDA and ROCm brings triton. Elsewhere it is for the tests alone, which interpret and compile
+# the kernels: 1 GB that no run without a GPU needs.
+TRITON = "triton>=3.5; platform_system == 'Linux'"
 
 setup(
     name="sftmix",
@@ -14,7 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # kernels/ and launch/ live at the top of the repository and are linked into the package: docs/architecture.md
+    # kernels/, launch/ and configs/ live at the top of the repository and are linked into the package: docs/architecture.md
     packages=[
         "sftmix",
         "sftmix.data",
@@ -24,21 +27,21 @@ setup(
         "sftmix.report",
         "sftmix.kernels",
         "sftmix.launch",
+        "sftmix.configs",
     ],
-    package_data={"sftmix.report": ["*.j2"], "sftmix.launch": ["hostfile", "templates/*"]},
+    package_data={"sftmix.report": ["*.j2"], "sftmix.launch": ["hostfile", "templates/*"], "sftmix.configs": ["*.yaml", "*/*"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.5,<0.20",
         "transformers>=5.12,<6",
         "datasets>=4.8,<6",
-        "triton>=3.5; platform_system == 'Linux'",
         "sentencepiece>=0.2",
         "protobuf",  # transformers reads SentencePiece models through it
         "tensorboard>=2.15",
         "pydantic>=2.7",
         "pyyaml>=6",
         "numpy>=1.26",
-        "pyarrow>=15",
+        "pyarrow>=21",
         "polars>=1.30",
         "jinja2>=3.1",
         "matplotlib>=3.8",
@@ -46,7 +49,17 @@ setup(
     ],
     extras_require={
         "lora": LORA,
-        "dev": [*LORA, "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.8", "mypy>=1.13", "types-PyYAML", "zstandard", "duckdb"],
+        "dev": [
+            *LORA,
+            TRITON,
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.8",
+            "mypy>=1.13",
+            "types-PyYAML",
+            "zstandard",
+            "duckdb",
+        ],
     },
     entry_points={"console_scripts": ["sftmix=sftmix.cli:main"]},
 )

@@ -15,11 +15,10 @@ from __future__ import annotations
 from typing import NoReturn
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from sftmix.kernels.pair_epilogue_triton import need_gpu
+from sftmix.kernels.triton_package import tl, triton
 
 MAX_BLOCK = 2048  # columns of D per tile: with 4 warps 16 bytes of bfloat16 per thread, on AMD (64 threads a warp) too
 

@@ -15,11 +15,10 @@ from __future__ import annotations
 from typing import NoReturn
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from sftmix.kernels.pair_epilogue_triton import _d_softcap, _online, _softcap, need_gpu
+from sftmix.kernels.triton_package import tl, triton
 
 MAX_BLOCK = 4096  # columns of V per tile, for 8 warps
 LOWEST = tl.constexpr(-3.0e38)  # below every logit but -inf

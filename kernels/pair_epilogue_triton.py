@@ -11,9 +11,9 @@ Axes: N rows of the chunk, M pairs among them, V vocabulary.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from sftmix.kernels.triton_package import tl, triton
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 MAX_BLOCK = 4096  # columns of V per tile: with 8 warps 128 registers and no spills on sm_90; wider tiles spill

@@ -35,6 +35,7 @@ RESTART = "discard saved progress instead of resuming"
 LAUNCHERS = ("pdsh", "ssh", "torchrun", "openmpi", "slurm")
 TEMPLATES = ("slurm", "kubernetes", "skypilot", "pdsh")
 DOCTOR = "look for what would make a run fail or compute wrong numbers, on this machine and others"
+CONFIGS = "list the configs that come with sftmix, which CONFIG takes by name"
 SCORES = {
     "show": "what a score table holds, and how it was made",
     "check": "whether a score table fits the data of a config",
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         from sftmix.machine import explain
 
         known = error if isinstance(error, SftmixError) else explain(error, None if is_lost else getattr(options, "writes_to", None))
-        if known is None or options.debug:  # not a mistake of the user or the machine: a bug of sftmix
+        if known is None or getattr(options, "debug", False):  # not a mistake of the user or the machine: a bug of sftmix
             raise
         for line in str(known).splitlines() if _is_main() or not known.on_all_ranks else []:
             print(f"sftmix: error: {line}", file=sys.stderr)
@@ -112,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sftmix",
         description="SFTMix: instruction tuning with a confidence-guided Mixup loss, on DeepSpeed.",
-        epilog="Example: sftmix run configs/quickstart.yaml train.epochs=2",
+        epilog="Example: sftmix run quickstart train.epochs=2",
     )
     parser.add_argument("--version", action="version", version=f"sftmix {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -132,19 +133,20 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, in peft's format, not merged")
     _add_launch(commands.add_parser("launch", help=LAUNCH, description=LAUNCH[0].upper() + LAUNCH[1:] + "."))
     _add_doctor(commands.add_parser("doctor", help=DOCTOR, description=DOCTOR[0].upper() + DOCTOR[1:] + "."))
+    commands.add_parser("configs", help=CONFIGS, description=CONFIGS[0].upper() + CONFIGS[1:] + ".")
     _add_scores(commands.add_parser("scores", help="show, check, merge or export score tables", description="Score tables as artifacts."))
     return parser
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", metavar="CONFIG", help="YAML file, see configs/")
+    command.add_argument("config", metavar="CONFIG", help="YAML file, or a name that `sftmix configs` lists")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a field, for example train.epochs=1")
 
 
 def _add_launch(command: argparse.ArgumentParser) -> None:
     _add_config(command)
     command.add_argument("--hostfile", type=Path, metavar="FILE", help="the nodes: lines of `host slots=N`")
-    command.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="what starts the ranks (default pdsh): docs/launch.md")
+    command.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="what starts the ranks (default pdsh)")
     command.add_argument("--stage", choices=STAGES, help="this stage alone, in place of the whole recipe")
     command.add_argument("--dry-run", action="store_true", help="show the command, and what each node would do; start nothing")
     command.add_argument("--node-rank", type=int, metavar="I", help="with ssh and torchrun: the part of node I alone, on this machine")
@@ -187,7 +189,23 @@ def _add_scores(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+def _list_configs() -> None:
+    """Prints names and first lines of the package's configs: those that run, then the parts of others."""
+    from sftmix.config_file import CONFIGS, describe_configs
+
+    runs = describe_configs()
+    parts = {name: runs.pop(name) for name in list(runs) if name.startswith(("bases/", "data/", "models/"))}
+    for title, group in (("to run", runs), ("parts of a config of your own, under `base:`", parts)):
+        width = max(map(len, group))
+        print(f"{title}:", *(f"  {name:<{width}}  {text}" for name, text in group.items()), "", sep="\n")
+    names = sorted(f"  deepspeed/{file.name}" for file in CONFIGS.glob("deepspeed/*.json"))
+    print("for engine.deepspeed:", *names, "", f"files: {CONFIGS}", sep="\n")
+
+
 def _dispatch(options: argparse.Namespace) -> int:
+    if options.command == "configs":
+        _list_configs()
+        return 0
     if options.command == "doctor":
         from sftmix.doctor.command import examine_machine
 

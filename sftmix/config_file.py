@@ -1,7 +1,8 @@
 """Reads a YAML config with its bases and overrides, and turns every mistake into one line with file, line and remedy.
 
 A file may name others to build on, `base: other.yaml` or a list of them, by paths relative to itself. They are laid over one
-another, the file itself last (docs/recipes.md).
+another, the file itself last (docs/recipes.md). The files of configs/ travel in the package and are
+known by name.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sftmix.errors import ConfigError, did_you_mean
 
 KeyPath = tuple[str | int, ...]
 Places = dict[KeyPath, str]
+CONFIGS = (Path(__file__).parent / "configs").resolve()  # linked into the package, and part of its wheel
 
 
 class _Loader(yaml.SafeLoader):
@@ -34,13 +36,43 @@ for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
+def packaged(name: str | Path) -> Path | None:
+    """Returns the file of the package that a name stands for, None where there is none.
+
+    A name is a path below configs/; `configs/` itself and `.yaml` may be left out."""
+    parts = Path(name).parts
+    if Path(name).is_absolute() or ".." in parts:
+        return None
+    below = CONFIGS.joinpath(*(parts[1:] if parts[:1] == ("configs",) else parts))
+    return next((file for file in (below, Path(f"{below}.yaml")) if file.is_file()), None)
+
+
+def find_config(name: str | Path) -> Path:
+    """Returns the file that a path or a name stands for: one that is there, else the package's.
+
+    Returns the path as given where there is neither."""
+    path = Path(name)
+    own = next((file for file in (path, Path(f"{path}.yaml")) if file.is_file()), None)
+    return own or packaged(name) or path
+
+
+def describe_configs() -> dict[str, str]:
+    """Returns the first line of comment of every YAML file of the package, by name."""
+    described = {}
+    for file in CONFIGS.rglob("*.yaml"):
+        first = file.read_text(encoding="utf-8").partition("\n")[0]
+        described[file.relative_to(CONFIGS).as_posix().removesuffix(".yaml")] = first.lstrip("# ")
+    return dict(sorted(described.items()))
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Returns the checked config of a YAML file laid over its bases, with `key.sub=value` overrides applied on top.
+    path: of the file, or the name of a config of the package.
 
     Raises ConfigError for a missing file, YAML that does not parse, bases that name each other, a duplicate or
     unknown key, a wrong type or value, and settings that contradict each other.
     """
-    path = Path(path)
+    path = find_config(path)
     raw, places = _read_with_bases(path)
     for override in overrides or []:
         _apply_override(raw, places, override)
@@ -85,6 +117,8 @@ def _layers(path: Path, chain: tuple[Path, ...], seen: set[Path]) -> list[tuple[
     for name in names:
         file = _beside(path, name)
         if not file.is_file():
+            file = packaged(name) or file
+        if not file.is_file():
             raise ConfigError(f"{place}: `base` names {name}, but there is no file {file}. {_near_file(file)}")
         ring = [known.resolve() for known in chain]
         if file.resolve() in ring:
@@ -128,8 +162,12 @@ def _forget(places: Places, key: KeyPath) -> None:
 
 
 def _near_file(path: Path) -> str:
-    near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.yaml")], n=1)
-    return f"Did you mean {path.parent / near[0]}?" if near else "Give the path of a YAML file; see configs/."
+    known = {name.rpartition("/")[2]: name for name in describe_configs()}
+    known |= {other.name.removesuffix(".yaml"): str(other) for other in path.parent.glob("*.yaml")}
+    near = difflib.get_close_matches(path.name.removesuffix(".yaml"), known, n=1)
+    if near:
+        return f"Did you mean {known[near[0]]}?"
+    return "Give the path of a YAML file, or a name that `sftmix configs` lists."
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], Places]:

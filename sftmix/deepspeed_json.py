@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sftmix.config import Config
+from sftmix.config_file import find_config
 from sftmix.errors import ConfigError, did_you_mean
 
 # https://www.deepspeed.ai/docs/config-json/, as of DeepSpeed 0.19
@@ -41,8 +42,9 @@ OWNED_BY_SFTMIX = {
 
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
-    """Returns the file's content. Raises ConfigError where it is missing, no JSON object, or has a duplicate
-    or unknown top-level key."""
+    """Returns the content of a file, or of one of the package (`deepspeed/zero3.json`).
+
+    Raises ConfigError where it is missing, no JSON object, or has a duplicate or unknown top-level key."""
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
@@ -53,7 +55,7 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         return seen
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+        content = json.loads(find_config(path).read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
     except OSError as error:
         raise ConfigError(f"engine.deepspeed: {path}: {error.strerror}. Give the path of a DeepSpeed JSON file.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

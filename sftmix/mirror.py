@@ -80,7 +80,8 @@ def say_storage(ranks: Ranks, config: Config) -> None:
     if ranks.is_main:
         models = [config.model, config.reference_model, *config.confidence.models]
         needed = [str(Path(model.path).absolute()) for model in models if model.path is not None and Path(model.path).exists()]
-        needed += [str(config.engine.deepspeed)] if config.engine.deepspeed else []
+        own_json = config.engine.deepspeed  # else one of the package, which is there already
+        needed += [str(own_json)] if own_json is not None and own_json.is_file() else []
         print(
             f"run.dir is not shared: {config.run.dir.absolute()} on {', '.join(others)} is not the one on {names[0]}, which counts.\n"
             "  Copied from there when a stage needs it: data, models of earlier stages, split.\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from sftmix.config import Config, ModelConfig
@@ -37,6 +38,12 @@ def check(config: Config, *, has_device: bool = True) -> None:
         )
     if config.engine.kernel_backend == "triton" and has_device and not has_gpu():
         raise ConfigError("engine.kernel_backend is triton, which needs a GPU, and there is none here. Use auto or torch.")
+    needs_triton = config.engine.kernel_backend in ("auto", "triton") and has_device and has_gpu()
+    if needs_triton and importlib.util.find_spec("triton") is None:
+        raise ConfigError(
+            f"engine.kernel_backend is {config.engine.kernel_backend}, which is triton on a GPU, and the package triton "
+            "is not installed. Run `pip install triton`, or use engine.kernel_backend=torch."
+        )
     if config.engine.deepspeed is not None:
         for train in (config.train, config.reference_train):
             settings = deepspeed_config(config, precision=precision, world_size=1, max_grad_norm=train.max_grad_norm)

@@ -1,7 +1,11 @@
+import warnings
+
 import numpy as np
 import pytest
+from naive import make_model
 
 from sftmix.config import TrainConfig
+from sftmix.engine.engine import enable_activation_checkpointing
 from sftmix.pairing import singles
 from sftmix.train import TrainingPlan, choose_checkpoint_steps, learning_rate_at
 
@@ -47,3 +51,23 @@ def plan(epochs, examples=20, batch_size=4):
 )
 def test_checkpoints_of_the_reference_run(epochs, wanted, expected):
     assert choose_checkpoint_steps(plan(epochs), wanted) == expected
+
+
+def test_activation_checkpointing_is_switched_on_without_a_warning_of_transformers():
+    model, _ = make_model("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        enable_activation_checkpointing(model)
+    layers = model.model.layers
+    assert all(layer.gradient_checkpointing for layer in layers)
+    assert all(layer._gradient_checkpointing_func.keywords == {"use_reentrant": False} for layer in layers)
+
+
+def test_an_older_transformers_is_called_by_its_own_name():
+    class Old:
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+            self.given = gradient_checkpointing_kwargs
+
+    model = Old()
+    enable_activation_checkpointing(model)
+    assert model.given == {"use_reentrant": False}

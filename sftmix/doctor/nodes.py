@@ -152,7 +152,7 @@ def compare(item: str, here: Mapping[str, Any], there: Mapping[str, Any]) -> lis
             findings.append(Finding(item, "bad", f"other {word}: {shown}{more}.", remedy))
     if there.get("sees_run_folder") is False:
         found = "it does not see the file that was put beside the run folder here: the folder is not shared."
-        remedy = "Put run.dir on storage that all nodes share, under the same path; or see docs/reliability.md for what works without."
+        remedy = "Put run.dir on storage that all nodes share, under the same path, or start on the same nodes again."
         findings.append(Finding(item, "warning", found, remedy))
     return findings
 

@@ -58,7 +58,7 @@ def check_versions() -> list[Finding]:
     found = installed()
     problems = [*known_bad(found), *outside_ranges(found, requirements())]
     missing = sorted({"torch", "deepspeed", "transformers", "datasets"} - set(found))
-    problems += [Finding(ITEM, "bad", f"{name} is not installed.", "Install it: pip install -e .") for name in missing]
+    problems += [Finding(ITEM, "bad", f"{name} is not installed.", f"Install it: pip install {name}") for name in missing]
     shown = ", ".join(f"{name} {version}" for name, version in found.items())
     return problems or [Finding(ITEM, "ok", f"{shown}: none known to be wrong.", facts=dict(found))]
 

@@ -115,7 +115,7 @@ class Engine:
         if self.has_adapters:
             add_adapters(module, model, dtype=self._dtype, seed=config.run.seed, name="model")
         if train is not None and config.engine.activation_checkpointing:
-            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_activation_checkpointing(module)
         self.module = CausalLMWithLoss(module)
         optimizer = self._optimizer(train, settings) if train else None
         exact_buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
@@ -362,6 +362,13 @@ class Engine:
         gc.collect()
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def enable_activation_checkpointing(model: Any) -> None:
+    """Switches it on in a transformers model. New releases have renamed it, and warn of the old name."""
+    has_new_name = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if has_new_name else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def generation_end_ids(tokenizer: PreTrainedTokenizerBase, config: Any) -> list[int]:

@@ -30,8 +30,8 @@ def import_peft() -> Any:
         import peft
     except ImportError as error:
         raise ConfigError(
-            f"`lora` needs the packages peft and accelerate, and there is an ImportError: {error}. Run `pip install 'sftmix[lora]'`, "
-            "or remove `lora` to train all weights."
+            f"`lora` needs the packages peft and accelerate, and there is an ImportError: {error}. Run "
+            "`pip install peft accelerate` (in a checkout: `pip install '.[lora]'`), or remove `lora` to train all weights."
         ) from None
     return peft
 
