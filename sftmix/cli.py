@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sftmix import __version__
 from sftmix.errors import SftmixError, StoppedError
-from sftmix.stopping import EXIT_CODE
+from sftmix.stopping import INTERRUPTED
 
 STAGES = {
     "data": "read, check and encode the examples",
@@ -46,7 +46,7 @@ SCORES = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of `sftmix`. Returns the exit code: 0 done, 2 a mistake that the user can mend, 75 stopped on request and saved (to be
-    started again), 1 anything else."""
+    started again), 130 the same after Control-C, 1 anything else."""
     _open_closed_output()
     # The deepspeed launcher adds --local_rank to what it starts; the environment says the same.
     given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
@@ -63,10 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
     except StoppedError as stopped:
         if _is_main():
             print(f"sftmix: {stopped}", file=sys.stderr)
-        return EXIT_CODE
+        return stopped.exit_code
     except KeyboardInterrupt:
-        print("sftmix: interrupted", file=sys.stderr)
-        return 130
+        print("sftmix: interrupted. The same command goes on from what is saved.", file=sys.stderr)
+        return INTERRUPTED
     except (SftmixError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: torch's, out of memory
         is_lost = _forget_lost_output()
         if is_lost and isinstance(error, BrokenPipeError):  # `sftmix inspect CONFIG | head`: nobody wants to read more

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from sftmix.config import Config
 from sftmix.errors import ConfigError, did_you_mean
 
+RUN_CONFIG = "config.yaml"  # in a run folder: the resolved config of what it holds
 KeyPath = tuple[str | int, ...]
 Places = dict[KeyPath, str]
 CONFIGS = (Path(__file__).parent / "configs").resolve()  # linked into the package, and part of its wheel
@@ -67,13 +68,17 @@ def describe_configs() -> dict[str, str]:
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Returns the checked config of a YAML file laid over its bases, with `key.sub=value` overrides applied on top.
-    path: of the file, or the name of a config of the package.
+    path: of the file, of a run folder, whose own config counts then, or the name of a config of the package.
 
     Raises ConfigError for a missing file, YAML that does not parse, bases that name each other, a duplicate or
     unknown key, a wrong type or value, and settings that contradict each other.
     """
-    path = find_config(path)
+    folder = Path(path)
+    is_run_folder = (folder / RUN_CONFIG).is_file()
+    path = folder / RUN_CONFIG if is_run_folder else find_config(path)
     raw, places = _read_with_bases(path)
+    if is_run_folder:
+        raw["run"] = {**raw.get("run", {}), "dir": str(folder)}  # it may have been moved
     for override in overrides or []:
         _apply_override(raw, places, override)
     _inherit_train(raw)

@@ -62,5 +62,6 @@ class MachineError(SftmixError):
 class StoppedError(SftmixError):
     """The run was asked to stop, and has saved its state."""
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, exit_code: int = 75):
         super().__init__(message, on_all_ranks=True)
+        self.exit_code = exit_code

@@ -25,7 +25,7 @@ from sftmix.engine.members import Position
 from sftmix.engine.watch import Watch, listen
 from sftmix.errors import ArtifactError, SftmixError, StoppedError
 from sftmix.launch_environment import place_of
-from sftmix.stopping import EXIT_CODE, STOP_FILE
+from sftmix.stopping import STOP_FILE
 
 if TYPE_CHECKING:
     from sftmix.engine.distributed import Ranks
@@ -63,8 +63,8 @@ def holding(config: Config, *, is_own_disk: bool = False) -> Iterator[fence.Fenc
     try:
         yield hold
         outcome = 0
-    except StoppedError:
-        outcome = EXIT_CODE
+    except StoppedError as stopped:
+        outcome = stopped.exit_code
         raise
     finally:
         done.set()

@@ -7,15 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
 from sftmix import guard
 from sftmix.config import Config
-from sftmix.stopping import STOP_FILE
+from sftmix.stopping import EXIT_CODE, INTERRUPTED, STOP_FILE, acknowledge
 
-Then = Callable[[int, FrameType | None], object] | signal.Handlers
+GRACE_SECONDS = 60.0  # that other commands have to end, after one has: their ranks have heard of it by heartbeat
 RUN_SCRIPT = Path(__file__).resolve().parent / "launch" / "run.py"
 
 
@@ -37,7 +38,7 @@ def launch(config: Config, config_path: str, overrides: list[str], *, only: str 
         before = goal.stat().st_ino if goal.exists() else None
         options = [*(["--stage", only] if only else []), *(["--force"] if force else []), *(["--restart"] if restart else [])]
         with asking_to_stop(config.run.dir / STOP_FILE):
-            code = subprocess.run([*_launcher(config), config_path, *overrides, *options], env=environment, check=False).returncode
+            code = run_commands([[*_launcher(config), config_path, *overrides, *options]], environment)
         if code:
             return code
         unfinished = first_unfinished_stage(config, only)
@@ -81,20 +82,50 @@ def _environment(config: Config, attempt: int) -> Iterator[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def asking_to_stop(stop_file: Path, *, then: Then = signal.SIG_DFL) -> Iterator[None]:
-    """Turns SIGTERM and SIGUSR1 into a file that rank 0 looks for after each step: the launcher between would rather kill the ranks.
-    then: handles a second SIGTERM; by default it ends this process, and the ranks with it."""
+def asking_to_stop(stop_file: Path) -> Iterator[None]:
+    """Turns SIGTERM, SIGUSR1 and SIGINT (Control-C) into a file that rank 0 looks for after each step: the launcher between would rather
+    kill the ranks. SIGTERM or SIGINT again ends this process, and the ranks with it."""
 
     def ask(number: int, frame: FrameType | None) -> None:
         if not stop_file.parent.is_dir():  # no rank has come so far
             raise SystemExit(128 + number)
         stop_file.write_text(f"{signal.Signals(number).name} was received\n", encoding="utf-8")
-        if number == signal.SIGTERM:
-            signal.signal(number, then)
+        acknowledge(number)
+        if number != signal.SIGUSR1:
+            signal.signal(number, _end_now)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end_now(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def run_commands(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> int:
+    """Runs the commands side by side, until all have ended or one has failed and the others had time to end too. Returns 0, 75 or 130 where
+    one ended with it, or another of their codes. None is left running here, not after an interrupt either."""
+    processes: list[subprocess.Popen[bytes]] = []
+    deadline = None
+    try:
+        for command in commands:
+            # Of their own session: an interrupt from the terminal is ours to handle.
+            processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True))
+        while None in (codes := [process.poll() for process in processes]):
+            if deadline is None and any(codes):
+                deadline = time.monotonic() + GRACE_SECONDS
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    failed = [code for code in codes if code]
+    return next((code for code in failed if code in (EXIT_CODE, INTERRUPTED)), next(iter(failed), 0))

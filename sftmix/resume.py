@@ -31,7 +31,7 @@ from sftmix.checkpoints import STAGE, CheckpointFolder, check_space, find_proble
 from sftmix.config import CheckpointConfig
 from sftmix.engine.distributed import Ranks, use_threads
 from sftmix.errors import ArtifactError, StoppedError
-from sftmix.stopping import StopRequest
+from sftmix.stopping import StopRequest, exit_code_of
 from sftmix.wording import counted
 
 if TYPE_CHECKING:
@@ -291,7 +291,10 @@ class TrainingCheckpoints:
                     self._save(engine, step, parts, in_background=self.config.asynchronous and not should_stop)
         if should_stop and not is_last:
             reason = self.ranks.first_text(self.stop.reason or "")
-            raise StoppedError(f"stopped after step {step}: {reason}. The state is saved; the same command goes on from here")
+            raise StoppedError(
+                f"stopped after step {step}: {reason}. The state is saved; the same command goes on from here",
+                exit_code_of(reason),
+            )
 
     def _save(self, engine: Engine, step: int, parts: dict[str, Resumable], *, in_background: bool) -> None:
         started = time.perf_counter()

@@ -15,6 +15,7 @@ from sftmix.cli import _parser
 from sftmix.errors import ConfigError
 from sftmix.hostfile import Node
 from sftmix.launch_environment import translate
+from sftmix.launcher import run_commands
 from sftmix.multinode import command, commands, exports
 
 NODES = [Node("a", 2), Node("b", 1)]
@@ -240,10 +241,10 @@ def test_ranks_on_two_nodes_see_arguments_and_environment_as_they_were_given(tmp
         made = plan(launcher, *HOSTILE, address="127.0.0.2", port=29517)
     if launcher == "pdsh":
         with command._for_runner(made, environment) as prepared:
-            assert command._run([commands.runner_command(made)], prepared) == 0
+            assert run_commands([commands.runner_command(made)], prepared) == 0
     else:
         variables = exports.wanted(environment, command.PACKAGE_ROOT)
-        assert command._run([commands.ssh_command(made, number, variables) for number in (0, 1)], environment) == 0
+        assert run_commands([commands.ssh_command(made, number, variables) for number in (0, 1)], environment) == 0
     check_probes(tmp_path, VALUES)
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["hosts"]
 
@@ -307,7 +308,7 @@ def test_ranks_of_srun_and_mpirun_see_the_same(tmp_path, monkeypatch, launcher, 
     Path("hosts").write_text("a slots=2\nb slots=2\n")
     made = plan(launcher, *HOSTILE, nodes=[Node("a", 2), Node("b", 2)])
     with command._for_runner(made, environment) as prepared:
-        assert command._run([commands.runner_command(made)], prepared) == 0
+        assert run_commands([commands.runner_command(made)], prepared) == 0
     for rank in range(4):
         arguments, seen, folder = json.loads((tmp_path / str(rank)).read_text())
         assert arguments == HOSTILE and folder == str(tmp_path) and {name: seen[name] for name in values} == values

@@ -140,6 +140,18 @@ def test_a_second_run_does_nothing(copy_of):
     assert stages_run(output) == ([], STAGES)
 
 
+def test_a_run_folder_stands_for_its_own_config_wherever_it_lies(copy_of):
+    output = sftmix("run", str(copy_of)).stdout  # no overrides, and it was copied
+    assert stages_run(output) == ([], STAGES)
+
+
+def test_a_stage_runs_the_earlier_ones_that_are_missing_and_no_later_one(copy_of):
+    for name in ("pairing", "sftmix"):
+        shutil.rmtree(copy_of / name)
+    output = sftmix("train", str(copy_of)).stdout
+    assert stages_run(output) == (["split", "train"], [])
+
+
 @pytest.mark.parametrize(
     ("override", "again"),
     [

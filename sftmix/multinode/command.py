@@ -10,12 +10,9 @@ import argparse
 import contextlib
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sftmix import guard
@@ -24,14 +21,13 @@ from sftmix.config_file import load_config
 from sftmix.errors import ConfigError
 from sftmix.fence import Fence
 from sftmix.hostfile import is_host_name, read_hostfile
-from sftmix.launcher import asking_to_stop, prepare_data
+from sftmix.launcher import asking_to_stop, prepare_data, run_commands
 from sftmix.multinode import exports
 from sftmix.multinode.commands import ALIVE, ON_EACH_NODE, Plan, describe, make_plan, node_command, runner_command, ssh_command
-from sftmix.stopping import EXIT_CODE, STOP_FILE
+from sftmix.stopping import EXIT_CODE, INTERRUPTED, STOP_FILE
 from sftmix.wording import counted
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
-GRACE_SECONDS = 60.0  # that other nodes have to end, after one has: their ranks have heard of it by heartbeat
 
 
 def launch_on_nodes(options: argparse.Namespace) -> int:
@@ -52,9 +48,9 @@ def launch_on_nodes(options: argparse.Namespace) -> int:
         _check_programs(plan.launcher)
     os.umask(0o077)
     if options.node_rank:  # the first node's command claims the folder and prepares the data; these ranks join it
-        with asking_to_stop(config.run.dir / STOP_FILE, then=_end_now):
+        with asking_to_stop(config.run.dir / STOP_FILE):
             environment = _environment(plan)
-            code = _run([node_command(plan, options.node_rank)], environment | exports.wanted(environment, PACKAGE_ROOT))
+            code = run_commands([node_command(plan, options.node_rank)], environment | exports.wanted(environment, PACKAGE_ROOT))
             return _exit_code(code)
     return _launch(config, plan, options)
 
@@ -115,15 +111,15 @@ def _launch(config: Config, plan: Plan, options: argparse.Namespace) -> int:
             return 0
         hold.note_outcome(None)  # the data stage has left its own
         environment = _environment(plan)
-        with asking_to_stop(config.run.dir / STOP_FILE, then=_end_now):
+        with asking_to_stop(config.run.dir / STOP_FILE):
             if options.node_rank is not None:
-                code = _run([node_command(plan, 0)], environment | exports.wanted(environment, PACKAGE_ROOT))
+                code = run_commands([node_command(plan, 0)], environment | exports.wanted(environment, PACKAGE_ROOT))
             elif plan.launcher in ON_EACH_NODE:
                 variables = exports.wanted(environment, PACKAGE_ROOT)
-                code = _run([ssh_command(plan, number, variables) for number in range(len(plan.nodes))], environment)
+                code = run_commands([ssh_command(plan, number, variables) for number in range(len(plan.nodes))], environment)
             else:
                 with _for_runner(plan, environment) as prepared:
-                    code = _run([runner_command(plan)], prepared)
+                    code = run_commands([runner_command(plan)], prepared)
         return judge(code, hold.outcome(), folder_of_last(config, only) / MANIFEST)
 
 
@@ -133,8 +129,8 @@ def judge(code: int, outcome: int | None, manifest: Path) -> int:
         if code:
             print(f"sftmix: the launcher ended with {code}, but all is published", file=sys.stderr)
         return 0
-    if outcome == EXIT_CODE:
-        return EXIT_CODE
+    if outcome in (EXIT_CODE, INTERRUPTED):
+        return outcome
     if code == 0:
         print(f"sftmix: the launcher ended, but its ranks did not publish {manifest.parent}. Start again.", file=sys.stderr)
     return _exit_code(code) or 1
@@ -183,32 +179,3 @@ def _for_runner(plan: Plan, environment: Mapping[str, str]) -> Iterator[dict[str
         # Else pdsh waits for hours for the ssh to a node that was cut off.
         patience = " ".join([environment.get("PDSH_SSH_ARGS_APPEND", ""), *(f"-o{option}" for option in ALIVE)]).strip()
         yield {**rest, **variables, exports.ENV_FILE: file.name, "PDSH_SSH_ARGS_APPEND": patience}
-
-
-def _end_now(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
-
-
-def _run(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> int:
-    """Runs the commands side by side, until all have ended or one has failed and the others had time to end too. Returns 0, 75 where
-    one ended with it, or another of their codes. None is left running here, not after an interrupt either."""
-    processes: list[subprocess.Popen[bytes]] = []
-    deadline = None
-    try:
-        for command in commands:
-            # Of their own session: an interrupt from the terminal is ours to handle.
-            processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True))
-        while None in (codes := [process.poll() for process in processes]):
-            if deadline is None and any(codes):
-                deadline = time.monotonic() + GRACE_SECONDS
-            if deadline is not None and time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    failed = [code for code in codes if code]
-    return EXIT_CODE if EXIT_CODE in failed else next(iter(failed), 0)
