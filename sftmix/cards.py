@@ -69,7 +69,7 @@ def model_card(config: Config, which: str, *, is_adapter: bool = False, metrics:
         if is_mixup
         else "Instruction-tuned with next-token prediction alone, in the data order of the SFTMix run beside it.",
         "## How to use it",
-        f"```python\n{_snippet(config, is_adapter=is_adapter)}```",
+        _usage(config, is_adapter=is_adapter),
         *(["## Results", _results(metrics)] if metrics else []),
         "## How it was made",
         "\n".join(f"- {line}" for line in _facts(config, lora, base, is_adapter=is_adapter)),
@@ -169,12 +169,14 @@ def _results(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _snippet(config: Config, *, is_adapter: bool) -> str:
+def _usage(config: Config, *, is_adapter: bool) -> str:
+    if is_adapter and config.model.path is None:
+        return "The weights beside this adapter were random, and no model holds them. Use the merged model."
     loader = "AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM"
     imports = f"from peft import {loader}" if is_adapter else ""
     text = SNIPPET if is_adapter else SNIPPET.replace("import AutoTokenizer\n{imports}", "import AutoModelForCausalLM, AutoTokenizer")
     options = ", trust_remote_code=True" if config.model.trust_remote_code else ""
-    return text.format(imports=imports, loader=loader, options=options)
+    return f"```python\n{text.format(imports=imports, loader=loader, options=options)}```"
 
 
 def _method(config: Config) -> str:

@@ -258,18 +258,21 @@ class RunLog:
         self._window_steps = 0
 
 
+_other_hook = threading.excepthook
+
+
+def _hook_of_threads(failed: threading.ExceptHookArgs) -> None:
+    if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
+        _other_hook(failed)
+
+
 def _summary_writer(folder: Path, *, purge_step: int | None) -> Any:
     """Returns TensorBoard's writer. Its thread prints no traceback where a file cannot be written: the next call raises that error."""
     from torch.utils.tensorboard import SummaryWriter
 
-    before = threading.excepthook
-
-    def hook(failed: threading.ExceptHookArgs) -> None:
-        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
-            before(failed)
-
-    if "_summary_writer" not in before.__qualname__:
-        threading.excepthook = hook
+    global _other_hook
+    if threading.excepthook is not _hook_of_threads:
+        _other_hook, threading.excepthook = threading.excepthook, _hook_of_threads
     return SummaryWriter(str(folder), purge_step=purge_step)
 
 

@@ -131,6 +131,13 @@ def test_the_adapters_card_names_peft_and_its_snippet_runs(make_run, tmp_path):
     run_snippet(folder)
 
 
+def test_the_card_of_an_adapter_without_a_base_promises_nothing(make_run, tmp_path):
+    make_run()
+    overrides = ["model.path=", f"model.architecture={json.dumps(LLAMA)}", "tokenizer.train={}", "model.lora={}"]
+    config = load_config(tmp_path / "run.yaml", overrides)
+    assert "```" not in model_card(config, "sftmix", is_adapter=True).text and "```python" in model_card(config, "sftmix").text
+
+
 def test_what_nobody_states_is_unknown_and_not_guessed(make_run, tmp_path):
     _, config = make_run()
     card = ModelCard.load(export(config, which="sftmix", to=tmp_path / "out") / "README.md")
