@@ -12,7 +12,6 @@ from processes import ROOT
 from tokenizers_for_tests import character_tokenizer
 
 from sftmix.cli import main
-from sftmix.engine.distributed import Ranks
 from sftmix.errors import ConfigError, SftmixError
 
 LLAMA = {
@@ -374,12 +373,14 @@ def test_a_finished_run_on_a_disk_that_became_read_only_says_so(config, tmp_path
     assert "Read-only file system" in mistake(capsys, "data", config, f"run.dir={folder}/run", "data.max_length=128")
 
 
-def test_a_stage_names_the_stage_that_must_run_before_it(config, capsys, monkeypatch):
-    alone = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
-    monkeypatch.setattr("sftmix.engine.distributed.init_ranks", lambda join_limit: alone)  # no process group is left behind
-    assert "Run `sftmix data CONFIG` first" in mistake(capsys, "score", config)
+def test_finished_work_of_other_settings_is_refused_with_the_keys_of_the_config(config, capsys):
     assert main(["data", str(config)]) == 0
-    assert "Run `sftmix reference CONFIG` first" in mistake(capsys, "score", config)
+    for command in ("data", "score", "run"):
+        said = mistake(capsys, command, config, "data.max_length=99", "run.seed=7")
+        assert "data.max_length: " in said and "99 now" in said and "run.seed: 0 before, 7 now" in said
+        assert "--force" in said and "another run.dir" in said
+    assert main(["data", str(config), "data.max_length=99", "--force"]) == 0
+    assert "data.max_length: 99 before" in mistake(capsys, "data", config)
 
 
 def test_a_stage_that_is_switched_off_is_not_run(config, capsys):

@@ -100,7 +100,7 @@ def test_every_recipe_passes_the_checks_before_a_run(path, monkeypatch):
 
 
 def test_a_context_that_is_too_short_would_be_noticed(monkeypatch):  # the test of the test
-    with pytest.raises(ConfigError, match="the context of model is 8192 tokens"):
+    with pytest.raises(ConfigError, match="the context of model is 8,192 tokens"):
         check_context(hf_config(ModelConfig(architecture=ARCHITECTURES["gemma2-9b"])), max_length=8193, name="model")
 
 
