@@ -31,6 +31,7 @@ from sftmix.engine.engine import Engine
 from sftmix.engine.loading import load_source
 from sftmix.objectives import Objective
 from sftmix.scoring import OnlineScores, WorkPlan, score_examples
+from sftmix.wording import counted
 
 OURS, LOOP = "ours", "loop over transformers"
 TARGETS = {f"{LOOP} / {OURS}": (">=", 2.5), "step with online scores / step": ("<=", 1.01)}
@@ -139,7 +140,8 @@ def main() -> None:
         calls = scoring_calls(work, engine, model, loop_batch=options.loop_batch_size, unit_examples=options.unit_examples)
         tokens = int(work.examples.num_tokens.sum())
         print(
-            f"{len(work.examples):,} examples, {tokens:,} tokens, {engine.num_parameters:,} parameters, {ranks.world_size} processes",
+            f"{len(work.examples):,} examples, {tokens:,} tokens, {engine.num_parameters:,} parameters, "
+            + counted(ranks.world_size, "process", "processes"),
             flush=True,
         )
         report = rows_of(measure(calls, num_rounds=options.rounds, device=ranks.device, check=True), LOOP, OURS)

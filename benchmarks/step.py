@@ -43,9 +43,10 @@ from sftmix.config import Config
 from sftmix.data.batches import TokenisedExamples, collate, count_step, cut_step
 from sftmix.data.prepare import prepare
 from sftmix.data.tokenizer import tokenizer_from
-from sftmix.engine.distributed import has_gpu, init_ranks, resolve_precision
+from sftmix.engine.distributed import has_gpu, init_ranks
 from sftmix.engine.engine import Engine
 from sftmix.engine.loading import hf_config, load_source
+from sftmix.engine.precision import resolve_precision
 from sftmix.objectives import Objective
 from sftmix.pairing import StepUnits, match_parts, split_by_confidence
 

@@ -24,6 +24,8 @@ from typing import Any
 
 from sftmix import faults
 from sftmix.errors import ArtifactError
+from sftmix.machine import accessing
+from sftmix.wording import counted
 
 MANIFEST = "manifest.json"
 _may_publish: list[Callable[[], None]] = []
@@ -137,7 +139,7 @@ def seal(
     """Flushes every file below `folder` and writes its manifest last. For folders that grow in place."""
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST):
-        with path.open("rb") as file:
+        with accessing(path), path.open("rb") as file:
             os.fsync(file.fileno())
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
     manifest = Manifest(
@@ -167,8 +169,12 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        parts = (manifest.settings, manifest.inputs, manifest.facts, manifest.versions, manifest.files, *manifest.files.values())
+        if not all(isinstance(part, dict) for part in parts):
+            raise TypeError("a part of it is no object")
+        return manifest
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}). Remove the folder and run the stage again.") from None
 
 
@@ -186,7 +192,9 @@ def verify(folder: Path, *, digests: bool = True) -> Manifest:
             raise ArtifactError(f"{path} is missing, though {folder / MANIFEST} lists it. Remove {folder} and run the stage again.")
         size = path.stat().st_size
         if size != expected["size"]:
-            raise ArtifactError(f"{path} has {size} bytes, {expected['size']} were written. Remove {folder} and run the stage again.")
+            raise ArtifactError(
+                f"{path} has {counted(size, 'byte')}, expected {expected['size']:,}. Remove {folder} and run the stage again."
+            )
         if digests and sha256_of_file(path) != expected["sha256"]:
             raise ArtifactError(f"{path} differs from what was written (SHA-256). Remove {folder} and run the stage again.")
     return manifest
@@ -207,7 +215,7 @@ def write_json(path: Path, content: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file by temporary file and rename."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with accessing(path), temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

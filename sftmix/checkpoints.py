@@ -22,6 +22,7 @@ from typing import Any
 
 from sftmix import artifacts, faults
 from sftmix.errors import ArtifactError
+from sftmix.wording import counted
 
 STAGE = "training checkpoint"
 OWN_DIGEST = "manifest_sha256"
@@ -103,7 +104,7 @@ def find_problem(folder: Path, manifest: artifacts.Manifest, names: list[str]) -
         if path.is_symlink() or not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected["size"]:
-            return f"{name} has {path.stat().st_size} bytes, {expected['size']} were written"
+            return f"{name} has {counted(path.stat().st_size, 'byte')}, expected {expected['size']:,}"
         if artifacts.sha256_of_file(path) != expected["sha256"]:
             return f"{name} differs from what was written (SHA-256)"
     return None
@@ -193,7 +194,7 @@ class HashedFile:
             while self._hashed < written and not self._is_abandoned:
                 count = os.preadv(self._descriptor, [chunk[: written - self._hashed]], self._hashed)
                 if count == 0:
-                    raise OSError(errno.EIO, f"ends after {self._hashed} of the {written} bytes that were written", str(self.path))
+                    raise OSError(errno.EIO, f"ends after {self._hashed:,} of the {counted(written, 'byte')} written", str(self.path))
                 digest.update(chunk[:count])
                 self._hashed += count
 

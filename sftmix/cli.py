@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sftmix import __version__
 from sftmix.errors import SftmixError, StoppedError
-from sftmix.stopping import EXIT_CODE
+from sftmix.stopping import INTERRUPTED
 
 if TYPE_CHECKING:
     from sftmix.config import Config
@@ -36,6 +36,8 @@ OTHERS = {
     "export": "copy a trained model to a folder of your own",
 }
 LAUNCH = "run on the nodes of a hostfile, through DeepSpeed's launchers; or write a batch script, with --template"
+FORCE = "replace finished work that was made with other settings"
+RESTART = "discard saved progress instead of resuming"
 LAUNCHERS = ("pdsh", "ssh", "torchrun", "openmpi", "slurm")
 TEMPLATES = ("slurm", "kubernetes", "skypilot", "pdsh")
 DOCTOR = "look for what would make a run fail or compute wrong numbers, on this machine and others"
@@ -50,7 +52,8 @@ SCORES = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of `sftmix`. Returns the exit code: 0 done, 2 a mistake that the user can mend, 75 stopped on request and saved (to be
-    started again), 1 anything else."""
+    started again), 130 the same after Control-C, 1 anything else."""
+    _open_closed_output()
     # The deepspeed launcher adds --local_rank to what it starts; the environment says the same.
     given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
     parser = _parser()
@@ -60,20 +63,52 @@ def main(arguments: list[str] | None = None) -> int:
     if rest:
         options.overrides += rest  # overrides may stand behind an option
     try:
-        return _dispatch(options)
+        code = _dispatch(options)
+        sys.stdout.flush()  # a full disk behind it shows here, and not when Python ends
+        return code
     except StoppedError as stopped:
         if _is_main():
             print(f"sftmix: {stopped}", file=sys.stderr)
-        return EXIT_CODE
-    except SftmixError as error:
-        if getattr(options, "debug", False):
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        print("sftmix: interrupted. The same command goes on from what is saved.", file=sys.stderr)
+        return INTERRUPTED
+    except (SftmixError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: torch's, out of memory
+        is_lost = _forget_lost_output()
+        if is_lost and isinstance(error, BrokenPipeError):  # `sftmix inspect CONFIG | head`: nobody wants to read more
+            return 1
+        from sftmix.machine import explain
+
+        known = error if isinstance(error, SftmixError) else explain(error, None if is_lost else getattr(options, "writes_to", None))
+        if known is None or getattr(options, "debug", False):  # not a mistake of the user or the machine: a bug of sftmix
             raise
-        for line in str(error).splitlines() if _is_main() or not error.on_all_ranks else []:
+        for line in str(known).splitlines() if _is_main() or not known.on_all_ranks else []:
             print(f"sftmix: error: {line}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("sftmix: interrupted", file=sys.stderr)
-        return 130
+
+
+def _open_closed_output() -> None:
+    """Lets what is printed go nowhere where stdout or stderr is closed (`>&-`): else the next file that is opened would get it."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, os.fdopen(number, "w"))
+
+
+def _forget_lost_output() -> bool:
+    """Returns whether stdout takes nothing any more (a closed pipe, a full disk). Python would say so again when it ends, so what it
+    still holds, and what is printed from here on, goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return True
+    return False
 
 
 def _is_main() -> bool:
@@ -130,9 +165,9 @@ def _parser() -> argparse.ArgumentParser:
         _add_config(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if name in STAGES or name == "run":
-            command.add_argument("--restart", action="store_true", help="throw unfinished work away, where it cannot be taken up")
-        if name in STAGES:
-            command.add_argument("--force", action="store_true", help="run the stage though it is up to date")
+            command.add_argument("--restart", action="store_true", help=RESTART)
+            again = "run the stage again, and " if name in STAGES else ""
+            command.add_argument("--force", action="store_true", help=again + FORCE)
         if name == "inspect":
             command.add_argument("--num", type=int, default=3, metavar="N", help="examples to show (default 3)")
         if name == "export":
@@ -160,8 +195,8 @@ def _add_launch(command: argparse.ArgumentParser) -> None:
     command.add_argument("--node-rank", type=int, metavar="I", help="with ssh and torchrun: the part of node I alone, on this machine")
     command.add_argument("--master-addr", metavar="HOST", help="where the ranks meet (default: the first node)")
     command.add_argument("--master-port", type=int, metavar="PORT", help="and at which port (default 29500; slurm: by the job's number)")
-    command.add_argument("--force", action="store_true", help="with --stage: run it though it is up to date")
-    command.add_argument("--restart", action="store_true", help="throw unfinished work away, where it cannot be taken up")
+    command.add_argument("--force", action="store_true", help=f"with --stage: run it again; {FORCE}")
+    command.add_argument("--restart", action="store_true", help=RESTART)
     command.add_argument("--template", choices=TEMPLATES, help="print a file that starts this config there, and start nothing")
     command.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="with --template: its values, as nodes=2 gpus=8 or nodes=2,gpus=8"
@@ -233,13 +268,13 @@ def _dispatch(options: argparse.Namespace) -> int:
         return launch_on_nodes(options)
     from sftmix.launch_environment import place_of, translate
 
-    translate()
     config = load_config(options.config, options.overrides)
     if options.command == "export":
         from sftmix.export import export
 
         print(export(config, which=options.which, to=options.to, adapter=options.adapter))
         return 0
+    translate()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.umask(0o077)  # data and weights are the user's own
     place = place_of()
@@ -256,6 +291,7 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         inspect(config, num_examples=options.num)
         return 0
+    options.writes_to = config.run.dir
     only = None if options.command == "run" else options.command
     how = {"force": getattr(options, "force", False), "restart": options.restart}
     from sftmix.pipeline import run_pipeline

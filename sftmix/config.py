@@ -32,7 +32,7 @@ class Section(BaseModel):
 
 class RunConfig(Section):
     dir: Path = Field(description="Run folder: everything that the run makes goes here.")
-    seed: Int = Field(0, ge=0, description="Seeds initial weights, data order, pairs and lam.")
+    seed: Int = Field(0, ge=0, lt=2**63, description="Seeds initial weights, data order, pairs and lam.")
 
 
 def _module_names(value: Any) -> Any:
@@ -129,7 +129,7 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    epochs: Int = Field(3, ge=1, description="Passes over the training examples.")
+    epochs: Int = Field(3, ge=1, le=100_000, description="Passes over the training examples.")
     batch_size: Int = Field(32, ge=1, description="Examples per optimiser step, over all ranks and micro-batches.")
     micro_batch_tokens: Int = Field(8192, ge=1, description="Token budget of one forward, padding included.")
     learning_rate: Float = Field(2e-6, gt=0, description="Peak learning rate of AdamW.")
@@ -236,7 +236,13 @@ class BaselineConfig(Section):
 
 
 class EngineConfig(Section):
-    num_processes: Int = Field(1, ge=1, description="Processes that `sftmix run` starts on this machine, one per GPU.")
+    num_processes: Int = Field(1, ge=1, le=1024, description="Processes that `sftmix run` starts on this machine, one per GPU.")
+    num_threads: Int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of each rank. Default: OMP_NUM_THREADS, or the machine's cores over its ranks. On CPUs, results are "
+        "equal to the last bit only where the threads are.",
+    )
     zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_bool)] = Field(
         3, description="What DeepSpeed shards over the ranks: 1 optimiser, 2 + gradients, 3 + weights."
     )
@@ -268,7 +274,9 @@ class CheckpointConfig(Section):
 class LimitsConfig(Section):
     skipped_steps: Int = Field(5, ge=1, description="Steps in a row without a finite gradient before training ends; fp16: at least 20.")
     wall_clock_minutes: Float | None = Field(None, gt=0, description="After this time, save, and exit with code 75.")
-    join_minutes: Float = Field(120.0, gt=0, description="How long ranks wait for each other at the start; rank 0 may prepare the data.")
+    join_minutes: Float = Field(
+        120.0, gt=0, le=1e6, description="How long ranks wait for each other at the start; rank 0 may prepare the data."
+    )
     silent_seconds: Float = Field(20.0, gt=1, description="A rank from which nothing is heard for so long is given up, and all stop.")
     stall_minutes: Float = Field(30.0, gt=0, description="If no rank gets on for so long, all write their stacks and stop.")
 
@@ -304,7 +312,7 @@ class Config(Section):
     def _online_has_epochs(self) -> Config:
         if "online" in self.confidence.modes and self.confidence.online_from_epoch > self.reference_train.epochs:
             given, epochs = self.confidence.online_from_epoch, self.reference_train.epochs
-            raise ValueError(f"`confidence.online_from_epoch` is {given}, and the reference run has {epochs} epochs")
+            raise ValueError(f"`confidence.online_from_epoch` is {given}, and the last epoch of the reference run is {epochs}")
         return self
 
     @property

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from sftmix.config import Config
 from sftmix.errors import ConfigError, did_you_mean
 
+RUN_CONFIG = "config.yaml"  # in a run folder: the resolved config of what it holds
 KeyPath = tuple[str | int, ...]
 Places = dict[KeyPath, str]
 CONFIGS = (Path(__file__).parent / "configs").resolve()  # linked into the package, and part of its wheel
@@ -67,13 +68,17 @@ def describe_configs() -> dict[str, str]:
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Returns the checked config of a YAML file laid over its bases, with `key.sub=value` overrides applied on top.
-    path: of the file, or the name of a config of the package.
+    path: of the file, of a run folder, whose own config counts then, or the name of a config of the package.
 
     Raises ConfigError for a missing file, YAML that does not parse, bases that name each other, a duplicate or
     unknown key, a wrong type or value, and settings that contradict each other.
     """
-    path = find_config(path)
+    folder = Path(path)
+    is_run_folder = (folder / RUN_CONFIG).is_file()
+    path = folder / RUN_CONFIG if is_run_folder else find_config(path)
     raw, places = _read_with_bases(path)
+    if is_run_folder:
+        raw["run"] = {**raw.get("run", {}), "dir": str(folder)}  # it may have been moved
     for override in overrides or []:
         _apply_override(raw, places, override)
     _inherit_train(raw)
@@ -180,7 +185,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Places]:
         if node is not None:
             _record_places(node, (), path, places)
         raw = _Loader(text).get_single_data()
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:  # ValueError: no UTF-8, no date, too many digits
         text = " ".join(str(error).split()).replace('"<unicode string>"', str(path))
         raise ConfigError(f"{path}: not valid YAML: {text}") from None
     if not isinstance(raw, dict) or node is None:
@@ -191,8 +196,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Places]:
 def _record_places(node: yaml.Node, prefix: KeyPath, path: Path, places: Places) -> None:
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
-            key = (*prefix, key_node.value)
             place = f"{path}:{key_node.start_mark.line + 1}"
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{place}: a key is a list or a mapping, expected a word such as `run`. Correct it.")
+            key = (*prefix, key_node.value)
             if key in places:
                 raise ConfigError(f"{place}: `{_dotted(key)}` stands twice (first at {places[key]}). Keep one of them.")
             places[key] = place
@@ -209,7 +216,7 @@ def _apply_override(raw: dict[str, Any], places: Places, override: str) -> None:
         raise ConfigError(f"override `{override}`: expected `key.sub=value`, for example `train.epochs=1`.")
     try:
         parsed = _Loader(value).get_single_data() if value else None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"override `{override}`: the value is not valid YAML: {' '.join(str(error).split())}") from None
     keys = name.split(".")
     section = raw

@@ -5,6 +5,7 @@
       DataError        a file, a row, a chat template
       ArtifactError    what one stage left for the next is missing, damaged or belongs to something else
       TrainingError    a run that cannot go on: losses that are not finite
+      MachineError     a full disk, a denied permission, no memory (`sftmix/machine.py`)
       StoppedError     no error: the run was asked to stop, has saved its state, and can be started again (exit code 75)
 
 Each message says what was found (with file, line, key and value), what was expected, and what to do.
@@ -21,6 +22,13 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
     """Returns a question with the known word nearest to a misspelt one, or `otherwise` where none is near."""
     near = difflib.get_close_matches(word, sorted(known), n=1)
     return f"Did you mean `{near[0]}`?" if near else otherwise
+
+
+def first_line(error: BaseException) -> str:
+    """Returns what a library's error says first, as a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return said.rstrip(".:") + "."
 
 
 class SftmixError(Exception):
@@ -47,8 +55,13 @@ class TrainingError(SftmixError):
     """Training cannot go on."""
 
 
+class MachineError(SftmixError):
+    """The machine refuses: its disk, its memory, its permissions."""
+
+
 class StoppedError(SftmixError):
     """The run was asked to stop, and has saved its state."""
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, exit_code: int = 75):
         super().__init__(message, on_all_ranks=True)
+        self.exit_code = exit_code

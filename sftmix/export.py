@@ -1,72 +1,34 @@
-"""Exported models: the card that goes with one, and verified copies elsewhere."""
+"""Verified copies of finished models elsewhere, with their final card."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-import yaml
-
-from sftmix import __version__, artifacts
-from sftmix.config import Config, LoraConfig
+from sftmix import artifacts
+from sftmix.cards import STAGE_OF, write_model_card
+from sftmix.config import Config
+from sftmix.config_file import load_config
 from sftmix.errors import ArtifactError, ConfigError
-
-MODELS = ("sftmix", "baseline")  # as their folders in the run folder are called
-
-
-def write_model_card(folder: Path, config: Config, *, objective: str, is_adapter: bool = False) -> None:
-    """Writes README.md with the metadata that the Hub reads, and how the model, or the adapter alone, was made."""
-    is_mixup, lora = objective == "sftmix", config.model.lora
-    library, tags = ("peft", ["sft", "sftmix", "lora"]) if is_adapter else ("transformers", ["sft", "sftmix"])
-    metadata: dict[str, object] = {"library_name": library, "pipeline_tag": "text-generation", "tags": tags}
-    if config.model.path is not None and not Path(config.model.path).exists():
-        metadata["base_model"] = config.model.path
-    start = config.model.path or f"random weights ({(config.model.architecture or {}).get('model_type')})"
-    sources = ", ".join(Path(source.path).name for source in config.data.all_sources) or "generated toy skills"
-    train = config.train
-    lines = [
-        "---",
-        yaml.safe_dump(metadata, sort_keys=False).strip(),
-        "---",
-        "",
-        "# " + ("SFTMix model" if is_mixup else "Next-token prediction baseline") + (", LoRA adapter" if is_adapter else ""),
-        "",
-        "Instruction-tuned with "
-        + (
-            f"SFTMix (https://arxiv.org/abs/2410.05248): next-token prediction + {config.mixup.weight} x Mixup, "
-            f"lam ~ Beta({config.mixup.alpha}, {config.mixup.alpha})"
-            + (", interpolated at the input embeddings (an ablation)." if config.mixup.site == "input_embeddings" else ".")
-            if is_mixup
-            else "next-token prediction alone, in the data order of the SFTMix run beside it."
-        ),
-        "",
-        f"- start: {start}",
-        f"- data: {sources}",
-        f"- {train.epochs} epochs, {train.batch_size} examples per step, AdamW, peak learning rate {train.learning_rate:g} "
-        f"({train.schedule}), weight decay {train.weight_decay:g}",
-        *([_lora_line(lora, is_adapter=is_adapter)] if lora is not None else []),
-        f"- seed {config.run.seed}; made by sftmix {__version__}, commit {artifacts.commit() or 'unknown'}",
-        "",
-    ]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
-
-
-def _lora_line(lora: LoraConfig, *, is_adapter: bool) -> str:
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
-    how = "this is the adapter alone" if is_adapter else "merged into the weights"
-    return f"- LoRA: rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, {targets}; {how}"
+from sftmix.pipeline import Stage, stages_of
 
 
 def export(config: Config, *, which: str, to: Path, adapter: bool = False) -> Path:
     """Copies a verified exported model, or its LoRA adapter alone, to `to`, which must not exist or be empty. Returns `to`.
 
-    Raises ArtifactError where the model is not there or damaged, ConfigError for a target that is in use.
+    The card says how the model did on the held-out examples, where it is evaluated. Files and folders get the modes that the
+    user's umask gives, though those of the run folder are private. Raises ArtifactError where the model is not there, damaged,
+    or made with other settings than the config's, ConfigError for a target that is in use.
     """
-    if which not in MODELS:
-        raise ConfigError(f"--which is {which!r}; expected one of {', '.join(MODELS)}.")
+    if which not in STAGE_OF:
+        raise ConfigError(f"--which is {which!r}; expected one of {', '.join(STAGE_OF)}.")
     folder = config.run.dir / which
-    if artifacts.read_manifest(folder) is None:
+    manifest = artifacts.read_manifest(folder)
+    if manifest is None:
         raise ArtifactError(f"{folder} holds no finished model. Run `sftmix run CONFIG` first.")
+    _refuse_other_settings(config, which, folder)
     artifacts.verify(folder)
     source = folder / ("adapter" if adapter else "model")
     if not source.is_dir():
@@ -75,5 +37,74 @@ def export(config: Config, *, which: str, to: Path, adapter: bool = False) -> Pa
         )
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"--to: {to} exists and is not an empty folder. Name another.")
-    shutil.copytree(source, to, dirs_exist_ok=True)
+    metrics = _metrics(config, which, manifest.digest)
+    try:
+        for path in [source, *sorted(source.rglob("*"))]:
+            target = to / path.relative_to(source)
+            if path.is_dir():
+                target.mkdir(parents=True, exist_ok=True)
+            else:
+                shutil.copyfile(path, target)  # without its mode
+        write_model_card(to, config, which, is_adapter=adapter, metrics=metrics)
+    except OSError:
+        shutil.rmtree(to, ignore_errors=True)  # a part of a model is none
+        raise
     return to
+
+
+def _metrics(config: Config, which: str, digest: str) -> dict[str, Any] | None:
+    """Returns the held-out figures of this very model; None where it is not evaluated, or another one was."""
+    folder = config.run.dir / "evaluation"
+    manifest = artifacts.read_manifest(folder)
+    if manifest is None or manifest.inputs.get(STAGE_OF[which]) != digest:
+        return None
+    artifacts.verify(folder)
+    found: dict[str, dict[str, Any]] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return found.get(STAGE_OF[which])
+
+
+def _refuse_other_settings(config: Config, which: str, folder: Path) -> None:
+    """Raises ArtifactError where the model, or what it was made from, has other settings than the config's."""
+    stages = {stage.name: stage for stage in stages_of(config)}
+    if STAGE_OF[which] not in stages:
+        raise ConfigError(f"--which {which}: baseline.enabled is false in this config, and {folder} holds a baseline. Set it to true.")
+    saved = load_config(config.run.dir / "config.yaml")
+    lines = [f"tokenizer.{line}" for line in artifacts.differences(saved.tokenizer.model_dump(), config.tokenizer.model_dump())]
+    needed = [STAGE_OF[which]]
+    for name in needed:  # it grows
+        stage = stages[name]
+        needed += [read for read in stage.reads if read not in needed]
+        manifest = artifacts.read_manifest(config.run.dir / stage.folder)
+        if manifest is not None:
+            prefix = f"{name}." if name in ("data", "split") else f"{name}: "
+            lines += [prefix + line for line in _differences(config, stage, manifest.settings)]
+    if lines:
+        raise ArtifactError(
+            f"{folder} was made with other settings than this config's:\n"
+            + "".join(f"  {line}\n" for line in lines)
+            + f"Put them back, or export with the run folder's own config: `sftmix export {config.run.dir / 'config.yaml'}`."
+        )
+
+
+def _differences(config: Config, stage: Stage, made_with: dict[str, Any]) -> list[str]:
+    """Returns what differs between the settings that a stage was run with and the config's.
+
+    Left out is what the config does not say: the content of files, and the precision that `auto` stands for on this machine.
+    """
+    if stage.name == "data":
+        now = {**config.data.model_dump(mode="json"), "seed": config.run.seed}
+        return artifacts.differences({key: made_with.get(key) for key in now}, now)
+    anywhere = config.model_copy(update={"engine": config.engine.model_copy(update={"precision": "fp32"})})
+    now = json.loads(json.dumps(stage.settings(anywhere), default=str))
+    if "precision" in now:
+        given = config.engine.precision
+        now["precision"] = made_with.get("precision") if given == "auto" else given
+    if now.get("scores") and made_with.get("scores"):  # hashes of a table's files
+        now["scores"] = made_with["scores"]
+    return artifacts.differences(_without_files(made_with), _without_files(now))
+
+
+def _without_files(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_files(item) for key, item in value.items() if key != "files"}
+    return [_without_files(item) for item in value] if isinstance(value, list) else value

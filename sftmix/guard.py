@@ -25,7 +25,7 @@ from sftmix.engine.members import Position
 from sftmix.engine.watch import Watch, listen
 from sftmix.errors import ArtifactError, SftmixError, StoppedError
 from sftmix.launch_environment import place_of
-from sftmix.stopping import EXIT_CODE, STOP_FILE
+from sftmix.stopping import STOP_FILE
 
 if TYPE_CHECKING:
     from sftmix.engine.distributed import Ranks
@@ -63,8 +63,8 @@ def holding(config: Config, *, is_own_disk: bool = False) -> Iterator[fence.Fenc
     try:
         yield hold
         outcome = 0
-    except StoppedError:
-        outcome = EXIT_CODE
+    except StoppedError as stopped:
+        outcome = stopped.exit_code
         raise
     finally:
         done.set()
@@ -74,7 +74,8 @@ def holding(config: Config, *, is_own_disk: bool = False) -> Iterator[fence.Fenc
             with contextlib.suppress(OSError):  # without word of it the command takes it for a failure
                 hold.note_outcome(outcome)
         else:
-            hold.release()
+            with contextlib.suppress(OSError):  # a full disk: the next claim finds out by itself
+                hold.release()
 
 
 def _renew_until(hold: fence.Fence, done: threading.Event) -> None:
@@ -124,7 +125,7 @@ def start_watch(config: Config, ranks: Ranks, hold: fence.Fence | None) -> None:
         hold = fence.join(config.run.dir, int(attempts[ranks.storage_leader]))
         artifacts.before_publishing(hold.check)
     address = "127.0.0.1" if is_one_host else socket.gethostbyname(os.environ["MASTER_ADDR"])
-    _watch = Watch(
+    watch = Watch(
         rank=ranks.rank,
         world_size=ranks.world_size,
         address=(address, int(number)),
@@ -136,7 +137,8 @@ def start_watch(config: Config, ranks: Ranks, hold: fence.Fence | None) -> None:
         launchers=_launchers,
     )
     _stall_seconds = 60 * config.limits.stall_minutes
-    _watch.start()
+    watch.start()
+    _watch = watch  # not one that could not start, on a full disk for example
 
 
 def note(*, phase: str, can_stall: bool) -> None:

@@ -74,12 +74,29 @@ def translate(environment: MutableMapping[str, str] = os.environ) -> None:
     if place.local_size is not None:
         environment.setdefault("LOCAL_WORLD_SIZE", str(place.local_size))
     if place.launcher == "RANK":
+        _check_companions(environment)
         return
     address = environment.get("MASTER_ADDR") or _address(place, environment)
     port = environment.get("MASTER_PORT") or str(_port(place, environment))
     environment.update(
         RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(place.local_rank), MASTER_ADDR=address, MASTER_PORT=port
     )
+
+
+def _check_companions(environment: Mapping[str, str]) -> None:
+    """Raises ConfigError for a RANK whose companions are missing or contradict it, as a left-over of another job."""
+    remedy = (
+        "Unset RANK to run without a launcher (`env -u RANK sftmix ...`), or start the ranks with torchrun, deepspeed or "
+        "`sftmix launch`, which set all of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."
+    )
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if missing:
+        raise ConfigError(f"RANK is set, and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not. {remedy}")
+    rank, world_size, port = (_needed(environment, name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if rank >= world_size:
+        raise ConfigError(f"RANK is {rank} and WORLD_SIZE is {world_size}: ranks are numbered from 0 to WORLD_SIZE - 1. {remedy}")
+    if not 0 < port < 65536:
+        raise ConfigError(f"MASTER_PORT is {port}, expected a port from 1 to 65535. Correct it, or unset RANK.")
 
 
 def first_host(nodes: str) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftmix.permutation import Index, permute, symmetric_beta
+from sftmix.wording import counted
 
 CONFIDENT, MIDDLE, UNCONFIDENT = "confident", "middle", "unconfident"
 
@@ -37,7 +38,7 @@ def split_by_confidence(
     """
     if not np.isfinite(confidence).all():
         bad = [example_ids[i] for i in np.flatnonzero(~np.isfinite(confidence))[:5]]
-        raise ValueError(f"the confidence of {int((~np.isfinite(confidence)).sum())} examples is not finite, first: {bad}")
+        raise ValueError(f"the confidence of {counted(int((~np.isfinite(confidence)).sum()), 'example')} is not finite, first: {bad}")
     total = len(example_ids)
     num_unconfident, num_confident = int(unconfident_share * total + 1e-9), int(confident_share * total + 1e-9)
     ranking = np.lexsort((np.array(example_ids), -confidence))  # most confident first
@@ -109,7 +110,7 @@ class Matching:
     def units(self, epoch: int, start: int, stop: int) -> StepUnits:
         """Returns the units [start, stop) of an epoch; lam ~ Beta(alpha, alpha)."""
         if not 0 <= start <= stop <= self.num_units:
-            raise ValueError(f"[{start}, {stop}) is not within the {self.num_units} units of an epoch")
+            raise ValueError(f"[{start}, {stop}) is not within the {counted(self.num_units, 'unit')} of an epoch")
         # Pairs lie among the singles as evenly as they can, so that any step's place is known without counting.
         place = np.arange(start, stop + 1, dtype=np.int64)
         pairs_before = place * self.num_pairs // max(1, self.num_units)

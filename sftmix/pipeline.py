@@ -17,13 +17,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sftmix import artifacts, guard, work
+from sftmix import artifacts, guard, machine, work
 from sftmix.config import Config, ModelConfig
 from sftmix.config_file import dump_config
 from sftmix.deepspeed_json import read_deepspeed_json
 from sftmix.errors import ArtifactError
 from sftmix.fence import Fence
+from sftmix.meter import Meter
 from sftmix.stopping import StopRequest
+from sftmix.up_to_date import refusal, refuse_changed, state_of
 from sftmix.work import Identity
 
 if TYPE_CHECKING:
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Stage:
     """name: as on the command line. folder: in the run folder. reads: stages whose output it needs.
-    settings: what else its output depends on. needs_engine: runs on all ranks."""
+    settings: what else its output depends on. needs_engine: runs on all ranks. is_view: its output only shows its inputs, so it is
+    made anew when they change, unasked."""
 
     name: str
     folder: str
@@ -41,6 +44,7 @@ class Stage:
     settings: Callable[[Config], dict[str, Any]]
     run: Callable[[StageContext], None]
     needs_engine: bool = True
+    is_view: bool = False
 
 
 @dataclass
@@ -57,6 +61,7 @@ class StageContext:
     # Of settings and inputs; the same on every rank that runs the stage.
     identity: Identity = field(default_factory=lambda: Identity("", {}, {}))
     stop: StopRequest | None = None
+    meter: Meter = field(default_factory=Meter)  # begins with the stage
 
     @property
     def kept(self) -> Path:
@@ -94,7 +99,7 @@ def stages_of(config: Config) -> list[Stage]:
         Stage("split", "pairing", ("data", "score"), lambda c: c.split.model_dump(mode="json"), stages.run_split, needs_engine=False),
         *([Stage("baseline", "baseline", ("data", "split"), lambda c: training, stages.run_baseline)] if config.baseline.enabled else []),
         Stage("train", "sftmix", ("data", "split"), lambda c: {**training, "mixup": c.mixup.model_dump(mode="json")}, stages.run_train),
-        Stage("evaluate", "evaluation", ("data", *trained), _numerics, stages.run_evaluate),
+        Stage("evaluate", "evaluation", ("data", *trained), _numerics, stages.run_evaluate, is_view=True),
         Stage(
             "report",
             "report",
@@ -102,6 +107,7 @@ def stages_of(config: Config) -> list[Stage]:
             lambda c: {"summary": artifacts.sha256_of_file(c.run.dir / "data" / "summary.json")},
             stages.run_report,
             needs_engine=False,
+            is_view=True,
         ),
     ]
 
@@ -135,7 +141,7 @@ def _score_settings(config: Config) -> dict[str, Any]:
 
 def _numerics(config: Config) -> dict[str, Any]:
     """Settings that every stage with a model depends on; ZeRO stage and number of ranks change nothing but rounding."""
-    from sftmix.engine.distributed import resolve_precision
+    from sftmix.engine.precision import resolve_precision
 
     deepspeed = read_deepspeed_json(config.engine.deepspeed) if config.engine.deepspeed else None
     return {"seed": config.run.seed, "precision": resolve_precision(config.engine.precision), "deepspeed": deepspeed}
@@ -148,7 +154,7 @@ def model_identity(model: ModelConfig) -> dict[str, Any]:
     folder = Path(model.path) if model.path else None
     if folder is not None and folder.is_dir():
         identity["files"] = {}
-        for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.py")]):
+        for path in sorted(file for pattern in ("config.json", "*.safetensors", "*.py") for file in folder.glob(pattern)):
             size = path.stat().st_size
             with path.open("rb") as file:
                 head = file.read(1 << 20)
@@ -158,21 +164,25 @@ def model_identity(model: ModelConfig) -> dict[str, Any]:
 
 
 def run_pipeline(
-    config: Config, *, only: str | None = None, force: bool = False, restart: bool = False, say: Callable[[str], None] = print
+    config: Config,
+    *,
+    only: str | None = None,
+    force: bool = False,
+    restart: bool = False,
+    say: Callable[[str], None] = print,
 ) -> Path:
-    """Runs the stages that are not up to date, or just `only`; returns the folder of the last one. `force`: `only` is run though it is
-    up to date; `restart`: unfinished work is thrown away, not taken up.
+    """Runs the stages that are not up to date, or `only` one and those before it that are missing. Returns the folder of the last one.
 
-    Under a launcher every rank calls it: rank 0 decides, and runs the stages without a model alone, while the
-    others wait to be joined. Raises ArtifactError where `only` misses an input.
+    force: an output that was made with other settings may be replaced, that of `only` or, without it, of any stage; and `only` is run
+    though it is up to date. restart: unfinished work is discarded, not resumed.
+
+    Under a launcher every rank calls it: rank 0 decides, and runs the stages without a model alone, while the others wait to be joined.
+    Raises ArtifactError where finished work would be replaced, and `force` does not say that it may be.
     """
     from sftmix.engine.distributed import environment_rank
 
     stages = stages_of(config)
-    if only is not None and only not in {stage.name for stage in stages}:
-        if only == "reference":
-            raise ArtifactError("there is no stage 'reference' in this config: confidence.models or confidence.scores takes its place.")
-        raise ArtifactError(f"the stage {only!r} is switched off in this config (baseline.enabled is false). Switch it on.")
+    _check_stage(stages, only)
     hold: Fence | None = None
     with contextlib.ExitStack() as held:
         if environment_rank() == 0:
@@ -180,10 +190,30 @@ def run_pipeline(
         try:
             _run_stages(config, stages, held, hold, only=only, force=force, restart=restart, say=say)
         except BaseException as error:
-            guard.end_watch(error)
+            known = machine.explain(error, config.run.dir)
+            guard.end_watch(known or error)
+            if known is not None:
+                raise known from error
             raise
         guard.end_watch(None)
     return config.run.dir / next(stage.folder for stage in reversed(stages) if only in (None, stage.name))
+
+
+def check_finished_work(config: Config, only: str | None, *, force: bool) -> None:
+    """Raises ArtifactError, before anything is started, where `run_pipeline` would refuse to replace finished work."""
+    stages = stages_of(config)
+    _check_stage(stages, only)
+    needed = _needed(stages, only)
+    replaced = ({only} if only else needed) if force else set()
+    refuse_changed(config, [stage for stage in stages if stage.name in needed], replaced)
+
+
+def _check_stage(stages: list[Stage], only: str | None) -> None:
+    if only is None or only in {stage.name for stage in stages}:
+        return
+    if only == "reference":
+        raise ArtifactError("there is no stage 'reference' in this config: confidence.models or confidence.scores takes its place.")
+    raise ArtifactError(f"the stage {only!r} is switched off in this config (baseline.enabled is false). Switch it on.")
 
 
 def _run_stages(
@@ -198,7 +228,7 @@ def _run_stages(
     say: Callable[[str], None],
 ) -> None:
     from sftmix import mirror
-    from sftmix.engine.distributed import environment_rank, init_ranks
+    from sftmix.engine.distributed import environment_rank, init_ranks, use_threads
 
     is_main = environment_rank() == 0
     folder_of = {stage.name: config.run.dir / stage.folder for stage in stages}
@@ -206,11 +236,14 @@ def _run_stages(
     digests: dict[str, str] = {}
     ranks: Ranks | None = None
     needed = _needed(stages, only)
+    if is_main:
+        check_finished_work(config, only, force=force)
     for number, stage in enumerate(stages, start=1):
         if stage.name not in needed:
             continue
         if stage.needs_engine and ranks is None:
             ranks = mirror.find_storage(init_ranks(timedelta(minutes=config.limits.join_minutes)), config.run.dir)
+            use_threads(config.engine.num_threads)
             mirror.say_storage(ranks, config)
             hold = mirror.hold_others(ranks, config, held) or hold
             guard.start_watch(config, ranks, hold)
@@ -221,12 +254,14 @@ def _run_stages(
         settings = stage.settings(config) if is_main else {}
         inputs = {name: digests[name] for name in stage.reads} if is_main else {}
         is_wanted = only in (None, stage.name)
-        must_run = is_main and (not _is_current(stage, folder, settings, inputs) or (force and is_wanted))
-        if must_run and not is_wanted:
-            raise ArtifactError(
-                f"{only} needs the output of {stage.name}, and {folder} is missing or was made with other settings. "
-                f"Run `sftmix {stage.name} CONFIG` first, or the whole recipe with `sftmix run CONFIG`."
-            )
+        must_run = False
+        if is_main:
+            state = state_of(stage, folder, settings, inputs)
+            if state == "changed" and not (stage.is_view or (force and is_wanted)):
+                # Its settings were compared at the start, so an input that was missing has come out otherwise than before.
+                refuse_changed(config, [each for each in stages if each.name in (*stage.reads, stage.name)], set(stage.reads))
+                raise refusal(config, [f"  {stage.name} ({folder}): another version of sftmix made it"])
+            must_run = state != "current" or (force and only == stage.name)
         if stage.needs_engine and ranks is not None:
             must_run = ranks.same_as_main(must_run)
         if must_run:
@@ -241,7 +276,7 @@ def _run_stages(
             if stage.needs_engine and ranks is not None:
                 context.identity = Identity(**json.loads(ranks.text_from_main(json.dumps(vars(context.identity), default=str))))
             if is_main or (ranks is not None and ranks.leads_storage):
-                work.claim(context.work, stage.name, context.identity, discard=restart or (force and is_wanted))
+                work.claim(context.work, stage.name, context.identity, discard=restart)
             if stage.needs_engine and ranks is not None:
                 for name in stage.reads:
                     mirror.copy_to_others(ranks, folder_of[name])
@@ -283,7 +318,7 @@ def first_unfinished_stage(config: Config, only: str | None = None) -> str | Non
         folder = config.run.dir / stage.folder
         manifest = artifacts.read_manifest(folder)
         inputs = {name: digests[name] for name in stage.reads}
-        if manifest is None or not _is_current(stage, folder, stage.settings(config), inputs, digests=False):
+        if manifest is None or state_of(stage, folder, stage.settings(config), inputs, digests=False) != "current":
             return stage.name
         digests[stage.name] = manifest.digest
         if stage.name == only:
@@ -310,14 +345,6 @@ def _refuse_to_lose_work(config: Config, stages: list[Stage], stage: Stage, sett
         progress = work.describe(config.run.dir / "work" / later.name)
         if changed and progress and later.name != stage.name and stage.name in _needed(stages, later.name):
             raise work.refusal(later.name, progress, [f"{stage.name}: {line}" for line in changed])
-
-
-def _is_current(stage: Stage, folder: Path, settings: dict[str, Any], inputs: dict[str, str], *, digests: bool = True) -> bool:
-    manifest = artifacts.read_manifest(folder)
-    if manifest is None or manifest.fingerprint != artifacts.stage_fingerprint(stage.name, settings, inputs):
-        return False
-    artifacts.verify(folder, digests=digests)
-    return True
 
 
 @contextlib.contextmanager

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 from sftmix.config import Config, ModelConfig
-from sftmix.errors import ConfigError
+from sftmix.errors import ConfigError, first_line
+from sftmix.wording import counted
 
 
 def check(config: Config, *, has_device: bool = True) -> None:
     """Raises ConfigError or DataError for the first thing that would stop the run later.
 
-    Looks at: the sources' paths, formats and column mappings; the DeepSpeed JSON; model folders and
-    architectures; the modules that adapters go to; the tokenizer, its size against the embedding, its chat template; max length
-    against the context. has_device: does the run compute on this machine, so that a GPU must be here if one is asked for?
+    Looks at: the sources' paths, formats and column mappings; the DeepSpeed JSON; model folders, the shapes of their weights,
+    architectures; attention; the modules that adapters go to; the tokenizer, its size against the embedding, its chat template;
+    max length against the context. has_device: does the run compute on this machine, so that a GPU must be here if one is asked for?
     """
     from sftmix.data.formats import check_format
     from sftmix.data.readers import check_source
     from sftmix.data.template import choose_template
     from sftmix.deepspeed_json import deepspeed_config
-    from sftmix.engine.distributed import check_zero_section, has_gpu, resolve_precision
-    from sftmix.engine.loading import check_model_folder
+    from sftmix.engine.distributed import check_zero_section, has_gpu
+    from sftmix.engine.loading import hf_config
+    from sftmix.engine.precision import check_device_computes_in, resolve_precision
 
     for source in config.data.all_sources:
         check_source(source)
         check_format(source.format, source.columns)
     precision = resolve_precision(config.engine.precision)
+    if has_device:
+        check_device_computes_in(precision)
     if config.engine.zero_stage == 0 and precision != "fp32":
         raise ConfigError(
             f"engine.zero_stage is 0 and the precision {precision}: DeepSpeed would sum the gradients of the micro-batches in that "
@@ -46,21 +51,31 @@ def check(config: Config, *, has_device: bool = True) -> None:
     choose_template(config.tokenizer.chat_template, None)
     models = _models(config)
     for name, model in models.items():
-        if model.path is not None:
-            check_model_folder(model.path, name=name)
+        hf_config(model, name=name)  # before the tokenizer, whose loader reads the model's config too, and says less
     _check_fit(config, models)
     for name, model in models.items():
-        _check_lora(model, name)
+        _check_model(model, name, precision=precision, has_device=has_device)
 
 
-def _check_lora(model: ModelConfig, name: str) -> None:
-    if model.lora is None:
-        return
-    from sftmix.engine.loading import empty_model, hf_config
+def _check_model(model: ModelConfig, name: str, *, precision: str, has_device: bool) -> None:
+    """Looks at what shows in the model without memory: attention, shapes of the weights, places of the adapters."""
+    from sftmix.engine.distributed import has_gpu
+    from sftmix.engine.loading import check_attention, check_weights, empty_model, hf_config
     from sftmix.engine.lora import import_peft, target_names
 
-    import_peft()
-    target_names(empty_model(model, hf_config(model, name=name)), model.lora, name=name)
+    settings = hf_config(model, name=name)
+    if has_device:
+        check_attention(model, settings, precision=precision, is_on_gpu=has_gpu(), name=name)
+    try:
+        shell = empty_model(model, settings)
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, ImportError) as error:
+        where = f"{name}.path: the config of {model.path}" if model.path else f"{name}.architecture"
+        raise ConfigError(f"{where} describes no model that can be built: {first_line(error)} Correct its values.") from error
+    if model.path is not None and Path(model.path).is_dir():
+        check_weights(str(model.path), settings, shell, name=name)
+    if model.lora is not None:
+        import_peft()
+        target_names(shell, model.lora, name=name)
 
 
 def _models(config: Config) -> dict[str, ModelConfig]:
@@ -89,5 +104,5 @@ def _check_fit(config: Config, models: dict[str, ModelConfig]) -> None:
         is_given = model.path is not None or "vocab_size" in (model.architecture or {})
         if is_given and size > settings.vocab_size:
             raise ConfigError(
-                f"{name}: tokenizer.train.vocab_size is {size}, the model's embedding has {settings.vocab_size} rows. Lower it."
+                f"{name}: tokenizer.train.vocab_size is {size}, the model's embedding has {counted(settings.vocab_size, 'row')}. Lower it."
             )

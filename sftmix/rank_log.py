@@ -35,10 +35,10 @@ def start(folder: Path, rank: int) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.write(log, f"--- {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} host {socket.gethostname()} pid {os.getpid()}\n".encode())
     except OSError as error:
         print(f"sftmix: rank {rank}: {path} cannot be written ({error.strerror}): its output is here alone", file=sys.stderr, flush=True)
         return
-    os.write(log, f"--- {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} host {socket.gethostname()} pid {os.getpid()}\n".encode())
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -11,11 +11,13 @@ their part.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,9 +29,10 @@ from numpy.typing import NDArray
 from sftmix import artifacts, faults
 from sftmix.checkpoints import STAGE, CheckpointFolder, check_space, find_problem
 from sftmix.config import CheckpointConfig
-from sftmix.engine.distributed import Ranks
+from sftmix.engine.distributed import Ranks, use_threads
 from sftmix.errors import ArtifactError, StoppedError
-from sftmix.stopping import StopRequest
+from sftmix.stopping import StopRequest, exit_code_of
+from sftmix.wording import counted
 
 if TYPE_CHECKING:
     from sftmix.engine.engine import Engine
@@ -42,10 +45,10 @@ NOT_HASHED = ("metrics.jsonl", "skipped_steps.jsonl")  # of what is kept: they g
 class Resumable(Protocol):
     """Part of a training run that knows more than the step number."""
 
-    def progress(self) -> tuple[list[float], dict[str, NDArray[np.float64]]]:
-        """Returns this rank's numbers, as many on every rank, and arrays that are the same for all. All ranks call it."""
+    def progress(self) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
+        """Returns this rank's numbers, of the same names on every rank, and arrays that are the same for all. All ranks call it."""
 
-    def take_up(self, step: int, numbers: list[list[float]], arrays: dict[str, NDArray[np.float64]]) -> None:
+    def take_up(self, step: int, numbers: list[dict[str, float]], arrays: dict[str, NDArray[np.float64]]) -> None:
         """Goes on after `step`, from the numbers of all ranks that saved them, and the arrays."""
 
 
@@ -112,7 +115,15 @@ class TrainingCheckpoints:
         arrays = {name: np.load(self.checkpoints.path(step) / name, allow_pickle=False) for name in manifest.files if name.endswith(".npy")}
         for name, part in parts.items():
             mine = {key.removeprefix(f"{name}.").removesuffix(".npy"): array for key, array in arrays.items() if key.startswith(f"{name}.")}
-            part.take_up(step, manifest.facts["numbers"][name], mine)
+            try:
+                part.take_up(step, manifest.facts["numbers"][name], mine)
+            except (KeyError, TypeError) as error:
+                raise ArtifactError(
+                    f"{self.checkpoints.path(step)} was saved by another version of sftmix "
+                    f"(commit {manifest.commit or 'unknown'}), and its running sums have other names. "
+                    "Use that version, or begin anew with --restart.",
+                    on_all_ranks=True,
+                ) from error
         self._last_step, self._last_saved = step, time.monotonic()
         self.ranks.barrier()
         if self.ranks.is_main:
@@ -193,7 +204,16 @@ class TrainingCheckpoints:
         if changed:
             print(f"  not bit for bit: the checkpoint was written by other versions: {'; '.join(changed)}", flush=True)
         if manifest.facts["world_size"] != self.ranks.world_size:
-            print(f"  from {manifest.facts['world_size']} to {self.ranks.world_size} ranks: the same examples, other rounding", flush=True)
+            print(
+                f"  from {manifest.facts['world_size']} to {counted(self.ranks.world_size, 'rank')}: the same examples, other rounding",
+                flush=True,
+            )
+        threads, before = use_threads(None), manifest.facts.get("num_threads")
+        if self.ranks.device.type == "cpu" and before not in (None, threads):
+            print(
+                f"  not bit for bit: {counted(threads, 'CPU thread')} per rank, {before} when it was saved (engine.num_threads)",
+                flush=True,
+            )
 
     def _load(self, engine: Engine, step: int, manifest: artifacts.Manifest) -> None:
         faults.point("resume.load")
@@ -241,8 +261,16 @@ class TrainingCheckpoints:
 
     # ---- saving
 
-    def end_step(self, engine: Engine, step: int, *, is_last: bool, parts: dict[str, Resumable]) -> bool:
-        """Saves if it is time to, and stops if that was asked for. Returns whether it has saved.
+    def end_step(
+        self,
+        engine: Engine,
+        step: int,
+        *,
+        is_last: bool,
+        parts: dict[str, Resumable],
+        pause: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        """Saves if it is time to, within `pause()`, and stops if that was asked for.
 
         Raises StoppedError, after the state is published.
         """
@@ -253,16 +281,20 @@ class TrainingCheckpoints:
         )
         is_busy = self._pending is not None and not self._pending.files.is_done
         should_stop, should_save, any_busy = self.ranks.agree([self.stop.is_requested, is_due, is_busy])
-        if self._pending is not None and (not any_busy or should_save or should_stop or is_last):
-            self._publish_pending()
-        if is_last:
-            return False
-        if should_save or should_stop:
-            self._save(engine, step, parts, in_background=self.config.asynchronous and not should_stop)
-        if should_stop:
+        must_publish = self._pending is not None and (not any_busy or should_save or should_stop or is_last)
+        must_save = (should_save or should_stop) and not is_last
+        if must_publish or must_save:
+            with pause():
+                if must_publish:
+                    self._publish_pending()
+                if must_save:
+                    self._save(engine, step, parts, in_background=self.config.asynchronous and not should_stop)
+        if should_stop and not is_last:
             reason = self.ranks.first_text(self.stop.reason or "")
-            raise StoppedError(f"stopped after step {step}: {reason}. The state is saved; the same command goes on from here")
-        return should_save
+            raise StoppedError(
+                f"stopped after step {step}: {reason}. The state is saved; the same command goes on from here",
+                exit_code_of(reason),
+            )
 
     def _save(self, engine: Engine, step: int, parts: dict[str, Resumable], *, in_background: bool) -> None:
         started = time.perf_counter()
@@ -270,11 +302,12 @@ class TrainingCheckpoints:
         self._together(step, lambda: self._make_room(engine, step) if self.ranks.leads_storage else None)
         artifacts.await_visible(staging)
         files = engine.save_state(staging, in_background=in_background)
-        numbers: dict[str, list[list[float]]] = {}
+        numbers: dict[str, list[dict[str, float]]] = {}
         arrays: dict[str, NDArray[np.float64]] = {}
         for name, part in parts.items():
             mine, shared = part.progress()
-            numbers[name] = self.ranks.gather_rows(torch.tensor([mine], dtype=torch.float64)).tolist()
+            rows = self.ranks.gather_rows(torch.tensor([list(mine.values())], dtype=torch.float64)).tolist()
+            numbers[name] = [dict(zip(mine, row, strict=True)) for row in rows]
             arrays |= {f"{name}.{key}.npy": array for key, array in shared.items()}
         if self.ranks.leads_storage and files.error is None:
             files.save_arrays(staging, arrays)
@@ -283,6 +316,7 @@ class TrainingCheckpoints:
             "world_size": self.ranks.world_size,
             "zero_stage": engine.zero_stage,
             "precision": engine.precision,
+            "num_threads": use_threads(None),
             "frozen": engine.frozen_checksum(),
             "numbers": numbers,
             "storage": list(self.ranks.storage),

@@ -1,7 +1,7 @@
 """Metrics of a training stage: JSON lines and TensorBoard, and what the user sees meanwhile.
 
-On a terminal a progress bar; otherwise one plain line every N steps, since bars ruin log files. Losses are
-in nats: per response token (NTP), per mixed position (Mixup). Tokens per second are counted three ways:
+On a terminal a progress bar; otherwise one plain line every N steps, since bars ruin log files. Losses are in nats: per
+response token (NTP), per mixed position (Mixup). Tokens per second of training (`sftmix/meter.py`) are counted three ways:
 real (no padding), response (those that carry loss) and padded (what the transformer computed).
 """
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import time
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from numpy.typing import NDArray
 from sftmix import artifacts
 from sftmix.data.batches import MicroBatch, StepCounts
 from sftmix.engine.distributed import Ranks
+from sftmix.machine import accessing, describe
+from sftmix.meter import ACTIVITIES, CHECKPOINT, OTHER, TOKEN_KINDS, TRAINING, Meter
 
 if TYPE_CHECKING:
     from sftmix.engine.engine import MicroBatchLoss
@@ -35,24 +38,49 @@ LAM = "mixup/lam (mean)"
 REAL_RATE = "tokens/real (tokens/s)"
 RESPONSE_RATE = "tokens/response (tokens/s)"
 PADDED_RATE = "tokens/padded (tokens/s)"
+TRAINING_TIME = "time/training (s)"
 SKIPPED = "steps/skipped (steps)"
 
-
-TOKEN_KINDS = ("real", "response", "padded")
+# TensorBoard: key of a line -> tag and description. Every run has the same tags, so that runs lie over one another.
+_MEAN = "mean over the steps since the last point."
+_RATE = "per second of training since the last point, on all ranks"
+SCALARS = {
+    NTP: ("loss/ntp", f"Next-token loss in nats per response token, {_MEAN}"),
+    MIXUP: ("loss/mixup", f"Mixup loss in nats per mixed position, {_MEAN}"),
+    AUXILIARY: ("loss/router", f"Router loss in nats, {_MEAN}"),
+    GRAD_NORM: ("grad_norm", "Norm of the gradient before clipping, at this step."),
+    LEARNING_RATE: ("learning_rate", "Learning rate at this step."),
+    LAM: ("mixup/lam", f"Share of the confident example in a mixed pair, {_MEAN}"),
+    REAL_RATE: ("tokens_per_second/real", f"Tokens without padding {_RATE}."),
+    RESPONSE_RATE: ("tokens_per_second/response", f"Response tokens {_RATE}."),
+    PADDED_RATE: ("tokens_per_second/padded", f"Tokens with padding {_RATE}."),
+    TRAINING_TIME: ("seconds/training", "Seconds of training since the last point, without checkpoints."),
+    SKIPPED: ("steps/skipped", "Steps skipped so far."),
+}
+LOSSES = ("ntp", "mixup", "auxiliary")  # as they are summed
 
 
 class RunLog:
     """Collects one training stage. `metrics` is the JSONL file; only rank 0 writes or prints.
 
-    Windowed values are means over the steps since the last line. All ranks call every method.
+    meter: began with the stage. Windowed values are means over the steps since the last line. All ranks call every method.
     """
 
     def __init__(
-        self, stage: str, ranks: Ranks, *, metrics: Path, tensorboard: Path | None, every_steps: int, has_mixup: bool, has_router: bool
+        self,
+        stage: str,
+        ranks: Ranks,
+        *,
+        metrics: Path,
+        tensorboard: Path | None,
+        every_steps: int,
+        has_mixup: bool,
+        has_router: bool,
+        meter: Meter | None = None,
     ):
         self.stage, self.ranks, self.every_steps = stage, ranks, every_steps
         self.has_mixup, self.has_router = has_mixup, has_router
-        self.total = {"real": 0.0, "response": 0.0, "padded": 0.0, "seconds": 0.0}
+        self.meter = meter or Meter()
         self.num_skipped = 0
         self.num_steps = 0
         self._metrics, self._tensorboard = metrics, tensorboard
@@ -61,24 +89,36 @@ class RunLog:
         self._bar: Any = None
         self._clear()
 
-    def progress(self) -> tuple[list[float], dict[str, NDArray[np.float64]]]:
+    def progress(self) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
         """Returns the running sums of this rank, to be taken up from: see `sftmix/resume.py`."""
-        own = [*self._losses.tolist(), *(self._tokens[kind] for kind in TOKEN_KINDS)]
-        shared = [*(self.total[kind] for kind in (*TOKEN_KINDS, "seconds")), self.num_skipped, self._window_steps, self._lam, self._num_lam]
-        return [float(number) for number in (*own, *shared)], {}
+        self.meter.read()
+        own = dict(zip(LOSSES, self._losses.tolist(), strict=True)) | self.meter.window_tokens
+        shared = {
+            **{f"total_{kind}": count for kind, count in self.meter.tokens.items()},
+            **{f"{activity}_seconds": seconds for activity, seconds in self.meter.seconds.items()},
+            "window_seconds": self.meter.window_seconds,
+            "window_steps": self._window_steps,
+            "num_skipped": self.num_skipped,
+            "lam": self._lam,
+            "num_lam": self._num_lam,
+        }
+        return {**own, **shared}, {}
 
-    def take_up(self, step: int, numbers: list[list[float]], arrays: dict[str, NDArray[np.float64]]) -> None:
+    def take_up(self, step: int, numbers: list[dict[str, float]], arrays: dict[str, NDArray[np.float64]]) -> None:
         """Goes on from the sums of all ranks that saved them; lines of steps that will be taken again are removed."""
-        rows = np.array(numbers)
-        if len(rows) == self.ranks.world_size:
-            own = rows[self.ranks.rank, :6]
-        else:
-            own = rows[:, :6].sum(axis=0) * self.ranks.is_main
-        self._losses = torch.from_numpy(own[:3].copy()).to(self.ranks.device)
-        self._tokens = dict(zip(TOKEN_KINDS, own[3:].tolist(), strict=True))
-        *totals, skipped, steps, self._lam, num_lam = rows[min(self.ranks.rank, len(rows) - 1), 6:].tolist()
-        self.total = dict(zip((*TOKEN_KINDS, "seconds"), totals, strict=True))
-        self.num_skipped, self._window_steps, self._num_lam = int(skipped), int(steps), int(num_lam)
+        mine = numbers[min(self.ranks.rank, len(numbers) - 1)]
+        own = {name: mine[name] for name in (*LOSSES, *TOKEN_KINDS)}
+        if len(numbers) != self.ranks.world_size:  # other ranks: the first has the sums of all
+            own = {name: sum(row[name] for row in numbers) * self.ranks.is_main for name in own}
+        self._losses = torch.tensor([own[name] for name in LOSSES], dtype=torch.float64, device=self.ranks.device)
+        self.meter.window_tokens = {kind: own[kind] for kind in TOKEN_KINDS}
+        self.meter.window_seconds = mine["window_seconds"]
+        for kind in TOKEN_KINDS:
+            self.meter.tokens[kind] = mine[f"total_{kind}"]
+        for activity in ACTIVITIES:
+            self.meter.seconds[activity] += mine[f"{activity}_seconds"]  # beside what this attempt has taken so far
+        self.num_skipped, self._window_steps = int(mine["num_skipped"]), int(mine["window_steps"])
+        self._lam, self._num_lam = mine["lam"], int(mine["num_lam"])
         if self.ranks.is_main and self._metrics.is_file():
             lines = [line for line in read_metrics(self._metrics) if line["step"] <= step]
             artifacts.write_text(self._metrics, "".join(json.dumps(line) + "\n" for line in lines))
@@ -89,24 +129,23 @@ class RunLog:
         if self.ranks.is_main:
             self._file = self._metrics.open("a" if after else "w", encoding="utf-8")
         if self.ranks.is_main and self._tensorboard is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
             if not after:
                 shutil.rmtree(self._tensorboard, ignore_errors=True)  # of an earlier attempt: its curves would lie over these
-            self._writer = SummaryWriter(str(self._tensorboard), purge_step=after + 1 if after else None)
-        self._window_start = time.perf_counter()
+            with self._tensorboard_may_fail():
+                self._writer = _summary_writer(self._tensorboard, purge_step=after + 1 if after else None)
         if self.ranks.is_main and sys.stdout.isatty():
             self._bar = progress_bar()
             self._bar.start()
             self._task = self._bar.add_task(self.stage, total=num_steps, completed=after, info="")
+        self.meter.switch(TRAINING)
 
     def add(self, batch: MicroBatch, loss: MicroBatchLoss) -> None:
         """Adds one micro-batch. Tensors are only summed here: nothing waits for the device."""
         self._losses += torch.stack([loss.ntp, loss.mixup, loss.auxiliary]).double()
         if batch.indices:
-            self._tokens["real"] += batch.num_real_tokens
-            self._tokens["response"] += batch.labels.numel()
-        self._tokens["padded"] += batch.input_ids.numel()
+            self.meter.window_tokens["real"] += batch.num_real_tokens
+            self.meter.window_tokens["response"] += batch.labels.numel()
+        self.meter.window_tokens["padded"] += batch.input_ids.numel()
 
     def end_step(
         self,
@@ -128,11 +167,11 @@ class RunLog:
         if step % self.every_steps and step != self.num_steps:
             return
         losses = self._losses.cpu()  # waits for the device: before the clock is read
-        seconds = time.perf_counter() - self._window_start
-        sums = self.ranks.sum(torch.cat([losses, torch.tensor([self._tokens[kind] for kind in TOKEN_KINDS]).double()]))
-        ntp, mixup, auxiliary, real, response, padded = sums.tolist()
-        for name, count in (("real", real), ("response", response), ("padded", padded), ("seconds", seconds)):
-            self.total[name] += count
+        self.meter.switch(TRAINING if step < self.num_steps else OTHER)
+        tokens = torch.tensor([self.meter.window_tokens[kind] for kind in TOKEN_KINDS]).double()
+        sums = self.ranks.sum(torch.cat([losses, tokens])).tolist()
+        ntp, mixup, auxiliary = sums[: len(LOSSES)]
+        seconds, rates = self.meter.end_window(dict(zip(TOKEN_KINDS, sums[len(LOSSES) :], strict=True)))
         line: dict[str, float] = {"step": step, "epoch": epoch, NTP: ntp / self._window_steps}
         if self.has_mixup:
             line[MIXUP] = mixup / self._window_steps
@@ -142,18 +181,22 @@ class RunLog:
         line |= {
             GRAD_NORM: float(grad_norm),
             LEARNING_RATE: learning_rate,
-            REAL_RATE: real / seconds,
-            RESPONSE_RATE: response / seconds,
-            PADDED_RATE: padded / seconds,
+            REAL_RATE: rates["real"],
+            RESPONSE_RATE: rates["response"],
+            PADDED_RATE: rates["padded"],
+            TRAINING_TIME: seconds,
             SKIPPED: self.num_skipped,
         }
         self._write(step, line)
         self._clear()
-        self._window_start = time.perf_counter()
 
-    def leave_out_time(self) -> None:
-        """Begins the window's time anew: what was done since the last line (a checkpoint) is no training."""
-        self._window_start = time.perf_counter()
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Counts the seconds inside as those of a checkpoint, not as training. The device is waited for at both ends."""
+        self._losses.cpu()
+        with self.meter.during(CHECKPOINT):
+            yield
+            self._losses.cpu()
 
     def finish(self) -> None:
         """Closes files and the bar."""
@@ -161,27 +204,25 @@ class RunLog:
             self._bar.stop()
         if self._file is not None:
             self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        with self._tensorboard_may_fail():
+            if self._writer is not None:
+                self._writer.close()
 
     def facts(self) -> dict[str, float]:
         """Returns what a report wants of the whole stage."""
-        seconds = max(self.total["seconds"], 1e-9)
-        rates = {f"{name}_tokens_per_second": self.total[name] / seconds for name in ("real", "response", "padded")}
-        return {"num_steps": self.num_steps, "training_seconds": self.total["seconds"], "num_skipped_steps": self.num_skipped, **rates}
+        return {"num_steps": self.num_steps, "num_skipped_steps": self.num_skipped, **self.meter.facts()}
 
     def _write(self, step: int, line: dict[str, float]) -> None:
         if self._file is None:
             return
         # NaN is no JSON: a reader must not choke on the very line that shows what went wrong.
         printable = {k: v if np.isfinite(v) else None for k, v in line.items()}
-        self._file.write(json.dumps(printable) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for name, value in line.items():
-                if name not in ("step", "epoch"):
-                    # TensorBoard takes no spaces or brackets in names.
-                    self._writer.add_scalar(f"{self.stage}/" + name.replace(" (", "_").replace("/s)", "_per_s").strip(")"), value, step)
+        with accessing(self._metrics):
+            self._file.write(json.dumps(printable) + "\n")
+            self._file.flush()
+        with self._tensorboard_may_fail():
+            if self._writer is not None:
+                self._write_scalars(step, line)
         losses = f"ntp {line[NTP]:.4f}" + (f" mixup {line[MIXUP]:.4f}" if self.has_mixup else "")
         rate = f"{line[REAL_RATE]:,.0f} tok/s"
         if self._bar is not None:
@@ -190,11 +231,46 @@ class RunLog:
             optimiser = f"|g| {line[GRAD_NORM]:.3g} lr {line[LEARNING_RATE]:.2e}"
             print(f"{self.stage} {step}/{self.num_steps} {losses} {optimiser} {rate}", flush=True)
 
+    def _write_scalars(self, step: int, line: dict[str, float]) -> None:
+        """Writes a point of each TensorBoard curve; `SummaryWriter.add_scalar` takes no description."""
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+
+        values = []
+        for key, (tag, description) in SCALARS.items():
+            if key in line:
+                metadata = SummaryMetadata(summary_description=description)
+                metadata.plugin_data.plugin_name = "scalars"
+                values.append(Summary.Value(tag=tag, simple_value=line[key], metadata=metadata))
+        self._writer.file_writer.add_summary(Summary(value=values), step)
+
+    @contextmanager
+    def _tensorboard_may_fail(self) -> Iterator[None]:
+        """Goes on without TensorBoard where its files cannot be written, and says so: metrics.jsonl holds the same figures."""
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            print(f"  TensorBoard is left out from here on: {describe(error, self._tensorboard)}", flush=True)
+
     def _clear(self) -> None:
         self._losses = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
-        self._tokens = dict.fromkeys(TOKEN_KINDS, 0.0)
         self._lam, self._num_lam = 0.0, 0
         self._window_steps = 0
+
+
+def _summary_writer(folder: Path, *, purge_step: int | None) -> Any:
+    """Returns TensorBoard's writer. Its thread prints no traceback where a file cannot be written: the next call raises that error."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    before = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
+            before(failed)
+
+    if "_summary_writer" not in before.__qualname__:
+        threading.excepthook = hook
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def progress_bar() -> Any:

@@ -15,6 +15,7 @@ from sftmix import artifacts
 from sftmix.errors import ArtifactError
 from sftmix.score_files import CONFIDENCE, PERPLEXITY, refuse_existing
 from sftmix.scores import MAX_NAMED, ScoreMetadata, ScoreTable, fit_scores, named, read_scores
+from sftmix.wording import counted
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -40,7 +41,7 @@ def show_scores(source: str, *, num: int = 5, column: str | None = None) -> list
     table = read_scores(source, column=column)
     values, variability = table.values, table.confidence["variability"].to_numpy()
     ranks = table.confidence["rank"].to_numpy()
-    lines = [f"{source}: {len(values):,} examples"]
+    lines = [f"{source}: {counted(len(values), 'example')}"]
     if table.metadata is not None:
         lines += describe(table.metadata)
     if table.metadata is None or table.column != "confidence":
@@ -83,15 +84,16 @@ def check_scores(source: str, config_path: str, overrides: Sequence[str]) -> lis
     """
     from sftmix.config_file import load_config
     from sftmix.data.batches import TokenisedExamples
-    from sftmix.engine.distributed import resolve_precision
-    from sftmix.pipeline import first_unfinished_stage
+    from sftmix.engine.precision import resolve_precision
+    from sftmix.pipeline import check_finished_work, first_unfinished_stage
 
     # The config as it would be with this table: there is then no reference run whose mode could be asked for.
     own = [f"confidence.scores={json.dumps(source)}", "confidence.mode=checkpoints", "confidence.compare=[]", "confidence.models=[]"]
     config = load_config(config_path, [*overrides, *own])
     folder = config.run.dir / "data"
+    check_finished_work(config, "data", force=False)
     if first_unfinished_stage(config, "data") is not None:
-        raise ArtifactError(f"{folder} is missing, or was made with other settings. Run `sftmix data {config_path}` first.")
+        raise ArtifactError(f"{folder} is missing. Run `sftmix data {config_path}` first.")
     fingerprints = artifacts.verify(folder).facts.get("fingerprints")
     if not isinstance(fingerprints, dict):
         raise ArtifactError(
@@ -105,7 +107,7 @@ def check_scores(source: str, config_path: str, overrides: Sequence[str]) -> lis
         allow_differences=settings.allow_differences,
         report_to=config.run.dir / "scores_that_do_not_fit.jsonl",
     )
-    return [f"{source} fits the {len(rows):,} training examples in {folder}"]
+    return [f"{source} fits the {counted(len(rows), 'training example')} in {folder}"]
 
 
 def export_scores(source: str, to: Path) -> Path:
@@ -143,7 +145,7 @@ def dataset_card(metadata: ScoreMetadata, *, num_examples: int, num_not_finite: 
 
 # SFTMix confidence scores
 
-Confidence of {num_examples:,} instruction-response examples under {len(metadata.checkpoints)} checkpoints
+Confidence of {counted(num_examples, "instruction-response example")} under {counted(len(metadata.checkpoints), "checkpoint")}
 ([SFTMix](https://arxiv.org/abs/2410.05248)): minus the mean, over the checkpoints, of the perplexity of the response.
 Examples without a finite confidence, and so without a rank: {num_not_finite:,}. No text is in here, only ids.
 

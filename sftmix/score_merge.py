@@ -17,6 +17,7 @@ from sftmix import artifacts
 from sftmix.errors import ArtifactError, ConfigError
 from sftmix.score_files import CONFIDENCE, read_column, refuse_existing
 from sftmix.scores import MAX_NAMED, ScoreMetadata, ScoreSummary, ScoreTable, named, read_scores, write_scores
+from sftmix.wording import counted
 
 Sums = dict[int, NDArray[np.float64]]  # checkpoint -> (N,) nats
 
@@ -111,7 +112,8 @@ def _sums_of_more_checkpoints(tables: Sequence[ScoreTable]) -> tuple[Sums, NDArr
         differ = np.flatnonzero(counts[rows] != num_response_tokens)
         if len(differ):
             raise ArtifactError(
-                f"{table.source}: {len(differ)} examples have another number of response tokens than in {tables[0].source} "
+                f"{table.source}: {counted(len(differ), 'example has', 'examples have')} another number "
+                f"of response tokens than in {tables[0].source} "
                 f"({named([wanted[int(row)].as_py() for row in differ[:MAX_NAMED]])}). Merge tables that were made from the same data."
             )
         nll_sum |= {step: values[rows] for step, values in sums.items()}
@@ -144,7 +146,7 @@ def _overlap(tables: Sequence[ScoreTable], ids: Sequence[set[str]]) -> ArtifactE
         shared = sorted(ids_a & ids_b)
         if shared and ids_a != ids_b:
             return ArtifactError(
-                f"{a.source} ({len(ids_a)} examples) and {b.source} ({len(ids_b)}) share {len(shared)} ({named(shared)}). "
+                f"{a.source} ({counted(len(ids_a), 'example')}) and {b.source} ({len(ids_b)}) share {len(shared)} ({named(shared)}). "
                 "Tables can be merged that share no example, or all. Score the missing ones, or leave one table out."
             )
     return ArtifactError(

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from sftmix import artifacts
 from sftmix.config import Config, ModelConfig
 from sftmix.errors import ArtifactError
+from sftmix.machine import accessing
 from sftmix.pipeline import StageContext
 from sftmix.shards import ShardFolder
+from sftmix.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,16 +37,22 @@ def work_plan(config: Config, examples: TokenisedExamples) -> WorkPlan:
 def score_checkpoints(
     context: StageContext, examples: TokenisedExamples, tokenizer: PreTrainedTokenizerBase, models: dict[int, ModelConfig]
 ) -> Sums:
-    """Scores every example under every model, by its checkpoint number; what an earlier attempt has scored is not scored again.
-    All ranks call it; returns the sums on rank 0, elsewhere nothing."""
-    from sftmix.engine.distributed import should_shard
+    """Scores every example under every model, by its checkpoint number; what an earlier attempt has
+    scored is not scored again. Collective: all ranks must call it. Returns the sums on rank 0,
+    elsewhere nothing. Leaves the dtype of the models' weights in `context.facts["precision"]`."""
+    from sftmix.engine.distributed import should_shard, use_threads
     from sftmix.engine.engine import Engine
+    from sftmix.engine.precision import resolve_precision
     from sftmix.mirror import collect_units
     from sftmix.scoring import score_missing_units
 
     config, ranks = context.config, context.ranks
     assert ranks is not None
     plan = work_plan(config, examples)
+    # Of units that are there already. Only an engine of this dtype, which was examined, wrote them:
+    # their fingerprint says so.
+    context.facts["precision"] = resolve_precision(config.engine.precision)
+    context.facts["num_threads"] = use_threads(None)
     sizes = [len(plan.examples(unit)) for unit in range(plan.num_units)]
     nll_sum: Sums = {}
     for step, model in models.items():
@@ -63,9 +71,10 @@ def score_checkpoints(
         collect_units(ranks, shards, sizes)  # what an earlier attempt has left on other disks
         units = ranks.from_main(shards.pending(sizes) if ranks.is_main else [])
         if ranks.is_main and len(units) < len(sizes):
-            print(f"  checkpoint {step}: {len(sizes) - len(units)} of {len(sizes)} units are there already", flush=True)
+            print(f"  checkpoint {step}: {len(sizes) - len(units)} of {counted(len(sizes), 'unit')} already scored", flush=True)
         if units:
             engine = Engine(config, model, ranks, tokenizer, is_sharded=is_sharded)
+            context.facts["precision"] = engine.precision
             score_missing_units(engine, examples, plan, shards, units, pad_id=tokenizer.pad_token_id, title=f"step {step}")
             engine.close()
             collect_units(ranks, shards, sizes)
@@ -76,12 +85,13 @@ def score_checkpoints(
         missing = shards.pending(sizes)
         if missing:
             raise ArtifactError(
-                f"{len(missing)} of {len(sizes)} units have no scores in {shards.folder} though every rank has finished. "
+                f"the scores of {counted(len(missing), 'unit')} of {len(sizes)} are missing in {shards.folder} "
+                "though every rank has finished. "
                 "Look at whether run.dir is the same folder, whole and writable, on every node; then start again."
             )
         nll_sum[step] = np.concatenate([shards.read(unit).nll_sum for unit in range(len(sizes))])
         mean = float(nll_sum[step].sum() / examples.num_response_tokens.sum())
-        print(f"  checkpoint {step}: {len(examples):,} examples, {mean:.4f} nats per response token", flush=True)
+        print(f"  checkpoint {step}: {counted(len(examples), 'example')}, {mean:.4f} nats per response token", flush=True)
     return nll_sum
 
 
@@ -91,8 +101,17 @@ def weight_bytes(model: ModelConfig) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else 0
 
 
-def write_tables(context: StageContext, folder: Path, mode: str, examples: TokenisedExamples, nll_sum: Sums) -> None:
-    """Writes the two tables of one mode, and says what has no finite perplexity."""
+def write_tables(
+    context: StageContext,
+    folder: Path,
+    mode: str,
+    examples: TokenisedExamples,
+    nll_sum: Sums,
+    *,
+    precision: str,
+) -> None:
+    """Writes the two tables of one mode, and says what has no finite perplexity. precision: dtype of
+    the weights that scored."""
     from sftmix.pipeline import model_identity
     from sftmix.scores import ScoreMetadata, write_scores
 
@@ -102,7 +121,7 @@ def write_tables(context: StageContext, folder: Path, mode: str, examples: Token
         mode=mode,
         models=[model_identity(model) for model in models],
         checkpoints=sorted(nll_sum),
-        fingerprints=_fingerprints(context),
+        fingerprints=_fingerprints(context, precision),
         dataset=[source.path for source in config.data.all_sources] or ["generated toy skills"],
         versions=artifacts.versions(),
         commit=artifacts.commit(),
@@ -117,6 +136,7 @@ def write_tables(context: StageContext, folder: Path, mode: str, examples: Token
 
 def import_scores(context: StageContext, examples: TokenisedExamples) -> None:
     """Takes a published table in place of scoring: checked against the data, and brought into its order."""
+    from sftmix.engine.precision import resolve_precision
     from sftmix.scores import fit_scores, read_scores
 
     settings = context.config.confidence
@@ -125,24 +145,25 @@ def import_scores(context: StageContext, examples: TokenisedExamples) -> None:
     rows = fit_scores(
         table,
         examples.example_ids,
-        _fingerprints(context),
+        _fingerprints(context, resolve_precision(context.config.engine.precision)),
         allow_differences=settings.allow_differences,
         report_to=context.config.run.dir / "scores_that_do_not_fit.jsonl",
     )
-    pq.write_table(table.confidence.take(pa.array(rows)), context.folder / "confidence.parquet")
-    print(f"  {len(rows):,} scores of {settings.scores}")
+    path = context.folder / "confidence.parquet"
+    with accessing(path):
+        pq.write_table(table.confidence.take(pa.array(rows)), path)
+    print(f"  {counted(len(rows), 'score')} of {settings.scores}")
 
 
-def _fingerprints(context: StageContext) -> dict[str, str | int]:
+def _fingerprints(context: StageContext, precision: str) -> dict[str, str | int]:
     """Returns what scores of this run's data carry, and what a table from elsewhere is held against."""
-    from sftmix.engine.distributed import resolve_precision
-
-    return {**context.facts_of("data")["fingerprints"], "dtype": resolve_precision(context.config.engine.precision)}
+    return {**context.facts_of("data")["fingerprints"], "dtype": precision}
 
 
 def write_sums(path: Path, nll_sum: Sums) -> None:
     """Writes what a training run scored itself: a column for each checkpoint, rows in dataset order."""
-    pq.write_table(pa.table({str(step): sums for step, sums in nll_sum.items()}), path)
+    with accessing(path):
+        pq.write_table(pa.table({str(step): sums for step, sums in nll_sum.items()}), path)
 
 
 def read_sums(path: Path, num_examples: int) -> Sums:

@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 from sftmix import artifacts
 from sftmix.confidence import CONFIDENCE_SCHEMA, PERPLEXITY_SCHEMA, aggregate, confidence_ranks, perplexity
 from sftmix.errors import ArtifactError
+from sftmix.machine import accessing
 from sftmix.score_files import CONFIDENCE, NOT_FINITE, PERPLEXITY, ROWS_PER_GROUP, locate, read_column, read_schema, string_column
+from sftmix.wording import counted
 
 FORMAT = 1  # of the two tables
 KEY = b"sftmix"
@@ -77,6 +79,9 @@ class ScoreMetadata:
         return cls(**found)
 
 
+MEANING = "minus the perplexity of a response; -1 is the highest possible"
+
+
 @dataclass(frozen=True)
 class ScoreSummary:
     """mean_confidence: over the finite ones, NaN for none. not_finite: the first 20 ids; all are in not_finite.jsonl."""
@@ -89,9 +94,12 @@ class ScoreSummary:
 
     def lines(self) -> list[str]:
         """Returns what is shown on screen."""
-        lines = [f"{self.num_examples:,} examples, {self.num_checkpoints} checkpoints, mean confidence {self.mean_confidence:.4g}"]
+        sizes = f"{counted(self.num_examples, 'example')}, {counted(self.num_checkpoints, 'checkpoint')}"
+        lines = [f"{sizes}, mean confidence {self.mean_confidence:.4g} ({MEANING})"]
         if self.num_not_finite:
-            lines.append(f"{self.num_not_finite:,} have no finite confidence ({NOT_FINITE}), first: {', '.join(self.not_finite)}")
+            lines.append(
+                f"{counted(self.num_not_finite, 'has', 'have')} no finite confidence ({NOT_FINITE}), first: {', '.join(self.not_finite)}"
+            )
         return lines
 
 
@@ -114,7 +122,7 @@ def write_scores(
     # Ids do not repeat inside a row group: a dictionary of them would only cost.
     written: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["checkpoint"], "write_page_checksum": True}
     schema = metadata.to_schema(PERPLEXITY_SCHEMA)
-    with pq.ParquetWriter(folder / PERPLEXITY, schema, **written) as writer:
+    with accessing(folder / PERPLEXITY), pq.ParquetWriter(folder / PERPLEXITY, schema, **written) as writer:
         for step in sorted(nll_sum):
             all_sums = nll_sum[step]
             for start in range(0, num_examples, ROWS_PER_GROUP):
@@ -127,7 +135,8 @@ def write_scores(
     ranks = confidence_ranks(ids, scores.confidence)
     columns = [ids, scores.confidence, scores.variability, scores.minimum, scores.maximum, ranks]
     table = pa.table(columns, schema=metadata.to_schema(CONFIDENCE_SCHEMA))
-    pq.write_table(table, folder / CONFIDENCE, row_group_size=ROWS_PER_GROUP, **written)
+    with accessing(folder / CONFIDENCE):
+        pq.write_table(table, folder / CONFIDENCE, row_group_size=ROWS_PER_GROUP, **written)
     bad = np.flatnonzero(~np.isfinite(scores.confidence))
     if len(bad):
         write_jsonl(folder / NOT_FINITE, _not_finite(bad, ids, scores.confidence, num_response_tokens, nll_sum))
@@ -167,11 +176,14 @@ class ScoreTable:
         """(N,) strings. Raises ArtifactError for a row without one, and for an id that stands twice."""
         ids = read_column(self.path, "example_id", pa.string())
         if ids.null_count:
-            raise ArtifactError(f"{self.path}: {ids.null_count} rows have no example_id. Every row needs one; fill or remove them.")
+            rows = counted(ids.null_count, "row has", "rows have")
+            raise ArtifactError(f"{self.path}: {rows} no example_id. Every row needs one; fill or remove such rows.")
         if pc.count_distinct(ids).as_py() < len(ids):
-            counted = pc.value_counts(ids)
-            twice = [str(pair["values"]) for pair in counted.filter(pc.greater(counted.field("counts"), 1)).to_pylist()]
-            raise ArtifactError(f"{self.path}: {len(twice)} ids stand in several rows ({named(twice)}). Keep one row of each.")
+            times = pc.value_counts(ids)
+            twice = [str(pair["values"]) for pair in times.filter(pc.greater(times.field("counts"), 1)).to_pylist()]
+            raise ArtifactError(
+                f"{self.path}: {counted(len(twice), 'id stands', 'ids stand')} in several rows ({named(twice)}). Keep one row of each."
+            )
         return ids
 
     @cached_property
@@ -203,7 +215,8 @@ class ScoreTable:
         num_rows, expected = pq.read_metadata(path).num_rows, len(self.example_ids) * len(metadata.checkpoints)
         if num_rows != expected:
             raise ArtifactError(
-                f"{path} has {num_rows:,} rows; {len(self.example_ids):,} examples under {len(metadata.checkpoints)} checkpoints "
+                f"{path} has {counted(num_rows, 'row')}; {counted(len(self.example_ids), 'example')} under "
+                f"{counted(len(metadata.checkpoints), 'checkpoint')} "
                 f"are {expected:,}. Get the table again."
             )
         return path
@@ -264,7 +277,7 @@ def fit_scores(
         records = [{"example_id": table.example_ids[int(row)].as_py(), table.column: str(table.values[row])} for row in bad]
         where = _report(report_to, ({**record, "problem": "not finite"} for record in records))
         raise ArtifactError(
-            f"{table.source}: the {table.column} of {len(bad)} examples is infinite, NaN or null "
+            f"{table.source}: the {table.column} of {counted(len(bad), 'example')} is infinite, NaN or null "
             f"({named([str(record['example_id']) for record in records])}){where}. They cannot be ranked: score them again, or remove "
             "these examples from the data and the table."
         )
@@ -282,8 +295,8 @@ def match_rows(table: ScoreTable, example_ids: Sequence[str] | pa.ChunkedArray, 
         problems = (("missing", missing), ("surplus", surplus))
         where = _report(report_to, ({"example_id": i, "problem": problem} for problem, found in problems for i in found))
         raise ArtifactError(
-            f"{table.source} does not fit the data: {len(missing)} examples have no score ({named(missing)}), "
-            f"{len(surplus)} scores have no example ({named(surplus)}){where}. "
+            f"{table.source} does not fit the data: {counted(len(missing), 'example has', 'examples have')} no score ({named(missing)}), "
+            f"{counted(len(surplus), 'score has', 'scores have')} no example ({named(surplus)}){where}. "
             "Score this data itself (`sftmix score CONFIG`), or use the data that the table was made from."
         )
     return rows
@@ -296,7 +309,7 @@ def named(ids: Sequence[str]) -> str:
 
 def write_jsonl(path: Path, records: Iterator[dict[str, Any]]) -> None:
     """Writes one JSON object per line."""
-    with path.open("w", encoding="utf-8") as file:
+    with accessing(path), path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 

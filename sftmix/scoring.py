@@ -166,12 +166,12 @@ class OnlineScores:
             self._sums[0].index_add_(0, indices, _sum_by_example(batch, loss.token_nll))
             self._sums[1].index_add_(0, indices, torch.ones(len(indices), dtype=torch.float64, device=self._sums.device))
 
-    def progress(self) -> tuple[list[float], dict[str, NDArray[np.float64]]]:
+    def progress(self) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
         """Returns what is collected so far, to be taken up from: see `sftmix/resume.py`. All ranks call it."""
         sums = self._ranks.sum(self._sums.clone()).cpu().numpy()
-        return [], {"sums": sums, **{f"epoch_{step:06d}": values for step, values in self.nll_sum.items()}}
+        return {}, {"sums": sums, **{f"epoch_{step:06d}": values for step, values in self.nll_sum.items()}}
 
-    def take_up(self, step: int, numbers: list[list[float]], arrays: dict[str, NDArray[np.float64]]) -> None:
+    def take_up(self, step: int, numbers: list[dict[str, float]], arrays: dict[str, NDArray[np.float64]]) -> None:
         """Goes on from what `progress` returned. Each example is seen by one rank, so the sums are the same on any number of ranks."""
         self.nll_sum = {int(name[6:]): values for name, values in arrays.items() if name.startswith("epoch_")}
         self._sums = torch.from_numpy(arrays["sums"] * self._ranks.is_main).to(self._ranks.device)
@@ -207,7 +207,8 @@ class _Progress:
         now = time.perf_counter()
         seconds = max(now - self._start, 1e-9)
         done = min(self._total, self._examples * self._num_ranks)
-        rates = f"{done / seconds:,.0f} examples/s {self._tokens * self._num_ranks / seconds:,.0f} tok/s"
+        tokens = self._tokens * done / self._examples  # of as many examples as are counted as done
+        rates = f"{done / seconds:,.0f} examples/s {tokens / seconds:,.0f} tok/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, info=rates)
         elif now - self._last_line > 30:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sftmix import artifacts, faults
+from sftmix.machine import accessing
 
 SCHEMA = pa.schema([("nll_sum", pa.float64()), ("num_misses", pa.int64())])
 
@@ -54,7 +55,7 @@ class ShardFolder:
         temporary = self.folder / f".unit_{unit:06d}.{socket.gethostname()}.{os.getpid()}.tmp"
         faults.point("shard.write")
         table = pa.table([pa.array(scores.nll_sum), pa.array(scores.num_misses)], schema=SCHEMA)
-        with temporary.open("wb") as file:
+        with accessing(temporary), temporary.open("wb") as file:
             pq.write_table(table, file)
             faults.point("shard.flush")
             file.flush()

@@ -16,6 +16,8 @@ from sftmix.data.batches import MicroBatch
 from sftmix.engine.distributed import Ranks
 from sftmix.engine.engine import MicroBatchLoss
 from sftmix.errors import TrainingError
+from sftmix.machine import accessing
+from sftmix.wording import counted
 
 
 class SkippedSteps:
@@ -44,13 +46,17 @@ class SkippedSteps:
         ids = self._ids.take(pa.array(sorted(causes[:, 0].long().tolist()))).to_pylist()
         what = "loss" if (table[:, 1] == 1).any() else "gradient"
         if self._ranks.is_main:
-            with self._path.open("a", encoding="utf-8") as file:
+            with accessing(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "not_finite": what, "example_ids": ids}) + "\n")
-            print(f"  step {step} skipped: the {what} is not finite; {len(ids)} examples, first {ids[0]} ({self._path.name})", flush=True)
+            print(
+                f"  step {step} skipped: the {what} is not finite; {counted(len(ids), 'example')}, first {ids[0]} ({self._path.name})",
+                flush=True,
+            )
         if len(self._in_a_row) >= self._limit:
             first = self._in_a_row[0]
             raise TrainingError(
-                f"no gradient was finite from step {first} to {step} ({len(self._in_a_row)} steps, limits.skipped_steps). The examples "
-                f"are listed in {self._path}. Lower the learning rate, or look at these examples and at the model's weights.",
+                f"no gradient was finite from step {first} to {step} ({counted(len(self._in_a_row), 'step')}, "
+                f"limits.skipped_steps). The examples are listed in {self._path}. "
+                "Lower the learning rate, or look at these examples and at the model's weights.",
                 on_all_ranks=True,
             )

@@ -5,6 +5,7 @@ No list of all examples is held in memory but the response lengths and, to order
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,12 @@ from numpy.typing import NDArray
 
 from sftmix.config import Config
 from sftmix.errors import ArtifactError, ConfigError
+from sftmix.machine import accessing
 from sftmix.pairing import CONFIDENT, MIDDLE, UNCONFIDENT, Matching, mix_coverage
 from sftmix.pipeline import StageContext
 from sftmix.score_files import CONFIDENCE, ROWS_PER_GROUP
 from sftmix.split import split_table
+from sftmix.wording import counted
 
 if TYPE_CHECKING:
     from sftmix.data.batches import TokenisedExamples
@@ -48,15 +51,16 @@ def split_scores(context: StageContext, examples: TokenisedExamples) -> dict[str
     beside = context.folder / "with_stratum.parquet"
     _check_order(table, split.column, examples, split.stratify_by, beside)
     try:
-        return split_table(
-            [beside if split.stratify_by else table],
-            context.folder / SPLIT,
-            value=split.column,
-            highest_first=split.highest_is_confident,
-            confident_share=split.confident_share,
-            unconfident_share=split.unconfident_share,
-            stratum="stratum" if split.stratify_by else None,
-        )
+        with accessing(context.folder / SPLIT):
+            return split_table(
+                [beside if split.stratify_by else table],
+                context.folder / SPLIT,
+                value=split.column,
+                highest_first=split.highest_is_confident,
+                confident_share=split.confident_share,
+                unconfident_share=split.unconfident_share,
+                stratum="stratum" if split.stratify_by else None,
+            )
     except ValueError as error:
         raise ArtifactError(f"{error}. Lower the reference's learning rate, or remove these examples.") from None
     finally:
@@ -68,7 +72,7 @@ def _check_order(table: Path, column: str, examples: TokenisedExamples, stratify
     With `stratify_by` writes `beside`: the table's ids and values, and the data's column as "stratum"."""
     data = examples.table.data.table
     if pq.read_metadata(table).num_rows != len(examples):
-        found = f"{pq.read_metadata(table).num_rows:,} rows for {len(examples):,} examples"
+        found = f"{counted(pq.read_metadata(table).num_rows, 'row')} for {counted(len(examples), 'example')}"
         raise ArtifactError(f"{table} has {found}. Run the score stage again.")
     writer, start = None, 0
     try:
@@ -107,7 +111,11 @@ def write_parts(folder: Path, sizes: dict[str, int], num_response_tokens: NDArra
 
 
 def _new_list(path: Path, size: int) -> NDArray[np.int64]:
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.int64, shape=(size,))
+    """Returns a new list on disk. Its space is reserved: a write to mapped memory on a full disk kills the process (SIGBUS)."""
+    indices = np.lib.format.open_memmap(path, mode="w+", dtype=np.int64, shape=(size,))
+    with accessing(path), path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    return indices
 
 
 def open_matching(folder: Path, config: Config, way: str) -> Matching:

@@ -12,6 +12,8 @@ import numpy as np
 
 from sftmix import artifacts
 from sftmix.config import ModelConfig, TrainConfig
+from sftmix.machine import accessing
+from sftmix.meter import describe_time
 from sftmix.pipeline import StageContext
 
 if TYPE_CHECKING:
@@ -61,7 +63,9 @@ def run_reference(context: StageContext) -> None:
             nll_sum = score_examples(engine, examples, work_plan(config, examples), **shown).nll_sum
             if ranks.is_main:
                 live.mkdir(exist_ok=True)
-                np.save(live / f"{checkpoint_name(step)}.npy", nll_sum)
+                path = live / f"{checkpoint_name(step)}.npy"
+                with accessing(path):
+                    np.save(path, nll_sum)
 
     objective = Objective()
     _train(
@@ -91,6 +95,7 @@ def run_score(context: StageContext) -> None:
     for mode in modes:
         if mode in ("live", "online"):
             assert reference is not None
+            precision = context.facts_of("reference")["precision"]
             nll_sum = read_sums(reference / f"{mode}.parquet", len(examples))
             if mode == "online":
                 nll_sum = dict(sorted(nll_sum.items())[config.confidence.online_from_epoch - 1 :])
@@ -102,9 +107,12 @@ def run_score(context: StageContext) -> None:
         else:
             models = dict(enumerate(config.confidence.models, start=1))
             nll_sum = score_checkpoints(context, examples, _tokenizer(context), models)
+        if mode in ("checkpoints", "models"):
+            precision = context.facts["precision"]
         is_first = mode in (config.confidence.mode, "models")
         if context.ranks is None or context.ranks.is_main:
-            write_tables(context, context.folder if is_first else context.folder / "compared" / mode, mode, examples, nll_sum)
+            folder = context.folder if is_first else context.folder / "compared" / mode
+            write_tables(context, folder, mode, examples, nll_sum, precision=precision)
 
 
 def run_split(context: StageContext) -> None:
@@ -117,7 +125,8 @@ def run_split(context: StageContext) -> None:
     lengths = examples.column("num_response_tokens")
     write_parts(context.folder, sizes, lengths)
     coverage = mix_coverages(context.folder, lengths, context.config)
-    print("  mix coverage (response tokens that take part in a mix): " + ", ".join(f"{share:.1%} {way}" for way, share in coverage.items()))
+    shown = ", ".join(f"{share:.1%} {way}" for way, share in coverage.items())
+    print(f"  mix coverage ({COVERAGE}): {shown} matching")
     context.facts |= {"sizes": sizes, "mix_coverage": coverage}
 
 
@@ -151,11 +160,11 @@ def _run_target(context: StageContext, name: str, *, mixup_weight: float) -> Non
         if engine.has_adapters:
             engine.export_adapter(context.kept / "adapter", _tokenizer(context))
         if context.ranks is not None and context.ranks.is_main:
-            from sftmix.export import write_model_card
+            from sftmix.cards import write_model_card
 
-            write_model_card(context.kept / "model", config, objective=name)
+            write_model_card(context.kept / "model", config, name)
             if engine.has_adapters:
-                write_model_card(context.kept / "adapter", config, objective=name, is_adapter=True)
+                write_model_card(context.kept / "adapter", config, name, is_adapter=True)
 
     last = len(plan.steps())
     _train(context, name, config.model, settings, examples, plan, objective, checkpoint_steps=[last], save=save_model)
@@ -174,6 +183,7 @@ def _train(
     save: Any,
     online: OnlineScores | None = None,
 ) -> None:
+    from sftmix.engine.distributed import use_threads
     from sftmix.engine.engine import Engine
     from sftmix.resume import TrainingCheckpoints
     from sftmix.runlog import RunLog
@@ -196,6 +206,7 @@ def _train(
         every_steps=config.log.every_steps,
         has_mixup=objective.mixup_weight > 0,
         has_router=engine.module.has_router,
+        meter=context.meter,
     )
     context.stop.listen()
     try:
@@ -219,12 +230,17 @@ def _train(
     if ranks.is_main:
         # Linked, not moved: the checkpoints vouch for these files until the output is published.
         shutil.copytree(kept, context.folder, copy_function=_link, dirs_exist_ok=True)
-    context.facts |= log.facts() | {
+    context.facts |= {
         "num_parameters": engine.num_parameters,
         "num_trained_parameters": engine.num_trained_parameters,
         "world_size": ranks.world_size,
+        "precision": engine.precision,
+        "num_threads": use_threads(None),
     }
     engine.close()
+    context.facts |= log.facts()
+    if ranks.is_main:
+        print(f"  {describe_time(context.facts)}", flush=True)
 
 
 def _link(source: str, target: str) -> None:
@@ -253,6 +269,7 @@ def run_evaluate(context: StageContext) -> None:
         if name not in context.inputs or not len(examples):
             continue
         engine = Engine(config, trained_model(config.model, context.inputs[name] / "model"), ranks, tokenizer)
+        context.facts["precision"] = engine.precision
         work = WorkPlan(examples.num_tokens, EVALUATION_UNIT, config.evaluation.micro_batch_tokens)
         scores = score_examples(engine, examples, work, pad_id=tokenizer.pad_token_id, title=MODEL_NAMES[name])
         engine.close()
@@ -269,7 +286,9 @@ def run_evaluate(context: StageContext) -> None:
     if ranks.is_main:
         artifacts.write_json(context.folder / "metrics.json", metrics)
         if tables:
-            pq.write_table(pa.concat_tables(tables), context.folder / "per_example.parquet")
+            path = context.folder / "per_example.parquet"
+            with accessing(path):
+                pq.write_table(pa.concat_tables(tables), path)
 
 
 def run_report(context: StageContext) -> None:
@@ -285,6 +304,7 @@ def trained_model(start: ModelConfig, folder: Path) -> ModelConfig:
     return start.model_copy(update={"path": str(folder), "architecture": None, "revision": None, "lora": None})
 
 
+COVERAGE = "share of the response tokens that are mixed with another example's"
 EVALUATION_UNIT = 256  # examples that one rank takes at a time
 MODEL_NAMES = {"baseline": "NTP baseline", "train": "SFTMix"}
 

@@ -1,7 +1,7 @@
 """A run that is asked to stop: by a signal, by its wall-clock limit, or by a file in the run folder.
 
 The training loop asks after every step, saves, and leaves with exit code 75 (EX_TEMPFAIL), on which batch systems can start it
-again. A second SIGTERM ends the process at once, as the first would have without this.
+again, or after Control-C with 130. The same signal again ends the process at once, as the first would have without this.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 EXIT_CODE = 75
+INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
 STARTED = "SFTMIX_STARTED"  # seconds since the epoch at which the command began; for all its processes
 STOP_FILE = "stop"  # in the run folder: whoever makes it asks the run to stop
 
@@ -23,13 +24,17 @@ class StopRequest:
     def __init__(self, run_folder: Path, *, wall_clock_minutes: float | None = None):
         self._file = run_folder / STOP_FILE
         self._minutes = wall_clock_minutes
-        self._started = float(os.environ.setdefault(STARTED, str(time.time())))
+        try:
+            self._started = float(os.environ.setdefault(STARTED, str(time.time())))
+        except ValueError:  # not ours
+            self._started = time.time()
         self._reason: str | None = None
+        self._taken: set[int] = set()
         self._before: dict[signal.Signals, object] = {}
 
     def listen(self) -> None:
-        """Takes SIGTERM and SIGUSR1 from here on."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        """Takes SIGTERM, SIGUSR1 and SIGINT (Control-C) from here on."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._before[number] = signal.signal(number, self._take)
 
     def close(self) -> None:
@@ -52,9 +57,22 @@ class StopRequest:
         return self.reason is not None
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if self._reason is not None and number == signal.SIGTERM:
+        # torchrun answers Control-C with a SIGTERM to its ranks: only the same signal again counts as the second.
+        if number in self._taken and number != signal.SIGUSR1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self._reason = f"{name} was received"
-        os.write(2, f"sftmix: {name}: the step is finished and the state saved; SIGTERM again ends at once\n".encode())
+        self._taken.add(number)
+        self._reason = f"{signal.Signals(number).name} was received"
+        acknowledge(number)
+
+
+def acknowledge(number: int) -> None:
+    """Says on stderr what a first signal does. Called by signal handlers, so it uses no buffered file."""
+    name = signal.Signals(number).name
+    again = "Control-C" if number == signal.SIGINT else "SIGTERM"
+    os.write(2, f"sftmix: {name}: the step is finished and the state saved; {again} again ends at once\n".encode())
+
+
+def exit_code_of(reason: str) -> int:
+    """Returns the exit code of a run that has saved its state because of `reason`."""
+    return INTERRUPTED if reason.startswith(signal.SIGINT.name) else EXIT_CODE

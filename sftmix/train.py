@@ -103,10 +103,10 @@ def train(
         if online is not None and (step == len(steps) or steps[step][0] != epoch):
             online.end_epoch(step)
         if step in checkpoint_steps and save_checkpoint is not None:
-            save_checkpoint(step)
-            log.leave_out_time()
-        if checkpoints is not None and checkpoints.end_step(engine, step, is_last=step == len(steps), parts=parts):
-            log.leave_out_time()
+            with log.pause():
+                save_checkpoint(step)
+        if checkpoints is not None:
+            checkpoints.end_step(engine, step, is_last=step == len(steps), parts=parts, pause=log.pause)
     log.finish()
 
 
@@ -137,4 +137,5 @@ def choose_checkpoint_steps(plan: TrainingPlan, num_checkpoints: int | None) -> 
             last_of_epoch = {epoch: number for number, (epoch, _, _) in enumerate(steps, start=1)}
             return sorted(last_of_epoch.values())
         num_checkpoints = 3
+    num_checkpoints = min(num_checkpoints, len(steps))
     return sorted({math.ceil(len(steps) * n / num_checkpoints) for n in range(1, num_checkpoints + 1)})

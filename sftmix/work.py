@@ -16,6 +16,7 @@ from typing import Any
 from sftmix import artifacts
 from sftmix.checkpoints import CheckpointFolder
 from sftmix.errors import ArtifactError
+from sftmix.wording import counted
 
 RECORD = "work.json"
 
@@ -76,7 +77,7 @@ def describe(folder: Path) -> str | None:
     if steps:
         return f"saved after step {steps[0]}"
     num_units = len(list(folder.glob("checkpoint_*/unit_*.json")))
-    return f"{num_units} units scored" if num_units else None
+    return f"{counted(num_units, 'unit')} scored" if num_units else None
 
 
 def _read(folder: Path) -> Mapping[str, Any] | None:

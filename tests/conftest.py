@@ -1,9 +1,32 @@
 """Before anything imports triton: where there is no GPU its kernels are interpreted, on the CPU."""
 
 import os
+import subprocess
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Mounts a memory file system for a test, or skips it."""
+    folders = []
+
+    def mount(options, *, prepare=lambda folder: None):
+        folder = tmp_path / f"mounted{len(folders)}"
+        folder.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], check=False, capture_output=True)
+        if done.returncode != 0:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
+        folders.append(folder)
+        prepare(folder)
+        subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+        return folder
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", str(folder)], check=True)

@@ -41,11 +41,20 @@ def test_publishing_again_replaces_the_whole_folder(tmp_path):
     ("damage", "message"),
     [
         (lambda f: (f / "deep" / "file.txt").unlink(), "is missing"),
-        (lambda f: (f / "deep" / "file.txt").write_text("conten"), "6 bytes, 7 were written"),
+        (lambda f: (f / "deep" / "file.txt").write_text("conten"), "6 bytes, expected 7"),
         (lambda f: (f / "deep" / "file.txt").write_text("Content"), "differs from what was written"),
         (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
         (lambda f: (f / "manifest.json").write_text("{"), "is damaged"),
         (lambda f: (f / "manifest.json").write_text('{"surplus": 1}'), "is damaged"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "is damaged"),
+        (
+            lambda f: (f / "manifest.json").write_text('{"stage": "a", "fingerprint": "b", "settings": {}, "inputs": {}, "files": 5}'),
+            "is damaged",
+        ),
+        (
+            lambda f: (f / "manifest.json").write_text('{"stage": "a", "fingerprint": "b", "settings": 5, "inputs": {}, "files": {}}'),
+            "is damaged",
+        ),
     ],
 )
 def test_damage_is_named(tmp_path, damage, message):

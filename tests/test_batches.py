@@ -1,10 +1,14 @@
 import itertools
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
+import torch
 
+from sftmix import scoring
 from sftmix.data.batches import TokenisedExamples, build_micro_batch, count_step, cut_step
+from sftmix.engine.distributed import Ranks
 from sftmix.errors import DataError
 from sftmix.pairing import match_parts, split_by_confidence
 from sftmix.scoring import cut_by_length
@@ -136,5 +140,21 @@ def test_examples_of_several_turns_are_refused_where_inputs_are_mixed(tmp_path):
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "all")
     datasets.Dataset.from_list([row for row in rows if row["example_id"] not in ("two", "three")]).save_to_disk(tmp_path / "single")
     TokenisedExamples(next((tmp_path / "single").glob("*.arrow"))).check_single_spans()
-    with pytest.raises(DataError, match=r"2 of 5 examples have\s+several, the first being two"):
+    with pytest.raises(DataError, match=r"2 examples have several \(of 5\), first two"):
         TokenisedExamples(next((tmp_path / "all").glob("*.arrow"))).check_single_spans()
+
+
+@pytest.mark.parametrize(("num_ranks", "expected"), [(1, 3), (2, 5)])  # of 5 examples in 2 units, after the first of 3
+def test_the_rates_of_scoring_count_no_more_than_there_is(monkeypatch, num_ranks, expected):
+    now = [0.0]
+    monkeypatch.setattr(scoring.time, "perf_counter", lambda: now[0])
+    shown = {}
+    monkeypatch.setattr(scoring, "progress_bar", lambda: SimpleNamespace(
+        start=lambda: None, add_task=lambda *a, **k: 0, update=lambda task, **values: shown.update(values), stop=lambda: None
+    ))  # fmt: skip
+    monkeypatch.setattr(scoring.sys, "stdout", SimpleNamespace(isatty=lambda: True))
+    plan = scoring.WorkPlan(np.full(5, 10), unit_examples=3, micro_batch_tokens=100)
+    progress = scoring._Progress(Ranks(0, num_ranks, 0, torch.device("cpu")), plan, [0, 1], "test")
+    now[0] = 0.5
+    progress.advance(0)
+    assert shown == {"completed": expected, "info": f"{2 * expected} examples/s {20 * expected} tok/s"}

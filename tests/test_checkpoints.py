@@ -117,7 +117,7 @@ def test_a_file_that_is_cut_while_it_is_written_is_noticed(tmp_path):
     file = HashedFile(tmp_path / "x")
     file.write(bytes(100))
     os.truncate(tmp_path / "x", 60)
-    with pytest.raises(OSError, match="ends after 60 of the 100 bytes"):
+    with pytest.raises(OSError, match="ends after 60 of the 100 bytes written"):
         file.close()
     assert "ends after 60" in str(file.error)
 

@@ -68,7 +68,7 @@ def test_confidences_are_read_by_id_and_not_by_place(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "message"), [(["a", "b", "c"], r"1 examples have no score.*'c'"), (["a"], r"1 scores have no example.*'b'")]
+    ("wanted", "message"), [(["a", "b", "c"], r"1 example has no score.*'c'"), (["a"], r"1 score has no example.*'b'")]
 )
 def test_a_table_that_does_not_fit_the_data_is_refused(tmp_path, wanted, message):
     path = table_of(tmp_path / "confidence.parquet", ["a", "b"], [-1.0, -2.0])

@@ -326,7 +326,7 @@ def gpu(index=0, **changes):
 def test_the_fullest_gpu_and_too_few_gpus_are_named():
     cards = [gpu(0), gpu(1, used_bytes=79 * GIB)]
     few, full = memory.check_gpus(need_of(10**9), cards)
-    assert few.verdict == "bad" and "8 ranks are to run here, and there are 2 GPUs" in few.found
+    assert few.verdict == "bad" and "8 ranks are to run here on 2 GPUs" in few.found
     assert full.verdict == "warning" and "GPU 1 has 1.0 GiB free of 80.0 GiB" in full.found
     assert memory.check_gpus(need_of(10**12), [gpu(0)] * 8)[-1].verdict == "bad" and memory.check_gpus(None, cards) == []
 
@@ -348,7 +348,7 @@ def test_what_nvidia_smi_says_of_sick_gpus_is_found(tmp_path, monkeypatch):
     cards = gpus.list_gpus()
     assert [card.index for card in cards] == [0, 1] and cards[0].total_bytes == 81559 * 2**20
     text = "\n".join(finding.line() for finding in gpus.check_health(cards))
-    for words in ("bad.*3 memory errors", "91 C", "persistence mode is off", "pid 4711, 512 MiB", "not every GPU reads .*CNS"):
+    for words in ("bad.*3 uncorrected memory errors", "91 C", "persistence mode is off", "pid 4711, 512 MiB", "not every GPU reads .*CNS"):
         assert re.search(words, text), (words, text)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert [card.index for card in gpus.list_gpus()] == [1]

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -149,8 +150,25 @@ def test_the_whole_doctor_with_two_ranks(tmp_path):
 def test_a_config_that_does_not_load_is_a_finding_and_the_rest_is_examined(tmp_path):
     done = sftmix("doctor", "configs/quickstart.yaml", "train.epoch=2", "--quick", check=False)
     lines = done.stdout.splitlines()
-    assert done.returncode == 1 and lines[0].startswith("bad      config") and "epochs" in lines[0]
+    assert done.returncode == 2 and lines[0].startswith("bad      config") and "epochs" in lines[0]
     assert any(line.split()[1] == "versions" for line in lines) and "1 bad" in lines[-1] and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "doctor"])
+def test_a_precision_that_the_device_does_not_have_is_refused_in_one_line(tmp_path, command):
+    """The patch stands for an accelerator without fp16, whatever this machine has."""
+    folder = tmp_path / "run"
+    arguments = [command, "configs/quickstart.yaml", "engine.precision=fp16", f"run.dir={folder}"]
+    program = (
+        "import sys; from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator as A; "
+        "A.is_fp16_supported = lambda self: None; "
+        f"from sftmix.cli import main; sys.exit(main({[*arguments, *(['--quick'] * (command == 'doctor'))]}))"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "engine.precision is" in line]
+    assert done.returncode == 2 and len(lines) == 1 and "fp16" in lines[0] and not folder.exists()
+    assert "Use bf16 or fp32" in lines[0] and "Traceback" not in done.stderr
 
 
 def test_a_torch_that_cannot_be_imported_is_a_finding(tmp_path, monkeypatch):

@@ -1,17 +1,19 @@
 """Whatever a user gets wrong ends with exit code 2 and a line that says what is wrong and what to do: no traceback."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
+from processes import ROOT
 from tokenizers_for_tests import character_tokenizer
 
 from sftmix.cli import main
 from sftmix.engine.distributed import Ranks
-from sftmix.errors import SftmixError
+from sftmix.errors import ConfigError, SftmixError
 
 LLAMA = {
     "model_type": "llama",
@@ -46,6 +48,7 @@ def given(tmp_path_factory):
     (folder / "rows.txt").write_text("rows")
     (folder / "broken.jinja").write_text("{% for")
     (folder / "latin1.jinja").write_bytes(b"\xff")
+    (folder / "filter.jinja").write_text("{{ messages | nofilter }}")
     (folder / "stage2.json").write_text('{"zero_optimization": {"stage": 2}}')
     (folder / "zero.json").write_text('{"zero_optimization": {"overlap_com": true}}')
     (folder / "misspelled.json").write_text('{"zero_optimisation": {"stage": 3}}')
@@ -56,7 +59,42 @@ def given(tmp_path_factory):
     config.save_pretrained(folder / "model-with-pickled-weights")
     (folder / "model-with-pickled-weights" / "pytorch_model.bin").write_bytes(b"")
     (folder / "empty").mkdir()
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA, vocab_size=120)).save_pretrained(folder / "model")
+    _damage(folder / "model", folder)
     return folder
+
+
+def _damage(model, folder):
+    """Makes copies of a model's folder, each of which has something wrong."""
+    from safetensors.torch import load_file, save_file
+
+    def copy(name):
+        return shutil.copytree(model, folder / name)
+
+    weights = load_file(model / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    for shape in ((0,), (8, 4)):
+        save_file(
+            weights | {name: torch.zeros(shape)}, copy(f"model-with-shape-{len(shape)}") / "model.safetensors", metadata={"format": "pt"}
+        )
+    whole = (model / "model.safetensors").read_bytes()
+    for cut in (0, 5, len(whole) // 2):
+        (copy(f"model-cut-at-{'start' if not cut else 'header' if cut == 5 else 'half'}") / "model.safetensors").write_bytes(whole[:cut])
+    index = {
+        "missing-shard": json.dumps({"weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}),
+        "index-list": "[]",
+        "index-cut": "{",
+    }
+    for name, text in index.items():
+        (copy(f"model-{name}") / "model.safetensors").rename(folder / f"model-{name}" / "other.safetensors")
+        (folder / f"model-{name}" / "model.safetensors.index.json").write_text(text)
+    for name, text in {"cut": "{", "list": "[1]", "untyped": "{}"}.items():
+        (copy(f"model-config-{name}") / "config.json").write_text(text)
+    settings = json.loads((model / "config.json").read_text())
+    (copy("model-config-value") / "config.json").write_text(json.dumps(settings | {"hidden_size": "wide"}))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copytree(folder / "tokenizer", folder / f"broken-{file}")
+        (folder / f"broken-{file}" / file).write_text("[1")
 
 
 @pytest.fixture
@@ -93,6 +131,20 @@ def model(name, folder="GIVEN/"):
 FOUND_BEFORE_ANYTHING_STARTS = {
     "unknown key": (["train.epohcs=1"], "`train.epohcs` is an unknown key", "Did you mean `epochs`?"),
     "wrong type": (["train.epochs=many"], "`train.epochs` is 'many'", "should be a valid integer"),
+    "list for a section": (["train=[1, 2]"], "`train` is [1, 2]", "should be a valid dictionary"),
+    "number beyond all bounds": (["run.seed=99999999999999999999"], "`run.seed` is 99999999999999999999", "should be less than"),
+    "date that is none": (["run.dir=2020-99-99"], "override `run.dir=2020-99-99`", "the value is not valid YAML: month must be"),
+    "sizes of no model": (
+        ["model.architecture.hidden_size=0"],
+        "model.architecture describes no model that can be built",
+        "Correct its values",
+    ),
+    "no attention heads": (["model.architecture.num_attention_heads=0"], "model.architecture (model_type 'llama')", "Correct the value"),
+    "unknown filter in a template": (
+        ["tokenizer.chat_template=GIVEN/filter.jinja"],
+        "No filter named 'nofilter'",
+        "tokenizer.chat_template",
+    ),
     "no override": (["epochs"], "override `epochs`", "for example `train.epochs=1`"),
     "missing data": (["data.path=GIVEN/no.jsonl"], "GIVEN/no.jsonl does not exist", "Give the path of a file"),
     "unknown format": (["data.format=alpacca"], "data.format is 'alpacca'", "expected auto, "),
@@ -106,6 +158,75 @@ FOUND_BEFORE_ANYTHING_STARTS = {
     "missing reference model": (["reference.model={path: GIVEN/none}"], "reference.model.path: GIVEN/none does not exist", "Give a folder"),
     "larger tokenizer": (model("model-of-50-tokens"), "the tokenizer has 99 tokens, the model's embedding 50 rows", "Use the model's own"),
     "larger tokenizer to train": (["model.architecture.vocab_size=329"], "tokenizer.train.vocab_size is 330", "Lower it"),
+    "weights of no shape": (
+        model("model-with-shape-1"),
+        "down_proj.weight has shape [0], the model's has [8, 8]. A save under ZeRO-3",
+        "Save the model again",
+    ),
+    "weights of another shape": (
+        model("model-with-shape-2"),
+        "down_proj.weight has shape [8, 4], the model's has [8, 8]",
+        "correct config",
+    ),
+    "weights of a reference model": (
+        ["reference.model={path: GIVEN/model-with-shape-2}", *GIVEN_TOKENIZER],
+        "reference.model.path: GIVEN/model-with-",
+        "[8, 4]",
+    ),
+    "weights that are empty": (model("model-cut-at-start"), "model.safetensors cannot be read as safetensors", "Copy or download it again"),
+    "weights without a header": (
+        model("model-cut-at-header"),
+        "model.safetensors cannot be read as safetensors",
+        "Copy or download it again",
+    ),
+    "weights that are cut off": (model("model-cut-at-half"), "not fully covered", "Copy or download it again"),
+    "missing shard": (model("model-missing-shard"), "1 are missing, first model-00001-of-00001.safetensors", "Copy or download them"),
+    "index that is a list": (model("model-index-list"), "index.json is no index of weights", "Copy or download it again"),
+    "index that is no JSON": (model("model-index-cut"), "index.json is no index of weights", "Copy or download it again"),
+    "config that is no JSON": (model("model-config-cut"), "model.path: GIVEN/model-config-cut cannot be loaded", "config.json is damaged"),
+    "config that is a list": (model("model-config-list"), "model.path: GIVEN/model-config-list cannot be loaded", "config.json is damaged"),
+    "config without a type": (model("model-config-untyped"), "model.path: GIVEN/model-config-untyped cannot be loaded", "model_type"),
+    "config with a wrong value": (model("model-config-value"), "model.path: GIVEN/model-config-value cannot be loaded", "'hidden_size'"),
+    "broken tokenizer": (
+        ["tokenizer.train=", "tokenizer.path=GIVEN/broken-tokenizer.json"],
+        "GIVEN/broken-tokenizer.json/tokenizer.json",
+        "is damaged",
+    ),
+    "broken tokenizer config": (
+        ["tokenizer.train=", "tokenizer.path=GIVEN/broken-tokenizer_config.json"],
+        "GIVEN/broken-tokenizer_config.json/tokenizer_config.json is damaged",
+        "tokenizer.path",
+    ),
+    "attention that is not installed": (
+        ["model.attn_implementation=flash_attention_2"],
+        "model.attn_implementation: flash_attention_2 cannot be used here",
+        "use sdpa or eager",
+    ),
+    "misspelt attention": (
+        ["model.attn_implementation=spda"],
+        "spda cannot be used here",
+        "Did you mean `sdpa`?",
+    ),
+    "attention from the Hub": (
+        ["model.attn_implementation=owner/kernel"],
+        "owner/kernel cannot be used here: `kernels` is",
+        "use sdpa or eager",
+    ),
+    "attention that needs a GPU": (
+        ["model.attn_implementation=flex_attention"],
+        "It needs a GPU, and there is none here",
+        "use sdpa or eager",
+    ),
+    "attention of a reference model": (
+        [f"reference.model={{architecture: {json.dumps(LLAMA)}, attn_implementation: flash_attention_3}}"],
+        "reference.model.attn_implementation: flash_attention_3 cannot be used here",
+        "use sdpa or eager",
+    ),
+    "attention of a scoring model": (
+        [f"confidence.models=[{{architecture: {json.dumps(LLAMA)}, attn_implementation: eagre}}]"],
+        "confidence.models[0].attn_implementation: eagre cannot be used here",
+        "Did you mean `eager`?",
+    ),
     "missing tokenizer": (["tokenizer.train=", "tokenizer.path=GIVEN/none"], "tokenizer: GIVEN/none cannot be loaded", "tokenizer.train"),
     "model without tokenizer": (["model={path: GIVEN/model-of-50-tokens}", "tokenizer.train="], "cannot be loaded", "tokenizer.path"),
     "long examples": (["data.max_length=257"], "data.max_length is 257, but the context of model is 256", "Lower data.max_length"),
@@ -184,27 +305,6 @@ def test_a_foreign_run_folder_is_left_as_it_was(config, given, capsys):
     assert sorted(given.rglob("*")) == before
 
 
-@pytest.fixture
-def mounted(tmp_path):
-    """Mounts a memory file system for a test, or skips it."""
-    folders = []
-
-    def mount(options, *, prepare=lambda folder: None):
-        folder = tmp_path / f"mounted{len(folders)}"
-        folder.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], check=False, capture_output=True)
-        if done.returncode != 0:
-            pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
-        folders.append(folder)
-        prepare(folder)
-        subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
-        return folder
-
-    yield mount
-    for folder in folders:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_run_folder_on_a_disk_that_takes_nothing_is_one_clear_error(config, tmp_path, mounted, capsys):
     assert "cannot be written: Read-only file system" in mistake(capsys, "data", config, f"run.dir={mounted('ro')}/run")
     full = mounted("size=4k")
@@ -214,6 +314,53 @@ def test_a_run_folder_on_a_disk_that_takes_nothing_is_one_clear_error(config, tm
     assert f"{tmp_path / 'dangling'} is a link to {tmp_path / 'nowhere'}" in mistake(
         capsys, "data", config, f"run.dir={tmp_path / 'dangling'}"
     )
+
+
+def test_a_disk_that_fills_up_anywhere_in_a_stage_is_one_line_with_a_file(config, mounted, capsys):
+    found = set()
+    for size in (12, 24, 40, 56, 72):
+        folder = mounted(f"size={size}k")
+        said = mistake(capsys, "data", config, f"run.dir={folder}/run")
+        assert "No space left on device" in said and len(said.splitlines()) == 1
+        found.add(said.split(": ")[2])
+        assert found and all(str(folder.parent) in path for path in found)
+    assert len(found) > 2  # it was full at different files
+
+
+def test_weights_of_another_shape_are_named_when_they_are_loaded_too(given):
+    from sftmix.config import ModelConfig
+    from sftmix.engine.loading import hf_config, load_source
+
+    start = ModelConfig(path=str(given / "model-with-shape-1"))
+    with pytest.raises(ConfigError, match=r"layers.0.mlp.down_proj.weight has shape \[0\], the model's has \[8, 8\]"):
+        load_source(start, hf_config(start), dtype=torch.float32, seed=0)
+    start = ModelConfig(path=str(given / "model-cut-at-half"))
+    with pytest.raises(ConfigError, match="cannot be loaded: .* Copy or download it again"):
+        load_source(start, hf_config(start), dtype=torch.float32, seed=0)
+
+
+def run_shell(command, *arguments):
+    """Runs the command line behind a shell's redirection; returns its exit code and what it says."""
+    line = f"{sys.executable} -m sftmix.cli {command.format(*map(str, arguments))}"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr
+    return done.returncode, done.stderr
+
+
+def test_output_that_nobody_takes_is_no_traceback(config):
+    assert run_shell("inspect {} | true", config) == (1, "")
+    code, said = run_shell("inspect {} > /dev/full", config)
+    assert code == 2 and said.startswith("sftmix: error: stdout: No space left on device")
+    assert run_shell("inspect {} >&-", config) == (0, "")
+
+
+def test_an_error_that_is_a_bug_keeps_its_traceback(config, monkeypatch):
+    def bug(config):
+        raise KeyError("a")
+
+    monkeypatch.setattr("sftmix.preflight.check", bug)
+    with pytest.raises(KeyError):
+        main(["data", str(config)])
 
 
 def test_a_finished_run_on_a_disk_that_became_read_only_says_so(config, tmp_path, mounted, capsys):
@@ -254,6 +401,20 @@ def test_each_of_several_mistakes_has_a_line_of_its_own(config, capsys):
 
 def test_overrides_count_before_and_behind_an_option(config, capsys):
     assert len(mistake(capsys, "data", config, "train.epohcs=1", "--force", "log.every_steps=0").splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("? [a, b]\n: 1\n", "run.yaml:1: a key is a list or a mapping, expected a word"),
+        ("? {a: b}\n: 1\n", "run.yaml:1: a key is a list or a mapping, expected a word"),
+        ("run: {dir: 2020-99-99}\n", "not valid YAML: month must be"),
+        (f"run: {{seed: 1{'0' * 5000}}}\n", "not valid YAML: Exceeds the limit"),
+    ],
+)
+def test_yaml_that_python_cannot_take_is_one_line(text, cause, config, capsys):
+    config.write_text(text)
+    assert cause in mistake(capsys, "data", config)
 
 
 def test_a_missing_config_suggests_one_with_a_near_name(config, capsys):

@@ -116,6 +116,29 @@ def test_what_is_no_number_is_refused(wrong, words):
         translated(**wrong)
 
 
+COMPLETE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"MASTER_ADDR": None}, "RANK is set, and MASTER_ADDR is not. Unset RANK to run without a launcher"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not"),
+        ({"MASTER_PORT": None, "MASTER_ADDR": None}, "MASTER_ADDR and MASTER_PORT are not"),
+        ({"WORLD_SIZE": None}, "RANK is set, and WORLD_SIZE is not"),
+        ({"RANK": "2"}, "RANK is 2 and WORLD_SIZE is 2: ranks are numbered from 0"),
+        ({"WORLD_SIZE": "0"}, "RANK is 0 and WORLD_SIZE is 0"),
+        ({"LOCAL_RANK": "first"}, "LOCAL_RANK is 'first', expected a number"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http', expected a number"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT is 65536, expected a port"),
+    ],
+)
+def test_a_rank_whose_companions_are_missing_or_wrong_is_refused(wrong, words):
+    assert translated(**COMPLETE) == COMPLETE  # the test of the test
+    with pytest.raises(ConfigError, match=words):
+        translated(**{name: value for name, value in (COMPLETE | wrong).items() if value is not None})
+
+
 def test_tasks_per_node_that_are_not_told_are_not_guessed():
     assert place_of({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}).local_size == 4
     assert place_of({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "many"}).local_size is None

@@ -15,6 +15,7 @@ from sftmix.cli import _parser
 from sftmix.errors import ConfigError
 from sftmix.hostfile import Node
 from sftmix.launch_environment import translate
+from sftmix.launcher import run_commands
 from sftmix.multinode import command, commands, exports
 
 NODES = [Node("a", 2), Node("b", 1)]
@@ -144,11 +145,10 @@ def test_what_a_launcher_cannot_do_is_refused(launcher, nodes, where, words):
     [
         ([], "--hostfile is missing"),
         (["--hostfile", "hosts", "--set", "a=b"], "--set belongs to --template"),
-        (["--hostfile", "hosts", "--force"], "--force needs --stage"),
         (["--hostfile", "hosts", "--master-port", "0"], "--master-port 0 is no port"),
         (["--hostfile", "hosts", "--master-addr=-v"], "--master-addr '-v' is no host name"),
         (["--hostfile", "hosts", "--node-rank", "0"], "--node-rank is for --launcher ssh and torchrun"),
-        (["--hostfile", "hosts", "--launcher", "ssh", "--node-rank", "2"], "has nodes 0 to 1"),
+        (["--hostfile", "hosts", "--launcher", "ssh", "--node-rank", "2"], "has 2 nodes, counted from 0"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(tmp_path, monkeypatch, options, words):
@@ -241,10 +241,10 @@ def test_ranks_on_two_nodes_see_arguments_and_environment_as_they_were_given(tmp
         made = plan(launcher, *HOSTILE, address="127.0.0.2", port=29517)
     if launcher == "pdsh":
         with command._for_runner(made, environment) as prepared:
-            assert command._run([commands.runner_command(made)], prepared) == 0
+            assert run_commands([commands.runner_command(made)], prepared) == 0
     else:
         variables = exports.wanted(environment, command.PACKAGE_ROOT)
-        assert command._run([commands.ssh_command(made, number, variables) for number in (0, 1)], environment) == 0
+        assert run_commands([commands.ssh_command(made, number, variables) for number in (0, 1)], environment) == 0
     check_probes(tmp_path, VALUES)
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["hosts"]
 
@@ -308,9 +308,20 @@ def test_ranks_of_srun_and_mpirun_see_the_same(tmp_path, monkeypatch, launcher, 
     Path("hosts").write_text("a slots=2\nb slots=2\n")
     made = plan(launcher, *HOSTILE, nodes=[Node("a", 2), Node("b", 2)])
     with command._for_runner(made, environment) as prepared:
-        assert command._run([commands.runner_command(made)], prepared) == 0
+        assert run_commands([commands.runner_command(made)], prepared) == 0
     for rank in range(4):
         arguments, seen, folder = json.loads((tmp_path / str(rank)).read_text())
         assert arguments == HOSTILE and folder == str(tmp_path) and {name: seen[name] for name in values} == values
         assert (seen["WORLD_SIZE"], seen["LOCAL_RANK"], seen["LOCAL_WORLD_SIZE"]) == ("4", str(rank % 2), "2")
         assert seen["MASTER_ADDR"] == {"slurm": "node1", "openmpi": "a"}[launcher]
+
+
+@pytest.mark.parametrize(("launcher", "program"), [("pdsh", "pdsh"), ("ssh", "ssh"), ("openmpi", "mpirun"), ("slurm", "srun")])
+def test_a_launcher_whose_program_is_missing_is_refused(launcher, program, monkeypatch):
+    from sftmix.multinode.command import _check_programs
+
+    monkeypatch.setattr("shutil.which", lambda name: None if name == program else f"/usr/bin/{name}")
+    with pytest.raises(ConfigError, match=f"--launcher {launcher} needs the program {program}, which is not in PATH"):
+        _check_programs(launcher)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    _check_programs(launcher)

@@ -409,7 +409,7 @@ def test_bad_rows_of_all_files_are_listed_together(tmp_path, config, run):
     assert str(caught.value).splitlines() == [
         f"{tmp_path}/first.jsonl:2: field 'prompt' is null, expected text (format prompt)",
         f"{tmp_path}/second.jsonl:2: no field 'question' (format qa)",
-        "2 bad rows. Mend or remove them; none is skipped in silence.",
+        "2 bad rows. Fix or remove them; bad rows are never skipped silently.",
     ]
 
 
@@ -417,7 +417,7 @@ def test_bad_rows_of_all_files_are_listed_together(tmp_path, config, run):
     ("rows", "message"),
     [
         ([], "the data holds no example"),
-        ([row("a")], "0 training examples are left; at least 2 are needed. 1 examples read: 0 to train on, 1 held out"),
+        ([row("a")], "0 training examples are left; at least 2 are needed. 1 example read: 0 to train on, 1 held out"),
         ([row("a"), row("b", ""), row("c", "")], "at least 2 are needed.* 2 dropped: empty response"),
     ],
 )

@@ -56,7 +56,7 @@ def test_a_bad_line_is_named_and_the_lines_around_it_are_read(tmp_path, case):
     bad = BadRows()
     assert [place for place, _ in read_rows(DataSource(path=str(path)), bad)] == [f"{path}:1", f"{path}:3"]
     assert bad.count == 1 and bad.listed[0].startswith(f"{path}:2: ") and message in bad.listed[0]
-    with pytest.raises(DataError, match="1 bad rows"):
+    with pytest.raises(DataError, match="1 bad row\\."):
         bad.raise_if_any()
 
 
@@ -70,7 +70,7 @@ def test_half_a_surrogate_pair_is_named(tmp_path):
     row = '{"prompt": "p", "completion": "%s"}\n'
     path = write(tmp_path, "rows.jsonl", (row % "\\ud83d\\ude00" + row % "half: \\ud83d").encode())
     config = {"run": {"dir": tmp_path}, "model": {"architecture": {"model_type": "llama"}}, "tokenizer": {"path": "none"}}
-    with pytest.raises(DataError, match=r"rows.jsonl:2: the text holds half of a surrogate pair(.|\n)*1 bad rows"):
+    with pytest.raises(DataError, match=r"rows.jsonl:2: the text holds half of a surrogate pair(.|\n)*1 bad row\."):
         prepare(Config.model_validate({**config, "data": {"path": str(path)}}), tmp_path)
 
 

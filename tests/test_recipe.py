@@ -58,8 +58,9 @@ def test_every_stage_publishes_a_folder_that_verifies(finished):
 def test_the_table_and_the_path_of_the_report_are_printed_last(finished):
     folder, output = finished
     tail = output[output.index("SFTMix beside next-token prediction") :]
-    for word in ("NTP baseline", "SFTMix", "held-out loss", "perplexity", "exact match", "tokens/s", "minutes", "report:"):
+    for word in ("NTP baseline", "SFTMix", "loss", "ppl", "exact", "tokens/s", "minutes", "report:"):
         assert word in tail
+    assert len(re.findall(r"^  [\d.]+ min: training [\d.]+, checkpoints and exports [\d.]+, start and end [\d.]+$", output, re.M)) == 3
     assert (folder / "report" / "index.html").is_file()
 
 
@@ -97,6 +98,7 @@ def test_metrics_have_losses_rates_and_lam(finished):
     expected = {
         "step", "epoch", NTP, MIXUP, "mixup/lam (mean)", "grad_norm", "learning_rate",
         "tokens/real (tokens/s)", "tokens/response (tokens/s)", "tokens/padded (tokens/s)", "steps/skipped (steps)",
+        "time/training (s)",
     }  # fmt: skip
     assert set(lines[0]) == expected
     for line in lines:
@@ -138,6 +140,18 @@ def test_a_second_run_does_nothing(copy_of):
     assert stages_run(output) == ([], STAGES)
 
 
+def test_a_run_folder_stands_for_its_own_config_wherever_it_lies(copy_of):
+    output = sftmix("run", str(copy_of)).stdout  # no overrides, and it was copied
+    assert stages_run(output) == ([], STAGES)
+
+
+def test_a_stage_runs_the_earlier_ones_that_are_missing_and_no_later_one(copy_of):
+    for name in ("pairing", "sftmix"):
+        shutil.rmtree(copy_of / name)
+    output = sftmix("train", str(copy_of)).stdout
+    assert stages_run(output) == (["split", "train"], [])
+
+
 @pytest.mark.parametrize(
     ("override", "again"),
     [
@@ -146,7 +160,11 @@ def test_a_second_run_does_nothing(copy_of):
     ],
 )
 def test_a_changed_setting_runs_again_only_what_depends_on_it(copy_of, override, again):
-    output = sftmix("run", QUICKSTART, *TINY, f"run.dir={copy_of}", override).stdout
+    key, value = override.split("=")
+    before = sftmix("run", QUICKSTART, *TINY, f"run.dir={copy_of}", override, check=False)
+    assert before.returncode == 2 and f"{key}: " in before.stderr and f" before, {value} now" in before.stderr
+    assert stages_run(before.stdout) == ([], []) and "--force" in before.stderr
+    output = sftmix("run", QUICKSTART, *TINY, f"run.dir={copy_of}", override, "--force").stdout
     assert stages_run(output) == (again, [stage for stage in STAGES if stage not in again])
 
 
@@ -158,7 +176,7 @@ def test_damaged_output_is_refused_and_named(copy_of):
 
 
 def test_mixup_weight_zero_is_plain_sft_to_the_last_bit(copy_of):
-    sftmix("train", QUICKSTART, *TINY, f"run.dir={copy_of}", "mixup.weight=0")
+    sftmix("train", QUICKSTART, *TINY, f"run.dir={copy_of}", "mixup.weight=0", "--force")
     ours, plain = (copy_of / name / "model" / "model.safetensors" for name in ("sftmix", "baseline"))
     assert ours.read_bytes() == plain.read_bytes()
     losses = [[line[NTP] for line in read_metrics(copy_of / name / "metrics.jsonl")] for name in ("sftmix", "baseline")]
@@ -166,7 +184,7 @@ def test_mixup_weight_zero_is_plain_sft_to_the_last_bit(copy_of):
 
 
 def test_mixing_at_the_input_embeddings_trains_another_model_with_the_same_ntp_at_first(finished, copy_of):
-    sftmix("train", QUICKSTART, *TINY, f"run.dir={copy_of}", "mixup.site=input_embeddings")
+    sftmix("train", QUICKSTART, *TINY, f"run.dir={copy_of}", "mixup.site=input_embeddings", "--force")
     lines, at_head = (read_metrics(folder / "sftmix" / "metrics.jsonl") for folder in (copy_of, finished[0]))
     assert lines[0][NTP] == pytest.approx(at_head[0][NTP], rel=1e-2) and lines[0][MIXUP] != at_head[0][MIXUP]
     assert lines[-1][MIXUP] < lines[0][MIXUP]
@@ -176,7 +194,7 @@ def test_mixing_at_the_input_embeddings_trains_another_model_with_the_same_ntp_a
 def test_other_splits_and_matching_by_length(copy_of):
     options = [QUICKSTART, *TINY, f"run.dir={copy_of}", "split.column=variability", "split.highest_is_confident=false"]
     options += ["split.stratify_by=group", "split.confident_share=0.3", "split.unconfident_share=0.3"]
-    output = sftmix("split", *options).stdout
+    output = sftmix("split", *options, "--force").stdout
     random, by_length = map(float, re.search(r"mix coverage.*?([\d.]+)% random, ([\d.]+)% length", output).groups())
     assert by_length >= random > 0
     scores = pq.read_table(copy_of / "confidence" / "confidence.parquet").to_pandas().set_index("example_id")["variability"]
@@ -186,8 +204,8 @@ def test_other_splits_and_matching_by_length(copy_of):
         inside = parts[groups == group]
         assert (inside == "confident").sum() == (inside == "unconfident").sum() == int(0.3 * len(inside))
         assert scores[inside[inside == "confident"].index].max() <= scores[inside[inside == "unconfident"].index].min()
-    sftmix("train", *options, "mixup.matching=length")  # does not need the baseline, which is of the other split
-    refused = sftmix("split", QUICKSTART, *TINY, f"run.dir={copy_of}", "split.column=quality", check=False)
+    sftmix("train", *options, "mixup.matching=length", "--force")  # does not need the baseline, which is of the other split
+    refused = sftmix("split", QUICKSTART, *TINY, f"run.dir={copy_of}", "split.column=quality", "--force", check=False)
     assert refused.returncode == 2 and "no column 'quality'" in refused.stderr
 
 
@@ -237,7 +255,7 @@ def test_no_baseline_and_no_held_out_examples(tmp_path):
 
 def test_inspect_shows_tokens_and_touches_nothing(tmp_path):
     done = sftmix("inspect", QUICKSTART, *TINY, f"run.dir={tmp_path / 'run'}", "--num", "2", "data.max_length=24")
-    assert "% truncated to 24 tokens" in done.stdout and len(re.findall(r"\d+ of \d+ tokens carry loss", done.stdout)) == 2
+    assert "% truncated to 24 tokens" in done.stdout and len(re.findall(r"loss on \d+ of \d+ tokens", done.stdout)) == 2
     assert done.stdout.count("<<\n") == 2  # marks stand in for colours where there is no terminal
     assert not (tmp_path / "run").exists()
 

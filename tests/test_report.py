@@ -5,6 +5,7 @@ import html
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from sftmix.data.prepare import SCHEMA
 from sftmix.pairing import CONFIDENT, MIDDLE, UNCONFIDENT, split_by_confidence
 from sftmix.pipeline import StageContext
 from sftmix.report import plots
-from sftmix.report.build import build_report
+from sftmix.report.build import ONE_SEED, TITLES, UNITS, build_report, cells, print_table
 from sftmix.report.examples import ScoredExamples, agreement_of, duplicates, extremes, truncated
 from sftmix.scores import ScoreMetadata
 
@@ -207,7 +208,8 @@ def finished(tmp_path):
         pq.write_table(pa.table({"example_id": ids, "part": parts}), inputs["split"] / "split.parquet")
         sizes = {part: parts.count(part) for part in (CONFIDENT, MIDDLE, UNCONFIDENT)}
         artifacts.seal(inputs["split"], stage="split", settings={}, facts={"sizes": sizes, "mix_coverage": {"random": 0.5}})
-        facts = {"real_tokens_per_second": 1.0, "training_seconds": 60, "num_parameters": 1, "num_steps": 1, "world_size": 1}
+        facts = {"real_tokens_per_second": 1.0, "num_parameters": 1, "num_steps": 1, "world_size": 1}
+        facts |= {"training_seconds": 60.0, "checkpoint_seconds": 30.0, "waited_seconds": 105.0}
         artifacts.seal(inputs["train"], stage="train", settings={}, facts=facts)
         (inputs["train"] / "metrics.jsonl").write_text("")
         artifacts.write_json(inputs["evaluate"] / "metrics.json", {})
@@ -257,7 +259,7 @@ def test_the_report_says_how_many_are_not_finite_or_thinned_out(finished, monkey
     pq.write_table(table, path)
     build_report(context)
     text = text_of((context.folder / "index.html").read_text())
-    assert "28 of 30 training examples. 2 are not drawn" in text and "1 examples have no finite confidence" in text
+    assert "28 of 30 training examples. 2 are not drawn" in text and "1 example has no finite confidence" in text
     monkeypatch.setattr(plots, "MAX_POINTS", 10)
     build_report(context)
     text = text_of((context.folder / "index.html").read_text())
@@ -279,3 +281,48 @@ def test_agreement_is_in_the_page_the_markdown_and_what_is_printed(finished, cap
     out = capsys.readouterr().out
     assert f"  checkpoints, live: Spearman {spearman:.4f}, 93.3% of 30 examples in the same part, 0 left out (not finite)\n" in out
     assert "checkpoints, online: Spearman -1.0000, 3.4% of 29 examples" in out and out.index("online:") < out.index("SFTMix beside")
+
+
+ROW = {"model": "NTP baseline", "loss": 0.45, "perplexity": 1.57, "exact_match": 0.6, "tokens_per_second": 10_472.0, "minutes": 0.7}
+LARGE = {"model": "SFTMix", "loss": 12.3456, "perplexity": 22026.466, "exact_match": 1.0, "tokens_per_second": 1e6, "minutes": 9999.99}
+
+
+@pytest.mark.parametrize("columns", ["60", "200"])
+def test_the_printed_table_fits_60_columns_and_says_what_its_columns_mean(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    print_table([ROW, LARGE, {**ROW, "loss": None}])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 60
+    [start] = [n for n, line in enumerate(out.splitlines()) if line.split() == TITLES]
+    assert out.splitlines()[start + 3].split() == cells(LARGE)
+    assert all(note in " ".join(out.split()) for note in (UNITS, ONE_SEED))
+    assert all(f"{title}:" in UNITS for title in TITLES[1:])
+
+
+def test_the_report_shows_what_was_waited_for_and_the_times_apart(finished, capsys):
+    context = finished(confidence=-np.arange(1.0, 31.0))
+    build_report(context)
+    text, lines = text_of((context.folder / "index.html").read_text()), (context.folder / "report.md").read_text().splitlines()
+    assert capsys.readouterr().out.count(" 1.75\n") == 1 and "| SFTMix | - | - | - | 1 | 1.75 |" in lines
+    assert "| minutes | waited | training | checkpoints and exports | start and end |" in lines
+    assert "| SFTMix | 1.75 | 1.00 | 0.50 | 0.25 |" in lines
+    assert "minutes waited training checkpoints and exports start and end SFTMix 1.75 1.00 0.50 0.25" in text
+
+
+def test_every_place_with_a_table_says_that_one_seed_decides_nothing(finished, capsys):
+    context = finished(confidence=-np.arange(1.0, 31.0))
+    build_report(context)
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    page = text_of((context.folder / "index.html").read_text())
+    texts = [capsys.readouterr().out, page, (context.folder / "report.md").read_text(), readme]
+    assert [text.replace("\n", " ").count(ONE_SEED) for text in texts] == [1] * 4
+
+
+def test_a_stage_that_did_not_count_what_was_waited_has_no_minutes(finished):
+    context = finished(confidence=-np.arange(1.0, 31.0))
+    path = context.inputs["train"] / artifacts.MANIFEST
+    manifest = json.loads(path.read_text())
+    del manifest["facts"]["waited_seconds"]
+    path.write_text(json.dumps(manifest))
+    build_report(context)
+    assert "| SFTMix | - | - | - | 1 | - |" in (context.folder / "report.md").read_text().splitlines()

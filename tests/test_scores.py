@@ -124,9 +124,9 @@ def test_a_fingerprint_that_one_side_lacks_is_a_difference(changed, tmp_path):
 @pytest.mark.parametrize(
     ("wanted", "message", "reported"),
     [
-        (["a", "b", "c", "d", "e"], r"1 examples have no score \(first 'e'\), 0 scores have no example \(none\)", {"e": "missing"}),
+        (["a", "b", "c", "d", "e"], r"1 example has no score \(first 'e'\), 0 scores have no example \(none\)", {"e": "missing"}),
         (["a", "b"], r"0 examples have no score \(none\), 2 scores have no example \(first 'd', 'c'\)", {"d": "surplus", "c": "surplus"}),
-        (["x", "b", "c", "d"], r"1 examples .* 'x'\), 1 scores .* 'a'\)", {"x": "missing", "a": "surplus"}),
+        (["x", "b", "c", "d"], r"1 example has .* 'x'\), 1 score has .* 'a'\)", {"x": "missing", "a": "surplus"}),
     ],
 )
 def test_missing_and_surplus_ids_are_counted_named_and_listed(wanted, message, reported, tmp_path):

@@ -18,7 +18,7 @@ from sftmix.errors import ConfigError
 def run(tmp_path_factory):
     """A config whose data stage has run; returns (config, ids of its training examples, fingerprints of its table)."""
     from sftmix.data.batches import TokenisedExamples
-    from sftmix.engine.distributed import resolve_precision
+    from sftmix.engine.precision import resolve_precision
 
     folder = tmp_path_factory.mktemp("run")
     rows = [{"question": f"What is {n} and {n}?", "answer": f"It is {2 * n}."} for n in range(60)]
@@ -60,15 +60,18 @@ def test_check_ends_with_0_where_the_table_fits_and_with_2_where_not(run, tmp_pa
     assert code == 0
     code, _, err = command(capsys, "check", fitting(tmp_path / "more", [*ids, "x"], fingerprints), config)
     report = config.parent / "run" / "scores_that_do_not_fit.jsonl"
-    assert code == 2 and "1 scores have no example (first 'x')" in err and str(report) in err and report.is_file()
+    assert code == 2 and "1 score has no example (first 'x')" in err and str(report) in err and report.is_file()
 
 
 def test_check_needs_the_data_stage_of_this_very_config(run, tmp_path, capsys):
     config, ids, fingerprints = run
     good = fitting(tmp_path / "good", ids, fingerprints)
-    for override in ("data.max_length=128", f"run.dir={tmp_path / 'elsewhere'}"):
+    for override, words in (
+        ("data.max_length=128", "data.max_length: "),
+        (f"run.dir={tmp_path / 'elsewhere'}", "is missing. Run `sftmix data"),
+    ):
         code, _, err = command(capsys, "check", good, config, override)
-        assert code == 2 and "is missing, or was made with other settings. Run `sftmix data" in err
+        assert code == 2 and words in err
 
 
 def test_check_says_that_the_data_stage_has_left_no_fingerprints(run, tmp_path, capsys):

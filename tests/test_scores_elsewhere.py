@@ -40,7 +40,7 @@ def test_ids_as_other_libraries_write_them_are_read(kind, tmp_path):
     pq.write_table(pa.table({"example_id": pa.array(["a", "b"]).cast(kind), "q": pa.array([1, None])}), tmp_path / "own.parquet")
     found = read_scores(tmp_path / "own.parquet", column="q")
     assert found.example_ids.to_pylist() == ["a", "b"] and found.values[0] == 1 and np.isnan(found.values[1])
-    with pytest.raises(ArtifactError, match=r"the q of 1 examples is infinite, NaN or null \(first 'b'\)"):
+    with pytest.raises(ArtifactError, match=r"the q of 1 example is infinite, NaN or null \(first 'b'\)"):
         fit_scores(found, ["a", "b"], {})
 
 
@@ -51,8 +51,8 @@ def test_ids_as_other_libraries_write_them_are_read(kind, tmp_path):
         ({"q": ["x", "y", "z"]}, "q", r"the column 'q' holds string; expected numbers"),
         ({"q": [True, False, True]}, "q", r"the column 'q' holds bool; expected numbers"),
         ({"example_id": [1, 2, 3], "q": [1, 2, 3]}, "q", r"the column 'example_id' holds int64; expected text"),
-        ({"example_id": ["a", "b", None], "q": [1, 2, 3]}, "q", r"1 rows have no example_id"),
-        ({"example_id": ["a", "b", "a"], "q": [1, 2, 3]}, "q", r"1 ids stand in several rows \(first 'a'\)"),
+        ({"example_id": ["a", "b", None], "q": [1, 2, 3]}, "q", r"1 row has no example_id"),
+        ({"example_id": ["a", "b", "a"], "q": [1, 2, 3]}, "q", r"1 id stands in several rows \(first 'a'\)"),
     ],
 )
 def test_what_is_wrong_with_a_table_of_ones_own_is_said(columns, column, message, tmp_path):

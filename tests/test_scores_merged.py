@@ -86,7 +86,7 @@ def test_models_keep_their_numbers_when_merged(tmp_path):
         ({"sums": {30: SUMS[10]}, "fingerprints": {**FINGERPRINTS, "max_length": 8}}, "same examples .* fingerprints.max_length is 64 in"),
         ({"sums": {30: SUMS[10]}, "mode": "online"}, "same examples .* mode is 'checkpoints' in .*, 'online' in"),
         ({"sums": {30: SUMS[10]}, "models": [{"path": "owner/large"}]}, "same examples .* models is"),
-        ({"sums": {30: SUMS[10]}, "counts": [1, 2, 4, 9]}, r"1 examples have another number of response tokens .* \(first 'c'\)"),
+        ({"sums": {30: SUMS[10]}, "counts": [1, 2, 4, 9]}, r"1 example has another number of response tokens .* \(first 'c'\)"),
         ({**OTHERS, "ids": ["f", "a"]}, r"\(4 examples\) and .* \(2\) share 1 \(first 'a'\)"),
         ({"ids": IDS[:2], "counts": COUNTS[:2], "sums": {30: SUMS[10][:2]}}, "share 2"),
     ],

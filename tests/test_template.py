@@ -140,6 +140,10 @@ DROPS_OLD_ANSWERS = (  # as templates of reasoning models do with earlier though
         (COUNTS_MESSAGES, "renders the prompt before turn 2 differently"),
         ("{{ raise_exception('only haiku') }}", "refuses the conversation: only haiku"),
         ("{{ ''.__class__.__mro__ }}", "refuses the conversation"),
+        ("{{ 1 / (messages | length - messages | length) }}", "refuses the conversation: division by zero"),
+        ("{{ messages[0]['content'].no_such_method() }}", "refuses the conversation"),
+        ("{{ messages[0] + 1 }}", "refuses the conversation"),
+        ("{% include 'other' %}", "refuses the conversation"),
     ],
 )  # fmt: skip
 def test_a_template_that_hides_the_response_is_refused(template, message):
@@ -174,3 +178,17 @@ def test_named_template_comes_before_the_tokenizers_own_and_that_before_the_defa
     assert choose_template(None, None) == ALPACA
     with pytest.raises(ConfigError, match="neither a built-in template"):
         choose_template("chatlm", None)
+
+
+@pytest.mark.parametrize("template", ["{{ missing.key.of }}", "{{ 1 / 0 }}", "{{ messages[7]['content'] }}"])
+def test_a_template_that_fails_on_the_texts_of_a_new_tokenizer_is_refused(template):
+    from sftmix.data.tokenizer import render_for_training
+
+    with pytest.raises(DataError, match="training examples: the chat template refuses the conversation"):
+        render_for_training(TWO_TURNS if isinstance(TWO_TURNS[0], tuple) else [TWO_TURNS], template)
+
+
+def test_an_unknown_filter_is_found_before_any_data_is_read(tmp_path):
+    (tmp_path / "a.jinja").write_text("\n{{ messages | nofilter }}")
+    with pytest.raises(ConfigError, match="a.jinja:2: not a Jinja template: No filter named 'nofilter'"):
+        choose_template(str(tmp_path / "a.jinja"), None)

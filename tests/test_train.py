@@ -46,6 +46,7 @@ def plan(epochs, examples=20, batch_size=4):
         (2, None, [4, 7, 10]),
         (3, 2, [8, 15]),
         (1, 100, [1, 2, 3, 4, 5]),  # not more than there are steps
+        (1, 10**20, [1, 2, 3, 4, 5]),
     ],
 )
 def test_checkpoints_of_the_reference_run(epochs, wanted, expected):

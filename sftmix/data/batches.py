@@ -23,6 +23,7 @@ from torch import Tensor
 from sftmix.data.mixed_inputs import MixedInputs, mix_inputs
 from sftmix.errors import ArtifactError, DataError
 from sftmix.pairing import StepUnits
+from sftmix.wording import counted
 
 
 class TokenisedExamples:
@@ -64,8 +65,9 @@ class TokenisedExamples:
         several = np.flatnonzero(spans > 1)
         if len(several):
             raise DataError(
-                f"mixup.site is input_embeddings, which aligns one response per example, and {len(several)} of {len(self)} examples have "
-                f"several, the first being {self.example_ids[int(several[0])].as_py()}. Use mixup.site=head, or data with a single turn."
+                "mixup.site is input_embeddings, which aligns one response per example, and "
+                f"{counted(len(several), 'example has', 'examples have')} several (of {len(self):,}), "
+                f"first {self.example_ids[int(several[0])].as_py()}. Use mixup.site=head, or data with a single turn."
             )
 
     def tokens(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:

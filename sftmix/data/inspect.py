@@ -12,6 +12,7 @@ from sftmix.config import Config
 from sftmix.data.batches import TokenisedExamples
 from sftmix.data.prepare import prepare
 from sftmix.data.tokenizer import tokenizer_from
+from sftmix.wording import counted
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -32,7 +33,7 @@ def inspect(config: Config, *, num_examples: int) -> None:
         for line in summary.lines():
             console.print(line)
         total = summary.num_train + summary.num_held_out
-        console.print(f"{summary.num_truncated / total:.1%} truncated to {config.data.max_length} tokens")
+        console.print(f"{summary.num_truncated / total:.1%} truncated to {counted(config.data.max_length, 'token')}")
         tokenizer = tokenizer_from(folder / "tokenizer")
         examples = TokenisedExamples(folder / "train.arrow")
         longest = int(examples.num_tokens.max())
@@ -41,9 +42,8 @@ def inspect(config: Config, *, num_examples: int) -> None:
         for index in range(min(num_examples, len(examples))):
             ids, mask = examples.tokens(index)
             place = examples.table[index]["place"]
-            console.print(
-                f"\n{examples.example_ids[int(index)].as_py()}  {place}  {int(mask.sum())} of {len(ids)} tokens carry loss", style="bold"
-            )
+            share = f"loss on {int(mask.sum())} of {counted(len(ids), 'token')}"
+            console.print(f"\n{examples.example_ids[int(index)].as_py()}  {place}  {share}", style="bold")
             console.print(coloured(tokenizer, ids.tolist(), mask.tolist(), with_marks=not console.is_terminal))
 
 

@@ -30,6 +30,8 @@ from sftmix.data.formats import BadRow, Example, check_format, content_hash, det
 from sftmix.data.template import MASK_POLICY, ChatEncoder, choose_template
 from sftmix.data.tokenizer import load_tokenizer, render_for_training, tokenizer_identity, train_tokenizer, with_template
 from sftmix.errors import DataError
+from sftmix.machine import accessing
+from sftmix.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,11 +70,16 @@ class Summary:
     def lines(self) -> list[str]:
         """Returns what is shown on screen, once."""
         shares = f"{self.num_response_tokens / max(1, self.num_tokens):.0%} of {self.num_tokens:,} training tokens carry loss"
-        lines = [f"{self.num_read:,} examples read: {self.num_train:,} to train on, {self.num_held_out:,} held out; {shares}"]
+        lines = [f"{counted(self.num_read, 'example')} read: {self.num_train:,} to train on, {self.num_held_out:,} held out; {shares}"]
         if self.num_left_out:
             lines.append(f"{self.num_left_out:,} left out by data.limit and source weights")
         if self.num_duplicates:
-            lines.append(f"{self.num_duplicates:,} have the same content as an earlier one and are kept (ids end in -2, -3, ...)")
+            copies = counted(
+                self.num_duplicates,
+                "has the same content as an earlier one and is kept",
+                "have the same content as an earlier one and are kept",
+            )
+            lines.append(f"{copies} (ids end in -2, -3, ...)")
         if self.num_truncated:
             lines.append(f"{self.num_truncated:,} truncated to data.max_length (data/truncated.jsonl)")
         for reason, count in sorted(self.dropped.items()):
@@ -98,7 +105,7 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
     """
     summary = Summary()
     train, held_out, noisy = _read(config, summary)
-    with (folder / "dropped.jsonl").open("w", encoding="utf-8") as dropped_file:
+    with accessing(folder / "dropped.jsonl"), (folder / "dropped.jsonl").open("w", encoding="utf-8") as dropped_file:
 
         def drop(example: Example, reason: str) -> None:
             summary.dropped[reason] += 1
@@ -127,10 +134,14 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
                 summary.num_truncated += counts["truncated"]
                 if name == "train":
                     summary.num_tokens, summary.num_response_tokens = counts["tokens"], counts["response_tokens"]
-    tokenizer.save_pretrained(folder / "tokenizer")
+    with accessing(folder / "tokenizer"):
+        tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "summary.json", {**vars(summary), "dropped": dict(summary.dropped)})
     if summary.num_train < 2:
-        raise DataError(f"{summary.num_train} training examples are left; at least 2 are needed. " + " ".join(summary.lines()))
+        raise DataError(
+            f"{counted(summary.num_train, 'training example is', 'training examples are')} left; at least 2 are needed. "
+            + " ".join(summary.lines())
+        )
     return summary, identity.hexdigest(), {**fingerprints, "data": identity.hexdigest()}
 
 
@@ -238,15 +249,15 @@ def _encode(part: list[Example], encoder: ChatEncoder, config: Config, drop: Any
                 match config.data.overlong:
                     case "error":
                         raise DataError(
-                            f"{example.place}: {len(ids)} tokens, data.max_length is {limit}. Raise it, or set data.overlong to "
+                            f"{example.place}: {counted(len(ids), 'token')}, data.max_length is {limit}. Raise it, or set data.overlong to "
                             "truncate or drop."
                         )
                     case "drop":
-                        drop(example, f"longer than {limit} tokens")
+                        drop(example, f"longer than {counted(limit, 'token')}")
                         continue
                 record = {"example_id": example.example_id, "place": example.place, "num_tokens": len(ids), "kept": limit}
                 if not mask[:limit].any():
-                    drop(example, f"no response token within {limit} tokens")
+                    drop(example, f"no response token within {counted(limit, 'token')}")
                     continue
                 truncated_file.write(json.dumps(record) + "\n")
                 ids, mask = ids[:limit], mask[:limit]
@@ -255,7 +266,7 @@ def _encode(part: list[Example], encoder: ChatEncoder, config: Config, drop: Any
 
 def _write_arrow(path: Path, rows: Iterator[Row], noisy: set[str], identity: Any) -> Counter[str]:
     counts: Counter[str] = Counter(examples=0, truncated=0, tokens=0, response_tokens=0)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+    with accessing(path), pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
 
         def flush() -> None:

@@ -20,6 +20,7 @@ from typing import IO, Any, cast
 from sftmix.artifacts import fingerprint, sha256_of_file
 from sftmix.config import DataSource
 from sftmix.errors import DataError
+from sftmix.wording import counted
 
 Row = dict[str, Any]
 
@@ -45,7 +46,8 @@ class BadRows:
         if not self.count:
             return
         more = f"\n... and {self.count - MAX_LISTED} more" if self.count > MAX_LISTED else ""
-        raise DataError("\n".join(self.listed) + more + f"\n{self.count} bad rows. Mend or remove them; none is skipped in silence.")
+        found = counted(self.count, "bad row. Fix or remove it;", "bad rows. Fix or remove them;")
+        raise DataError("\n".join(self.listed) + more + f"\n{found} bad rows are never skipped silently.")
 
 
 def read_rows(source: DataSource, bad: BadRows) -> Iterator[tuple[str, Row]]:

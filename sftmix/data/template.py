@@ -8,6 +8,8 @@ newline, in ChatML) is not the assistant's and carries no loss.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftmix.data.formats import Message
-from sftmix.errors import ConfigError, DataError
+from sftmix.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,12 +58,26 @@ def choose_template(named: str | None, own: str | None) -> str:
 
     try:
         text = path.read_text(encoding="utf-8")
-        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+        # Compiled, not only parsed: else an unknown filter shows only when the data is rendered.
+        Environment(extensions=["jinja2.ext.loopcontrols"]).compile(text.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
     except UnicodeDecodeError as error:
         raise ConfigError(f"tokenizer.chat_template: {named} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
     except TemplateSyntaxError as error:
         raise ConfigError(f"tokenizer.chat_template: {named}:{error.lineno}: not a Jinja template: {error.message}. Mend it.") from None
     return text
+
+
+@contextlib.contextmanager
+def rendering(where: str) -> Iterator[None]:
+    """Turns whatever a chat template raises, which is a program, into a DataError that names the place in the data."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{where}: the chat template refuses the conversation: {first_line(error)} Name another with tokenizer.chat_template."
+        ) from None
 
 
 def marker_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -94,19 +110,12 @@ class ChatEncoder:
         ]
 
     def _render(self, conversations: list[tuple[Message, ...]], places: list[str], *, generation_prompt: bool) -> list[str]:
-        from jinja2 import TemplateError
-
-        try:
+        with rendering(places[0] if len(places) == 1 else f"{places[0]} to {places[-1]}"):
             return list(
                 self.tokenizer.apply_chat_template(
                     [list(messages) for messages in conversations], tokenize=False, add_generation_prompt=generation_prompt
                 )
             )
-        except (TemplateError, TypeError, ValueError) as error:
-            where = places[0] if len(places) == 1 else f"{places[0]} to {places[-1]}"
-            raise DataError(
-                f"{where}: the chat template refuses the conversation: {error}. Name another with tokenizer.chat_template."
-            ) from None
 
     def _assistant_spans(
         self, conversations: list[tuple[Message, ...]], places: list[str], rendered: list[str]

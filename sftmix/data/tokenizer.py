@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 from sftmix.artifacts import fingerprint, sha256_of_file
 from sftmix.config import Config, TokenizerTrainConfig
 from sftmix.data.formats import Message
-from sftmix.data.template import choose_template
-from sftmix.errors import ConfigError, DataError
+from sftmix.data.template import choose_template, rendering
+from sftmix.errors import ConfigError, DataError, first_line
+from sftmix.machine import accessing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# What transformers raises for a folder with a file that is missing, damaged, or does not fit.
+NOT_LOADED = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
 
@@ -32,19 +37,35 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 def tokenizer_from(source: str | Path, **options: object) -> PreTrainedTokenizerBase:
     """Returns the fast tokenizer of a folder or Hub name. Raises ConfigError where there is none."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source), use_fast=True, **options)
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except BaseException as error:
+        if not isinstance(error, (*NOT_LOADED, StrictDataclassError)) and type(error) is not Exception:  # of the package tokenizers
+            raise
         raise ConfigError(
-            f"tokenizer: {source} cannot be loaded: {first_line} "
+            f"tokenizer: {source} cannot be loaded: {why_not_loaded(source, error)} "
             "Give a folder with tokenizer files in tokenizer.path, or train one with tokenizer.train."
         ) from None
     if not tokenizer.is_fast:
         raise ConfigError(f"tokenizer: {source} has no fast version, which the response mask needs (character offsets).")
     return tokenizer
+
+
+def why_not_loaded(source: str | Path, error: BaseException) -> str:
+    """Returns why transformers could not load a folder, as a sentence: its file that is no JSON object, else what the error says."""
+    for path in sorted(Path(source).glob("*.json")) if Path(source).is_dir() else []:
+        try:
+            is_object = isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+        except OSError:
+            continue
+        except ValueError:
+            is_object = False
+        if not is_object:
+            return f"{path} is damaged: it holds no JSON object."
+    return first_line(error.__cause__ or error)
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, named: str | None) -> PreTrainedTokenizerBase:
@@ -61,7 +82,8 @@ def render_for_training(conversations: list[tuple[Message, ...]], template: str)
     """Returns the conversations as the template writes them, without special tokens: what a tokenizer should learn from."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    rendered: Any = render_jinja_template([list(c) for c in conversations], chat_template=template, bos_token="", eos_token="")
+    with rendering("training examples"):
+        rendered: Any = render_jinja_template([list(c) for c in conversations], chat_template=template, bos_token="", eos_token="")
     return list(rendered[0])
 
 
@@ -75,11 +97,12 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizerTrainConfig, folder
     from transformers import LlamaTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()  # SentencePiece itself takes no notice of a full disk
     lines = (line for text in texts for line in text.splitlines() if line.strip())
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
-            model_prefix=str(folder / "tokenizer"),
+            model_writer=model,
             vocab_size=settings.vocab_size,
             model_type=settings.model_type,
             byte_fallback=True,
@@ -98,12 +121,13 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizerTrainConfig, folder
             pad_id=3,
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise DataError(
             f"the SentencePiece tokenizer cannot be trained: {' '.join(str(error).split())[-200:]} "
             f"Lower tokenizer.train.vocab_size (now {settings.vocab_size}), or use more data."
         ) from None
-    (folder / "tokenizer.vocab").unlink()
+    with accessing(folder / "tokenizer.model"):
+        (folder / "tokenizer.model").write_bytes(model.getvalue())
     tokenizer = LlamaTokenizer.from_pretrained(str(folder), legacy=False, add_prefix_space=False)
     tokenizer.pad_token = "<pad>"
     return tokenizer

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sftmix.doctor.findings import Finding, gib
 from sftmix.doctor.storage import is_network, mount_of
+from sftmix.wording import counted
 
 LOCKS, LEFTOVERS = "build locks", "shared memory"
 # A build that goes on touches its folder more often. Only an older lock is called stale, since its owner may be in another container.
@@ -74,17 +75,19 @@ def _judge_lock(lock: Path, held: dict[tuple[int, int], int], *, mend: bool, sta
     if owner is not None:
         return Finding(LOCKS, "ok", f"{lock} is held by the build of pid {owner}.")
     by_hand = f"If nobody builds there, remove it: rm {lock}"
-    found = f"{lock} ({minutes:.0f} minutes old) is held by no process that can be seen from here; every launch would wait for it for ever."
+    age = counted(round(minutes), "minute")
+    found = f"{lock} ({age} old) is held by no process that can be seen from here; every launch would wait for it for ever."
     if is_network(mount_of(lock)):
         return Finding(LOCKS, "bad", f"{found} Its disk is shared: a build may run on another machine.", by_hand)
     if not _sees_processes_of(status.st_uid):
         return Finding(LOCKS, "bad", f"{found} It belongs to another user, whose processes cannot be looked into.", by_hand)
     if minutes < stale_minutes:
-        return Finding(LOCKS, "warning", f"{found} It is too young to be called stale ({stale_minutes:.0f} minutes).", by_hand)
+        limit = counted(round(stale_minutes), "minute")
+        return Finding(LOCKS, "warning", f"{found} It is too young to be called stale ({limit}).", by_hand)
     if not mend:
         return Finding(LOCKS, "bad", found, "Remove it with `sftmix doctor --mend`.")
     lock.unlink(missing_ok=True)
-    return Finding(LOCKS, "ok", f"{lock} ({minutes:.0f} minutes old, held by no process) was removed.")
+    return Finding(LOCKS, "ok", f"{lock} ({age} old, held by no process) was removed.")
 
 
 def check_leftovers(folder: Path = SHM) -> list[Finding]:
@@ -101,7 +104,7 @@ def check_leftovers(folder: Path = SHM) -> list[Finding]:
             left.append((path, status.st_size))
     if left:
         size, names = sum(size for _, size in left), " ".join(str(path) for path, _ in left[:8])
-        found = f"{len(left)} files ({gib(size)} of memory) of processes that are gone."
+        found = f"{counted(len(left), 'file')} ({gib(size)} of memory) of processes that are gone."
         return [
             Finding(
                 LEFTOVERS,

@@ -19,13 +19,17 @@ from sftmix.doctor import build, gpus, memory, network, nodes, ranks, storage, v
 from sftmix.doctor.findings import Finding, count, examine
 from sftmix.doctor.identity import identity
 from sftmix.doctor.need import Need
+from sftmix.errors import SftmixError
 from sftmix.hostfile import read_hostfile
+from sftmix.wording import counted
 
+CONFIG, REFUSED = "config", "sftmix run refuses it"
 Look = tuple[str, Callable[[], list[Finding]]]
 
 
 def examine_machine(options: argparse.Namespace) -> int:
-    """Returns 0 where nothing is bad, else 1. Raises ConfigError for a hostfile that cannot be used."""
+    """Returns 0 where nothing is bad, 2 where the config is, which `sftmix run` refuses with the same
+    code, else 1. Raises ConfigError for a hostfile that cannot be used."""
     _choose_accelerator()
     with redirect_stdout(sys.stderr) if options.json else nullcontext():  # what libraries print is no JSON
         report, findings = _examine_all(options)
@@ -33,7 +37,9 @@ def examine_machine(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({**report, "counts": counts, "findings": [asdict(finding) for finding in findings]}, default=str))
     else:
-        print(f"{counts['ok']} ok, {counts['warning']} warnings, {counts['bad']} bad, {counts['skipped']} skipped")
+        print(f"{counts['ok']} ok, {counted(counts['warning'], 'warning')}, {counts['bad']} bad, {counts['skipped']} skipped")
+    if any(finding.facts.get(REFUSED) for finding in findings):
+        return 2
     return 1 if counts["bad"] else 0
 
 
@@ -91,8 +97,8 @@ def _items(
         yield "file system", lambda: storage.check_file_system(folder)
         yield "other runs", lambda: storage.check_writer(folder)
     if config is not None and need is not None:
-        count = f"{config.checkpoint.keep_last} + 1 checkpoints of {need.num_trained_parameters:,} parameters"
-        meaning = f"{count}, {need.num_exports} exported models"
+        count = f"{config.checkpoint.keep_last} + 1 checkpoints of {counted(need.num_trained_parameters, 'parameter')}"
+        meaning = f"{count}, {counted(need.num_exports, 'exported model')}"
         yield "free space", lambda: storage.check_space(config.run.dir, needed_bytes=need.disk_bytes, meaning=meaning)
     yield "memory", lambda: memory.check_machine(need, has_gpu=bool(cards))
     yield "GPU memory", lambda: memory.check_gpus(need, cards)
@@ -123,11 +129,14 @@ def _load(options: argparse.Namespace, findings: list[Finding]) -> Config | None
         from sftmix.config_file import load_config
         from sftmix.preflight import check
 
-        loaded.append(load_config(options.config, options.overrides))
-        check(loaded[0])
-        return [Finding("config", "ok", f"{options.config} loads, and a run would start.")]
+        try:
+            loaded.append(load_config(options.config, options.overrides))
+            check(loaded[0])
+        except SftmixError as error:
+            return [Finding(CONFIG, "bad", str(error), facts={REFUSED: True})]
+        return [Finding(CONFIG, "ok", f"{options.config} loads, and a run would start.")]
 
-    findings += examine("config", look)
+    findings += examine(CONFIG, look)
     return loaded[0] if loaded else None
 
 
@@ -140,7 +149,7 @@ def _need(config: Config | None, num_ranks: int, local_ranks: int, findings: lis
     def look() -> list[Finding]:
         words = f"{need.described}, {need.bytes_per_weight} bytes each"
         parts = [name for name, is_moved in need.offload.items() if is_moved]
-        return [Finding("model", "ok", f"{words}, {num_ranks} ranks{', offloaded: ' + ', '.join(parts) if parts else ''}.")]
+        return [Finding("model", "ok", f"{words}, {counted(num_ranks, 'rank')}{', offloaded: ' + ', '.join(parts) if parts else ''}.")]
 
     found = examine("model", look)
     findings += found

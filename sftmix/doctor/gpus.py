@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import dataclass
 
 from sftmix.doctor.findings import Finding
+from sftmix.wording import counted
 
 ITEM = "GPUs"
 HOT = 85  # degrees Celsius, near which clocks are lowered
@@ -71,7 +72,7 @@ def check_health(gpus: list[Gpu]) -> list[Finding]:
 def _troubles(gpu: Gpu) -> list[Finding]:
     findings = []
     if gpu.ecc_errors:
-        found = f"GPU {gpu.index} has had {gpu.ecc_errors} memory errors that were not corrected: results may be wrong."
+        found = f"GPU {gpu.index} has had {counted(gpu.ecc_errors, 'uncorrected memory error')}: results may be wrong."
         findings.append(Finding(ITEM, "bad", found, "Leave it out (CUDA_VISIBLE_DEVICES) until it is reset or replaced."))
     if gpu.temperature is not None and gpu.temperature >= HOT:
         findings.append(

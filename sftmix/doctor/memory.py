@@ -9,6 +9,7 @@ from pathlib import Path
 from sftmix.doctor.findings import Finding, Verdict, gib
 from sftmix.doctor.gpus import Gpu
 from sftmix.doctor.need import Need
+from sftmix.wording import counted
 
 ITEM = "memory"
 
@@ -50,12 +51,13 @@ def check_gpus(need: Need | None, gpus: list[Gpu]) -> list[Finding]:
     free = smallest.total_bytes - smallest.used_bytes
     findings = []
     if need.local_ranks > len(gpus):
-        found = f"{need.local_ranks} ranks are to run here, and there are {len(gpus)} GPUs."
+        found = f"{need.local_ranks} ranks are to run here on {counted(len(gpus), 'GPU')}."
         findings.append(Finding("GPU memory", "bad", found, f"Use engine.num_processes={len(gpus)}, or more nodes."))
     needed = need.gpu_bytes
     verdict = _verdict(needed, smallest.total_bytes, free)
     found = (
-        f"each of {need.num_ranks} ranks needs {gib(needed)} under ZeRO stage {need.config.engine.zero_stage}, without activations; "
+        f"each of {counted(need.num_ranks, 'rank')} needs {gib(needed)} "
+        f"under ZeRO stage {need.config.engine.zero_stage}, without activations; "
         f"GPU {smallest.index} has {gib(free)} free of {gib(smallest.total_bytes)}."
     )
     remedy = ""

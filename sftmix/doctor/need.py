@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from sftmix.config import Config, ModelConfig
+from sftmix.wording import counted
 
 ADAM_BYTES = 12  # of a parameter's float32 copy and two moments
 SUM_BYTES = 4  # of the float32 sum of its gradients
@@ -37,11 +38,11 @@ class Need:
     @property
     def described(self) -> str:
         adapters = f", {self.num_adapter_parameters:,} more of adapters" if self.num_adapter_parameters else ""
-        return f"{self.num_parameters:,} parameters{adapters}"
+        return f"{counted(self.num_parameters, 'parameter')}{adapters}"
 
     @cached_property
     def bytes_per_weight(self) -> int:
-        from sftmix.engine.distributed import resolve_precision
+        from sftmix.engine.precision import resolve_precision
 
         return 4 if resolve_precision(self.config.engine.precision) == "fp32" else 2
 

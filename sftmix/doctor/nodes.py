@@ -16,6 +16,7 @@ from typing import Any
 
 from sftmix.doctor.findings import Finding, examine
 from sftmix.hostfile import Node, is_host_name
+from sftmix.wording import counted
 
 ITEM = "nodes"
 MAX_SKEW_SECONDS = 1.0
@@ -29,7 +30,8 @@ EXPORTED = ("PYTHONPATH", "TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_HUB_OFFLINE", "
 def check_nodes(nodes: list[Node], here: Mapping[str, Any], arguments: list[str]) -> list[Finding]:
     """Asks every node. here: the report of this machine, with which theirs are compared. arguments: for the doctor there."""
     if shutil.which("ssh") is None:
-        found = f"there is no ssh on this machine, so {len(nodes)} nodes were not looked at; `deepspeed --hostfile` needs it too."
+        left_out = counted(len(nodes), "node was", "nodes were")
+        found = f"there is no ssh on this machine, so {left_out} not looked at; `deepspeed --hostfile` needs it too."
         return [Finding(ITEM, "bad", found, "Install an ssh client, or run `sftmix doctor` on each node.")]
 
     def look(node: Node) -> list[Finding]:
@@ -71,7 +73,7 @@ def check_node(node: Node, here: Mapping[str, Any], arguments: list[str]) -> lis
     findings += [Finding(item, f["verdict"], f"{f['item']}: {f['found']}", f["remedy"]) for f in troubles]
     if not any(finding.verdict in ("bad", "warning") for finding in findings):
         shown = f", clock {skew:+.2f} s" if skew is not None else ""
-        findings.insert(0, Finding(item, "ok", f"{node.slots} slots; versions, code, config and data as here{shown}."))
+        findings.insert(0, Finding(item, "ok", f"{counted(node.slots, 'slot')}; versions, code, config and data as here{shown}."))
     return findings
 
 

@@ -13,6 +13,7 @@ from sftmix.doctor.findings import Finding, gib
 from sftmix.doctor.need import Need
 from sftmix.errors import SftmixError
 from sftmix.local_ranks import first_failure, run_local_ranks
+from sftmix.wording import counted
 
 TOLERANCE = 1e-5
 SLOW = 2e9  # bytes per second; a GPU on PCIe alone exchanges several times as much
@@ -47,7 +48,8 @@ def check_gradients(result: Result) -> list[Finding]:
     item, found = "ZeRO-3 gradients", result["gradients"]
     worst = max(found["gradient"], found["weight"]) if not math.isnan(found["gradient"] + found["weight"]) else math.inf
     shown = (
-        f"{result['num_ranks']} ranks on {result['device']} against one process: largest difference of a gradient {found['gradient']:.1e} "
+        f"{counted(result['num_ranks'], 'rank')} on {result['device']} against one process: "
+        f"largest difference of a gradient {found['gradient']:.1e} "
         f"(relative, {found['tensor']}), of a weight after a step {found['weight']:.1e}; {found['seconds']:.1f} s."
     )
     if worst > TOLERANCE:
@@ -70,14 +72,15 @@ def check_bandwidth(result: Result, need: Need | None) -> list[Finding]:
     else:
         slow = []
     library = "NCCL" if result["device"] == "cuda" else "gloo"
-    shown = f"{library}, {result['num_ranks']} ranks of this machine, whole tensors: {'; '.join(speeds)}."
+    shown = f"{library}, {counted(result['num_ranks'], 'rank')} of this machine, whole tensors: {'; '.join(speeds)}."
     if need is None:
         return [Finding(item, "ok", shown, facts={"sizes": rows}), *slow]
     traffic, largest = need.step_traffic, rows[-1]
     seconds = (traffic["gather"] * largest["all_gather"] + traffic["reduce"] * largest["reduce_scatter"]) / largest["bytes"]
     text = (
         f"{shown} A step of the config gathers {gib(traffic['gather'])} and reduces {gib(traffic['reduce'])} "
-        f"(at most {need.num_micro_batches} micro-batches): {seconds:.2g} s at this speed, where nothing is computed meanwhile."
+        f"(at most {counted(need.num_micro_batches, 'micro-batch', 'micro-batches')}): "
+        f"{seconds:.2g} s at this speed, where nothing is computed meanwhile."
     )
     facts = {"sizes": rows, "step_seconds": seconds, **{f"{name}_bytes": value for name, value in traffic.items()}}
     return [Finding(item, "ok", text, facts=facts), *slow]

@@ -183,8 +183,6 @@ def init_ranks(join_limit: timedelta = RENDEZVOUS_LIMIT) -> Ranks:
     NCCL on GPUs, gloo on CPUs. Calling it again returns the same group. Raises ConfigError where not all ranks have come within
     `join_limit`, or the port is taken.
     """
-    if not has_gpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     translate()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
@@ -277,6 +275,8 @@ def _join_over_loopback(backend: str, join_limit: timedelta) -> None:
 
 def import_deepspeed():  # type: ignore[no-untyped-def]
     """Returns the deepspeed module, with its start-up messages reduced to warnings."""
+    if not has_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed; once per call would drown all else.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     with warnings.catch_warnings():
@@ -326,13 +326,17 @@ def check_zero_section(section: dict[str, Any], where: str) -> None:
         raise ConfigError(f"{where}: `{name}` is {detail['input']!r}: {detail['msg'].lower()}. Correct the value.") from None
 
 
-def resolve_precision(wanted: str) -> str:
-    """Returns "bf16", "fp16" or "fp32". Raises ConfigError where the device cannot compute in what is wanted."""
-    if wanted == "auto":
-        return "bf16" if has_gpu() and torch.cuda.is_bf16_supported() else "fp32"
-    if wanted == "bf16" and has_gpu() and not torch.cuda.is_bf16_supported():
-        raise ConfigError(f"engine.precision is bf16, which {torch.cuda.get_device_name()} does not have. Use fp16 or fp32.")
-    return wanted
+def use_threads(num_threads: int | None) -> int:
+    """Lets torch compute with so many CPU threads in this process; None leaves it as it is (OMP_NUM_THREADS, or all cores).
+    Returns the number. Sums in matrix products are cut by thread, so that another number rounds otherwise."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    return torch.get_num_threads()
+
+
+def threads_of_rank(num_threads: int | None, num_local_ranks: int) -> int:
+    """Returns the CPU threads of each of several ranks on this machine: `engine.num_threads`, or its share of the cores."""
+    return num_threads or max(1, (os.cpu_count() or 1) // num_local_ranks)
 
 
 def free_port() -> int:

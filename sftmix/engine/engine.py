@@ -8,21 +8,23 @@ optimiser step, so the engine asks for no division and multiplies by the number 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from sftmix import guard
+from sftmix import faults, guard
 from sftmix.artifacts import fingerprint
 from sftmix.config import Config, ModelConfig, TrainConfig
 from sftmix.data.batches import MicroBatch, StepCounts
 from sftmix.data.template import marker_ids
 from sftmix.deepspeed_json import deepspeed_config
-from sftmix.engine.distributed import Ranks, import_deepspeed, release_leftovers, resolve_precision
+from sftmix.engine.distributed import Ranks, import_deepspeed, release_leftovers
 from sftmix.engine.head import CausalLMWithLoss, ScoreRequest, find_logit_transform
 from sftmix.engine.loading import build_model, empty_model, hf_config, quiet_transformers
 from sftmix.engine.lora import (
@@ -34,14 +36,23 @@ from sftmix.engine.lora import (
     merged_weight,
     write_adapter,
 )
+from sftmix.engine.precision import (
+    DTYPES,
+    ExpectedDtypes,
+    check_device_computes_in,
+    check_dtypes,
+    check_exported,
+    precision_of,
+    resolve_precision,
+)
+from sftmix.errors import ArtifactError
+from sftmix.machine import accessing, describe
 from sftmix.objectives import Objective, loss_request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sftmix.engine.state import StateFiles
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,9 @@ class Engine:
         deepspeed = import_deepspeed()
         self.ranks = ranks
         self.backend = None if config.engine.kernel_backend == "auto" else config.engine.kernel_backend
-        self.precision = resolve_precision(config.engine.precision)
+        precision = resolve_precision(config.engine.precision)
+        check_device_computes_in(precision)
+        self._dtype = DTYPES[precision]
         self.hf_config = hf_config(model, tokenizer)
         self._model_config = model
         self._is_dropped = False
@@ -81,7 +94,7 @@ class Engine:
         self.has_adapters = train is not None and model.lora is not None  # a model that is only scored with has none
         settings = deepspeed_config(
             config,
-            precision=self.precision,
+            precision=precision,
             world_size=ranks.world_size,
             max_grad_norm=train.max_grad_norm if train else (config.train.max_grad_norm),
         )
@@ -94,13 +107,13 @@ class Engine:
         module = build_model(
             model,
             self.hf_config,
-            dtype=DTYPES[self.precision],
+            dtype=self._dtype,
             seed=config.run.seed,
             is_sharded=self.zero_stage == 3,
             deepspeed_config=settings,
         )
         if self.has_adapters:
-            add_adapters(module, model, dtype=DTYPES[self.precision], seed=config.run.seed, name="model")
+            add_adapters(module, model, dtype=self._dtype, seed=config.run.seed, name="model")
         if train is not None and config.engine.activation_checkpointing:
             enable_activation_checkpointing(module)
         self.module = CausalLMWithLoss(module)
@@ -110,6 +123,10 @@ class Engine:
         for name, buffer in self.module.named_buffers():
             # DeepSpeed casts buffers with the weights; rotary frequencies in bf16 are wrong at long positions.
             buffer.data = exact_buffers[name].to(buffer.device)
+        buffers = {name: buffer.dtype for name, buffer in exact_buffers.items()}
+        self._expected = ExpectedDtypes.of(precision, settings, buffers)
+        self._is_trained, self._is_stepped = train is not None, False
+        self._check_dtypes("after DeepSpeed has started")
         self._deepspeed.eval()
         self.module.projection.transform = find_logit_transform(self._deepspeed, ranks.device)
         self._deepspeed.train(train is not None)
@@ -160,9 +177,21 @@ class Engine:
                 self._deepspeed.zero_grad()
                 return norm
         self._deepspeed.step()
+        if not self._is_stepped:  # torch's own optimisers make their states in the first step
+            self._is_stepped = True
+            self._check_dtypes("after the first step")
         if norm is None:
             norm = self._deepspeed.get_global_grad_norm()
         return norm if norm is not None else float("nan")
+
+    def _check_dtypes(self, when: str) -> None:
+        optimizer = self.optimizer if self._is_trained else None  # ZeRO-3 puts a stand-in there
+        check_dtypes(self.ranks, self.module, optimizer, self._expected, when)
+
+    @property
+    def precision(self) -> str:
+        """What the weights are, not what was asked for: "bf16", "fp16" or "fp32"."""
+        return precision_of(self.module)
 
     @property
     def is_sharded(self) -> bool:
@@ -229,15 +258,14 @@ class Engine:
         """Writes a Hugging Face folder on rank 0: safetensors, config, generation config, tokenizer with template.
 
         transformers itself writes it, from a model without memory and the gathered tensors, so that names, shards
-        and weight conversions are what `AutoModelForCausalLM.from_pretrained` reads.
+        and weight conversions are what `AutoModelForCausalLM.from_pretrained` reads. Raises ArtifactError, on all ranks, where the
+        folder cannot be written.
         """
         state: dict[str, Tensor] = {}
         for name, tensor in self.named_tensors():
             if self.ranks.is_main:
                 state[name] = tensor.detach().to("cpu", copy=True)
-        if self.ranks.is_main:
-            self._write_model(folder, state, tokenizer)
-        self.ranks.barrier()
+        self._write_on_main(folder, state, lambda: self._write_model(folder, state, tokenizer))
 
     def named_adapters(self) -> Iterator[tuple[str, Tensor]]:
         """Yields (name of the module + `.lora_A.weight` or `.lora_B.weight`, whole tensor), one at a time; nothing without LoRA."""
@@ -249,12 +277,35 @@ class Engine:
                     yield self.module.plain_name(f"{name}.{part}"), parameter.data
 
     def export_adapter(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes the adapters alone on rank 0, in peft's format, with the tokenizer and its template."""
+        """Writes the adapters alone on rank 0, in peft's format, with the tokenizer and its template. Raises as `export`."""
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.named_adapters()}
-        if self.ranks.is_main:
+
+        def write() -> None:
             write_adapter(folder, self.module.model, state)
+            check_exported(folder, self._dtype, {})
             tokenizer.save_pretrained(folder)
-        self.ranks.barrier()
+
+        self._write_on_main(folder, state, write)
+
+    def _write_on_main(self, folder: Path, state: dict[str, Tensor], write: Callable[[], None]) -> None:
+        """Lets rank 0 write a folder. A failure is one error on all ranks, none of which waits for rank 0; no half of the folder stays."""
+        problem = ""
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())  # transformers empties it
+        if self.ranks.is_main:
+            try:
+                with accessing(folder):
+                    faults.point("export.write")
+                    write()
+            except OSError as error:
+                if isinstance(error.__cause__, SafetensorError):  # which names no file
+                    error.filename = str(folder / "*.safetensors")
+                problem = f"the model could not be exported: {describe(error, folder, needed_bytes=needed)}"
+                shutil.rmtree(folder, ignore_errors=True)
+            except ArtifactError as error:
+                problem = str(error)
+                shutil.rmtree(folder, ignore_errors=True)
+        if self.ranks.agree([bool(problem)])[0]:
+            raise ArtifactError(self.ranks.text_from_main(problem), on_all_ranks=True)
 
     def frozen_checksum(self) -> str:
         """Returns what tells the frozen weights from others, on every rank; "" where all are trained."""
@@ -274,18 +325,20 @@ class Engine:
     def _write_model(self, folder: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
         from transformers import GenerationConfig
 
-        shell = empty_model(self._model_config, self.hf_config, dtype=DTYPES[self.precision])
+        shell = empty_model(self._model_config, self.hf_config, dtype=self._dtype)
         with quiet_transformers():
             generation = GenerationConfig.from_model_config(self.hf_config)
             generation.eos_token_id = generation_end_ids(tokenizer, self.hf_config)
             generation.pad_token_id = tokenizer.pad_token_id
             shell.generation_config = generation
             shell.save_pretrained(folder, state_dict=state)
+        named = self._expected.buffers.items()
+        check_exported(folder, self._dtype, {self.module.plain_name(n): dtype for n, dtype in named})
         tokenizer.save_pretrained(folder)
 
     @property
     def bytes_per_weight(self) -> int:
-        return DTYPES[self.precision].itemsize
+        return self._dtype.itemsize
 
     def save_state(self, folder: Path, *, in_background: bool = False) -> StateFiles:
         """Writes trained weights, optimiser and loss scaler into an existing folder, a few files per rank."""
@@ -299,6 +352,7 @@ class Engine:
         from sftmix.engine.state import load_state
 
         load_state(self._deepspeed, folder, is_universal=is_universal)
+        self._check_dtypes(f"after {folder} was loaded")
 
     def close(self) -> None:
         """Frees the model, its optimiser and the hooks, so that the next engine of this process finds room."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +21,16 @@ import torch
 from torch import nn
 
 from sftmix.config import ModelConfig
-from sftmix.errors import ConfigError, did_you_mean
+from sftmix.data.tokenizer import NOT_LOADED, why_not_loaded
+from sftmix.errors import ConfigError, did_you_mean, first_line
+from sftmix.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
 def hf_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str = "model") -> PretrainedConfig:
@@ -39,9 +45,8 @@ def hf_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = No
         check_model_folder(model.path, name=name)
         try:
             return AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ConfigError(f"{name}.path: {model.path} cannot be loaded: {first_line} Give a folder.") from None
+        except (*NOT_LOADED, StrictDataclassError) as error:
+            raise ConfigError(f"{name}.path: {model.path} cannot be loaded: {why_not_loaded(model.path, error)} Give a folder.") from None
     assert model.architecture is not None, "the schema wants one of path and architecture"
     values = dict(model.architecture)
     if tokenizer is not None:
@@ -52,7 +57,7 @@ def hf_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = No
     where = f"{name}.architecture (model_type {model_type!r})"
     try:
         config = AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         cause = error.__cause__ or error  # what transformers wraps says it in one line
         raise ConfigError(f"{where}: {' '.join(str(cause).split())[:300]} Correct the value.") from None
     if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -99,11 +104,84 @@ def check_model_folder(path: str, *, name: str = "model") -> None:
         )
 
 
+def check_weights(path: str, config: PretrainedConfig, shell: nn.Module, *, name: str) -> None:
+    """Raises ConfigError for weights of a local folder that are missing, cut off, no safetensors, or of another shape than the model's.
+
+    Reads the headers alone. shell: the model without memory. What transformers renames or packs on loading is left to `load_source`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    expected = {key: tuple(tensor.shape) for key, tensor in shell.state_dict(keep_vars=True).items()}
+    prefix = getattr(shell, "base_model_prefix", "")
+    is_packed = getattr(config, "quantization_config", None) is not None
+    for file in _weight_files(Path(path), name=name):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118  (no mapping)
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(
+                f"{name}.path: {file} cannot be read as safetensors: {first_line(error)} Copy or download it again."
+            ) from None
+        for key, shape in shapes.items():
+            wanted = expected.get(key, expected.get(f"{prefix}.{key}"))
+            if wanted is not None and not is_packed and math.prod(shape) != math.prod(wanted):
+                raise _other_shape(f"{name}.path: {file}", key, shape, wanted)
+
+
+def _weight_files(folder: Path, *, name: str) -> list[Path]:
+    """Returns the files that transformers takes a folder's weights from. Raises ConfigError for an index that does not name them."""
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).is_file():
+        return [folder / WEIGHTS] if (folder / WEIGHTS).exists() else []
+    index = folder / INDEX
+    try:
+        names = sorted({str(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"{name}.path: {index} is no index of weights (JSON with a `weight_map`). Copy or download it again.") from None
+    missing = [file for file in names if not (folder / file).is_file()]
+    if missing:
+        raise ConfigError(
+            f"{name}.path: {index} names {len(names)} files, of which {len(missing)} are missing, first {missing[0]}. "
+            "Copy or download them."
+        )
+    return [folder / file for file in names]
+
+
+def _other_shape(where: str, key: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> ConfigError:
+    empty = " A save under ZeRO-3 that did not gather the weights leaves such tensors." if 0 in found else ""
+    return ConfigError(
+        f"{where}: {key} has shape {list(found)}, the model's has {list(wanted)}.{empty} Save the model again, or correct config.json."
+    )
+
+
+def check_attention(model: ModelConfig, config: PretrainedConfig, *, precision: str, is_on_gpu: bool, name: str) -> None:
+    """Raises ConfigError for an attention implementation that cannot be used here: unknown, not installed, not of this model."""
+    from transformers import AutoModelForCausalLM
+
+    wanted = model.attn_implementation
+    if wanted is None:
+        return
+    problem = None
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            AutoModelForCausalLM.from_config(config, attn_implementation=wanted, trust_remote_code=model.trust_remote_code)
+    except (*NOT_LOADED, RuntimeError) as error:
+        problem = first_line(error).split(". ")[0].rstrip(".") + "."
+    if problem is None and not is_on_gpu and wanted.startswith(("flash_", "flex_")):
+        problem = "It needs a GPU, and there is none here."
+    if problem is None and precision == "fp32" and wanted.startswith("flash_"):
+        problem = "It computes in bf16 or fp16, and engine.precision is fp32."
+    if problem is not None:
+        remedy = "Install what is missing, or use sdpa or eager."
+        remedy = remedy if wanted in ATTENTION else did_you_mean(wanted, ATTENTION, remedy)
+        raise ConfigError(f"{name}.attn_implementation: {wanted} cannot be used here: {problem} {remedy}")
+
+
 def check_fit(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, max_length: int, name: str) -> None:
     """Raises ConfigError for a tokenizer larger than the embedding, or examples longer than the model's context."""
     if len(tokenizer) > config.vocab_size:
         raise ConfigError(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens, the model's embedding {config.vocab_size} rows, so some ids would "
+            f"{name}: the tokenizer has {counted(len(tokenizer), 'token')}, "
+            f"the model's embedding {counted(config.vocab_size, 'row')}, so some ids would "
             "be out of range. Use the model's own tokenizer (tokenizer.path), or a model with a larger vocabulary."
         )
     check_context(config, max_length=max_length, name=name)
@@ -113,11 +191,14 @@ def check_context(config: PretrainedConfig, *, max_length: int, name: str) -> No
     """Raises ConfigError for examples that may be longer than the model's context."""
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and max_length > context:
-        raise ConfigError(f"data.max_length is {max_length}, but the context of {name} is {context} tokens. Lower data.max_length.")
+        raise ConfigError(
+            f"data.max_length is {max_length}, but the context of {name} is {counted(context, 'token')}. Lower data.max_length."
+        )
 
 
 def load_source(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype, seed: int) -> Any:
     """Returns an ordinary transformers model on the CPU, with its weights or with seeded random ones."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.trust_remote_code}
@@ -128,20 +209,36 @@ def load_source(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dt
             torch.manual_seed(seed)
             # Drawn in float32 and rounded afterwards: the same start whatever the precision.
             random_model: Any = AutoModelForCausalLM.from_config(config, **{**options, "dtype": torch.float32})
-        for parameter in random_model.parameters():  # not `.to(dtype)`: rotary frequencies stay in float32
+        for parameter in random_model.parameters():
             parameter.data = parameter.data.to(dtype)
+        # Not `.to(dtype)` for all: rotary frequencies stay in float32, Gemma's scale does not.
+        expected = buffer_dtypes(model, config, dtype=dtype)
+        for name, buffer in random_model.named_buffers():
+            buffer.data = buffer.data.to(expected[name])
         return random_model
     with quiet_transformers():
         loaded: Any
         report: Any
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            model.path, config=config, revision=model.revision, use_safetensors=True, output_loading_info=True, **options
-        )  # type: ignore[misc]
+        try:
+            # Other shapes are not ignored: the report names them, where transformers' own error does not.
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                model.path,
+                config=config,
+                revision=model.revision,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )  # type: ignore[misc]
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"model.path: {model.path} cannot be loaded: {first_line(error)} Copy or download it again.") from error
+    for key, found, wanted in sorted(report["mismatched_keys"]):
+        raise _other_shape(f"model.path: {model.path}", key, tuple(found), tuple(wanted))
     missing = sorted(report["missing_keys"])
     if missing:
         raise ConfigError(
-            f"model.path: {model.path} lacks {len(missing)} tensors of a {type(loaded).__name__}, first {missing[0]!r}; they would be "
-            "random. Complete the folder, or correct its config.json."
+            f"model.path: {model.path} lacks {counted(len(missing), 'tensor')} of a {type(loaded).__name__}, "
+            f"first {missing[0]!r}; random ones would take their place. Complete the folder, or correct its config.json."
         )
     return loaded
 
@@ -169,6 +266,12 @@ def empty_model(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dt
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
 
 
+def buffer_dtypes(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Returns the dtype that transformers gives each buffer of a model whose weights are `dtype`."""
+    named = empty_model(model, config, dtype=dtype).named_buffers()
+    return {name: buffer.dtype for name, buffer in named}
+
+
 def build_model(
     model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype, seed: int, is_sharded: bool, deepspeed_config: dict[str, Any]
 ) -> Any:
@@ -185,16 +288,19 @@ def build_model(
         # Imports the model's code before zero.Init wraps constructors: a class that is defined meanwhile would lose
         # what its decorators did to its __init__ (the experts of Mixtral lose their config).
         AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code, **options)
-    with no_init_weights(), prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config, dtype=dtype):
+    # zero.Init takes the dtype from the config: its argument of that name is wrong (precision.py).
+    init = deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
+    with no_init_weights(), prevent_arange_dtype_change(), init:
         shell = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code, **options)
     shell.tie_weights()  # no_init_weights leaves it out
     source = load_source(model, config, dtype=dtype, seed=seed) if torch.distributed.get_rank() == 0 else None
-    copy_weights(source, shell)
+    copy_weights(source, shell, buffer_dtypes(model, config, dtype=dtype))
     return shell
 
 
-def copy_weights(source: nn.Module | None, target: nn.Module) -> None:
-    """Fills a sharded model from rank 0's `source` (None elsewhere), one tensor at a time. All ranks call it."""
+def copy_weights(source: nn.Module | None, target: nn.Module, buffers: dict[str, torch.dtype]) -> None:
+    """Fills a sharded model from rank 0's `source` (None elsewhere), one tensor at a time, and gives
+    each buffer its dtype in `buffers`: zero.Init casts some. Collective: all ranks must call it."""
     import deepspeed
     import torch.distributed as dist
 
@@ -208,7 +314,7 @@ def copy_weights(source: nn.Module | None, target: nn.Module) -> None:
                 parameter.data.copy_(given[name].data.to(parameter.device))
     given_buffers = dict(source.named_buffers()) if source is not None else {}
     for name, buffer in target.named_buffers():
+        buffer.data = buffer.data.to(buffers[name])
         if source is not None:
-            assert given_buffers[name].dtype == buffer.dtype, f"{name}: {given_buffers[name].dtype} became {buffer.dtype} in the shell"
             buffer.data.copy_(given_buffers[name])
         dist.broadcast(buffer.data, src=0)

@@ -9,12 +9,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
-import subprocess
+import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sftmix import guard
@@ -23,13 +21,13 @@ from sftmix.config_file import load_config
 from sftmix.errors import ConfigError
 from sftmix.fence import Fence
 from sftmix.hostfile import is_host_name, read_hostfile
-from sftmix.launcher import asking_to_stop
+from sftmix.launcher import asking_to_stop, prepare_data, run_commands
 from sftmix.multinode import exports
 from sftmix.multinode.commands import ALIVE, ON_EACH_NODE, Plan, describe, make_plan, node_command, runner_command, ssh_command
-from sftmix.stopping import EXIT_CODE, STOP_FILE
+from sftmix.stopping import EXIT_CODE, INTERRUPTED, STOP_FILE
+from sftmix.wording import counted
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
-GRACE_SECONDS = 60.0  # that other nodes have to end, after one has: their ranks have heard of it by heartbeat
 
 
 def launch_on_nodes(options: argparse.Namespace) -> int:
@@ -46,13 +44,24 @@ def launch_on_nodes(options: argparse.Namespace) -> int:
     from sftmix.preflight import check
 
     check(config, has_device=False)
+    if options.node_rank is None:
+        _check_programs(plan.launcher)
     os.umask(0o077)
     if options.node_rank:  # the first node's command claims the folder and prepares the data; these ranks join it
-        with asking_to_stop(config.run.dir / STOP_FILE, then=_end_now):
+        with asking_to_stop(config.run.dir / STOP_FILE):
             environment = _environment(plan)
-            code = _run([node_command(plan, options.node_rank)], environment | exports.wanted(environment, PACKAGE_ROOT))
+            code = run_commands([node_command(plan, options.node_rank)], environment | exports.wanted(environment, PACKAGE_ROOT))
             return _exit_code(code)
     return _launch(config, plan, options)
+
+
+def _check_programs(launcher: str) -> None:
+    """Raises ConfigError where the program that `launcher` starts ranks with is not installed here."""
+    program = {"openmpi": "mpirun", "slurm": "srun", "pdsh": "pdsh"}.get(launcher, "ssh")
+    if shutil.which(program) is None:
+        raise ConfigError(
+            f"--launcher {launcher} needs the program {program}, which is not in PATH. Install it, or use another --launcher."
+        )
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
@@ -61,8 +70,6 @@ def plan_of(options: argparse.Namespace) -> Plan:
         raise ConfigError("--hostfile is missing: lines of `host slots=N`. On one machine: `sftmix run CONFIG engine.num_processes=N`.")
     if options.set:
         raise ConfigError("--set belongs to --template. For a key of the config write key=value without it.")
-    if options.force and options.stage is None:
-        raise ConfigError("--force needs --stage: which stage is to run though it is up to date? --restart throws unfinished work away.")
     if options.master_port is not None and not 1 <= options.master_port <= 65535:
         raise ConfigError(f"--master-port {options.master_port} is no port (1 to 65535). Name another.")
     if options.master_addr is not None and not is_host_name(options.master_addr):
@@ -72,7 +79,9 @@ def plan_of(options: argparse.Namespace) -> Plan:
         if options.launcher not in ON_EACH_NODE:
             raise ConfigError(f"--node-rank is for --launcher ssh and torchrun; {options.launcher} starts all nodes. Leave it out.")
         if not 0 <= options.node_rank < len(nodes):
-            raise ConfigError(f"--node-rank is {options.node_rank}, and {options.hostfile} has nodes 0 to {len(nodes) - 1}. Correct it.")
+            raise ConfigError(
+                f"--node-rank is {options.node_rank}, and {options.hostfile} has {counted(len(nodes), 'node')}, counted from 0. Correct it."
+            )
     arguments = [options.config, *options.overrides]
     arguments += [*(["--stage", options.stage] if options.stage else []), *(["--force"] if options.force else [])]
     arguments += ["--restart"] if options.restart else []
@@ -92,25 +101,25 @@ def _show(plan: Plan, node_rank: int | None) -> None:
 
 def _launch(config: Config, plan: Plan, options: argparse.Namespace) -> int:
     from sftmix.artifacts import MANIFEST
-    from sftmix.pipeline import folder_of_last, run_pipeline
+    from sftmix.pipeline import check_finished_work, folder_of_last
 
     only = options.stage
+    check_finished_work(config, only, force=options.force)
     with guard.holding(config) as hold, _joining(hold):
-        if only in (None, "data"):  # here and once: ranks that wait for it would only hold GPUs
-            run_pipeline(config, only="data", force=options.force, restart=options.restart)
+        prepare_data(config, only, force=options.force, restart=options.restart)
         if only == "data":
             return 0
         hold.note_outcome(None)  # the data stage has left its own
         environment = _environment(plan)
-        with asking_to_stop(config.run.dir / STOP_FILE, then=_end_now):
+        with asking_to_stop(config.run.dir / STOP_FILE):
             if options.node_rank is not None:
-                code = _run([node_command(plan, 0)], environment | exports.wanted(environment, PACKAGE_ROOT))
+                code = run_commands([node_command(plan, 0)], environment | exports.wanted(environment, PACKAGE_ROOT))
             elif plan.launcher in ON_EACH_NODE:
                 variables = exports.wanted(environment, PACKAGE_ROOT)
-                code = _run([ssh_command(plan, number, variables) for number in range(len(plan.nodes))], environment)
+                code = run_commands([ssh_command(plan, number, variables) for number in range(len(plan.nodes))], environment)
             else:
                 with _for_runner(plan, environment) as prepared:
-                    code = _run([runner_command(plan)], prepared)
+                    code = run_commands([runner_command(plan)], prepared)
         return judge(code, hold.outcome(), folder_of_last(config, only) / MANIFEST)
 
 
@@ -120,8 +129,8 @@ def judge(code: int, outcome: int | None, manifest: Path) -> int:
         if code:
             print(f"sftmix: the launcher ended with {code}, but all is published", file=sys.stderr)
         return 0
-    if outcome == EXIT_CODE:
-        return EXIT_CODE
+    if outcome in (EXIT_CODE, INTERRUPTED):
+        return outcome
     if code == 0:
         print(f"sftmix: the launcher ended, but its ranks did not publish {manifest.parent}. Start again.", file=sys.stderr)
     return _exit_code(code) or 1
@@ -134,8 +143,9 @@ def _exit_code(code: int) -> int:
 def _environment(plan: Plan) -> dict[str, str]:
     """Returns the environment of what is started here, which is where that of the ranks is taken from."""
     environment = dict(os.environ)
-    cores = max(1, (os.cpu_count() or 1) // max(node.slots for node in plan.nodes))
-    environment.setdefault("OMP_NUM_THREADS", str(cores))
+    from sftmix.engine.distributed import threads_of_rank
+
+    environment.setdefault("OMP_NUM_THREADS", str(threads_of_rank(None, max(node.slots for node in plan.nodes))))
     return environment
 
 
@@ -169,32 +179,3 @@ def _for_runner(plan: Plan, environment: Mapping[str, str]) -> Iterator[dict[str
         # Else pdsh waits for hours for the ssh to a node that was cut off.
         patience = " ".join([environment.get("PDSH_SSH_ARGS_APPEND", ""), *(f"-o{option}" for option in ALIVE)]).strip()
         yield {**rest, **variables, exports.ENV_FILE: file.name, "PDSH_SSH_ARGS_APPEND": patience}
-
-
-def _end_now(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
-
-
-def _run(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> int:
-    """Runs the commands side by side, until all have ended or one has failed and the others had time to end too. Returns 0, 75 where
-    one ended with it, or another of their codes. None is left running here, not after an interrupt either."""
-    processes: list[subprocess.Popen[bytes]] = []
-    deadline = None
-    try:
-        for command in commands:
-            # Of their own session: an interrupt from the terminal is ours to handle.
-            processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True))
-        while None in (codes := [process.poll() for process in processes]):
-            if deadline is None and any(codes):
-                deadline = time.monotonic() + GRACE_SECONDS
-            if deadline is not None and time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    failed = [code for code in codes if code]
-    return EXIT_CODE if EXIT_CODE in failed else next(iter(failed), 0)

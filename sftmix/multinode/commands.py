@@ -20,6 +20,7 @@ from sftmix.hostfile import Node
 from sftmix.launch_environment import DEFAULT_PORT
 from sftmix.launcher import RUN_SCRIPT
 from sftmix.multinode.exports import for_pdsh
+from sftmix.wording import counted
 
 ON_EACH_NODE = frozenset({"ssh", "torchrun"})  # launchers that need a command on every node
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -128,13 +129,14 @@ def ssh_command(plan: Plan, number: int, variables: Mapping[str, str]) -> list[s
 def describe(plan: Plan, variables: Mapping[str, str], command: Sequence[str] | None) -> list[str]:
     """Returns lines for people: what is started here (`command`), and what each node does."""
     where = f"{plan.address}:{plan.port}" if plan.address else "the first node of SLURM's list"
-    lines = [f"{len(plan.nodes)} nodes, {plan.num_ranks} ranks, meeting at {where}, started by {plan.launcher}"]
+    lines = [f"{counted(len(plan.nodes), 'node')}, {counted(plan.num_ranks, 'rank')}, meeting at {where}, started by {plan.launcher}"]
     if command is not None:
         lines += ["", "here:", f"  {shlex.join(command)}"]
     lines += ["", "environment of all ranks:", *(f"  {name}={shlex.quote(value)}" for name, value in variables.items())]
     for number, node in enumerate(plan.nodes):
         ranks = plan.ranks_of(number)
-        lines += ["", f"node {number}, {node.host}: ranks {ranks[0]} to {ranks[-1]}, in {Path.cwd()}"]
+        shown = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"
+        lines += ["", f"node {number}, {node.host}: {shown}, in {Path.cwd()}"]
         if plan.launcher in ("openmpi", "slurm"):
             lines.append(f"  {shlex.join([sys.executable, '-u', str(RUN_SCRIPT), *plan.arguments])}")
         else:

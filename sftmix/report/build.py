@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +11,14 @@ import numpy as np
 
 from sftmix import __version__, artifacts
 from sftmix.config_file import dump_config
+from sftmix.machine import accessing
+from sftmix.meter import NAMES, minutes_of
 from sftmix.pipeline import StageContext
 from sftmix.report import plots
 from sftmix.report.examples import Agreement, ScoredExamples, agreements, duplicates, extremes, noise, read_scored_examples, truncated
 from sftmix.runlog import MIXUP, NTP, read_metrics
-from sftmix.stages import MODEL_NAMES, read_metrics_json
+from sftmix.stages import COVERAGE, MODEL_NAMES, read_metrics_json
+from sftmix.wording import counted
 
 
 def build_report(context: StageContext) -> None:
@@ -24,12 +28,16 @@ def build_report(context: StageContext) -> None:
     table = result_table(context)
     scored = read_scored_examples(context)
     agreed = agreements(context, scored)
+    times = time_table(context)
     environment = Environment(loader=PackageLoader("sftmix.report", "."), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"count": "{:,}".format, "figure": "{:,.5g}".format, "percent": "{:.1%}".format}
+    environment.filters |= {"count": "{:,}".format, "figure": "{:,.5g}".format, "percent": "{:.1%}".format, "counted": counted}
     page = environment.get_template("report.html.j2").render(
         title=context.config.run.dir.name,
-        titles=[title for _, title, _ in COLUMNS],
+        titles=TITLES,
         table=[cells(row) for row in table],
+        notes=[UNITS, ONE_SEED],
+        time_titles=TIME_TITLES,
+        times=times,
         groups=group_table(context),
         figures=_figures(context, scored),
         data_map=_data_map(context, scored),
@@ -45,7 +53,8 @@ def build_report(context: StageContext) -> None:
         config=dump_config(context.config),
     )
     artifacts.write_text(context.folder / "index.html", page)
-    text = markdown([title for _, title, _ in COLUMNS], [cells(row) for row in table])
+    text = markdown(TITLES, [cells(row) for row in table]) + f"\n{UNITS}\n\n{ONE_SEED}\n"
+    text += "\n" + markdown(TIME_TITLES, times)
     if agreed:
         text += "\n" + markdown(Agreement.TITLES, [row.cells() for row in agreed])
     artifacts.write_text(context.folder / "report.md", text)
@@ -69,7 +78,7 @@ def result_table(context: StageContext) -> list[dict[str, Any]]:
                 "perplexity": held_out.get("perplexity"),
                 "exact_match": held_out.get("exact_match"),
                 "tokens_per_second": facts["real_tokens_per_second"],
-                "minutes": facts["training_seconds"] / 60,
+                "minutes": facts["waited_seconds"] / 60 if "waited_seconds" in facts else None,
             }
         )
     return rows
@@ -77,12 +86,33 @@ def result_table(context: StageContext) -> list[dict[str, Any]]:
 
 COLUMNS = (
     ("model", "model", "{}"),
-    ("loss", "held-out loss (nats/token)", "{:.4f}"),
-    ("perplexity", "perplexity", "{:.3f}"),
-    ("exact_match", "exact match", "{:.1%}"),
+    ("loss", "loss", "{:.4f}"),
+    ("perplexity", "ppl", "{:.3f}"),
+    ("exact_match", "exact", "{:.1%}"),
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
     ("minutes", "minutes", "{:.2f}"),
 )
+TITLES = [title for _, title, _ in COLUMNS]
+UNITS = (
+    "loss: held-out, in nats per response token. ppl: perplexity, e to the loss. "
+    "exact: exact match, the share of held-out responses that greedy decoding writes to the last token. "
+    "tokens/s: without padding, per second of training. minutes: what you waited for the stage."
+)
+# Measured on 2 cores of an AMD EPYC, seeds 0, 1, 2: NTP 67.3, 62.3, 72.7%, SFTMix 53.0, 74.3, 67.3%.
+ONE_SEED = "One seed decides nothing: three seeds of the quickstart spread over 10 points of exact match (NTP) and 21 (SFTMix)."
+TIME_TITLES = ["minutes", "waited", *NAMES.values()]
+WIDTH = 60  # columns of what is printed, for narrow terminals
+
+
+def time_table(context: StageContext) -> list[list[str]]:
+    """Returns a row of text per training stage: the minutes waited, and what they were spent on."""
+    rows = []
+    for stage, name in {"reference": "reference", **MODEL_NAMES}.items():
+        facts = context.facts_of(stage) if stage in context.inputs else {}
+        if "waited_seconds" in facts:  # stages of earlier versions did not count it
+            minutes = minutes_of(facts)
+            rows.append([name, *(f"{minutes[each]:.2f}" for each in ("waited", *NAMES))])
+    return rows
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -97,17 +127,18 @@ def markdown(titles: Sequence[str], rows: list[list[str]]) -> str:
 
 
 def print_table(table: list[dict[str, Any]]) -> None:
-    """Prints the result table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    shown = Table(title="SFTMix beside next-token prediction")
-    for number, (_, title, _) in enumerate(COLUMNS):
-        shown.add_column(title, justify="right" if number else "left")
-    for row in table:
-        shown.add_row(*cells(row))
-    console = Console()
-    Console(width=max(console.width, 100)).print(shown)
+    """Prints the result table, within 60 columns, and what its columns mean."""
+    rows = [TITLES, *map(cells, table)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print("\nSFTMix beside next-token prediction\n")
+    for number, row in enumerate(rows):
+        first, *others = (text.rjust(width) for text, width in zip(row, widths, strict=True))
+        print("  ".join([row[0].ljust(len(first)), *others]))
+        if number == 0:
+            print("  ".join("-" * width for width in widths))
+    for note in (UNITS, ONE_SEED):
+        print(f"\n{textwrap.fill(note, WIDTH)}")
+    print()
 
 
 def group_table(context: StageContext) -> dict[str, Any]:
@@ -142,7 +173,8 @@ def _data_map(context: StageContext, scored: ScoredExamples) -> dict[str, Any] |
     if not len(points):
         return None
     image = plots.data_map(scored, points)
-    (context.folder / "data_map.png").write_bytes(image)
+    with accessing(context.folder / "data_map.png"):
+        (context.folder / "data_map.png").write_bytes(image)
     return {
         "image": base64.b64encode(image).decode(),
         "num_points": len(points),
@@ -154,18 +186,19 @@ def _data_map(context: StageContext, scored: ScoredExamples) -> dict[str, Any] |
 
 def _facts(context: StageContext) -> list[tuple[str, str]]:
     summary = read_metrics_json(context.inputs["data"] / "summary.json")
-    sizes = context.facts_of("split")["sizes"]
+    split = context.facts_of("split")
+    coverage = ", ".join(f"{share:.1%} {way} matching" for way, share in split["mix_coverage"].items())
     target = context.facts_of("train")
     trained = target.get("num_trained_parameters", target["num_parameters"])
-    size = f"{target['num_parameters']:,} parameters" + (f", {trained:,} of them trained" if trained < target["num_parameters"] else "")
+    size = counted(target["num_parameters"], "parameter") + (f", {trained:,} of them trained" if trained < target["num_parameters"] else "")
     dropped = sum(summary["dropped"].values())
     versions = ", ".join(f"{name} {version}" for name, version in artifacts.versions().items())
     return [
         ("examples", f"{summary['num_read']:,} read, {summary['num_train']:,} trained on, {summary['num_held_out']:,} held out"),
         ("not used", f"{dropped:,} dropped, {summary['num_left_out']:,} left out; {summary['num_truncated']:,} truncated"),
-        ("split", ", ".join(f"{count:,} {part}" for part, count in sizes.items())),
-        ("mix coverage", ", ".join(f"{share:.1%} {way}" for way, share in context.facts_of("split")["mix_coverage"].items())),
-        ("target", f"{size}, {target['num_steps']:,} steps, {target['world_size']} processes"),
+        ("split", ", ".join(f"{count:,} {part}" for part, count in split["sizes"].items())),
+        (f"mix coverage ({COVERAGE})", coverage),
+        ("target", f"{size}, {counted(target['num_steps'], 'step')}, {counted(target['world_size'], 'process', 'processes')}"),
         ("made by", f"sftmix {__version__}, commit {artifacts.commit() or 'unknown'}"),
         ("versions", versions),
     ]

@@ -18,6 +18,7 @@ from sftmix.config import SplitConfig
 from sftmix.pairing import CONFIDENT, MIDDLE, UNCONFIDENT, split_by_confidence
 from sftmix.pipeline import StageContext
 from sftmix.split_stage import SPLIT
+from sftmix.wording import counted
 
 NUM_SHOWN = 10  # rows of a table of examples
 MAX_CHARACTERS = 400  # of a message
@@ -178,10 +179,9 @@ class Agreement:
 
     def line(self) -> str:
         """Returns what is printed."""
-        modes, spearman, same_part, num_examples, num_left_out = self.cells()
-        return (
-            f"{modes}: Spearman {spearman}, {same_part} of {num_examples} examples in the same part, {num_left_out} left out (not finite)"
-        )
+        modes, spearman, same_part, _, num_left_out = self.cells()
+        shared = f"{same_part} of {counted(self.num_examples, 'example')} in the same part"
+        return f"{modes}: Spearman {spearman}, {shared}, {num_left_out} left out (not finite)"
 
 
 def agreements(context: StageContext, scored: ScoredExamples) -> list[Agreement]:

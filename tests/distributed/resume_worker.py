@@ -27,7 +27,7 @@ from sftmix.errors import SftmixError
 from sftmix.objectives import Objective
 from sftmix.pairing import match_parts
 from sftmix.resume import TrainingCheckpoints
-from sftmix.runlog import RunLog, read_metrics
+from sftmix.runlog import PADDED_RATE, REAL_RATE, RESPONSE_RATE, TRAINING_TIME, RunLog, read_metrics
 from sftmix.skipped import SkippedSteps
 from sftmix.stopping import StopRequest
 from sftmix.train import TrainingPlan, train
@@ -113,7 +113,7 @@ def run(name, *, stop_after=None, stop_rank=0, fault="", limit=5, fingerprint="f
     ranks.barrier()
     errors = ranks.gather_texts(error or "")
     lines = read_metrics(kept / "metrics.jsonl") if ranks.is_main else []
-    rates = {"tokens/real (tokens/s)", "tokens/response (tokens/s)", "tokens/padded (tokens/s)"}
+    rates = {REAL_RATE, RESPONSE_RATE, PADDED_RATE, TRAINING_TIME}
     return {
         "lines": [{key: value for key, value in line.items() if key not in rates} for line in lines],
         "weights": digest.hexdigest(),

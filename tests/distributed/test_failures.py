@@ -154,3 +154,25 @@ def test_a_gradient_that_is_not_finite_is_skipped_by_all_named_and_ends_the_run_
     assert last["steps/skipped (steps)"] == len(written) == done.stdout.count("skipped: the loss is not finite")
     refused = sftmix("reference", QUICKSTART, *options, "--force", "train.learning_rate=3e-2", "limits.skipped_steps=1", check=False)
     assert refused.returncode == 2 and refused.stderr.count("no gradient was finite from step") == 1
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_an_export_that_cannot_be_written_is_one_line_on_all_ranks(folder, undisturbed, num_ranks):
+    done = reference(folder, num_ranks, check=False, fault="export.write:0:1:enospc")
+    output = done.stdout + done.stderr
+    lines = [line for line in output.splitlines() if "sftmix: error: " in line]
+    assert done.returncode == 2 or num_ranks == 2, output[-3000:]  # the launcher has exit codes of its own
+    assert len(lines) == 1 and "Traceback" not in output, output[-3000:]
+    assert "the model could not be exported: " in lines[0] and "No space left on device (" in lines[0] and "MiB needed)" in lines[0]
+    assert not list((folder / "work" / "reference" / "kept").glob("checkpoints/*"))  # no half of a model
+    assert_nothing_left(folder)
+    assert_completed(folder, undisturbed, num_ranks)
+
+
+def test_a_disk_that_is_full_on_one_rank_is_one_line_of_that_rank(folder):
+    done = reference(folder, 2, check=False, fault="train.step:1:2:enospc")
+    output = done.stdout + done.stderr
+    lines = [line for line in output.splitlines() if "sftmix: error: " in line]
+    assert len(lines) == 1 and "Traceback" not in output, output[-3000:]
+    assert re.search(r"rank 1 \(\S+, pid \d+\) failed in reference.*: No space left on device \(.* MiB free\)\. Free some space", lines[0])
+    assert_nothing_left(folder)

@@ -44,13 +44,13 @@ def test_unfinished_work_of_other_settings_is_refused_with_the_differences(folde
     assert "saved after step 3" in changed.stderr and "--restart" in changed.stderr
     options = [QUICKSTART, *OPTIONS, f"run.dir={folder}", "data.generator={num_train: 62, num_held_out: 12, noisy_share: 0.2}"]
     data = sftmix("run", *options, check=False)
-    assert data.returncode == 2 and "data: generator.num_train: 61 before, 62 now" in data.stderr and saved_step(folder) == 3
+    assert data.returncode == 2 and "data.generator.num_train: 61 before, 62 now" in data.stderr and saved_step(folder) == 3
     harmless = reference(folder, 1, "log.every_steps=2", "checkpoint.every_steps=4", "limits.silent_seconds=9", "checkpoint.keep_last=1")
     assert "resumed after step 3" in harmless.stdout and result_of(folder)[1] == undisturbed(1)[1]
-    reference(folder, 1, "train.learning_rate=1e-4", check=False, fault="train.step:0:4:kill9")
+    reference(folder, 1, "train.learning_rate=1e-4", "--force", check=False, fault="train.step:0:4:kill9")
     assert "up to date" in reference(folder, 1).stdout and saved_step(folder) == 3  # the other settings' work stays
-    assert reference(folder, 1, "train.learning_rate=2e-4", check=False).returncode == 2
-    anew = reference(folder, 1, "train.learning_rate=2e-4", "--restart")
+    assert reference(folder, 1, "train.learning_rate=2e-4", "--force", check=False).returncode == 2
+    anew = reference(folder, 1, "train.learning_rate=2e-4", "--force", "--restart")
     assert "resumed" not in anew.stdout and saved_step(folder) == 0
 
 

@@ -1,6 +1,8 @@
 """Scoring that is killed anywhere, on any rank, and started again with any number of ranks ends with the table of a run that
-nothing disturbed, bit for bit; and what was scored is not scored again."""
+nothing disturbed, bit for bit where each rank computes with as many threads; and what was scored is
+not scored again."""
 
+import json
 import random
 import re
 import shutil
@@ -13,7 +15,8 @@ from tiny import TINY
 pytestmark = pytest.mark.distributed
 TORTURE = pytest.mark.torture
 QUICKSTART = "configs/quickstart.yaml"
-OPTIONS = [*TINY, "confidence.unit_examples=8", "confidence.micro_batch_tokens=300", "reference.num_checkpoints=2"]
+# Equal bits need equal threads: one process would have all cores, and each of two half of them.
+OPTIONS = [*TINY, "engine.num_threads=1", "confidence.unit_examples=8", "confidence.micro_batch_tokens=300", "reference.num_checkpoints=2"]
 NUM_UNITS, NUM_CHECKPOINTS = 8, 2  # 61 examples
 TABLES = ("perplexity.parquet", "confidence.parquet")
 
@@ -68,7 +71,7 @@ def assert_survives(folder, undisturbed, *, fault, killed_ranks, restart_ranks):
     assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
     assert tables_of(folder) == undisturbed
     # What was whole is taken up, not scored again.
-    kept = sum(int(count) for count in re.findall(r"(\d+) of \d+ units are there already", again.stdout))
+    kept = sum(int(count) for count in re.findall(r"(\d+) of \d+ units already scored", again.stdout))
     assert kept == (0 if "[3/8] score: up to date" in again.stdout else len(before))
     assert not list((folder / "work").glob("*"))
 
@@ -80,6 +83,18 @@ def assert_survives(folder, undisturbed, *, fault, killed_ranks, restart_ranks):
 def test_the_table_does_not_depend_on_ranks_or_sharding(folder, undisturbed, sharding, num_ranks):
     sftmix("score", QUICKSTART, *OPTIONS, f"run.dir={folder}", f"engine.num_processes={num_ranks}", f"confidence.sharding={sharding}")
     assert tables_of(folder) == undisturbed
+
+
+def test_with_other_threads_the_table_is_the_same_to_rounding(folder, undisturbed):
+    sftmix("score", QUICKSTART, *OPTIONS, f"run.dir={folder}", "engine.num_threads=3")
+    for found, expected in zip(tables_of(folder), undisturbed, strict=True):
+        assert found.schema.names == expected.schema.names
+        for name in set(found.schema.names) - {"rank"}:  # neighbours may change places
+            values, wanted = found[name].to_pylist(), expected[name].to_pylist()
+            is_number = isinstance(wanted[0], float)
+            assert values == (pytest.approx(wanted, rel=1e-6, abs=1e-6) if is_number else wanted)
+    facts = json.loads((folder / "confidence" / "manifest.json").read_text())["facts"]
+    assert facts["num_threads"] == 3 and facts["precision"] == "fp32"
 
 
 @pytest.mark.parametrize(("site", "hit", "restart_ranks"), [("shard.rename", 3, 1), ("shard.manifest", 5, 2), ("publish.rename", 1, 1)])
@@ -99,7 +114,7 @@ def test_a_damaged_shard_is_set_aside_and_scored_again(folder, undisturbed):
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     again = score(folder, 1)
-    assert "unit_000002.parquet is damaged: set aside" in again.stdout and "5 of 8 units are there already" in again.stdout
+    assert "unit_000002.parquet is damaged: set aside" in again.stdout and "5 of 8 units already scored" in again.stdout
     assert tables_of(folder) == undisturbed
 
 

@@ -36,8 +36,9 @@ def micro_batch(numbers, *, mixes_inputs=False):
     return build_micro_batch(examples, partners, indices=tuple(range(len(examples))), pad_id=0, mixes_inputs=mixes_inputs)
 
 
-def results_of(worker: Path, folder: Path) -> dict:
-    """Runs a worker on one rank and on two, on a folder with `tokenizer/` and the models `tied/` and `untied/`; returns what they wrote."""
+def results_of(worker: Path, folder: Path, numbers_of_ranks: tuple[int, ...] = (1, 2)) -> dict:
+    """Runs a worker on each number of ranks, on a folder with `tokenizer/` and the models `tied/` and
+    `untied/`; returns what they wrote."""
     character_tokenizer(chat_template=ALPACA).save_pretrained(folder / "tokenizer")
     for name in ("tied", "untied"):
         torch.manual_seed(1)
@@ -47,7 +48,7 @@ def results_of(worker: Path, folder: Path) -> dict:
         )  # fmt: skip
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
     found = {}
-    for num_ranks in (1, 2):
+    for num_ranks in numbers_of_ranks:
         run_ranks(worker, num_ranks, str(folder), str(folder / f"{num_ranks}.json"))
         found |= json.loads((folder / f"{num_ranks}.json").read_text())
     return found

@@ -1,0 +1,89 @@
+"""Where a training stage's time goes, and how many tokens were trained in it.
+
+Every second since the meter was made belongs to one activity, so the activities add up to what the user waited. Tokens are
+trained in the seconds of `training` alone. A window is what was trained since the last line of the log; the windows add up to
+the totals.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+TOKEN_KINDS = ("real", "response", "padded")
+TRAINING, CHECKPOINT, OTHER = ACTIVITIES = ("training", "checkpoint", "other")
+
+
+class Meter:
+    """Counts seconds by activity, and tokens. It begins in `other`.
+
+    seconds: of each activity. window_seconds: of training, since the last line. window_tokens: of this rank, since the last
+    line. tokens: of all ranks, up to the last line.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock, self._read_at, self._activity = clock, clock(), OTHER
+        self.seconds = dict.fromkeys(ACTIVITIES, 0.0)
+        self.tokens = dict.fromkeys(TOKEN_KINDS, 0.0)
+        self.window_seconds = 0.0
+        self.window_tokens = dict.fromkeys(TOKEN_KINDS, 0.0)
+
+    def read(self) -> None:
+        """Adds the seconds since the last reading to the present activity."""
+        now = self._clock()
+        self.seconds[self._activity] += now - self._read_at
+        if self._activity == TRAINING:
+            self.window_seconds += now - self._read_at
+        self._read_at = now
+
+    def switch(self, activity: str) -> None:
+        """Begins another activity. A GPU must be done with the present one."""
+        self.read()
+        self._activity = activity
+
+    @contextmanager
+    def during(self, activity: str) -> Iterator[None]:
+        """Counts the seconds inside for another activity, then goes back to the present one."""
+        before = self._activity
+        self.switch(activity)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    def end_window(self, tokens: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+        """Ends the window at the last reading. tokens: of all ranks in it. Returns its seconds, and its tokens per second."""
+        seconds, rates = self.window_seconds, rates_of(tokens, self.window_seconds)
+        for kind, count in tokens.items():
+            self.tokens[kind] += count
+        self.window_seconds, self.window_tokens = 0.0, dict.fromkeys(TOKEN_KINDS, 0.0)
+        return seconds, rates
+
+    def facts(self) -> dict[str, float]:
+        """Returns the stage's seconds and its tokens per second, up to this moment."""
+        self.read()
+        named = {f"{activity}_seconds": self.seconds[activity] for activity in (TRAINING, CHECKPOINT)}
+        rates = {f"{kind}_tokens_per_second": rate for kind, rate in rates_of(self.tokens, self.seconds[TRAINING]).items()}
+        return {**named, "waited_seconds": sum(self.seconds.values()), **rates}
+
+
+NAMES = {TRAINING: "training", CHECKPOINT: "checkpoints and exports", OTHER: "start and end"}
+
+
+def describe_time(facts: Mapping[str, float]) -> str:
+    """Returns in one line where a stage's minutes went. facts: those of `Meter.facts`."""
+    minutes = minutes_of(facts)
+    shown = ", ".join(f"{name} {minutes[activity]:.2f}" for activity, name in NAMES.items())
+    return f"{minutes['waited']:.2f} min: {shown}"
+
+
+def minutes_of(facts: Mapping[str, float]) -> dict[str, float]:
+    """Returns a stage's minutes by activity, and those that the user waited. facts: those of `Meter.facts`."""
+    minutes = {name: facts[f"{name}_seconds"] / 60 for name in (TRAINING, CHECKPOINT, "waited")}
+    return {**minutes, OTHER: max(0.0, minutes["waited"] - minutes[TRAINING] - minutes[CHECKPOINT])}
+
+
+def rates_of(tokens: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """Returns tokens per second of each kind; NaN where no time has passed."""
+    return {kind: count / seconds if seconds > 0 else float("nan") for kind, count in tokens.items()}

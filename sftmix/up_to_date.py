@@ -1,0 +1,100 @@
+"""Is a stage's published output current, missing, or made with other settings? Finished work is never
+replaced without a word: `refuse_changed` names what differs, before anything runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sftmix import artifacts
+from sftmix.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from sftmix.config import Config
+    from sftmix.pipeline import Stage
+
+State = Literal["current", "missing", "changed"]
+# Where the settings of a stage stand in a config, as far as they are not called the same there.
+NUMERICS = {"seed": "run.seed", "precision": "engine.precision", "deepspeed": "engine.deepspeed"}
+SECTIONS = {"data": "data.", "split": "split.", "score": "confidence."}
+BESIDE = {"tokenizer": "tokenizer", "content": "data.content", "mask_policy": "mask_policy"}
+
+
+def state_of(
+    stage: Stage,
+    folder: Path,
+    settings: dict[str, Any],
+    inputs: Mapping[str, str],
+    *,
+    digests: bool = True,
+) -> State:
+    """Returns what a stage's folder is for these settings and inputs. A current one is verified:
+    raises ArtifactError where a file is damaged. digests: compare contents, not sizes alone."""
+    manifest = artifacts.read_manifest(folder)
+    if manifest is None:
+        return "missing"
+    if manifest.fingerprint != artifacts.stage_fingerprint(stage.name, settings, inputs):
+        return "changed"
+    artifacts.verify(folder, digests=digests)
+    return "current"
+
+
+def refuse_changed(config: Config, stages: Iterable[Stage], replaced: set[str]) -> None:
+    """Raises ArtifactError where a stage is published, and this config asks for another output of it:
+    other settings, or inputs that have been made anew. One line for each key that differs.
+
+    replaced: stages whose output may be replaced. A view (`Stage.is_view`) always may. Looks at the
+    manifests alone. An input that is missing, and will be made, is not compared.
+    """
+    lines: list[str] = []
+    digests: dict[str, str] = {}
+    for stage in stages:
+        manifest = artifacts.read_manifest(config.run.dir / stage.folder)
+        if manifest is None:
+            continue
+        digests[stage.name] = manifest.digest
+        if stage.name in replaced or stage.is_view:
+            continue
+        changed = differing_keys(stage, manifest.settings, stage.settings(config))
+        changed += [
+            f"its input `{name}` has been made anew since"
+            for name, digest in manifest.inputs.items()
+            if name in digests and digests[name] != digest
+        ]
+        lines += [f"  {stage.name} ({manifest_place(config, stage)}): {line}" for line in changed]
+    if lines:
+        raise refusal(config, lines)
+
+
+def manifest_place(config: Config, stage: Stage) -> Path:
+    """Returns the folder of a stage's output."""
+    return config.run.dir / stage.folder
+
+
+def refusal(config: Config, lines: list[str]) -> ArtifactError:
+    """Returns the error for finished work that would be replaced. lines: what differs."""
+    shown = "\n".join(lines)
+    return ArtifactError(
+        f"{config.run.dir} holds finished work that was made with other settings:\n{shown}\n"
+        f"Put them back (`sftmix run {config.run.dir}` takes the config of the run folder), name "
+        "another run.dir, or replace the finished work with --force."
+    )
+
+
+def differing_keys(stage: Stage, before: Mapping[str, Any], now: dict[str, Any]) -> list[str]:
+    """Returns a line for each setting of a stage that differs, by its key in the config."""
+    lines = artifacts.differences(before, json.loads(json.dumps(now, default=str)))
+    return [_config_key(stage.name, line) for line in lines]
+
+
+def _config_key(stage: str, line: str) -> str:
+    first = line.split(":")[0].split(".")[0]
+    if first in NUMERICS:
+        return NUMERICS[first] + line.removeprefix(first)
+    if stage == "data" and first in BESIDE:
+        return BESIDE[first] + line.removeprefix(first)
+    if stage == "reference" and first in ("model", "train"):
+        return f"reference.{line}"
+    return SECTIONS.get(stage, "") + line
