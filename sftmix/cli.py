@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from sftmix import __version__
 from sftmix.errors import SftmixError, StoppedError
 from sftmix.stopping import INTERRUPTED
+
+if TYPE_CHECKING:
+    from sftmix.config import Config
 
 STAGES = {
     "data": "read, check and encode the examples",
@@ -109,8 +115,45 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names what is missing alone, and shows an example."""
+
+    MISSING = "the following arguments are required: "
+
+    def error(self, message: str) -> NoReturn:
+        """Prints usage, error and example, and exits with 2."""
+        if message.startswith(self.MISSING):
+            names = message.removeprefix(self.MISSING).split(", ")
+            needed = [name for name in names if name != "key=value"]  # of which none is needed
+            what = " and ".join(needed) + (" is missing" if len(needed) == 1 else " are missing")
+            if "CONFIG" in needed:
+                what += " (CONFIG: a YAML file, or a name that `sftmix configs` lists)"
+            message = f"{what}. {self.epilog}"
+        super().error(message)
+
+
+EXAMPLES = {
+    "inspect": "inspect quickstart --num 1",
+    "export": "export quickstart --to my-model",
+    "launch": "launch recipes/llama3.1-8b-alpaca --hostfile hostfile",
+    "doctor": "doctor quickstart",
+    "configs": "configs",
+    "scores": "scores show runs/quickstart/confidence",
+    "scores show": "scores show runs/quickstart/confidence",
+    "scores check": "scores check runs/quickstart/confidence quickstart",
+    "scores merge": "scores merge runs/one/confidence runs/two/confidence --to runs/both",
+    "scores export": "scores export runs/quickstart/confidence --to my-scores",
+}
+
+
+def _texts(name: str, text: str) -> dict[str, str]:
+    """Returns the help of a command in the list of all, and in its own help."""
+    example = f"Example: sftmix {EXAMPLES.get(name, f'{name} quickstart')}"
+    return {"help": text, "description": text[0].upper() + text[1:] + ".", "epilog": example}
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="sftmix",
         description="SFTMix: instruction tuning with a confidence-guided Mixup loss, on DeepSpeed.",
         epilog="Example: sftmix run quickstart train.epochs=2",
@@ -118,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sftmix {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in {"run": OTHERS["run"], **STAGES, **OTHERS}.items():
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command = commands.add_parser(name, **_texts(name, text))
         _add_config(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if name in STAGES or name == "run":
@@ -131,10 +174,10 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
             command.add_argument("--which", default="sftmix", help="sftmix (default) or baseline")
             command.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, in peft's format, not merged")
-    _add_launch(commands.add_parser("launch", help=LAUNCH, description=LAUNCH[0].upper() + LAUNCH[1:] + "."))
-    _add_doctor(commands.add_parser("doctor", help=DOCTOR, description=DOCTOR[0].upper() + DOCTOR[1:] + "."))
-    commands.add_parser("configs", help=CONFIGS, description=CONFIGS[0].upper() + CONFIGS[1:] + ".")
-    _add_scores(commands.add_parser("scores", help="show, check, merge or export score tables", description="Score tables as artifacts."))
+    _add_launch(commands.add_parser("launch", **_texts("launch", LAUNCH)))
+    _add_doctor(commands.add_parser("doctor", **_texts("doctor", DOCTOR)))
+    commands.add_parser("configs", **_texts("configs", CONFIGS))
+    _add_scores(commands.add_parser("scores", **_texts("scores", "show, check, merge or export score tables")))
     return parser
 
 
@@ -155,7 +198,9 @@ def _add_launch(command: argparse.ArgumentParser) -> None:
     command.add_argument("--force", action="store_true", help=f"with --stage: run it again; {FORCE}")
     command.add_argument("--restart", action="store_true", help=RESTART)
     command.add_argument("--template", choices=TEMPLATES, help="print a file that starts this config there, and start nothing")
-    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="with --template: nodes=2, gpus=8, ...")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="with --template: its values, as nodes=2 gpus=8 or nodes=2,gpus=8"
+    )
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -174,7 +219,7 @@ def _add_doctor(command: argparse.ArgumentParser) -> None:
 def _add_scores(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="scores_command", required=True, metavar="COMMAND")
     for name, text in SCORES.items():
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command = commands.add_parser(name, **_texts(f"scores {name}", text))
         if name == "merge":
             command.add_argument("tables", nargs="+", metavar="TABLE", help="folder or Hub name; two or more")
         else:
@@ -256,7 +301,30 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         return launch(config, options.config, options.overrides, only=only, **how)
     run_pipeline(config, only=only, **how)
+    if only in (None, "report") and _is_main():
+        _say_what_next(config, [options.config, *options.overrides])
     return 0
+
+
+def _say_what_next(config: Config, arguments: list[str]) -> None:
+    """Prints where the model is, and commands that go on from it. arguments: the config and overrides of the run."""
+    folder = config.run.dir
+    export = shlex.join([_found("sftmix"), "export", *arguments, "--to", "my-model"])
+    print(f"model:  {folder / 'sftmix/model'} (a Hugging Face folder)")
+    if config.baseline.enabled:
+        print(f"        {folder / 'baseline/model'} (the baseline beside it)")
+    print(f"report: {folder / 'report/index.html'}")
+    print(f"next:   {export}")
+    if config.log.tensorboard:
+        print(f"        {shlex.join([_found('tensorboard'), '--logdir', str(folder / 'logs/tensorboard')])}")
+
+
+def _found(command: str) -> str:
+    """Returns a command as it can be typed here: with its folder where the environment is not activated."""
+    beside = Path(sys.executable).with_name(command)
+    if shutil.which(command) or not beside.is_file():
+        return command
+    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
 
 
 if __name__ == "__main__":

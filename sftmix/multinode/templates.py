@@ -70,17 +70,30 @@ def print_template(options: argparse.Namespace) -> int:
     for name in ("hostfile", "node_rank", "master_addr", "master_port"):
         if getattr(options, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')} is of no use with --template {options.template}. Leave it out; see --set.")
-    load_config(options.config, options.overrides)
-    given: dict[str, str] = {}
-    for text in options.set:
-        name, sign, value = text.partition("=")
-        if not sign:
-            raise ConfigError(f"--set {text[:80]!r}: expected NAME=VALUE, for example nodes=2.")
-        given[name] = value
+    given, overrides = _pairs(options)
+    load_config(options.config, overrides)
     stage = [*(["--stage", options.stage] if options.stage else []), *(["--force"] if options.force else [])]
-    arguments = [options.config, *options.overrides, *stage, *(["--restart"] if options.restart else [])]
-    print(render(options.template, given, arguments, doctor_arguments=[options.config, *options.overrides]), end="")
+    arguments = [options.config, *overrides, *stage, *(["--restart"] if options.restart else [])]
+    print(render(options.template, given, arguments, doctor_arguments=[options.config, *overrides]), end="")
     return 0
+
+
+def _pairs(options: argparse.Namespace) -> tuple[dict[str, str], list[str]]:
+    """Returns the values of --set, and the overrides of the config.
+
+    `--set nodes=2 gpus=8` leaves the second pair among the overrides; no key of a config has a value's name.
+    """
+    names = "|".join(VALUES[options.template])
+    behind = [text for text in options.overrides if re.match(f"({names})=", text)]
+    given: dict[str, str] = {}
+    for text in [*options.set, *behind]:
+        for pair in re.split(rf",\s*(?=(?:{names})=|$)", text):  # a comma before anything else is the value's own
+            name, sign, value = pair.partition("=")
+            if pair and not sign:
+                raise ConfigError(f"--set {text[:80]!r}: expected NAME=VALUE, for example nodes=2.")
+            if pair:
+                given[name] = value
+    return given, [text for text in options.overrides if text not in behind]
 
 
 def render(template: str, given: Mapping[str, str], arguments: Sequence[str], *, doctor_arguments: Sequence[str] = ()) -> str:

@@ -61,7 +61,6 @@ def build_report(context: StageContext) -> None:
     for row in agreed:
         print(f"  {row.line()}")
     print_table(table)
-    print(f"  report: {context.config.run.dir / 'report' / 'index.html'}")
 
 
 def result_table(context: StageContext) -> list[dict[str, Any]]:
