@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sftmix import __version__
 from sftmix.errors import SftmixError, StoppedError
@@ -146,7 +146,7 @@ EXAMPLES = {
 }
 
 
-def _texts(name: str, text: str) -> dict[str, str]:
+def _texts(name: str, text: str) -> dict[str, Any]:
     """Returns the help of a command in the list of all, and in its own help."""
     example = f"Example: sftmix {EXAMPLES.get(name, f'{name} quickstart')}"
     return {"help": text, "description": text[0].upper() + text[1:] + ".", "epilog": example}
@@ -302,21 +302,22 @@ def _dispatch(options: argparse.Namespace) -> int:
         return launch(config, options.config, options.overrides, only=only, **how)
     run_pipeline(config, only=only, **how)
     if only in (None, "report") and _is_main():
-        _say_what_next(config, [options.config, *options.overrides])
+        _say_what_next(config)
     return 0
 
 
-def _say_what_next(config: Config, arguments: list[str]) -> None:
-    """Prints where the model is, and commands that go on from it. arguments: the config and overrides of the run."""
+def _say_what_next(config: Config) -> None:
+    """Prints where the model is, and commands that go on from it; the run folder stands for its config."""
     folder = config.run.dir
-    export = shlex.join([_found("sftmix"), "export", *arguments, "--to", "my-model"])
+    export = [_found("sftmix"), "export", str(folder), "--to", "my-model"]
+    board = [_found("tensorboard"), "--logdir", str(folder / "logs/tensorboard")]
     print(f"model:  {folder / 'sftmix/model'} (a Hugging Face folder)")
     if config.baseline.enabled:
         print(f"        {folder / 'baseline/model'} (the baseline beside it)")
     print(f"report: {folder / 'report/index.html'}")
-    print(f"next:   {export}")
+    print(f"next:   {shlex.join(export)}")
     if config.log.tensorboard:
-        print(f"        {shlex.join([_found('tensorboard'), '--logdir', str(folder / 'logs/tensorboard')])}")
+        print(f"        {shlex.join(board)}")
 
 
 def _found(command: str) -> str:

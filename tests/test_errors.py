@@ -1,6 +1,9 @@
 """Whatever a user gets wrong ends with exit code 2 and a line that says what is wrong and what to do: no traceback."""
 
+import argparse
+import importlib.util
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,8 +14,10 @@ import yaml
 from processes import ROOT
 from tokenizers_for_tests import character_tokenizer
 
-from sftmix.cli import main
+from sftmix.cli import _parser, main
+from sftmix.config_file import load_config, packaged
 from sftmix.errors import ConfigError, SftmixError
+from sftmix.preflight import check
 
 LLAMA = {
     "model_type": "llama",
@@ -430,12 +435,14 @@ def test_debug_shows_the_traceback(config):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "COMMAND"),
+        ([], "COMMAND is missing. Example: sftmix run quickstart"),
         (["trian", "CONFIG"], "invalid choice: 'trian'"),
-        (["run"], "CONFIG"),
+        (["run"], "error: CONFIG is missing (CONFIG: a YAML file, or a name that `sftmix configs` lists). Example: sftmix run quickstart"),
         (["run", "CONFIG", "--fast"], "unrecognized arguments: --fast"),
         (["run", "CONFIG", "train.epochs=1", "--fast", "log.every_steps=1"], "--fast"),
-        (["export", "CONFIG"], "--to"),
+        (["export", "CONFIG"], "--to is missing. Example: sftmix export quickstart --to my-model"),
+        (["export"], "CONFIG and --to are missing (CONFIG: a YAML file, or a name that `sftmix configs` lists)"),
+        (["scores", "check", "table"], "CONFIG is missing"),
         (["inspect", "CONFIG", "--num", "many"], "invalid int value: 'many'"),
     ],
 )
@@ -444,6 +451,36 @@ def test_a_wrong_command_line_ends_with_usage_and_code_2(arguments, said, config
         main([str(config) if argument == "CONFIG" else argument for argument in arguments])
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.startswith("usage: sftmix") and said in error
+
+
+def test_a_gpu_without_the_package_triton_is_refused_before_a_run(config, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("sftmix.engine.distributed.has_gpu", lambda: True)
+    check(load_config(config, ["engine.precision=fp32"]))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "triton" else find_spec(name, *more))
+    for backend in ("auto", "triton"):
+        with pytest.raises(SftmixError, match="the package triton is not installed. Run `pip install triton`"):
+            check(load_config(config, ["engine.precision=fp32", f"engine.kernel_backend={backend}"]))
+    check(load_config(config, ["engine.precision=fp32", "engine.kernel_backend=torch"]))
+
+
+def commands(parser, *words):
+    """Yields every command with its own parser, those of `scores` too."""
+    found = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not found:
+        yield words, parser
+    for name, inner in (pair for action in found for pair in action.choices.items()):
+        yield from commands(inner, *words, name)
+
+
+@pytest.mark.parametrize(
+    ("words", "parser"), list(commands(_parser())), ids=lambda value: " ".join(value) if isinstance(value, tuple) else ""
+)
+def test_the_example_of_every_command_is_one(words, parser):
+    example = shlex.split(parser.epilog.removeprefix("Example: sftmix "))
+    assert tuple(example[: len(words)]) == words
+    options = _parser().parse_args(example)
+    assert packaged(getattr(options, "config", None) or "quickstart")
 
 
 # Nobody waits for torch to read a help text or the name of a misspelled key.

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sftmix.artifacts import verify
 from sftmix.data.batches import TokenisedExamples
+from sftmix.errors import ConfigError
 from sftmix.runlog import MIXUP, NTP, read_metrics
 
 pytestmark = pytest.mark.recipe
@@ -62,6 +63,20 @@ def test_the_table_and_the_path_of_the_report_are_printed_last(finished):
         assert word in tail
     assert len(re.findall(r"^  [\d.]+ min: training [\d.]+, checkpoints and exports [\d.]+, start and end [\d.]+$", output, re.M)) == 3
     assert (folder / "report" / "index.html").is_file()
+
+
+def test_a_run_ends_with_the_model_and_with_commands_that_work(finished, tmp_path):
+    folder, output = finished
+    lines = output.splitlines()
+    at = next(n for n, line in enumerate(lines) if line.startswith("model:"))
+    model, baseline, report, export, board = lines[at:]
+    assert model.split()[1] == str(folder / "sftmix/model") and baseline.split()[0] == str(folder / "baseline/model")
+    assert all(Path(line.split()[place]).exists() for line, place in ((model, 1), (baseline, 0), (report, 1)))
+    words = shlex.split(export.removeprefix("next:"))
+    assert Path(words[0]).name == "sftmix"
+    sftmix(*words[1:-1], str(tmp_path / "my-model"))
+    assert (tmp_path / "my-model/config.json").is_file()
+    assert any(Path(shlex.split(board)[2]).rglob("events.*"))
 
 
 def test_scores_and_split_cover_every_training_example_once(finished):
@@ -312,8 +327,20 @@ def test_a_trained_model_can_be_the_start_and_a_smaller_one_the_reference(finish
     assert config["model_type"] == "gpt2"
 
 
+def has_fp16():
+    from sftmix.engine.precision import check_device_computes_in
+
+    try:
+        check_device_computes_in("fp16")
+    except ConfigError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_trains(tmp_path, precision):
+    if precision == "fp16" and not has_fp16():
+        pytest.skip("this machine does not compute in fp16")
     sftmix("data", QUICKSTART, *TINY, f"run.dir={tmp_path}", f"engine.precision={precision}")
     sftmix("reference", QUICKSTART, *TINY, f"run.dir={tmp_path}", f"engine.precision={precision}", "engine.activation_checkpointing=true")
     lines = read_metrics(tmp_path / "reference" / "metrics.jsonl")

@@ -2,6 +2,7 @@
 exit codes go through."""
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -13,7 +14,8 @@ import yaml
 from nodes import script
 from processes import sftmix
 
-from sftmix.cli import TEMPLATES, _parser
+from sftmix.cli import TEMPLATES, _parser, main
+from sftmix.config import Config
 from sftmix.errors import ConfigError
 from sftmix.multinode.templates import FILES, FOLDER, VALUES, render
 
@@ -136,6 +138,40 @@ def test_the_command_prints_it():
         done.stdout.startswith("#!/bin/bash\n")
         and "launch configs/quickstart.yaml train.epochs=2 --hostfile /h --launcher pdsh" in done.stdout
     )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--set", "nodes=2", "--set", "gpus=4", "--set", "time=1:00"],
+        ["--set", "nodes=2", "gpus=4", "time=1:00"],
+        ["--set", "nodes=2,gpus=4,time=1:00"],
+        ["--set", "nodes=2,", "gpus=4,", "time=1:00"],
+    ],
+)
+def test_several_pairs_behind_set(given, capsys):
+    assert main(["launch", "quickstart", "train.epochs=2", "--template", "slurm", *given]) == 0
+    printed = capsys.readouterr().out
+    assert "--nodes=2\n" in printed and "per-node=4\n" in printed and "--time=1:00\n" in printed
+    assert "launch quickstart train.epochs=2 --hostfile" in printed
+
+
+def test_the_help_of_set_shows_what_it_takes(capsys):
+    with pytest.raises(SystemExit):
+        main(["launch", "--help"])
+    shown = re.search(r"its values, as (.*?) or (\S+)", " ".join(capsys.readouterr().out.split()))
+    for words in (shown[1].split(), [shown[2]]):
+        assert main(["launch", "quickstart", "--template", "slurm", "--set", *words, "--set", "time=1:00"]) == 0
+        assert "--nodes=2\n" in capsys.readouterr().out
+
+
+def test_a_comma_within_a_value_is_the_values_own(capsys):
+    main(["launch", "quickstart", "--template", "pdsh", "--set", "folder=/a,b=c/d,hostfile=/h"])
+    assert "cd -- /a,b=c/d\n" in capsys.readouterr().out
+
+
+def test_no_key_of_a_config_has_the_name_of_a_value():
+    assert not {name for values in VALUES.values() for name in values} & set(Config.model_fields)
 
 
 PYTHON = """

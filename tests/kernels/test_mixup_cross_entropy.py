@@ -1,5 +1,6 @@
 """Both versions against autograd on one-hot soft labels in float64; the Triton one interpreted where there is no GPU."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -444,3 +445,35 @@ def test_triton_without_a_gpu_is_refused_and_torch_does_not_load_it():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}, check=False)
     assert done.stdout.split() == ["False"] and done.returncode == 1
     assert "ValueError" in done.stderr and "needs a GPU" in done.stderr and 'Use backend="torch"' in done.stderr
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+from sftmix.kernels.fused_linear_mixup_cross_entropy import fused_linear_mixup_cross_entropy
+from sftmix.kernels.linear_token_nll import linear_token_nll
+from sftmix.kernels.mixed_embeddings import mixed_embeddings
+from sftmix.kernels.mixup_cross_entropy import mixup_cross_entropy
+rows, weight, labels = torch.ones(2, 3), torch.ones(5, 3), torch.zeros(2, dtype=torch.int64)
+pair, lam = torch.tensor([[0, 1]]), torch.ones(1)
+for function, arguments in (
+    (fused_linear_mixup_cross_entropy, (rows, weight, labels, pair, lam)),
+    (linear_token_nll, (rows, weight, labels)),
+    (mixed_embeddings, (rows, pair, lam)),
+    (mixup_cross_entropy, (rows[:1], rows[1:], labels[None], lam)),
+):
+    function(*arguments)
+    try:
+        function(*arguments, backend="triton")
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_without_the_package_triton_torch_works_and_triton_is_refused_in_one_line():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, env=environment, check=False)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == 4, done.stdout + done.stderr
+    assert all("needs the package triton" in line and 'use backend="torch"' in line for line in lines)
