@@ -13,6 +13,7 @@ from sftmix.config import Config
 from sftmix.config_file import load_config
 from sftmix.errors import ArtifactError, ConfigError
 from sftmix.pipeline import Stage, stages_of
+from sftmix.up_to_date import config_key
 
 
 def export(config: Config, *, which: str, to: Path, adapter: bool = False) -> Path:
@@ -76,8 +77,8 @@ def _refuse_other_settings(config: Config, which: str, folder: Path) -> None:
         needed += [read for read in stage.reads if read not in needed]
         manifest = artifacts.read_manifest(config.run.dir / stage.folder)
         if manifest is not None:
-            prefix = f"{name}." if name in ("data", "split") else f"{name}: "
-            lines += [prefix + line for line in _differences(config, stage, manifest.settings)]
+            differences = _differences(config, stage, manifest.settings)
+            lines += [line for found in differences if (line := config_key(config, name, found)) not in lines]
     if lines:
         raise ArtifactError(
             f"{folder} was made with other settings than this config's:\n"

@@ -57,7 +57,7 @@ def refuse_changed(config: Config, stages: Iterable[Stage], replaced: set[str]) 
         digests[stage.name] = manifest.digest
         if stage.name in replaced or stage.is_view:
             continue
-        changed = differing_keys(stage, manifest.settings, stage.settings(config))
+        changed = differing_keys(config, stage, manifest.settings)
         changed += [
             f"its input `{name}` has been made anew since"
             for name, digest in manifest.inputs.items()
@@ -83,18 +83,19 @@ def refusal(config: Config, lines: list[str]) -> ArtifactError:
     )
 
 
-def differing_keys(stage: Stage, before: Mapping[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns a line for each setting of a stage that differs, by its key in the config."""
-    lines = artifacts.differences(before, json.loads(json.dumps(now, default=str)))
-    return [_config_key(stage.name, line) for line in lines]
+def differing_keys(config: Config, stage: Stage, before: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each setting of a stage that differs, by its key in the config. before: those of its output."""
+    now = json.loads(json.dumps(stage.settings(config), default=str))
+    return [config_key(config, stage.name, line) for line in artifacts.differences(before, now)]
 
 
-def _config_key(stage: str, line: str) -> str:
+def config_key(config: Config, stage: str, line: str) -> str:
+    """Returns a line on a setting of a stage that begins with the setting's key in the config."""
     first = line.split(":")[0].split(".")[0]
     if first in NUMERICS:
         return NUMERICS[first] + line.removeprefix(first)
     if stage == "data" and first in BESIDE:
         return BESIDE[first] + line.removeprefix(first)
     if stage == "reference" and first in ("model", "train"):
-        return f"reference.{line}"
+        return line if getattr(config.reference, first) is None else f"reference.{line}"
     return SECTIONS.get(stage, "") + line

@@ -218,13 +218,13 @@ def test_exported_files_have_the_users_own_modes(mask, modes, make_run, tmp_path
     [
         ("mixup.weight=0.5", "mixup.weight: 0.2 before, 0.5 now"),
         ("train.epochs=9", "train.epochs: 3 before, 9 now"),
-        ("run.seed=4", "seed: 0 before, 4 now"),
+        ("run.seed=4", "  run.seed: 0 before, 4 now"),
         ("data.max_length=64", "data.max_length: 2048 before, 64 now"),
         ("split.confident_share=0.25", "split.confident_share: 0.5 before, 0.25 now"),
-        ("engine.precision=bf16", 'precision: "fp32" before, "bf16" now'),
+        ("engine.precision=bf16", 'engine.precision: "fp32" before, "bf16" now'),
         ("tokenizer.chat_template=chatml", 'tokenizer.chat_template: nothing before, "chatml" now'),
-        ("reference.train.epochs=1", "reference: train.epochs: 3 before, 1 now"),
-        ("confidence.mode=live", 'mode: "checkpoints" before, "live" now'),
+        ("reference.train.epochs=1", "reference.train.epochs: 3 before, 1 now"),
+        ("confidence.mode=live", 'confidence.mode: "checkpoints" before, "live" now'),
     ],
 )
 def test_a_model_that_the_config_does_not_describe_is_refused(override, line, make_run, tmp_path):

@@ -144,7 +144,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_by_all_named_and_ends_the_run_
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     holders = {row["example_id"] for row in rows if token in row["input_ids"]}
     model = ["model={path: " + str(broken) + "}", "limits.skipped_steps=100", "train.micro_batch_tokens=40"]
-    options = [*OPTIONS, f"run.dir={folder}", "engine.num_processes=2", *model]
+    options = [*OPTIONS, f"run.dir={folder}", "engine.num_processes=2", *model, "--force"]
     done = sftmix("reference", QUICKSTART, *options)
     written = [json.loads(line) for line in (folder / "reference" / "skipped_steps.jsonl").read_text().splitlines()]
     assert written and {line["not_finite"] for line in written} == {"loss"}
@@ -152,7 +152,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_by_all_named_and_ends_the_run_
     assert holders <= named and len(named) < len(rows)  # their micro-batches, and not the whole step
     last = read_metrics(folder / "reference" / "metrics.jsonl")[-1]
     assert last["steps/skipped (steps)"] == len(written) == done.stdout.count("skipped: the loss is not finite")
-    refused = sftmix("reference", QUICKSTART, *options, "--force", "train.learning_rate=3e-2", "limits.skipped_steps=1", check=False)
+    refused = sftmix("reference", QUICKSTART, *options, "train.learning_rate=3e-2", "limits.skipped_steps=1", check=False)
     assert refused.returncode == 2 and refused.stderr.count("no gradient was finite from step") == 1
 
 

@@ -129,14 +129,15 @@ def test_the_first_epochs_of_online_scores_can_be_left_out(all_modes):
     folder, _ = all_modes
     later = ["confidence.mode=online", "confidence.compare=[checkpoints,live]", "confidence.online_from_epoch=2"]
     shutil.copytree(folder, copy_of := folder.with_name("later"))
-    sftmix("score", QUICKSTART, *OPTIONS, f"run.dir={copy_of}", *later)
+    sftmix("score", QUICKSTART, *OPTIONS, f"run.dir={copy_of}", *later, "--force")
     _, everything = tables(folder, "compared", "online")
     perplexities, mean = tables(copy_of)
     assert sorted(set(perplexities["checkpoint"])) == [8, 12]
     expected = -perplexities.groupby("example_id")["perplexity"].mean()
     assert np.allclose(mean.set_index("example_id")["confidence"].loc[expected.index], expected, rtol=1e-12)
     assert not np.allclose(mean["confidence"], everything["confidence"])
-    refused = sftmix("score", QUICKSTART, *OPTIONS, f"run.dir={copy_of}", *later[:2], "confidence.online_from_epoch=4", check=False)
+    too_late = [*later[:2], "confidence.online_from_epoch=4", "--force"]
+    refused = sftmix("score", QUICKSTART, *OPTIONS, f"run.dir={copy_of}", *too_late, check=False)
     assert refused.returncode == 2 and "`confidence.online_from_epoch` is 4, and the reference run has 3 epochs" in refused.stderr
 
 
@@ -172,8 +173,8 @@ def test_a_published_table_takes_the_place_of_scoring(all_modes, tmp_path):
     assert "reference" not in [line.split()[1] for line in done.stdout.splitlines() if line.startswith("[")]
     ours, theirs = (pq.read_table(where / "pairing" / "split.parquet").to_pydict() for where in (tmp_path / "run", folder))
     assert ours == theirs
-    refused = sftmix("run", QUICKSTART, *options, "data.generator={num_train: 60, num_held_out: 12, noisy_share: 0.2}", check=False)
+    options = [*options, "data.generator={num_train: 60, num_held_out: 12, noisy_share: 0.2}", f"run.dir={tmp_path / 'other'}"]
+    refused = sftmix("run", QUICKSTART, *options, check=False)
     assert refused.returncode == 2 and "allow_differences=[tokenizer]" in refused.stderr  # trained on the data: it changed with it
-    other = ["data.generator={num_train: 60, num_held_out: 12, noisy_share: 0.2}", "confidence.allow_differences=[tokenizer]"]
-    refused = sftmix("run", QUICKSTART, *options, *other, check=False)
+    refused = sftmix("run", QUICKSTART, *options, "confidence.allow_differences=[tokenizer]", check=False)
     assert refused.returncode == 2 and "scores_that_do_not_fit.jsonl" in refused.stderr
