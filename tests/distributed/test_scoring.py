@@ -138,7 +138,7 @@ def test_the_first_epochs_of_online_scores_can_be_left_out(all_modes):
     assert not np.allclose(mean["confidence"], everything["confidence"])
     too_late = [*later[:2], "confidence.online_from_epoch=4", "--force"]
     refused = sftmix("score", QUICKSTART, *OPTIONS, f"run.dir={copy_of}", *too_late, check=False)
-    assert refused.returncode == 2 and "`confidence.online_from_epoch` is 4, and the reference run has 3 epochs" in refused.stderr
+    assert refused.returncode == 2 and "`confidence.online_from_epoch` is 4, and the last epoch of the reference run is 3" in refused.stderr
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
