@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = next(line.split('"')[1] for line in (ROOT / "sftmix/__init__.py").read_text().splitlines() if line.startswith("__version__"))
@@ -12,24 +12,18 @@ TRITON = "triton>=3.5; platform_system == 'Linux'"
 setup(
     name="sftmix",
     version=VERSION,
-    description="Reference implementation of SFTMix: confidence-guided Mixup for instruction tuning, on DeepSpeed ZeRO-3",
+    description="Independent implementation of SFTMix: confidence-guided Mixup for instruction tuning, on DeepSpeed ZeRO-3",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # kernels/, launch/ and configs/ live at the top of the repository and are linked into the package: docs/architecture.md
-    packages=[
-        "sftmix",
-        "sftmix.data",
-        "sftmix.doctor",
-        "sftmix.engine",
-        "sftmix.multinode",
-        "sftmix.report",
-        "sftmix.kernels",
-        "sftmix.launch",
-        "sftmix.configs",
-    ],
-    package_data={"sftmix.report": ["*.j2"], "sftmix.launch": ["hostfile", "templates/*"], "sftmix.configs": ["*.yaml", "*/*"]},
+    # kernels/, launch/ and configs/ live at the top of the repository and are linked into the package (docs/architecture.md).
+    packages=[*find_packages(include=["sftmix", "sftmix.*"]), "sftmix.kernels", "sftmix.launch", "sftmix.config.files"],
+    package_data={
+        "sftmix.report": ["*.j2"],
+        "sftmix.launch": ["hostfile", "templates/*"],
+        "sftmix.config.files": ["*.yaml", "*/*"],
+    },
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.5,<0.20",

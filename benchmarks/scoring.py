@@ -29,9 +29,9 @@ from sftmix.data.batches import collate, count_step
 from sftmix.engine.distributed import Ranks, init_ranks
 from sftmix.engine.engine import Engine
 from sftmix.engine.loading import load_source
+from sftmix.errors import counted
 from sftmix.objectives import Objective
 from sftmix.scoring import OnlineScores, WorkPlan, score_examples
-from sftmix.wording import counted
 
 OURS, LOOP = "ours", "loop over transformers"
 TARGETS = {f"{LOOP} / {OURS}": (">=", 2.5), "step with online scores / step": ("<=", 1.01)}

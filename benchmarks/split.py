@@ -25,7 +25,7 @@ import side_by_side
 import torch
 
 from sftmix import artifacts
-from sftmix.config import Config
+from sftmix.config.schema import Config
 from sftmix.data.prepare import SCHEMA
 from sftmix.pipeline import StageContext
 from sftmix.score_files import CONFIDENCE

@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sftmix import artifacts, preflight
-from sftmix.config import Config
+from sftmix.config.schema import Config
 from sftmix.data.batches import TokenisedExamples, collate, count_step, cut_step
 from sftmix.data.prepare import prepare
 from sftmix.data.tokenizer import tokenizer_from

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from sftmix import faults
-from sftmix.errors import ArtifactError
+from sftmix.errors import ArtifactError, counted
 from sftmix.machine import accessing
-from sftmix.wording import counted
 
 MANIFEST = "manifest.json"
 _may_publish: list[Callable[[], None]] = []

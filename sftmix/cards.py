@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sftmix import __version__, artifacts
-from sftmix.config import Config, LoraConfig
+from sftmix.config.schema import Config, LoraConfig
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData

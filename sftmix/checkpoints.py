@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sftmix import artifacts, faults
-from sftmix.errors import ArtifactError
-from sftmix.wording import counted
+from sftmix.errors import ArtifactError, counted
 
 STAGE = "training checkpoint"
 OWN_DIGEST = "manifest_sha256"

@@ -18,7 +18,7 @@ from sftmix.errors import SftmixError, StoppedError
 from sftmix.stopping import INTERRUPTED
 
 if TYPE_CHECKING:
-    from sftmix.config import Config
+    from sftmix.config.schema import Config
 
 STAGES = {
     "data": "read, check and encode the examples",
@@ -236,7 +236,7 @@ def _add_scores(parser: argparse.ArgumentParser) -> None:
 
 def _list_configs() -> None:
     """Prints names and first lines of the package's configs: those that run, then the parts of others."""
-    from sftmix.config_file import CONFIGS, describe_configs
+    from sftmix.config.shipped import CONFIGS, describe_configs
 
     runs = describe_configs()
     parts = {name: runs.pop(name) for name in list(runs) if name.startswith(("bases/", "data/", "models/"))}
@@ -260,7 +260,7 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         run(options)
         return 0
-    from sftmix.config_file import load_config
+    from sftmix.config.reader import load_config
 
     if options.command == "launch":
         from sftmix.multinode.command import launch_on_nodes

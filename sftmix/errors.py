@@ -1,4 +1,4 @@
-"""Errors that a user can act on.
+"""Errors that a user can act on, and the words that messages share.
 
     SftmixError
       ConfigError      a key, a value, or two settings that contradict each other
@@ -16,6 +16,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+
+def counted(number: int, singular: str, plural: str | None = None) -> str:
+    """Returns a count with its noun, as in `1 example`, `1,200 examples`. plural: where it is not the singular with an s;
+    it may hold the verb too."""
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 
 from sftmix import artifacts
 from sftmix.cards import STAGE_OF, write_model_card
-from sftmix.config import Config
-from sftmix.config_file import load_config
+from sftmix.config.reader import load_config
+from sftmix.config.schema import Config
 from sftmix.errors import ArtifactError, ConfigError
 from sftmix.pipeline import Stage, stages_of
 from sftmix.up_to_date import config_key

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sftmix import artifacts, fence, processes
-from sftmix.config import Config
-from sftmix.config_file import dump_config
+from sftmix.config.reader import dump_config
+from sftmix.config.schema import Config
 from sftmix.engine.members import Position
 from sftmix.engine.watch import Watch, listen
 from sftmix.errors import ArtifactError, SftmixError, StoppedError

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from sftmix import guard
-from sftmix.config import Config
+from sftmix.config.schema import Config
 from sftmix.stopping import EXIT_CODE, INTERRUPTED, STOP_FILE, acknowledge
 
 GRACE_SECONDS = 60.0  # that other commands have to end, after one has: their ranks have heard of it by heartbeat

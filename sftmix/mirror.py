@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from sftmix import artifacts, guard
-from sftmix.config import Config
+from sftmix.config.schema import Config
 from sftmix.engine.distributed import Ranks
 from sftmix.errors import ArtifactError
 from sftmix.fence import Fence

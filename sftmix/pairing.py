@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sftmix.errors import counted
 from sftmix.permutation import Index, permute, symmetric_beta
-from sftmix.wording import counted
 
 CONFIDENT, MIDDLE, UNCONFIDENT = "confident", "middle", "unconfident"
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftmix import artifacts, guard, machine, work
-from sftmix.config import Config, ModelConfig
-from sftmix.config_file import dump_config
-from sftmix.deepspeed_json import read_deepspeed_json
+from sftmix.config.deepspeed_json import read_deepspeed_json
+from sftmix.config.reader import dump_config
+from sftmix.config.schema import Config, ModelConfig
 from sftmix.errors import ArtifactError
 from sftmix.fence import Fence
 from sftmix.meter import Meter

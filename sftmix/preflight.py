@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from sftmix.config import Config, ModelConfig
-from sftmix.errors import ConfigError, first_line
-from sftmix.wording import counted
+from sftmix.config.schema import Config, ModelConfig
+from sftmix.errors import ConfigError, counted, first_line
 
 
 def check(config: Config, *, has_device: bool = True) -> None:
@@ -17,10 +16,10 @@ def check(config: Config, *, has_device: bool = True) -> None:
     architectures; attention; the modules that adapters go to; the tokenizer, its size against the embedding, its chat template;
     max length against the context. has_device: does the run compute on this machine, so that a GPU must be here if one is asked for?
     """
+    from sftmix.config.deepspeed_json import deepspeed_config
     from sftmix.data.formats import check_format
     from sftmix.data.readers import check_source
     from sftmix.data.template import choose_template
-    from sftmix.deepspeed_json import deepspeed_config
     from sftmix.engine.distributed import check_zero_section, has_gpu
     from sftmix.engine.loading import hf_config
     from sftmix.engine.precision import check_device_computes_in, resolve_precision

@@ -28,11 +28,10 @@ from numpy.typing import NDArray
 
 from sftmix import artifacts, faults
 from sftmix.checkpoints import STAGE, CheckpointFolder, check_space, find_problem
-from sftmix.config import CheckpointConfig
+from sftmix.config.schema import CheckpointConfig
 from sftmix.engine.distributed import Ranks, use_threads
-from sftmix.errors import ArtifactError, StoppedError
+from sftmix.errors import ArtifactError, StoppedError, counted
 from sftmix.stopping import StopRequest, exit_code_of
-from sftmix.wording import counted
 
 if TYPE_CHECKING:
     from sftmix.engine.engine import Engine

@@ -12,10 +12,9 @@ import numpy as np
 import yaml
 
 from sftmix import artifacts
-from sftmix.errors import ArtifactError
+from sftmix.errors import ArtifactError, counted
 from sftmix.score_files import CONFIDENCE, PERPLEXITY, refuse_existing
 from sftmix.scores import MAX_NAMED, ScoreMetadata, ScoreTable, fit_scores, named, read_scores
-from sftmix.wording import counted
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -82,7 +81,7 @@ def check_scores(source: str, config_path: str, overrides: Sequence[str]) -> lis
 
     Raises ArtifactError where it does not, or where the data stage has not run with this config.
     """
-    from sftmix.config_file import load_config
+    from sftmix.config.reader import load_config
     from sftmix.data.batches import TokenisedExamples
     from sftmix.engine.precision import resolve_precision
     from sftmix.pipeline import check_finished_work, first_unfinished_stage

@@ -14,10 +14,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sftmix import artifacts
-from sftmix.errors import ArtifactError, ConfigError
+from sftmix.errors import ArtifactError, ConfigError, counted
 from sftmix.score_files import CONFIDENCE, read_column, refuse_existing
 from sftmix.scores import MAX_NAMED, ScoreMetadata, ScoreSummary, ScoreTable, named, read_scores, write_scores
-from sftmix.wording import counted
 
 Sums = dict[int, NDArray[np.float64]]  # checkpoint -> (N,) nats
 

@@ -11,12 +11,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sftmix import artifacts
-from sftmix.config import Config, ModelConfig
-from sftmix.errors import ArtifactError
+from sftmix.config.schema import Config, ModelConfig
+from sftmix.errors import ArtifactError, counted
 from sftmix.machine import accessing
 from sftmix.pipeline import StageContext
 from sftmix.shards import ShardFolder
-from sftmix.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,9 +15,8 @@ import torch
 from sftmix.data.batches import MicroBatch
 from sftmix.engine.distributed import Ranks
 from sftmix.engine.engine import MicroBatchLoss
-from sftmix.errors import TrainingError
+from sftmix.errors import TrainingError, counted
 from sftmix.machine import accessing
-from sftmix.wording import counted
 
 
 class SkippedSteps:

@@ -15,14 +15,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sftmix.config import Config
-from sftmix.errors import ArtifactError, ConfigError
+from sftmix.config.schema import Config
+from sftmix.errors import ArtifactError, ConfigError, counted
 from sftmix.machine import accessing
 from sftmix.pairing import CONFIDENT, MIDDLE, UNCONFIDENT, Matching, mix_coverage
 from sftmix.pipeline import StageContext
 from sftmix.score_files import CONFIDENCE, ROWS_PER_GROUP
 from sftmix.split import split_table
-from sftmix.wording import counted
 
 if TYPE_CHECKING:
     from sftmix.data.batches import TokenisedExamples

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sftmix import artifacts
-from sftmix.config import ModelConfig, TrainConfig
+from sftmix.config.schema import ModelConfig, TrainConfig
 from sftmix.machine import accessing
 from sftmix.meter import describe_time
 from sftmix.pipeline import StageContext

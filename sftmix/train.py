@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sftmix import faults
-from sftmix.config import TrainConfig
+from sftmix.config.schema import TrainConfig
 from sftmix.data.batches import TokenisedExamples, collate, count_step, cut_step
 from sftmix.engine.engine import Engine
 from sftmix.objectives import Objective

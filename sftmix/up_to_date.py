@@ -12,7 +12,7 @@ from sftmix import artifacts
 from sftmix.errors import ArtifactError
 
 if TYPE_CHECKING:
-    from sftmix.config import Config
+    from sftmix.config.schema import Config
     from sftmix.pipeline import Stage
 
 State = Literal["current", "missing", "changed"]

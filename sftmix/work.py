@@ -15,8 +15,7 @@ from typing import Any
 
 from sftmix import artifacts
 from sftmix.checkpoints import CheckpointFolder
-from sftmix.errors import ArtifactError
-from sftmix.wording import counted
+from sftmix.errors import ArtifactError, counted
 
 RECORD = "work.json"
 

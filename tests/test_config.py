@@ -10,8 +10,8 @@ import yaml
 from processes import ROOT
 from pydantic import BaseModel
 
-from sftmix.config import Config
-from sftmix.config_file import dump_config, load_config
+from sftmix.config.reader import dump_config, load_config
+from sftmix.config.schema import Config
 from sftmix.errors import ConfigError
 
 BASE = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sftmix.config_file import dump_config, load_config
+from sftmix.config.reader import dump_config, load_config
 from sftmix.errors import ConfigError
 
 WHOLE = """

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from sftmix.config import Config
-from sftmix.deepspeed_json import KNOWN_KEYS, deepspeed_config, read_deepspeed_json
+from sftmix.config.deepspeed_json import KNOWN_KEYS, deepspeed_config, read_deepspeed_json
+from sftmix.config.schema import Config
 from sftmix.engine.distributed import import_deepspeed
 from sftmix.errors import ConfigError
 

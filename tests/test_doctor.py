@@ -16,7 +16,7 @@ from doctoring import only, stand_in
 from processes import ROOT
 
 from sftmix import fence
-from sftmix.config_file import load_config
+from sftmix.config.reader import load_config
 from sftmix.doctor import build, gpus, memory, network, ranks, storage, versions
 from sftmix.doctor.findings import Finding, count, examine
 from sftmix.doctor.need import Need

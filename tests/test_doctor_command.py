@@ -13,7 +13,7 @@ import pytest
 from doctoring import only, stand_in
 from processes import ROOT, sftmix
 
-from sftmix.config_file import load_config
+from sftmix.config.reader import load_config
 from sftmix.doctor import nodes
 from sftmix.doctor.identity import digest_of, identity
 from sftmix.engine.distributed import free_port

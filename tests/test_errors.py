@@ -15,7 +15,8 @@ from processes import ROOT
 from tokenizers_for_tests import character_tokenizer
 
 from sftmix.cli import _parser, main
-from sftmix.config_file import load_config, packaged
+from sftmix.config.reader import load_config
+from sftmix.config.shipped import packaged
 from sftmix.errors import ConfigError, SftmixError
 from sftmix.preflight import check
 
@@ -332,7 +333,7 @@ def test_a_disk_that_fills_up_anywhere_in_a_stage_is_one_line_with_a_file(config
 
 
 def test_weights_of_another_shape_are_named_when_they_are_loaded_too(given):
-    from sftmix.config import ModelConfig
+    from sftmix.config.schema import ModelConfig
     from sftmix.engine.loading import hf_config, load_source
 
     start = ModelConfig(path=str(given / "model-with-shape-1"))

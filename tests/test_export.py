@@ -14,7 +14,7 @@ from tokenizers_for_tests import character_tokenizer
 from sftmix import artifacts
 from sftmix.cards import base_model, model_card
 from sftmix.cli import main
-from sftmix.config_file import dump_config, load_config
+from sftmix.config.reader import dump_config, load_config
 from sftmix.data.template import ALPACA
 from sftmix.errors import ArtifactError, ConfigError
 from sftmix.export import export

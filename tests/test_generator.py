@@ -2,7 +2,7 @@
 
 import pytest
 
-from sftmix.config import GeneratorConfig
+from sftmix.config.schema import GeneratorConfig
 from sftmix.data.generator import OPPOSITES, SKILLS, generate
 
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers_for_tests import character_tokenizer
 from transformers import AutoModelForCausalLM
 
-from sftmix.config import Config, ModelConfig
+from sftmix.config.schema import Config, ModelConfig
 from sftmix.data.batches import build_micro_batch
 from sftmix.data.template import ALPACA
 from sftmix.doctor.need import Need

@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sftmix.checkpoints import CheckpointFolder
-from sftmix.config import CheckpointConfig, TrainConfig
+from sftmix.config.schema import CheckpointConfig, TrainConfig
 from sftmix.engine.distributed import Ranks
 from sftmix.engine.engine import MicroBatchLoss
 from sftmix.errors import ArtifactError

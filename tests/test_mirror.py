@@ -8,7 +8,7 @@ import torch
 
 from sftmix import artifacts, mirror
 from sftmix.checkpoints import STAGE, CheckpointFolder
-from sftmix.config import CheckpointConfig
+from sftmix.config.schema import CheckpointConfig
 from sftmix.engine.distributed import Ranks
 from sftmix.errors import ArtifactError
 from sftmix.resume import TrainingCheckpoints

@@ -11,8 +11,9 @@ import pytest
 from processes import ROOT, sftmix
 from tiny import TINY
 
-from sftmix.config_file import describe_configs, find_config, load_config
-from sftmix.deepspeed_json import read_deepspeed_json
+from sftmix.config.deepspeed_json import read_deepspeed_json
+from sftmix.config.reader import load_config
+from sftmix.config.shipped import describe_configs, find_config
 from sftmix.errors import ConfigError
 
 CONFIGS = ROOT / "configs"
@@ -156,19 +157,19 @@ def files_of(folder):
 
 
 def test_the_wheel_holds_configs_kernels_and_launch(site):
-    for name in ("configs", "kernels", "launch"):
-        ours, theirs = (files_of(folder / name) for folder in (ROOT, site / "sftmix"))
+    for name, inside in {"configs": "config/files", "kernels": "kernels", "launch": "launch"}.items():
+        ours, theirs = files_of(ROOT / name), files_of(site / "sftmix" / inside)
         assert ours == theirs and ours
 
 
 def test_the_wheel_lists_and_loads_its_configs(from_wheel, site):
     said = from_wheel("-m", "sftmix.cli", "configs")
-    assert f"files: {site / 'sftmix/configs'}" in said
+    assert f"files: {site / 'sftmix/config/files'}" in said
     for name, text in describe_configs().items():
         assert f"  {name} " in said and text in said
     code = (
-        "import json, sftmix.config_file as f, sftmix.deepspeed_json as d\n"
-        "names = [n for n in f.describe_configs() if '/' not in n or n.startswith('recipes/')]\n"
+        "import json, sftmix.config.reader as f, sftmix.config.shipped as s, sftmix.config.deepspeed_json as d\n"
+        "names = [n for n in s.describe_configs() if '/' not in n or n.startswith('recipes/')]\n"
         "configs = {n: f.load_config(n) for n in names}\n"
         "of = lambda c: c.engine.deepspeed and d.read_deepspeed_json(c.engine.deepspeed)\n"
         "print(json.dumps({n: of(c) for n, c in configs.items()}))"

@@ -12,7 +12,7 @@ from processes import ROOT
 from tokenizers_for_tests import character_tokenizer
 
 from sftmix.artifacts import fingerprint
-from sftmix.config import Config, GeneratorConfig
+from sftmix.config.schema import Config, GeneratorConfig
 from sftmix.data.batches import TokenisedExamples
 from sftmix.data.formats import content_hash
 from sftmix.data.generator import generate

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from sftmix.config import Config, DataSource
+from sftmix.config.schema import Config, DataSource
 from sftmix.data.prepare import prepare
 from sftmix.data.readers import MAX_LISTED, BadRows, check_source, read_rows, source_identity
 from sftmix.errors import DataError

@@ -377,7 +377,8 @@ def test_the_readme_names_commands():
 def test_the_readmes_commands_are_understood(line, tmp_path):
     """Parses each command, loads its config with its overrides, and looks up the script that a launcher would start."""
     from sftmix.cli import _parser
-    from sftmix.config_file import load_config, packaged
+    from sftmix.config.reader import load_config
+    from sftmix.config.shipped import packaged
 
     words = shlex.split(line)
     if words[0] != "sftmix":

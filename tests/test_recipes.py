@@ -12,10 +12,10 @@ from processes import ROOT, run_ranks
 from tokenizers_for_tests import character_tokenizer
 from transformers import AutoModelForCausalLM
 
-from sftmix.config import ModelConfig
-from sftmix.config_file import dump_config, load_config
+from sftmix.config.deepspeed_json import deepspeed_config
+from sftmix.config.reader import dump_config, load_config
+from sftmix.config.schema import ModelConfig
 from sftmix.data.template import ALPACA
-from sftmix.deepspeed_json import deepspeed_config
 from sftmix.engine.distributed import check_zero_section, import_deepspeed
 from sftmix.engine.loading import check_context, empty_model, hf_config
 from sftmix.engine.lora import num_adapter_parameters, target_names

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from sftmix import artifacts
 from sftmix.confidence import CONFIDENCE_SCHEMA
-from sftmix.config import Config, SplitConfig
+from sftmix.config.schema import Config, SplitConfig
 from sftmix.data.prepare import SCHEMA
 from sftmix.pairing import CONFIDENT, MIDDLE, UNCONFIDENT, split_by_confidence
 from sftmix.pipeline import StageContext

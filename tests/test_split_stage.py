@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftmix import score_files, split_stage
-from sftmix.config import Config
+from sftmix.config.schema import Config
 from sftmix.data.batches import TokenisedExamples
 from sftmix.data.prepare import SCHEMA
 from sftmix.errors import ArtifactError

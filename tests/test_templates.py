@@ -15,7 +15,7 @@ from nodes import script
 from processes import sftmix
 
 from sftmix.cli import TEMPLATES, _parser, main
-from sftmix.config import Config
+from sftmix.config.schema import Config
 from sftmix.errors import ConfigError
 from sftmix.multinode.templates import FILES, FOLDER, VALUES, render
 

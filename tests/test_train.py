@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from naive import make_model
 
-from sftmix.config import TrainConfig
+from sftmix.config.schema import TrainConfig
 from sftmix.engine.engine import enable_activation_checkpointing
 from sftmix.pairing import singles
 from sftmix.train import TrainingPlan, choose_checkpoint_steps, learning_rate_at

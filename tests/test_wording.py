@@ -1,7 +1,7 @@
 import pytest
 
 from sftmix.data.prepare import Summary
-from sftmix.wording import counted
+from sftmix.errors import counted
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sftmix.data.mixed_inputs import MixedInputs, mix_inputs
-from sftmix.errors import ArtifactError, DataError
+from sftmix.errors import ArtifactError, DataError, counted
 from sftmix.pairing import StepUnits
-from sftmix.wording import counted
 
 
 class TokenisedExamples:

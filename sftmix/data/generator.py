@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from sftmix.config import GeneratorConfig
+from sftmix.config.schema import GeneratorConfig
 from sftmix.data.formats import Example, content_hash
 
 WORDS = "amber basil cedar delta ember fjord grove haven indigo jade kelp lotus maple nectar olive pearl".split()

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sftmix.config import Config
+from sftmix.config.schema import Config
 from sftmix.data.batches import TokenisedExamples
 from sftmix.data.prepare import prepare
 from sftmix.data.tokenizer import tokenizer_from
-from sftmix.wording import counted
+from sftmix.errors import counted
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from sftmix.artifacts import fingerprint, sha256_of_file
-from sftmix.config import DataSource
-from sftmix.errors import DataError
-from sftmix.wording import counted
+from sftmix.config.schema import DataSource
+from sftmix.errors import DataError, counted
 
 Row = dict[str, Any]
 

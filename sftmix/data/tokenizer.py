@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftmix.artifacts import fingerprint, sha256_of_file
-from sftmix.config import Config, TokenizerTrainConfig
+from sftmix.config.schema import Config, TokenizerTrainConfig
 from sftmix.data.formats import Message
 from sftmix.data.template import choose_template, rendering
 from sftmix.errors import ConfigError, DataError, first_line

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sftmix.doctor.findings import Finding, gib
 from sftmix.doctor.storage import is_network, mount_of
-from sftmix.wording import counted
+from sftmix.errors import counted
 
 LOCKS, LEFTOVERS = "build locks", "shared memory"
 # A build that goes on touches its folder more often. Only an older lock is called stale, since its owner may be in another container.

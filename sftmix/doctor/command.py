@@ -14,14 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sftmix.config import Config
+from sftmix.config.schema import Config
 from sftmix.doctor import build, gpus, memory, network, nodes, ranks, storage, versions
 from sftmix.doctor.findings import Finding, count, examine
 from sftmix.doctor.identity import identity
 from sftmix.doctor.need import Need
-from sftmix.errors import SftmixError
+from sftmix.errors import SftmixError, counted
 from sftmix.hostfile import read_hostfile
-from sftmix.wording import counted
 
 CONFIG, REFUSED = "config", "sftmix run refuses it"
 Look = tuple[str, Callable[[], list[Finding]]]
@@ -126,7 +125,7 @@ def _load(options: argparse.Namespace, findings: list[Finding]) -> Config | None
     loaded: list[Config] = []
 
     def look() -> list[Finding]:
-        from sftmix.config_file import load_config
+        from sftmix.config.reader import load_config
         from sftmix.preflight import check
 
         try:

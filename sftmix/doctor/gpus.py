@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 
 from sftmix.doctor.findings import Finding
-from sftmix.wording import counted
+from sftmix.errors import counted
 
 ITEM = "GPUs"
 HOT = 85  # degrees Celsius, near which clocks are lowered

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
 from sftmix.artifacts import commit, fingerprint, sha256_of_file
-from sftmix.config import Config
+from sftmix.config.schema import Config
 from sftmix.doctor.versions import installed
 
 WHOLE_BYTES = 2**28  # a larger file is told by its size, beginning and end
@@ -28,9 +29,9 @@ def identity(config: Config | None) -> dict[str, Any]:
 def code_digest() -> str:
     """Returns a hash of the package's files, which also tells edits that no commit knows of."""
     root = Path(__file__).resolve().parents[1]
-    folders = [root, *(path for path in root.iterdir() if path.is_symlink() and path.is_dir())]  # rglob follows no links
-    files = {path.relative_to(root): path for folder in folders for path in folder.rglob("*.py")}
-    return fingerprint({str(name): sha256_of_file(path) for name, path in files.items()})
+    folders = [Path(folder) for folder, _, _ in os.walk(root, followlinks=True)]  # kernels/ and launch/ are links
+    files = [path for folder in folders for path in folder.glob("*.py")]
+    return fingerprint({path.relative_to(root).as_posix(): sha256_of_file(path) for path in files})
 
 
 def digest_of(path: Path) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from sftmix.doctor.findings import Finding, Verdict, gib
 from sftmix.doctor.gpus import Gpu
 from sftmix.doctor.need import Need
-from sftmix.wording import counted
+from sftmix.errors import counted
 
 ITEM = "memory"
 

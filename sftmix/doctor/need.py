@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from sftmix.config import Config, ModelConfig
-from sftmix.wording import counted
+from sftmix.config.schema import Config, ModelConfig
+from sftmix.errors import counted
 
 ADAM_BYTES = 12  # of a parameter's float32 copy and two moments
 SUM_BYTES = 4  # of the float32 sum of its gradients
@@ -49,7 +49,7 @@ class Need:
     @cached_property
     def offload(self) -> dict[str, bool]:
         """Returns whether the DeepSpeed JSON moves `optimizer` states and `param`eters to the host."""
-        from sftmix.deepspeed_json import read_deepspeed_json
+        from sftmix.config.deepspeed_json import read_deepspeed_json
 
         path = self.config.engine.deepspeed
         zero: dict[str, Any] = read_deepspeed_json(path).get("zero_optimization", {}) if path else {}

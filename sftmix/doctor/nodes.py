@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sftmix.doctor.findings import Finding, examine
+from sftmix.errors import counted
 from sftmix.hostfile import Node, is_host_name
-from sftmix.wording import counted
 
 ITEM = "nodes"
 MAX_SKEW_SECONDS = 1.0

@@ -11,9 +11,8 @@ from typing import Any
 
 from sftmix.doctor.findings import Finding, gib
 from sftmix.doctor.need import Need
-from sftmix.errors import SftmixError
+from sftmix.errors import SftmixError, counted
 from sftmix.local_ranks import first_failure, run_local_ranks
-from sftmix.wording import counted
 
 TOLERANCE = 1e-5
 SLOW = 2e9  # bytes per second; a GPU on PCIe alone exchanges several times as much

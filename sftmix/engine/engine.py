@@ -20,10 +20,10 @@ from torch import Tensor
 
 from sftmix import faults, guard
 from sftmix.artifacts import fingerprint
-from sftmix.config import Config, ModelConfig, TrainConfig
+from sftmix.config.deepspeed_json import deepspeed_config
+from sftmix.config.schema import Config, ModelConfig, TrainConfig
 from sftmix.data.batches import MicroBatch, StepCounts
 from sftmix.data.template import marker_ids
-from sftmix.deepspeed_json import deepspeed_config
 from sftmix.engine.distributed import Ranks, import_deepspeed, release_leftovers
 from sftmix.engine.head import CausalLMWithLoss, ScoreRequest, find_logit_transform
 from sftmix.engine.loading import build_model, empty_model, hf_config, quiet_transformers

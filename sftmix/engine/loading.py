@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sftmix.config import ModelConfig
+from sftmix.config.schema import ModelConfig
 from sftmix.data.tokenizer import NOT_LOADED, why_not_loaded
-from sftmix.errors import ConfigError, did_you_mean, first_line
-from sftmix.wording import counted
+from sftmix.errors import ConfigError, counted, did_you_mean, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sftmix.config import LoraConfig, ModelConfig
+from sftmix.config.schema import LoraConfig, ModelConfig
 from sftmix.errors import ConfigError, did_you_mean
 
 ADAPTER = "default"  # peft's name of the only adapter

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from sftmix import processes
-from sftmix.config import Config
+from sftmix.config.schema import Config
 from sftmix.data.batches import MicroBatch, StepCounts, build_micro_batch
 from sftmix.engine.distributed import Ranks, import_deepspeed, init_ranks
 from sftmix.engine.engine import Engine

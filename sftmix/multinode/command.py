@@ -16,16 +16,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sftmix import guard
-from sftmix.config import Config
-from sftmix.config_file import load_config
-from sftmix.errors import ConfigError
+from sftmix.config.reader import load_config
+from sftmix.config.schema import Config
+from sftmix.errors import ConfigError, counted
 from sftmix.fence import Fence
 from sftmix.hostfile import is_host_name, read_hostfile
 from sftmix.launcher import asking_to_stop, prepare_data, run_commands
 from sftmix.multinode import exports
 from sftmix.multinode.commands import ALIVE, ON_EACH_NODE, Plan, describe, make_plan, node_command, runner_command, ssh_command
 from sftmix.stopping import EXIT_CODE, INTERRUPTED, STOP_FILE
-from sftmix.wording import counted
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,12 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sftmix.errors import ConfigError
+from sftmix.errors import ConfigError, counted
 from sftmix.hostfile import Node
 from sftmix.launch_environment import DEFAULT_PORT
 from sftmix.launcher import RUN_SCRIPT
 from sftmix.multinode.exports import for_pdsh
-from sftmix.wording import counted
 
 ON_EACH_NODE = frozenset({"ssh", "torchrun"})  # launchers that need a command on every node
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from sftmix.config_file import load_config
+from sftmix.config.reader import load_config
 from sftmix.errors import ConfigError, did_you_mean
 
 FOLDER = Path(__file__).resolve().parents[1] / "launch" / "templates"

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from sftmix import __version__, artifacts
-from sftmix.config_file import dump_config
+from sftmix.config.reader import dump_config
+from sftmix.errors import counted
 from sftmix.machine import accessing
 from sftmix.meter import NAMES, minutes_of
 from sftmix.pipeline import StageContext
@@ -18,7 +19,6 @@ from sftmix.report import plots
 from sftmix.report.examples import Agreement, ScoredExamples, agreements, duplicates, extremes, noise, read_scored_examples, truncated
 from sftmix.runlog import MIXUP, NTP, read_metrics
 from sftmix.stages import COVERAGE, MODEL_NAMES, read_metrics_json
-from sftmix.wording import counted
 
 
 def build_report(context: StageContext) -> None:

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sftmix.confidence import agreement, read_confidence
-from sftmix.config import SplitConfig
+from sftmix.config.schema import SplitConfig
+from sftmix.errors import counted
 from sftmix.pairing import CONFIDENT, MIDDLE, UNCONFIDENT, split_by_confidence
 from sftmix.pipeline import StageContext
 from sftmix.split_stage import SPLIT
-from sftmix.wording import counted
 
 NUM_SHOWN = 10  # rows of a table of examples
 MAX_CHARACTERS = 400  # of a message

@@ -16,7 +16,7 @@ import torch
 from pairs import COUNTS, micro_batch
 from safetensors.torch import load_file
 
-from sftmix.config import Config, ModelConfig
+from sftmix.config.schema import Config, ModelConfig
 from sftmix.data.tokenizer import tokenizer_from
 from sftmix.engine.distributed import init_ranks
 from sftmix.engine.engine import Engine

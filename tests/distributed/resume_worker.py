@@ -18,7 +18,7 @@ import torch
 
 from sftmix import artifacts, faults, resume
 from sftmix.checkpoints import OWN_DIGEST
-from sftmix.config import Config
+from sftmix.config.schema import Config
 from sftmix.data.batches import TokenisedExamples
 from sftmix.data.tokenizer import tokenizer_from
 from sftmix.engine.distributed import init_ranks

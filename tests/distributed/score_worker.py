@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sftmix.config import Config, ModelConfig
+from sftmix.config.schema import Config, ModelConfig
 from sftmix.data.tokenizer import tokenizer_from
 from sftmix.engine.distributed import init_ranks
 from sftmix.engine.engine import Engine

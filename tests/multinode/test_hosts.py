@@ -13,7 +13,7 @@ from processes import sftmix
 from tiny import TINY
 
 from sftmix import artifacts
-from sftmix.config_file import dump_config, load_config
+from sftmix.config.reader import dump_config, load_config
 from sftmix.runlog import read_metrics
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]

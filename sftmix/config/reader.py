@@ -1,28 +1,25 @@
-"""Reads a YAML config with its bases and overrides, and turns every mistake into one line with file, line and remedy.
+"""Read a YAML config with its bases and overrides. Every mistake is one line with file, line and remedy.
 
-A file may name others to build on, `base: other.yaml` or a list of them, by paths relative to itself. They are laid over one
-another, the file itself last (docs/recipes.md). The files of configs/ travel in the package and are
-known by name.
+A file may name others to build on, `base: other.yaml` or a list of them, by paths relative to itself.
+They are merged in order, the file itself last (docs/recipes.md).
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from sftmix.config import Config
-from sftmix.errors import ConfigError, did_you_mean
+from sftmix.config.messages import KeyPath, Places, dotted, explain
+from sftmix.config.schema import Config
+from sftmix.config.shipped import find_config, nearest_config, packaged
+from sftmix.errors import ConfigError
 
 RUN_CONFIG = "config.yaml"  # in a run folder: the resolved config of what it holds
-KeyPath = tuple[str | int, ...]
-Places = dict[KeyPath, str]
-CONFIGS = (Path(__file__).parent / "configs").resolve()  # linked into the package, and part of its wheel
 
 
 class _Loader(yaml.SafeLoader):
@@ -35,35 +32,6 @@ class _Dumper(yaml.SafeDumper):
 
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
-
-
-def packaged(name: str | Path) -> Path | None:
-    """Returns the file of the package that a name stands for, None where there is none.
-
-    A name is a path below configs/; `configs/` itself and `.yaml` may be left out."""
-    parts = Path(name).parts
-    if Path(name).is_absolute() or ".." in parts:
-        return None
-    below = CONFIGS.joinpath(*(parts[1:] if parts[:1] == ("configs",) else parts))
-    return next((file for file in (below, Path(f"{below}.yaml")) if file.is_file()), None)
-
-
-def find_config(name: str | Path) -> Path:
-    """Returns the file that a path or a name stands for: one that is there, else the package's.
-
-    Returns the path as given where there is neither."""
-    path = Path(name)
-    own = next((file for file in (path, Path(f"{path}.yaml")) if file.is_file()), None)
-    return own or packaged(name) or path
-
-
-def describe_configs() -> dict[str, str]:
-    """Returns the first line of comment of every YAML file of the package, by name."""
-    described = {}
-    for file in CONFIGS.rglob("*.yaml"):
-        first = file.read_text(encoding="utf-8").partition("\n")[0]
-        described[file.relative_to(CONFIGS).as_posix().removesuffix(".yaml")] = first.lstrip("# ")
-    return dict(sorted(described.items()))
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -89,7 +57,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         inherited = {("train", *d["loc"][2:]) for d in error.errors() if d["loc"][:2] == ("reference", "train")}
         at_home = {d["loc"] for d in error.errors()} & inherited
         details = [d for d in error.errors() if d["loc"][:2] != ("reference", "train") or ("train", *d["loc"][2:]) not in at_home]
-        raise ConfigError("\n".join(_explain(detail, path, places) for detail in details)) from None
+        raise ConfigError("\n".join(explain(detail, path, places) for detail in details)) from None
 
 
 def dump_config(config: Config) -> str:
@@ -124,7 +92,7 @@ def _layers(path: Path, chain: tuple[Path, ...], seen: set[Path]) -> list[tuple[
         if not file.is_file():
             file = packaged(name) or file
         if not file.is_file():
-            raise ConfigError(f"{place}: `base` names {name}, but there is no file {file}. {_near_file(file)}")
+            raise ConfigError(f"{place}: `base` names {name}, but there is no file {file}. {nearest_config(file)}")
         ring = [known.resolve() for known in chain]
         if file.resolve() in ring:
             circle = " -> ".join(map(str, [*chain[ring.index(file.resolve()) :], file]))
@@ -166,18 +134,9 @@ def _forget(places: Places, key: KeyPath) -> None:
         del places[inside]
 
 
-def _near_file(path: Path) -> str:
-    known = {name.rpartition("/")[2]: name for name in describe_configs()}
-    known |= {other.name.removesuffix(".yaml"): str(other) for other in path.parent.glob("*.yaml")}
-    near = difflib.get_close_matches(path.name.removesuffix(".yaml"), known, n=1)
-    if near:
-        return f"Did you mean {known[near[0]]}?"
-    return "Give the path of a YAML file, or a name that `sftmix configs` lists."
-
-
 def _read_yaml(path: Path) -> tuple[dict[str, Any], Places]:
     if not path.is_file():
-        raise ConfigError(f"{path}: no such config file. {_near_file(path)}")
+        raise ConfigError(f"{path}: no such config file. {nearest_config(path)}")
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=_Loader)
@@ -201,7 +160,7 @@ def _record_places(node: yaml.Node, prefix: KeyPath, path: Path, places: Places)
                 raise ConfigError(f"{place}: a key is a list or a mapping, expected a word such as `run`. Correct it.")
             key = (*prefix, key_node.value)
             if key in places:
-                raise ConfigError(f"{place}: `{_dotted(key)}` stands twice (first at {places[key]}). Keep one of them.")
+                raise ConfigError(f"{place}: `{dotted(key)}` stands twice (first at {places[key]}). Keep one of them.")
             places[key] = place
             _record_places(value_node, key, path, places)
     elif isinstance(node, yaml.SequenceNode):
@@ -238,39 +197,3 @@ def _inherit_train(raw: dict[str, Any]) -> None:
     reference = raw.get("reference")
     if isinstance(reference, dict) and isinstance(reference.get("train"), dict) and isinstance(raw.get("train", {}), dict):
         reference["train"] = {**raw.get("train", {}), **reference["train"]}
-
-
-def _explain(detail: Any, path: Path, places: Places) -> str:
-    location: KeyPath = tuple(detail["loc"])
-    place = next((places[location[:n]] for n in range(len(location), 0, -1) if location[:n] in places), str(path))
-    name = _dotted(location)
-    match detail["type"]:
-        case "extra_forbidden" if name == "base":
-            return f"{place}: `base` belongs into a file, where it names the files that it builds on. Remove it here."
-        case "extra_forbidden":
-            known = _fields_at(location[:-1]) + (["base"] if len(location) == 1 else [])
-            remedy = did_you_mean(str(location[-1]), known, f"Known keys here: {', '.join(known)}.")
-            return f"{place}: `{name}` is an unknown key. {remedy}"
-        case "missing":
-            return f"{place}: `{name}` is missing. Add it to the file, or give `{name}=...` on the command line."
-        case "value_error":
-            where = f"`{name}`: " if name else ""
-            return f"{place}: {where}{detail['ctx']['error']}."
-        case _:
-            message = detail["msg"][0].lower() + detail["msg"][1:]
-            return f"{place}: `{name}` is {detail['input']!r}: {message}."
-
-
-def _fields_at(location: KeyPath) -> list[str]:
-    model: Any = Config
-    for key in location:
-        if isinstance(key, int):
-            continue
-        annotation = model.model_fields[key].annotation
-        candidates = [annotation, *get_args(annotation)]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
-    return list(model.model_fields)
-
-
-def _dotted(location: KeyPath) -> str:
-    return ".".join(str(key) for key in location)

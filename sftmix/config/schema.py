@@ -1,7 +1,7 @@
 """The one schema. A run is described by one YAML file, checked here before anything is started.
 
 Every field is named, typed and described below; an unknown key is refused. `sftmix run CONFIG key=value`
-overrides single fields by their dotted name. Reading the file is in `sftmix/config_file.py`.
+overrides single fields by their dotted name. Reading the file is in `sftmix/config/reader.py`.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sftmix.config import Config
-from sftmix.config_file import find_config
+from sftmix.config.schema import Config
+from sftmix.config.shipped import find_config
 from sftmix.errors import ConfigError, did_you_mean
 
 # https://www.deepspeed.ai/docs/config-json/, as of DeepSpeed 0.19

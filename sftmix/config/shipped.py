@@ -1,0 +1,47 @@
+"""The configs that come with the package. They are known by name, and work from any folder."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+CONFIGS = (Path(__file__).parent / "files").resolve()  # a link to configs/; in a wheel a folder
+
+
+def packaged(name: str | Path) -> Path | None:
+    """Returns the file of the package that a name stands for, None where there is none.
+
+    A name is a path below configs/; `configs/` itself and `.yaml` may be left out."""
+    parts = Path(name).parts
+    if Path(name).is_absolute() or ".." in parts:
+        return None
+    below = CONFIGS.joinpath(*(parts[1:] if parts[:1] == ("configs",) else parts))
+    return next((file for file in (below, Path(f"{below}.yaml")) if file.is_file()), None)
+
+
+def find_config(name: str | Path) -> Path:
+    """Returns the file that a path or a name stands for: one that is there, else the package's.
+
+    Returns the path as given where there is neither."""
+    path = Path(name)
+    own = next((file for file in (path, Path(f"{path}.yaml")) if file.is_file()), None)
+    return own or packaged(name) or path
+
+
+def describe_configs() -> dict[str, str]:
+    """Returns the first line of comment of every YAML file of the package, by name."""
+    described = {}
+    for file in CONFIGS.rglob("*.yaml"):
+        first = file.read_text(encoding="utf-8").partition("\n")[0]
+        described[file.relative_to(CONFIGS).as_posix().removesuffix(".yaml")] = first.lstrip("# ")
+    return dict(sorted(described.items()))
+
+
+def nearest_config(path: Path) -> str:
+    """Returns a question with the config whose name is nearest to `path`, or what else to do."""
+    known = {name.rpartition("/")[2]: name for name in describe_configs()}
+    known |= {other.name.removesuffix(".yaml"): str(other) for other in path.parent.glob("*.yaml")}
+    near = difflib.get_close_matches(path.name.removesuffix(".yaml"), known, n=1)
+    if near:
+        return f"Did you mean {known[near[0]]}?"
+    return "Give the path of a YAML file, or a name that `sftmix configs` lists."
