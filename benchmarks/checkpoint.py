@@ -22,10 +22,10 @@ from unittest import mock
 import side_by_side
 from step import build_config, build_work
 
-from sftmix import artifacts, checkpoints
 from sftmix.engine import state
 from sftmix.engine.distributed import init_ranks
 from sftmix.engine.engine import Engine
+from sftmix.storage import artifacts, checkpoints
 
 WITH, WITHOUT, AS_TORCH = "save", "save without digests", "save without digests, with torch's CRC-32"
 BACKGROUND = "save in the background (until training goes on)"
@@ -116,7 +116,7 @@ def main() -> None:
     rows["share of digests"] = {"ratio": share, "target": "<= 0.05"}
     print(f"  digests are {share:.1%} of a save (target <= 5%); {size / 2**20:,.0f} MiB, {engine.num_parameters:,} parameters", flush=True)
     if options.out is not None:
-        artifacts.write_json(options.out, record | rows)
+        files.write_json(options.out, record | rows)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from loss_providers import NotMeasured, Problem, draw, providers
 from side_by_side import machine, peak_bytes_of, rounds, spread
 from torch import Tensor
 
-from sftmix import artifacts
 from sftmix.kernels.chunked_linear_mixup import balanced_chunks
+from sftmix.storage.files import write_json
 
 PEERS = ("liger-kernel", "quack-kernels", "cut-cross-entropy")
 SHAPES = {
@@ -204,7 +204,7 @@ def main() -> None:
             add_memory(report["results"][shapes[0]], shapes[0], command, dtype)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        artifacts.write_json(options.out, report)
+        write_json(options.out, report)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 import side_by_side
 import torch
 
-from sftmix import artifacts
+from sftmix.storage.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 300  # seconds after which a trial has failed
@@ -116,7 +116,7 @@ def main() -> None:
                 record[f"rank {what}: {title} (s)"] = row | {"trials": len(ordered)}
                 print(f"rank {what}: {title} {row}", flush=True)
     if options.out is not None:
-        artifacts.write_json(options.out, record)
+        write_json(options.out, record)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import torch
 from numpy.typing import NDArray
 from step import Work, build_config, build_work
 
-from sftmix import artifacts
 from sftmix.data.batches import collate, count_step
 from sftmix.engine.distributed import Ranks, init_ranks
 from sftmix.engine.engine import Engine
@@ -32,6 +31,7 @@ from sftmix.engine.loading import load_source
 from sftmix.errors import counted
 from sftmix.objectives import Objective
 from sftmix.scoring import OnlineScores, WorkPlan, score_examples
+from sftmix.storage.files import write_json
 
 OURS, LOOP = "ours", "loop over transformers"
 TARGETS = {f"{LOOP} / {OURS}": (">=", 2.5), "step with online scores / step": ("<=", 1.01)}
@@ -154,9 +154,7 @@ def main() -> None:
         report |= rows_of(steps, "step with online scores", "step")
     if options.out is not None and ranks.is_main:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        artifacts.write_json(
-            options.out, record | {"num_examples": options.limit, "num_tokens": tokens, "processes": ranks.world_size} | report
-        )
+        write_json(options.out, record | {"num_examples": options.limit, "num_tokens": tokens, "processes": ranks.world_size} | report)
 
 
 if __name__ == "__main__":

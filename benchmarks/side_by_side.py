@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sftmix import artifacts
+from sftmix.storage import provenance
 
 
 def rounds(functions: dict[str, Callable[[int], Any]], *, num_rounds: int, device: torch.device) -> Iterator[dict[str, tuple[float, Any]]]:
@@ -54,8 +54,8 @@ def machine(device: torch.device, script: str, *, packages: Iterable[str] = ()) 
         "cpu_threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "load_average_before": os.getloadavg()[0],
-        "versions": artifacts.versions() | found,
-        "commit": artifacts.commit(),
+        "versions": provenance.versions() | found,
+        "commit": provenance.commit(),
         "command": " ".join(["python", script, *sys.argv[1:]]),
     }
 

@@ -24,12 +24,12 @@ import pyarrow.parquet as pq
 import side_by_side
 import torch
 
-from sftmix import artifacts
 from sftmix.config.schema import Config
 from sftmix.data.prepare import SCHEMA
 from sftmix.pipeline import StageContext
 from sftmix.score_files import CONFIDENCE
 from sftmix.stages import run_split
+from sftmix.storage.files import write_json
 
 BATCH = 1 << 17
 TARGETS = {"seconds": 60, "bytes": 2 << 30}
@@ -118,7 +118,7 @@ def main() -> None:
     row |= {name: rounds[-1][name] for name in ("sizes", "mix_coverage")} | {"targets": TARGETS}
     print(f"{options.rows:,} rows: {middle:.1f} s [{low:.1f}, {high:.1f}], {row['peak_bytes'] / 2**20:,.0f} MiB", flush=True)
     if options.out is not None:
-        artifacts.write_json(options.out, side_by_side.machine(torch.device("cpu"), "benchmarks/split.py") | row)
+        write_json(options.out, side_by_side.machine(torch.device("cpu"), "benchmarks/split.py") | row)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sftmix import artifacts, preflight
+from sftmix import preflight
 from sftmix.config.schema import Config
 from sftmix.data.batches import TokenisedExamples, collate, count_step, cut_step
 from sftmix.data.prepare import prepare
@@ -49,6 +49,7 @@ from sftmix.engine.loading import hf_config, load_source
 from sftmix.engine.precision import resolve_precision
 from sftmix.objectives import Objective
 from sftmix.pairing import StepUnits, match_parts, split_by_confidence
+from sftmix.storage.files import write_json
 
 MIXUP, NTP, TRL_NTP, TRL_MIXUP = "sftmix (ours)", "ntp (ours)", "ntp (trl)", "sftmix (textbook on trl)"
 TWINS = ((TRL_NTP, NTP), (TRL_MIXUP, MIXUP))
@@ -353,7 +354,7 @@ def main() -> None:
         rows = dict.fromkeys((MIXUP, NTP, TRL_NTP, TRL_MIXUP), "not measured: no GPU")
         if options.out is not None:
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            artifacts.write_json(options.out, {"device": "not measured: no GPU", "providers": rows})
+            write_json(options.out, {"device": "not measured: no GPU", "providers": rows})
         return
     device = torch.device("cuda" if has_gpu() else "cpu")
     record = side_by_side.machine(device, "benchmarks/step.py", packages=("trl", "accelerate"))
@@ -372,7 +373,7 @@ def main() -> None:
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         settings = config.engine.model_dump(include={"precision", "zero_stage", "kernel_backend"}) | {"rounds": options.rounds}
-        artifacts.write_json(options.out, record | settings | sizes | report)
+        write_json(options.out, record | settings | sizes | report)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sftmix import __version__, artifacts
+from sftmix import __version__
 from sftmix.config.schema import Config, LoraConfig
+from sftmix.storage import provenance
+from sftmix.storage.files import write_text
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -81,7 +83,7 @@ def model_card(config: Config, which: str, *, is_adapter: bool = False, metrics:
 
 def write_model_card(folder: Path, config: Config, which: str, *, is_adapter: bool = False, metrics: dict[str, Any] | None = None) -> None:
     """Writes the card as README.md into a folder."""
-    artifacts.write_text(folder / "README.md", str(model_card(config, which, is_adapter=is_adapter, metrics=metrics)))
+    write_text(folder / "README.md", str(model_card(config, which, is_adapter=is_adapter, metrics=metrics)))
 
 
 def base_model(path: str | None) -> str | None:
@@ -200,7 +202,7 @@ def _facts(config: Config, lora: LoraConfig | None, base: str | None, *, is_adap
         f"{train.epochs} epoch{'' if train.epochs == 1 else 's'}, {train.batch_size} examples per step, AdamW, peak learning rate "
         f"{train.learning_rate:g} ({train.schedule}), weight decay {train.weight_decay:g}",
         *([_lora_line(lora, is_adapter=is_adapter)] if lora is not None else []),
-        f"seed {config.run.seed}; made by sftmix {__version__}, commit {artifacts.commit() or 'unknown'}",
+        f"seed {config.run.seed}; made by sftmix {__version__}, commit {provenance.commit() or 'unknown'}",
     ]
 
 

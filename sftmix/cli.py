@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         is_lost = _forget_lost_output()
         if is_lost and isinstance(error, BrokenPipeError):  # `sftmix inspect CONFIG | head`: nobody wants to read more
             return 1
-        from sftmix.machine import explain
+        from sftmix.storage.failures import explain
 
         known = error if isinstance(error, SftmixError) else explain(error, None if is_lost else getattr(options, "writes_to", None))
         if known is None or getattr(options, "debug", False):  # not a mistake of the user or the machine: a bug of sftmix

@@ -5,7 +5,7 @@
       DataError        a file, a row, a chat template
       ArtifactError    what one stage left for the next is missing, damaged or belongs to something else
       TrainingError    a run that cannot go on: losses that are not finite
-      MachineError     a full disk, a denied permission, no memory (`sftmix/machine.py`)
+      MachineError     a full disk, a denied permission, no memory (`sftmix/storage/failures.py`)
       StoppedError     no error: the run was asked to stop, has saved its state, and can be started again (exit code 75)
 
 Each message says what was found (with file, line, key and value), what was expected, and what to do.

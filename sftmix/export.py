@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sftmix import artifacts
 from sftmix.cards import STAGE_OF, write_model_card
 from sftmix.config.reader import load_config
 from sftmix.config.schema import Config
 from sftmix.errors import ArtifactError, ConfigError
 from sftmix.pipeline import Stage, stages_of
+from sftmix.storage import artifacts, provenance
 from sftmix.up_to_date import config_key
 
 
@@ -70,7 +70,7 @@ def _refuse_other_settings(config: Config, which: str, folder: Path) -> None:
     if STAGE_OF[which] not in stages:
         raise ConfigError(f"--which {which}: baseline.enabled is false in this config, and {folder} holds a baseline. Set it to true.")
     saved = load_config(config.run.dir / "config.yaml")
-    lines = [f"tokenizer.{line}" for line in artifacts.differences(saved.tokenizer.model_dump(), config.tokenizer.model_dump())]
+    lines = [f"tokenizer.{line}" for line in provenance.differences(saved.tokenizer.model_dump(), config.tokenizer.model_dump())]
     needed = [STAGE_OF[which]]
     for name in needed:  # it grows
         stage = stages[name]
@@ -94,7 +94,7 @@ def _differences(config: Config, stage: Stage, made_with: dict[str, Any]) -> lis
     """
     if stage.name == "data":
         now = {**config.data.model_dump(mode="json"), "seed": config.run.seed}
-        return artifacts.differences({key: made_with.get(key) for key in now}, now)
+        return provenance.differences({key: made_with.get(key) for key in now}, now)
     anywhere = config.model_copy(update={"engine": config.engine.model_copy(update={"precision": "fp32"})})
     now = json.loads(json.dumps(stage.settings(anywhere), default=str))
     if "precision" in now:
@@ -102,7 +102,7 @@ def _differences(config: Config, stage: Stage, made_with: dict[str, Any]) -> lis
         now["precision"] = made_with.get("precision") if given == "auto" else given
     if now.get("scores") and made_with.get("scores"):  # hashes of a table's files
         now["scores"] = made_with["scores"]
-    return artifacts.differences(_without_files(made_with), _without_files(now))
+    return provenance.differences(_without_files(made_with), _without_files(now))
 
 
 def _without_files(value: Any) -> Any:

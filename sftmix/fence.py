@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from sftmix import processes
-from sftmix.artifacts import write_json
 from sftmix.errors import ArtifactError
+from sftmix.storage.files import write_json
 
 ATTEMPTS = "attempts"
 LEASE = "lease"

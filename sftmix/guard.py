@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sftmix import artifacts, fence, processes
+from sftmix import fence, processes
 from sftmix.config.reader import dump_config
 from sftmix.config.schema import Config
 from sftmix.engine.members import Position
@@ -26,6 +26,8 @@ from sftmix.engine.watch import Watch, listen
 from sftmix.errors import ArtifactError, SftmixError, StoppedError
 from sftmix.launch_environment import place_of
 from sftmix.stopping import STOP_FILE
+from sftmix.storage import artifacts
+from sftmix.storage.files import write_text
 
 if TYPE_CHECKING:
     from sftmix.engine.distributed import Ranks
@@ -98,7 +100,7 @@ def _make_run_folder(config: Config) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.yaml").is_file():
-            artifacts.write_text(folder / "config.yaml", dump_config(config))
+            write_text(folder / "config.yaml", dump_config(config))
     except OSError as error:
         raise ArtifactError(f"run.dir: {folder} cannot be written: {error.strerror}. Name another folder.") from None
 

@@ -26,8 +26,8 @@ def launch(config: Config, config_path: str, overrides: list[str], *, only: str 
     SIGTERM and SIGUSR1 ask the ranks to save and stop. DeepSpeed's launcher exits with 0 when it is killed itself, so success is
     believed only if the output is there: current, and, where it was to be made again, new.
     """
-    from sftmix.artifacts import MANIFEST
     from sftmix.pipeline import check_finished_work, first_unfinished_stage, folder_of_last
+    from sftmix.storage.artifacts import MANIFEST
 
     check_finished_work(config, only, force=force)
     with guard.holding(config) as hold, _environment(config, hold.attempt) as environment:

@@ -23,12 +23,14 @@ from typing import IO
 import numpy as np
 import torch
 
-from sftmix import artifacts, guard
+from sftmix import guard
 from sftmix.config.schema import Config
 from sftmix.engine.distributed import Ranks
 from sftmix.errors import ArtifactError
 from sftmix.fence import Fence
 from sftmix.shards import ShardFolder, UnitScores
+from sftmix.storage import artifacts
+from sftmix.storage.files import write_text
 
 LOOK_SECONDS = 5.0  # within which a network file system shows a new name that nobody has asked for before
 CHUNK_BYTES = 16 << 20
@@ -141,7 +143,7 @@ def copy_to_others(ranks: Ranks, folder: Path) -> None:
     agree(ranks, problem)
     if needs:
         try:
-            artifacts.write_text(staging / artifacts.MANIFEST, text)
+            write_text(staging / artifacts.MANIFEST, text)
             artifacts.replace_folder(staging, folder)
             _verified.add((folder, manifest.digest))
         except (OSError, ArtifactError) as error:

@@ -2,7 +2,7 @@
 
     data -> reference -> score -> split -> baseline, train -> evaluate -> report
 
-Stages never call each other. They meet through folders of the run folder (`sftmix/artifacts.py`); a stage
+Stages never call each other. They meet through folders of the run folder (`sftmix/storage/artifacts.py`); a stage
 whose output is there with the same inputs and settings is not run again.
 """
 
@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sftmix import artifacts, guard, machine, work
+from sftmix import guard
 from sftmix.config.deepspeed_json import read_deepspeed_json
 from sftmix.config.reader import dump_config
 from sftmix.config.schema import Config, ModelConfig
@@ -25,8 +25,10 @@ from sftmix.errors import ArtifactError
 from sftmix.fence import Fence
 from sftmix.meter import Meter
 from sftmix.stopping import StopRequest
+from sftmix.storage import artifacts, failures, provenance, unfinished
+from sftmix.storage.files import await_visible, sha256_of_file, write_text
+from sftmix.storage.unfinished import Identity
 from sftmix.up_to_date import refusal, refuse_changed, state_of
-from sftmix.work import Identity
 
 if TYPE_CHECKING:
     from sftmix.engine.distributed import Ranks
@@ -104,7 +106,7 @@ def stages_of(config: Config) -> list[Stage]:
             "report",
             "report",
             ("data", *reference, "score", "split", *trained, "evaluate"),
-            lambda c: {"summary": artifacts.sha256_of_file(c.run.dir / "data" / "summary.json")},
+            lambda c: {"summary": sha256_of_file(c.run.dir / "data" / "summary.json")},
             stages.run_report,
             needs_engine=False,
             is_view=True,
@@ -135,7 +137,7 @@ def _score_settings(config: Config) -> dict[str, Any]:
     settings["models"] = [model_identity(model) for model in confidence.models]
     if confidence.scores is not None and Path(confidence.scores).exists():
         path = Path(confidence.scores)
-        settings["scores"] = [artifacts.sha256_of_file(file) for file in (sorted(path.glob("*.parquet")) if path.is_dir() else [path])]
+        settings["scores"] = [sha256_of_file(file) for file in (sorted(path.glob("*.parquet")) if path.is_dir() else [path])]
     return {**settings, **_numerics(config)}
 
 
@@ -159,7 +161,7 @@ def model_identity(model: ModelConfig) -> dict[str, Any]:
             with path.open("rb") as file:
                 head = file.read(1 << 20)
                 file.seek(max(0, size - (1 << 20)))
-                identity["files"][path.name] = artifacts.fingerprint([size, head.hex(), file.read().hex()])
+                identity["files"][path.name] = provenance.fingerprint([size, head.hex(), file.read().hex()])
     return identity
 
 
@@ -190,7 +192,7 @@ def run_pipeline(
         try:
             _run_stages(config, stages, held, hold, only=only, force=force, restart=restart, say=say)
         except BaseException as error:
-            known = machine.explain(error, config.run.dir)
+            known = failures.explain(error, config.run.dir)
             guard.end_watch(known or error)
             if known is not None:
                 raise known from error
@@ -276,24 +278,24 @@ def _run_stages(
             if stage.needs_engine and ranks is not None:
                 context.identity = Identity(**json.loads(ranks.text_from_main(json.dumps(vars(context.identity), default=str))))
             if is_main or (ranks is not None and ranks.leads_storage):
-                work.claim(context.work, stage.name, context.identity, discard=restart)
+                unfinished.claim(context.work, stage.name, context.identity, discard=restart)
             if stage.needs_engine and ranks is not None:
                 for name in stage.reads:
                     mirror.copy_to_others(ranks, folder_of[name])
-                    artifacts.await_visible(folder_of[name] / artifacts.MANIFEST)
+                    await_visible(folder_of[name] / artifacts.MANIFEST)
             with _publishing(stage, context, settings, inputs, is_main=is_main):
                 stage.run(context)
             if is_main:
-                artifacts.write_text(config.run.dir / "config.yaml", dump_config(config))  # what the folder now holds
+                write_text(config.run.dir / "config.yaml", dump_config(config))  # what the folder now holds
                 say(f"{title}: {time.perf_counter() - start:.1f} s")
             if not is_main and ranks is not None and ranks.leads_storage:
-                work.discard(context.work, context.identity.fingerprint)
+                unfinished.discard(context.work, context.identity.fingerprint)
         elif is_main and is_wanted:
             say(f"{title}: up to date")
         if is_main:
             manifest = artifacts.read_manifest(folder)
             assert manifest is not None, f"{folder} was published or verified just now"
-            work.discard(config.run.dir / "work" / stage.name, manifest.fingerprint)
+            unfinished.discard(config.run.dir / "work" / stage.name, manifest.fingerprint)
             digests[stage.name] = manifest.digest
         if stage.name == only:
             break
@@ -340,11 +342,11 @@ def _needed(stages: list[Stage], only: str | None) -> set[str]:
 def _refuse_to_lose_work(config: Config, stages: list[Stage], stage: Stage, settings: dict[str, Any]) -> None:
     """Raises ArtifactError where `stage` must run because its settings changed, and a later one has unfinished work on its output."""
     manifest = artifacts.read_manifest(config.run.dir / stage.folder)
-    changed = artifacts.differences(manifest.settings, json.loads(json.dumps(settings, default=str))) if manifest is not None else []
+    changed = provenance.differences(manifest.settings, json.loads(json.dumps(settings, default=str))) if manifest is not None else []
     for later in stages:
-        progress = work.describe(config.run.dir / "work" / later.name)
+        progress = unfinished.describe(config.run.dir / "work" / later.name)
         if changed and progress and later.name != stage.name and stage.name in _needed(stages, later.name):
-            raise work.refusal(later.name, progress, [f"{stage.name}: {line}" for line in changed])
+            raise unfinished.refusal(later.name, progress, [f"{stage.name}: {line}" for line in changed])
 
 
 @contextlib.contextmanager

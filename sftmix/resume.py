@@ -26,12 +26,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sftmix import artifacts, faults
-from sftmix.checkpoints import STAGE, CheckpointFolder, check_space, find_problem
 from sftmix.config.schema import CheckpointConfig
 from sftmix.engine.distributed import Ranks, use_threads
 from sftmix.errors import ArtifactError, StoppedError, counted
 from sftmix.stopping import StopRequest, exit_code_of
+from sftmix.storage import artifacts, faults, provenance
+from sftmix.storage.checkpoints import STAGE, CheckpointFolder, check_space, find_problem
+from sftmix.storage.files import await_visible, sha256_of_file, write_text
 
 if TYPE_CHECKING:
     from sftmix.engine.engine import Engine
@@ -157,7 +158,7 @@ class TrainingCheckpoints:
 
     def _find_problem(self, step: int) -> str | None:
         """Returns what is wrong with a checkpoint, on every rank. The ranks share the reading."""
-        artifacts.await_visible(self.checkpoints.path(step))
+        await_visible(self.checkpoints.path(step))
         other_layout = ""
         try:
             manifest = self.checkpoints.read(step)
@@ -193,13 +194,13 @@ class TrainingCheckpoints:
     def _refuse(self, step: int, manifest: artifacts.Manifest) -> None:
         theirs, ours = ({"settings": each["settings"], "inputs": each["inputs"]} for each in (vars(manifest), self._identity))
         raise ArtifactError(
-            f"{self.checkpoints.path(step)} is of a run with other settings: {'; '.join(artifacts.differences(theirs, ours))}. "
+            f"{self.checkpoints.path(step)} is of a run with other settings: {'; '.join(provenance.differences(theirs, ours))}. "
             "Put them back, or remove it.",
             on_all_ranks=True,
         )
 
     def _say_differences(self, manifest: artifacts.Manifest) -> None:
-        changed = artifacts.differences(manifest.versions, artifacts.versions())
+        changed = provenance.differences(manifest.versions, provenance.versions())
         if changed:
             print(f"  not bit for bit: the checkpoint was written by other versions: {'; '.join(changed)}", flush=True)
         if manifest.facts["world_size"] != self.ranks.world_size:
@@ -240,7 +241,7 @@ class TrainingCheckpoints:
             to_universal(self.checkpoints.path(step), universal)
             faults.point("resume.converted")
         self.ranks.barrier()
-        artifacts.await_visible(universal)
+        await_visible(universal)
         engine.load_state(universal, is_universal=True)
         self.ranks.barrier()
         if self.ranks.is_main:
@@ -256,7 +257,7 @@ class TrainingCheckpoints:
             skipped = self.kept / "skipped_steps.jsonl"
             if skipped.is_file():
                 lines = skipped.read_text(encoding="utf-8").splitlines(keepends=True)
-                artifacts.write_text(skipped, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after))
+                write_text(skipped, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after))
 
     # ---- saving
 
@@ -299,7 +300,7 @@ class TrainingCheckpoints:
         started = time.perf_counter()
         staging = self.checkpoints.folder / f".step_{step:06d}"
         self._together(step, lambda: self._make_room(engine, step) if self.ranks.leads_storage else None)
-        artifacts.await_visible(staging)
+        await_visible(staging)
         files = engine.save_state(staging, in_background=in_background)
         numbers: dict[str, list[dict[str, float]]] = {}
         arrays: dict[str, NDArray[np.float64]] = {}
@@ -360,7 +361,7 @@ class TrainingCheckpoints:
         def publish() -> None:
             facts = {**pending.facts, "kept": self._entries_of_kept()}
             manifest = artifacts.Manifest(
-                **self._identity, files=entries, facts=facts, versions=artifacts.versions(), commit=artifacts.commit()
+                **self._identity, files=entries, facts=facts, versions=provenance.versions(), commit=provenance.commit()
             )
             self.checkpoints.publish(pending.staging, pending.step, manifest)
 
@@ -395,7 +396,7 @@ class TrainingCheckpoints:
                 known = self._digests.get(name)
                 if known is None or known[:2] != (status.st_size, status.st_mtime_ns):
                     os.fsync(file.fileno())
-                    entry = {"size": status.st_size, "sha256": artifacts.sha256_of_file(path)}
+                    entry = {"size": status.st_size, "sha256": sha256_of_file(path)}
                     self._digests[name] = (status.st_size, status.st_mtime_ns, entry)
             entries[name] = self._digests[name][2]
         return entries

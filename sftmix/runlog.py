@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sftmix import artifacts
 from sftmix.data.batches import MicroBatch, StepCounts
 from sftmix.engine.distributed import Ranks
-from sftmix.machine import accessing, describe
 from sftmix.meter import ACTIVITIES, CHECKPOINT, OTHER, TOKEN_KINDS, TRAINING, Meter
+from sftmix.storage.failures import accessing, describe
+from sftmix.storage.files import write_text
 
 if TYPE_CHECKING:
     from sftmix.engine.engine import MicroBatchLoss
@@ -121,7 +121,7 @@ class RunLog:
         self._lam, self._num_lam = mine["lam"], int(mine["num_lam"])
         if self.ranks.is_main and self._metrics.is_file():
             lines = [line for line in read_metrics(self._metrics) if line["step"] <= step]
-            artifacts.write_text(self._metrics, "".join(json.dumps(line) + "\n" for line in lines))
+            write_text(self._metrics, "".join(json.dumps(line) + "\n" for line in lines))
 
     def start(self, *, num_steps: int, after: int = 0) -> None:
         """Begins to measure, at the step after `after`."""

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from sftmix import artifacts
 from sftmix.errors import ArtifactError, counted
 from sftmix.score_files import CONFIDENCE, PERPLEXITY, refuse_existing
 from sftmix.scores import MAX_NAMED, ScoreMetadata, ScoreTable, fit_scores, named, read_scores
+from sftmix.storage import artifacts
+from sftmix.storage.files import write_text
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -125,7 +126,7 @@ def export_scores(source: str, to: Path) -> Path:
     staging.mkdir(parents=True)
     for path, name in files:
         shutil.copyfile(path, staging / name)
-    artifacts.write_text(staging / "README.md", text)
+    write_text(staging / "README.md", text)
     staging.rename(to)  # without a manifest: the card is its owner's to edit
     return to
 

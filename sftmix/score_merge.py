@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sftmix import artifacts
 from sftmix.errors import ArtifactError, ConfigError, counted
 from sftmix.score_files import CONFIDENCE, read_column, refuse_existing
 from sftmix.scores import MAX_NAMED, ScoreMetadata, ScoreSummary, ScoreTable, named, read_scores, write_scores
+from sftmix.storage import artifacts
+from sftmix.storage.files import sha256_of_file
 
 Sums = dict[int, NDArray[np.float64]]  # checkpoint -> (N,) nats
 
@@ -45,7 +46,7 @@ def merge_scores(sources: Sequence[str], to: Path) -> ScoreSummary:
         nll_sum, num_response_tokens = _sums_of_more_checkpoints(tables)
     else:
         raise _overlap(tables, ids)
-    inputs = {table.source: artifacts.sha256_of_file(table.perplexity_path) for table in tables}
+    inputs = {table.source: sha256_of_file(table.perplexity_path) for table in tables}
     with artifacts.publish(to, stage="scores merge", settings={"tables": list(sources)}, inputs=inputs) as folder:
         return write_scores(folder, metadata, example_ids=example_ids, num_response_tokens=num_response_tokens, nll_sum=nll_sum)
 

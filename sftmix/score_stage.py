@@ -10,12 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sftmix import artifacts
 from sftmix.config.schema import Config, ModelConfig
 from sftmix.errors import ArtifactError, counted
-from sftmix.machine import accessing
 from sftmix.pipeline import StageContext
 from sftmix.shards import ShardFolder
+from sftmix.storage import provenance
+from sftmix.storage.failures import accessing
+from sftmix.storage.files import await_visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,10 +64,10 @@ def score_checkpoints(
             plan.unit_examples,
             plan.micro_batch_tokens,
             is_sharded,
-            artifacts.versions(),
-            artifacts.commit(),
+            provenance.versions(),
+            provenance.commit(),
         ]
-        shards = ShardFolder(context.work / f"checkpoint_{step:06d}", artifacts.fingerprint(parts))
+        shards = ShardFolder(context.work / f"checkpoint_{step:06d}", provenance.fingerprint(parts))
         collect_units(ranks, shards, sizes)  # what an earlier attempt has left on other disks
         units = ranks.from_main(shards.pending(sizes) if ranks.is_main else [])
         if ranks.is_main and len(units) < len(sizes):
@@ -80,7 +81,7 @@ def score_checkpoints(
         if not ranks.is_main:
             continue
         for unit in units:
-            artifacts.await_visible(shards.manifest(unit))
+            await_visible(shards.manifest(unit))
         missing = shards.pending(sizes)
         if missing:
             raise ArtifactError(
@@ -122,8 +123,8 @@ def write_tables(
         checkpoints=sorted(nll_sum),
         fingerprints=_fingerprints(context, precision),
         dataset=[source.path for source in config.data.all_sources] or ["generated toy skills"],
-        versions=artifacts.versions(),
-        commit=artifacts.commit(),
+        versions=provenance.versions(),
+        commit=provenance.commit(),
     )
     folder.mkdir(parents=True, exist_ok=True)
     summary = write_scores(

@@ -22,11 +22,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sftmix import artifacts
 from sftmix.confidence import CONFIDENCE_SCHEMA, PERPLEXITY_SCHEMA, aggregate, confidence_ranks, perplexity
 from sftmix.errors import ArtifactError, counted
-from sftmix.machine import accessing
 from sftmix.score_files import CONFIDENCE, NOT_FINITE, PERPLEXITY, ROWS_PER_GROUP, locate, read_column, read_schema, string_column
+from sftmix.storage import artifacts
+from sftmix.storage.failures import accessing
 
 FORMAT = 1  # of the two tables
 KEY = b"sftmix"

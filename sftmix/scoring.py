@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sftmix import faults
 from sftmix.data.batches import MicroBatch, TokenisedExamples, build_micro_batch
 from sftmix.engine.distributed import Ranks
 from sftmix.engine.engine import Engine, MicroBatchLoss
 from sftmix.runlog import progress_bar
 from sftmix.shards import ShardFolder, UnitScores
+from sftmix.storage import faults
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sftmix import artifacts, faults
-from sftmix.machine import accessing
+from sftmix.storage import faults
+from sftmix.storage.failures import accessing
+from sftmix.storage.files import sha256_of_file, sync_folder, write_json
 
 SCHEMA = pa.schema([("nll_sum", pa.float64()), ("num_misses", pa.int64())])
 
@@ -64,13 +65,13 @@ class ShardFolder:
             "fingerprint": self.fingerprint,
             "num_examples": len(scores.nll_sum),
             "size": temporary.stat().st_size,
-            "sha256": artifacts.sha256_of_file(temporary),
+            "sha256": sha256_of_file(temporary),
         }
         faults.point("shard.rename")
         temporary.replace(self._data(unit))
         faults.point("shard.manifest")
-        artifacts.write_json(self.manifest(unit), manifest)
-        artifacts.sync_folder(self.folder)
+        write_json(self.manifest(unit), manifest)
+        sync_folder(self.folder)
         faults.point("shard.done")
 
     def problem(self, unit: int, num_examples: int) -> str | None:
@@ -81,7 +82,7 @@ class ShardFolder:
         data = self._data(unit)
         if manifest.get("fingerprint") != self.fingerprint or manifest.get("num_examples") != num_examples:
             return "made from something else"
-        if not data.is_file() or data.stat().st_size != manifest["size"] or artifacts.sha256_of_file(data) != manifest["sha256"]:
+        if not data.is_file() or data.stat().st_size != manifest["size"] or sha256_of_file(data) != manifest["sha256"]:
             return "damaged"
         return None
 

@@ -16,7 +16,7 @@ from sftmix.data.batches import MicroBatch
 from sftmix.engine.distributed import Ranks
 from sftmix.engine.engine import MicroBatchLoss
 from sftmix.errors import TrainingError, counted
-from sftmix.machine import accessing
+from sftmix.storage.failures import accessing
 
 
 class SkippedSteps:

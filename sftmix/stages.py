@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sftmix import artifacts
 from sftmix.config.schema import ModelConfig, TrainConfig
-from sftmix.machine import accessing
 from sftmix.meter import describe_time
 from sftmix.pipeline import StageContext
+from sftmix.storage.failures import accessing
+from sftmix.storage.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -284,7 +284,7 @@ def run_evaluate(context: StageContext) -> None:
         }
         tables.append(pa.table(columns))
     if ranks.is_main:
-        artifacts.write_json(context.folder / "metrics.json", metrics)
+        write_json(context.folder / "metrics.json", metrics)
         if tables:
             path = context.folder / "per_example.parquet"
             with accessing(path):

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sftmix import faults
 from sftmix.config.schema import TrainConfig
 from sftmix.data.batches import TokenisedExamples, collate, count_step, cut_step
 from sftmix.engine.engine import Engine
 from sftmix.objectives import Objective
 from sftmix.pairing import Matching
 from sftmix.runlog import RunLog
+from sftmix.storage import faults
 
 if TYPE_CHECKING:
     from sftmix.resume import Resumable, TrainingCheckpoints

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sftmix import artifacts
 from sftmix.errors import ArtifactError
+from sftmix.storage import artifacts, provenance
 
 if TYPE_CHECKING:
     from sftmix.config.schema import Config
@@ -86,7 +86,7 @@ def refusal(config: Config, lines: list[str]) -> ArtifactError:
 def differing_keys(config: Config, stage: Stage, before: Mapping[str, Any]) -> list[str]:
     """Returns a line for each setting of a stage that differs, by its key in the config. before: those of its output."""
     now = json.loads(json.dumps(stage.settings(config), default=str))
-    return [config_key(config, stage.name, line) for line in artifacts.differences(before, now)]
+    return [config_key(config, stage.name, line) for line in provenance.differences(before, now)]
 
 
 def config_key(config: Config, stage: str, line: str) -> str:

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from sftmix import artifacts
 from sftmix.errors import ArtifactError
+from sftmix.storage import artifacts
+from sftmix.storage.files import write_json
 
 
 def make(folder, text="content", settings=None):
@@ -82,5 +83,5 @@ def test_the_identity_stands_for_the_content_in_the_digest(tmp_path):
 
 
 def test_json_is_written_whole(tmp_path):
-    artifacts.write_json(tmp_path / "x.json", {"a": [1]})
+    write_json(tmp_path / "x.json", {"a": [1]})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1]} and len(list(tmp_path.iterdir())) == 1

@@ -10,9 +10,9 @@ import threading
 import numpy as np
 import pytest
 
-from sftmix import artifacts
-from sftmix.checkpoints import STAGE, CheckpointFolder, HashedFile, check_space, find_problem
 from sftmix.errors import ArtifactError
+from sftmix.storage import artifacts, provenance
+from sftmix.storage.checkpoints import STAGE, CheckpointFolder, HashedFile, check_space, find_problem
 
 
 def write(checkpoints, step, content=b"state" * 100):
@@ -145,5 +145,5 @@ def test_space_is_looked_for_on_the_volume_in_question(tmp_path):
 
 def test_differences_are_named_with_both_values():
     before, now = {"a": {"b": 1, "c": [1, 2]}, "d": None}, {"a": {"b": 2, "c": [1, 2]}, "e": "x"}
-    assert artifacts.differences(before, now) == ["a.b: 1 before, 2 now", 'e: nothing before, "x" now']
-    assert artifacts.differences(json.loads(json.dumps(before)), before) == []
+    assert provenance.differences(before, now) == ["a.b: 1 before, 2 now", 'e: nothing before, "x" now']
+    assert provenance.differences(json.loads(json.dumps(before)), before) == []

@@ -11,15 +11,15 @@ import torch
 from huggingface_hub import ModelCard
 from tokenizers_for_tests import character_tokenizer
 
-from sftmix import artifacts
 from sftmix.cards import base_model, model_card
 from sftmix.cli import main
 from sftmix.config.reader import dump_config, load_config
 from sftmix.data.template import ALPACA
 from sftmix.errors import ArtifactError, ConfigError
 from sftmix.export import export
-from sftmix.machine import explain
 from sftmix.pipeline import stages_of
+from sftmix.storage import artifacts
+from sftmix.storage.failures import explain
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from sftmix import fence
-from sftmix.artifacts import write_json
 from sftmix.errors import ArtifactError
+from sftmix.storage.files import write_json
 
 WORKER = Path(__file__).parent / "support" / "fence_worker.py"
 

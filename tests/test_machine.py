@@ -14,11 +14,11 @@ import torch
 from processes import ROOT
 from tokenizers_for_tests import character_tokenizer
 
-from sftmix import artifacts
 from sftmix.engine.distributed import Ranks
 from sftmix.errors import ArtifactError
-from sftmix.machine import REMEDIES, accessing, describe, error_number, explain
 from sftmix.runlog import RunLog
+from sftmix.storage.failures import REMEDIES, accessing, describe, error_number, explain
+from sftmix.storage.files import write_text
 
 NUMBERS = np.random.default_rng(0).random(100_000)
 
@@ -70,7 +70,7 @@ def test_a_full_disk_is_the_same_error_whatever_library_writes(name, mounted):
 def test_published_text_names_itself_on_a_full_disk(mounted):
     folder = mounted("size=16k")
     with pytest.raises(OSError) as raised:
-        artifacts.write_text(folder / "summary.json", "a" * 1_000_000)
+        write_text(folder / "summary.json", "a" * 1_000_000)
     assert raised.value.filename == str(folder / "summary.json")
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sftmix.checkpoints import CheckpointFolder
 from sftmix.config.schema import CheckpointConfig, TrainConfig
 from sftmix.engine.distributed import Ranks
 from sftmix.engine.engine import MicroBatchLoss
@@ -19,6 +18,7 @@ from sftmix.pairing import singles
 from sftmix.resume import TrainingCheckpoints
 from sftmix.runlog import MIXUP, NTP, PADDED_RATE, REAL_RATE, RESPONSE_RATE, TRAINING_TIME, RunLog, read_metrics
 from sftmix.stopping import StopRequest
+from sftmix.storage.checkpoints import CheckpointFolder
 from sftmix.train import TrainingPlan, train
 
 START, STEP, SAVE, EXPORT = 8.0, 0.5, 16.0, 32.0  # seconds; sums of such numbers are exact

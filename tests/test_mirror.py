@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass
 import pytest
 import torch
 
-from sftmix import artifacts, mirror
-from sftmix.checkpoints import STAGE, CheckpointFolder
+from sftmix import mirror
 from sftmix.config.schema import CheckpointConfig
 from sftmix.engine.distributed import Ranks
 from sftmix.errors import ArtifactError
 from sftmix.resume import TrainingCheckpoints
 from sftmix.shards import ShardFolder
+from sftmix.storage import artifacts
+from sftmix.storage.checkpoints import STAGE, CheckpointFolder
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import pytest
 from processes import ROOT
 from tokenizers_for_tests import character_tokenizer
 
-from sftmix.artifacts import fingerprint
 from sftmix.config.schema import Config, GeneratorConfig
 from sftmix.data.batches import TokenisedExamples
 from sftmix.data.formats import content_hash
@@ -20,6 +19,7 @@ from sftmix.data.prepare import Summary, data_settings, prepare
 from sftmix.data.template import ChatEncoder
 from sftmix.data.tokenizer import tokenizer_from
 from sftmix.errors import DataError
+from sftmix.storage.provenance import fingerprint
 
 ALPACA_DATA = ROOT.parent / "shared" / "data" / "alpaca_data.json"
 # Characters of the alpaca template, which are tokens here, and two special tokens:

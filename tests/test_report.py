@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib.figure import Figure
 
-from sftmix import artifacts
 from sftmix.confidence import CONFIDENCE_SCHEMA
 from sftmix.config.schema import Config, SplitConfig
 from sftmix.data.prepare import SCHEMA
@@ -23,6 +22,8 @@ from sftmix.report import plots
 from sftmix.report.build import ONE_SEED, TITLES, UNITS, build_report, cells, print_table
 from sftmix.report.examples import ScoredExamples, agreement_of, duplicates, extremes, truncated
 from sftmix.scores import ScoreMetadata
+from sftmix.storage import artifacts
+from sftmix.storage.files import write_json
 
 
 def scored_examples(count=40, *, ids=None, confidence=None, variability=None, is_perplexity=True):
@@ -195,7 +196,7 @@ def finished(tmp_path):
         with pa.ipc.new_stream(str(inputs["data"] / "train.arrow"), SCHEMA) as writer:
             writer.write_table(pa.Table.from_pydict(columns, schema=SCHEMA))
         counts = {"num_read": 30, "num_train": 30, "num_held_out": 0, "num_left_out": 0, "num_truncated": 3, "dropped": {}}
-        artifacts.write_json(inputs["data"] / "summary.json", counts)
+        write_json(inputs["data"] / "summary.json", counts)
         metadata = ScoreMetadata("checkpoints", [{"path": "m"}], [1], {}, [], {})
         for folder, values in {inputs["score"]: confidence, **{inputs["score"] / "compared" / m: v for m, v in compare.items()}}.items():
             folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +213,7 @@ def finished(tmp_path):
         facts |= {"training_seconds": 60.0, "checkpoint_seconds": 30.0, "waited_seconds": 105.0}
         artifacts.seal(inputs["train"], stage="train", settings={}, facts=facts)
         (inputs["train"] / "metrics.jsonl").write_text("")
-        artifacts.write_json(inputs["evaluate"] / "metrics.json", {})
+        write_json(inputs["evaluate"] / "metrics.json", {})
         return StageContext(config, tmp_path / "report", inputs)
 
     return make

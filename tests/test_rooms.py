@@ -43,7 +43,7 @@ def test_kernels_need_torch_and_triton_only(path):
 
 LOWER = {  # what these rooms must not know
     "sftmix/permutation": ("torch", "sftmix"),
-    "sftmix/pairing": ("torch", "sftmix.engine", "sftmix.data", "sftmix.config.schema", "sftmix.pipeline", "sftmix.artifacts"),
+    "sftmix/pairing": ("torch", "sftmix.engine", "sftmix.data", "sftmix.config.schema", "sftmix.pipeline", "sftmix.storage.artifacts"),
     "sftmix/faults": ("torch", "sftmix"),
     "sftmix/processes": ("torch", "sftmix"),
     "sftmix/stopping": ("torch", "sftmix"),

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from score_tables import OTHERS, table
 
-from sftmix import artifacts
 from sftmix.cli import main
 from sftmix.errors import ConfigError
+from sftmix.storage import artifacts
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from score_tables import COUNTS, FINGERPRINTS, IDS, METADATA, SUMS, own_table, table
 
-from sftmix import artifacts
 from sftmix.errors import ArtifactError
 from sftmix.scores import fit_scores, read_scores, write_scores
+from sftmix.storage import artifacts
 
 
 def test_a_table_of_ones_own_needs_a_named_column_and_is_said_to_be_unchecked(tmp_path, capsys):

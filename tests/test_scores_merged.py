@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from score_tables import COUNTS, FINGERPRINTS, IDS, OTHERS, SUMS, table
 
-from sftmix import artifacts
 from sftmix.errors import ArtifactError, ConfigError
 from sftmix.score_commands import export_scores
 from sftmix.score_merge import merge_scores
 from sftmix.scores import read_scores
+from sftmix.storage import artifacts
 
 
 def test_tables_of_disjoint_examples_are_joined_and_ranked_anew(tmp_path):

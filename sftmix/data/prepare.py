@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from sftmix.artifacts import write_json
 from sftmix.config.schema import Config, DataSource
 from sftmix.data import generator, readers
 from sftmix.data.formats import BadRow, Example, check_format, content_hash, detect_format, to_messages
 from sftmix.data.template import MASK_POLICY, ChatEncoder, choose_template
 from sftmix.data.tokenizer import load_tokenizer, render_for_training, tokenizer_identity, train_tokenizer, with_template
 from sftmix.errors import DataError, counted
-from sftmix.machine import accessing
+from sftmix.storage.failures import accessing
+from sftmix.storage.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

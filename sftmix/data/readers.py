@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from sftmix.artifacts import fingerprint, sha256_of_file
 from sftmix.config.schema import DataSource
 from sftmix.errors import DataError, counted
+from sftmix.storage.files import sha256_of_file
+from sftmix.storage.provenance import fingerprint
 
 Row = dict[str, Any]
 

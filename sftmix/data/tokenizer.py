@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sftmix.artifacts import fingerprint, sha256_of_file
 from sftmix.config.schema import Config, TokenizerTrainConfig
 from sftmix.data.formats import Message
 from sftmix.data.template import choose_template, rendering
 from sftmix.errors import ConfigError, DataError, first_line
-from sftmix.machine import accessing
+from sftmix.storage.failures import accessing
+from sftmix.storage.files import sha256_of_file
+from sftmix.storage.provenance import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

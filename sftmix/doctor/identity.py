@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sftmix.artifacts import commit, fingerprint, sha256_of_file
 from sftmix.config.schema import Config
 from sftmix.doctor.versions import installed
+from sftmix.storage.files import sha256_of_file
+from sftmix.storage.provenance import commit, fingerprint
 
 WHOLE_BYTES = 2**28  # a larger file is told by its size, beginning and end
 END_BYTES = 2**24

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sftmix import fence
-from sftmix.artifacts import sync_folder
 from sftmix.doctor.findings import Finding, gib
+from sftmix.storage.files import sync_folder
 
 NETWORK = frozenset(
     "nfs nfs4 cifs smb3 smbfs afs lustre gpfs beegfs ceph glusterfs wekafs panfs orangefs pvfs2 ocfs2 gfs2 9p virtiofs fuse.sshfs "

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from sftmix.artifacts import versions
 from sftmix.doctor.findings import Finding, Verdict
+from sftmix.storage.provenance import versions
 
 ITEM = "versions"
 

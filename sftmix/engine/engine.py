@@ -18,8 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sftmix import faults, guard
-from sftmix.artifacts import fingerprint
+from sftmix import guard
 from sftmix.config.deepspeed_json import deepspeed_config
 from sftmix.config.schema import Config, ModelConfig, TrainConfig
 from sftmix.data.batches import MicroBatch, StepCounts
@@ -46,8 +45,10 @@ from sftmix.engine.precision import (
     resolve_precision,
 )
 from sftmix.errors import ArtifactError
-from sftmix.machine import accessing, describe
 from sftmix.objectives import Objective, loss_request
+from sftmix.storage import faults
+from sftmix.storage.failures import accessing, describe
+from sftmix.storage.provenance import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,7 +20,7 @@ import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from numpy.typing import NDArray
 
-from sftmix.checkpoints import HashedFile
+from sftmix.storage.checkpoints import HashedFile
 
 FORCE_SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 

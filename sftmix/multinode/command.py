@@ -99,8 +99,8 @@ def _show(plan: Plan, node_rank: int | None) -> None:
 
 
 def _launch(config: Config, plan: Plan, options: argparse.Namespace) -> int:
-    from sftmix.artifacts import MANIFEST
     from sftmix.pipeline import check_finished_work, folder_of_last
+    from sftmix.storage.artifacts import MANIFEST
 
     only = options.stage
     check_finished_work(config, only, force=options.force)

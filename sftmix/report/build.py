@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from sftmix import __version__, artifacts
+from sftmix import __version__
 from sftmix.config.reader import dump_config
 from sftmix.errors import counted
-from sftmix.machine import accessing
 from sftmix.meter import NAMES, minutes_of
 from sftmix.pipeline import StageContext
 from sftmix.report import plots
 from sftmix.report.examples import Agreement, ScoredExamples, agreements, duplicates, extremes, noise, read_scored_examples, truncated
 from sftmix.runlog import MIXUP, NTP, read_metrics
 from sftmix.stages import COVERAGE, MODEL_NAMES, read_metrics_json
+from sftmix.storage import provenance
+from sftmix.storage.failures import accessing
+from sftmix.storage.files import write_text
 
 
 def build_report(context: StageContext) -> None:
@@ -52,12 +54,12 @@ def build_report(context: StageContext) -> None:
         facts=_facts(context),
         config=dump_config(context.config),
     )
-    artifacts.write_text(context.folder / "index.html", page)
+    write_text(context.folder / "index.html", page)
     text = markdown(TITLES, [cells(row) for row in table]) + f"\n{UNITS}\n\n{ONE_SEED}\n"
     text += "\n" + markdown(TIME_TITLES, times)
     if agreed:
         text += "\n" + markdown(Agreement.TITLES, [row.cells() for row in agreed])
-    artifacts.write_text(context.folder / "report.md", text)
+    write_text(context.folder / "report.md", text)
     for row in agreed:
         print(f"  {row.line()}")
     print_table(table)
@@ -192,13 +194,13 @@ def _facts(context: StageContext) -> list[tuple[str, str]]:
     trained = target.get("num_trained_parameters", target["num_parameters"])
     size = counted(target["num_parameters"], "parameter") + (f", {trained:,} of them trained" if trained < target["num_parameters"] else "")
     dropped = sum(summary["dropped"].values())
-    versions = ", ".join(f"{name} {version}" for name, version in artifacts.versions().items())
+    versions = ", ".join(f"{name} {version}" for name, version in provenance.versions().items())
     return [
         ("examples", f"{summary['num_read']:,} read, {summary['num_train']:,} trained on, {summary['num_held_out']:,} held out"),
         ("not used", f"{dropped:,} dropped, {summary['num_left_out']:,} left out; {summary['num_truncated']:,} truncated"),
         ("split", ", ".join(f"{count:,} {part}" for part, count in split["sizes"].items())),
         (f"mix coverage ({COVERAGE})", coverage),
         ("target", f"{size}, {counted(target['num_steps'], 'step')}, {counted(target['world_size'], 'process', 'processes')}"),
-        ("made by", f"sftmix {__version__}, commit {artifacts.commit() or 'unknown'}"),
+        ("made by", f"sftmix {__version__}, commit {provenance.commit() or 'unknown'}"),
         ("versions", versions),
     ]

@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sftmix import artifacts, faults, resume
-from sftmix.checkpoints import OWN_DIGEST
+from sftmix import resume
 from sftmix.config.schema import Config
 from sftmix.data.batches import TokenisedExamples
 from sftmix.data.tokenizer import tokenizer_from
@@ -30,6 +29,9 @@ from sftmix.resume import TrainingCheckpoints
 from sftmix.runlog import PADDED_RATE, REAL_RATE, RESPONSE_RATE, TRAINING_TIME, RunLog, read_metrics
 from sftmix.skipped import SkippedSteps
 from sftmix.stopping import StopRequest
+from sftmix.storage import faults, provenance
+from sftmix.storage.checkpoints import OWN_DIGEST
+from sftmix.storage.files import sha256_of_file, write_json
 from sftmix.train import TrainingPlan, train
 
 FOLDER, STAGE, RESULT = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
@@ -161,8 +163,8 @@ def rewrite_manifest(name, step, change):
     manifest = json.loads(path.read_text())
     change(manifest)
     del manifest["facts"][OWN_DIGEST]
-    manifest["facts"][OWN_DIGEST] = artifacts.fingerprint(manifest)
-    artifacts.write_json(path, manifest)
+    manifest["facts"][OWN_DIGEST] = provenance.fingerprint(manifest)
+    write_json(path, manifest)
 
 
 def undisturbed():
@@ -328,7 +330,7 @@ def payload():
 
         def vouch(manifest):
             for file, entry in manifest["files"].items():
-                entry |= {"size": (folder / file).stat().st_size, "sha256": artifacts.sha256_of_file(folder / file)}
+                entry |= {"size": (folder / file).stat().st_size, "sha256": sha256_of_file(folder / file)}
 
         rewrite_manifest(name, 6, vouch)
     ranks.barrier()

@@ -12,9 +12,9 @@ from hosts import INTERFACE, ROOT, finish, hosts, wait_for, why_not
 from processes import sftmix
 from tiny import TINY
 
-from sftmix import artifacts
 from sftmix.config.reader import dump_config, load_config
 from sftmix.runlog import read_metrics
+from sftmix.storage import artifacts
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 TORTURE = pytest.mark.torture

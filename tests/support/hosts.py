@@ -57,7 +57,7 @@ class Node:
         return finish(self.start(command, **environment), check=check)
 
     def start_deepspeed(self, *arguments: str, num_nodes: int = -1, fault: str = "") -> subprocess.Popen[str]:
-        """Starts `deepspeed --hostfile` over all hosts, or the first `num_nodes`, from this one. `fault`: as in sftmix/faults.py."""
+        """Starts `deepspeed --hostfile` over all hosts, or the first `num_nodes`, from this one. `fault`: see sftmix/storage/faults.py."""
         exported = {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": INTERFACE, "SFTMIX_FAULT": fault, "SFTMIX_FAULT_SECONDS": f"{PATIENCE:g}"}
         (self.folder / "environment").write_text("".join(f"{name}={value}\n" for name, value in exported.items() if value))
         options = ["--hostfile", str(self.folder / "hostfile"), *(["--num_nodes", str(num_nodes)] if num_nodes > 0 else [])]

@@ -22,7 +22,7 @@ def run_ranks(script: Path, num_ranks: int, *arguments: str) -> str:
 
 
 def sftmix(*arguments: str, check: bool = True, cwd: Path = ROOT, fault: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs the command line in a process of its own, offline and without a GPU; `fault` as in sftmix/faults.py."""
+    """Runs the command line in a process of its own, offline and without a GPU; `fault` as in sftmix/storage/faults.py."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)

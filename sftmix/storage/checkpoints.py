@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sftmix import artifacts, faults
 from sftmix.errors import ArtifactError, counted
+from sftmix.storage import artifacts, faults, provenance
+from sftmix.storage.files import sha256_of_file, sync_folder, write_json, write_text
 
 STAGE = "training checkpoint"
 OWN_DIGEST = "manifest_sha256"
@@ -57,7 +58,7 @@ class CheckpointFolder:
         manifest = artifacts.read_manifest(self.path(step))
         if manifest is None:
             raise ArtifactError(f"{artifacts.MANIFEST} is missing")
-        if manifest.facts.pop(OWN_DIGEST, None) != artifacts.fingerprint(asdict(manifest)):
+        if manifest.facts.pop(OWN_DIGEST, None) != provenance.fingerprint(asdict(manifest)):
             raise ArtifactError(f"{artifacts.MANIFEST} differs from what was written")
         if manifest.stage != STAGE or manifest.facts["step"] != step:
             raise ArtifactError(f"{artifacts.MANIFEST} is not of a checkpoint of step {step}")
@@ -67,15 +68,15 @@ class CheckpointFolder:
         """Makes a checkpoint exist whose state files are written and flushed. Raises what the fence of the run folder raises.
         `retain` is for later: when it exists on every disk that has a part of it."""
         faults.point("checkpoint.manifest")
-        vouched = replace(manifest, facts={**manifest.facts, OWN_DIGEST: artifacts.fingerprint(asdict(manifest))})
-        artifacts.write_json(staging / artifacts.MANIFEST, asdict(vouched))
-        artifacts.sync_folder(staging)
+        vouched = replace(manifest, facts={**manifest.facts, OWN_DIGEST: provenance.fingerprint(asdict(manifest))})
+        write_json(staging / artifacts.MANIFEST, asdict(vouched))
+        sync_folder(staging)
         artifacts.check_may_publish()
         faults.point("checkpoint.rename")
         staging.rename(self.path(step))
-        artifacts.sync_folder(self.folder)
+        sync_folder(self.folder)
         faults.point("checkpoint.latest")
-        artifacts.write_text(self.folder / "latest", self.path(step).name + "\n")
+        write_text(self.folder / "latest", self.path(step).name + "\n")
 
     def retain(self) -> None:
         """Removes checkpoints that need not be kept, oldest first. Called when the newest is known to be whole."""
@@ -104,7 +105,7 @@ def find_problem(folder: Path, manifest: artifacts.Manifest, names: list[str]) -
             return f"{name} is missing"
         if path.stat().st_size != expected["size"]:
             return f"{name} has {counted(path.stat().st_size, 'byte')}, expected {expected['size']:,}"
-        if artifacts.sha256_of_file(path) != expected["sha256"]:
+        if sha256_of_file(path) != expected["sha256"]:
             return f"{name} differs from what was written (SHA-256)"
     return None
 

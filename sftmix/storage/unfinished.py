@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sftmix import artifacts
-from sftmix.checkpoints import CheckpointFolder
 from sftmix.errors import ArtifactError, counted
+from sftmix.storage import provenance
+from sftmix.storage.checkpoints import CheckpointFolder
+from sftmix.storage.files import write_json
 
 RECORD = "work.json"
 
@@ -40,7 +41,7 @@ def claim(folder: Path, stage: str, identity: Identity, *, discard: bool) -> Non
     if discard or record is None or record["fingerprint"] != identity.fingerprint:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    artifacts.write_json(folder / RECORD, vars(identity))
+    write_json(folder / RECORD, vars(identity))
 
 
 def discard(folder: Path, fingerprint: str) -> None:
@@ -55,7 +56,7 @@ def refuse_if_other(folder: Path, stage: str, identity: Identity) -> None:
     record, progress = _read(folder), describe(folder)
     if record is None or progress is None or record["fingerprint"] == identity.fingerprint:
         return
-    lines = artifacts.differences(
+    lines = provenance.differences(
         {"settings": record["settings"], "inputs": record["inputs"]}, {"settings": identity.settings, "inputs": identity.inputs}
     )
     raise refusal(stage, progress, lines)

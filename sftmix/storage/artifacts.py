@@ -8,29 +8,23 @@ reader verifies before it trusts. The manifest's `fingerprint` says which inputs
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
-import socket
-import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sftmix import faults
 from sftmix.errors import ArtifactError, counted
-from sftmix.machine import accessing
+from sftmix.storage import faults
+from sftmix.storage.failures import accessing
+from sftmix.storage.files import sha256_of_file, sync_folder, write_json
+from sftmix.storage.provenance import commit, fingerprint, versions
 
 MANIFEST = "manifest.json"
 _may_publish: list[Callable[[], None]] = []
 FORMAT = 1  # of the artifacts themselves; part of every fingerprint
-VISIBLE_SECONDS = 90.0  # network file systems look again for a name that was not there within 60 s (NFS: acdirmax)
-PACKAGES = ("sftmix", "torch", "deepspeed", "transformers", "datasets", "triton", "peft")
 
 
 @dataclass(frozen=True)
@@ -52,16 +46,6 @@ class Manifest:
     def digest(self) -> str:
         identity = self.facts.get("identity")
         return fingerprint({"identity": identity} if identity else {"files": self.files})
-
-
-def fingerprint(content: Any) -> str:
-    """Returns the SHA-256 (hex) of any JSON value, independent of key order."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
@@ -99,21 +83,6 @@ def replace_folder(staging: Path, folder: Path) -> None:
     faults.point("publish.done")
     sync_folder(folder.parent)
     discard(old)
-
-
-def await_visible(path: Path) -> None:
-    """Waits for what another node has written: a network file system shows a new name there at once and here a little later.
-
-    Raises ArtifactError where it does not come.
-    """
-    deadline = time.monotonic() + VISIBLE_SECONDS
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise ArtifactError(
-                f"{path} is not seen by rank {os.environ.get('RANK', '0')} on {socket.gethostname()}, {VISIBLE_SECONDS:g} s after it was "
-                "written: run.dir must be the same folder on every node. Name one on shared storage."
-            )
-        time.sleep(0.1)
 
 
 def before_publishing(check: Callable[[], None] | None) -> None:
@@ -204,68 +173,3 @@ def discard(folder: Path) -> None:
     (folder / MANIFEST).unlink(missing_ok=True)
     if folder.exists():
         shutil.rmtree(folder)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never a part."""
-    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file by temporary file and rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with accessing(path), temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Returns a line for each value that differs: `a.b: 1 before, 2 now`."""
-    lines = []
-    for key in sorted({*before, *now}, key=str):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += differences(old, new, f"{prefix}{key}.")
-        elif json.dumps(old, sort_keys=True, default=str) != json.dumps(new, sort_keys=True, default=str):
-            lines.append(f"{prefix}{key}: {_shown(old)} before, {_shown(new)} now")
-    return lines
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str) if value is not None else "nothing"
-    return text if len(text) <= 100 else text[:100] + "..."
-
-
-def versions() -> dict[str, str]:
-    """Returns the installed versions of the packages that decide a run's numbers."""
-    found = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-@cache
-def commit() -> str | None:
-    """Returns the git commit of this checkout with `+changes` where it was edited; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    git = ["git", "-C", str(root)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+changes" if changed else "")
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes a folder's entries, so that a rename in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,60 @@
+"""Files that survive a crash: written whole or not at all, flushed, hashed, and awaited on network file systems."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from sftmix.errors import ArtifactError
+from sftmix.storage.failures import accessing
+
+VISIBLE_SECONDS = 90.0  # network file systems look again for a name that was not there within 60 s (NFS: acdirmax)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never a part."""
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file by temporary file and rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with accessing(path), temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder's entries, so that a rename in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def await_visible(path: Path) -> None:
+    """Waits for what another node has written: a network file system shows a new name there at once and here a little later.
+
+    Raises ArtifactError where it does not come.
+    """
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise ArtifactError(
+                f"{path} is not seen by rank {os.environ.get('RANK', '0')} on {socket.gethostname()}, {VISIBLE_SECONDS:g} s after it was "
+                "written: run.dir must be the same folder on every node. Name one on shared storage."
+            )
+        time.sleep(0.1)

@@ -1,0 +1,61 @@
+"""What made an output: fingerprints of settings, versions of packages, the commit of the code."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("sftmix", "torch", "deepspeed", "transformers", "datasets", "triton", "peft")
+
+
+def fingerprint(content: Any) -> str:
+    """Returns the SHA-256 (hex) of any JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Returns a line for each value that differs: `a.b: 1 before, 2 now`."""
+    lines = []
+    for key in sorted({*before, *now}, key=str):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += differences(old, new, f"{prefix}{key}.")
+        elif json.dumps(old, sort_keys=True, default=str) != json.dumps(new, sort_keys=True, default=str):
+            lines.append(f"{prefix}{key}: {_shown(old)} before, {_shown(new)} now")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str) if value is not None else "nothing"
+    return text if len(text) <= 100 else text[:100] + "..."
+
+
+def versions() -> dict[str, str]:
+    """Returns the installed versions of the packages that decide a run's numbers."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+@cache
+def commit() -> str | None:
+    """Returns the git commit of this checkout with `+changes` where it was edited; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changed else "")
