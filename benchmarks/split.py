@@ -26,9 +26,9 @@ import torch
 
 from sftmix.config.schema import Config
 from sftmix.data.prepare import SCHEMA
-from sftmix.pipeline import StageContext
+from sftmix.pipeline.run import StageContext
+from sftmix.pipeline.stages import run_split
 from sftmix.score_files import CONFIDENCE
-from sftmix.stages import run_split
 from sftmix.storage.files import write_json
 
 BATCH = 1 << 17

@@ -38,7 +38,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sftmix import preflight
 from sftmix.config.schema import Config
 from sftmix.data.batches import TokenisedExamples, collate, count_step, cut_step
 from sftmix.data.prepare import prepare
@@ -49,6 +48,7 @@ from sftmix.engine.loading import hf_config, load_source
 from sftmix.engine.precision import resolve_precision
 from sftmix.objectives import Objective
 from sftmix.pairing import StepUnits, match_parts, split_by_confidence
+from sftmix.pipeline import preflight
 from sftmix.storage.files import write_json
 
 MIXUP, NTP, TRL_NTP, TRL_MIXUP = "sftmix (ours)", "ntp (ours)", "ntp (trl)", "sftmix (textbook on trl)"

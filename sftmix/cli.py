@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from sftmix import __version__
 from sftmix.errors import SftmixError, StoppedError
-from sftmix.stopping import INTERRUPTED
+from sftmix.liveness.stopping import INTERRUPTED
 
 if TYPE_CHECKING:
     from sftmix.config.schema import Config
@@ -256,21 +256,21 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         return examine_machine(options)
     if options.command == "scores":
-        from sftmix.score_commands import run
+        from sftmix.pipeline.score_commands import run
 
         run(options)
         return 0
     from sftmix.config.reader import load_config
 
     if options.command == "launch":
-        from sftmix.multinode.command import launch_on_nodes
+        from sftmix.pipeline.node_launch import launch_on_nodes
 
         return launch_on_nodes(options)
-    from sftmix.launch_environment import place_of, translate
+    from sftmix.cluster.environment import place_of, translate
 
     config = load_config(options.config, options.overrides)
     if options.command == "export":
-        from sftmix.export import export
+        from sftmix.pipeline.export import export
 
         print(export(config, which=options.which, to=options.to, adapter=options.adapter))
         return 0
@@ -279,11 +279,11 @@ def _dispatch(options: argparse.Namespace) -> int:
     os.umask(0o077)  # data and weights are the user's own
     place = place_of()
     if place is not None and place.is_on_many_nodes and options.command != "inspect":
-        from sftmix import rank_log
+        from sftmix.cluster import rank_log
 
         rank_log.start(config.run.dir / "logs", place.rank)
     if _is_main():
-        from sftmix.preflight import check
+        from sftmix.pipeline.preflight import check
 
         check(config)
     if options.command == "inspect":
@@ -294,10 +294,10 @@ def _dispatch(options: argparse.Namespace) -> int:
     options.writes_to = config.run.dir
     only = None if options.command == "run" else options.command
     how = {"force": getattr(options, "force", False), "restart": options.restart}
-    from sftmix.pipeline import run_pipeline
+    from sftmix.pipeline.run import run_pipeline
 
     if config.engine.num_processes > 1 and place is None:
-        from sftmix.launcher import launch
+        from sftmix.pipeline.launching import launch
 
         return launch(config, options.config, options.overrides, only=only, **how)
     run_pipeline(config, only=only, **how)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from sftmix.config.schema import CheckpointConfig
 from sftmix.engine.distributed import Ranks, use_threads
 from sftmix.errors import ArtifactError, StoppedError, counted
-from sftmix.stopping import StopRequest, exit_code_of
+from sftmix.liveness.stopping import StopRequest, exit_code_of
 from sftmix.storage import artifacts, faults, provenance
 from sftmix.storage.checkpoints import STAGE, CheckpointFolder, check_space, find_problem
 from sftmix.storage.files import await_visible, sha256_of_file, write_text

@@ -15,13 +15,13 @@ import pytest
 from doctoring import only, stand_in
 from processes import ROOT
 
-from sftmix import fence
+from sftmix.cluster.local_ranks import first_failure, run_local_ranks
 from sftmix.config.reader import load_config
 from sftmix.doctor import build, gpus, memory, network, ranks, storage, versions
 from sftmix.doctor.findings import Finding, count, examine
 from sftmix.doctor.need import Need
 from sftmix.errors import SftmixError
-from sftmix.local_ranks import first_failure, run_local_ranks
+from sftmix.liveness import run_lock
 
 GIB = 2**30
 
@@ -278,7 +278,7 @@ def test_the_file_system_of_the_run_folder_is_known(tmp_path, kind, verdict):
 
 def test_a_run_folder_held_by_a_living_run_is_named(tmp_path):
     assert only(storage.check_writer(tmp_path)).verdict == "ok"
-    claimed = fence.claim(tmp_path)
+    claimed = run_lock.claim(tmp_path)
     finding = only(storage.check_writer(tmp_path))
     assert finding.verdict == "bad" and f"attempt 1, host {socket.gethostname()}, pid {os.getpid()}" in finding.found
     claimed.release()
@@ -383,7 +383,7 @@ def test_bandwidth_is_turned_into_the_time_of_a_step():
 
 
 def test_a_rank_that_fails_ends_the_others_and_is_the_one_named(monkeypatch):
-    monkeypatch.setattr("sftmix.local_ranks.GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("sftmix.cluster.local_ranks.GRACE_SECONDS", 0.2)
     code = "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit('the disk is full')\ntime.sleep(600)"
     started = time.monotonic()
     failure = first_failure(run_local_ranks([sys.executable, "-c", code], 2, limit_seconds=60))

@@ -18,7 +18,7 @@ from sftmix.cli import _parser, main
 from sftmix.config.reader import load_config
 from sftmix.config.shipped import packaged
 from sftmix.errors import ConfigError, SftmixError
-from sftmix.preflight import check
+from sftmix.pipeline.preflight import check
 
 LLAMA = {
     "model_type": "llama",
@@ -363,7 +363,7 @@ def test_an_error_that_is_a_bug_keeps_its_traceback(config, monkeypatch):
     def bug(config):
         raise KeyError("a")
 
-    monkeypatch.setattr("sftmix.preflight.check", bug)
+    monkeypatch.setattr("sftmix.pipeline.preflight.check", bug)
     with pytest.raises(KeyError):
         main(["data", str(config)])
 

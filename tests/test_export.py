@@ -16,8 +16,8 @@ from sftmix.cli import main
 from sftmix.config.reader import dump_config, load_config
 from sftmix.data.template import ALPACA
 from sftmix.errors import ArtifactError, ConfigError
-from sftmix.export import export
-from sftmix.pipeline import stages_of
+from sftmix.pipeline.export import export
+from sftmix.pipeline.run import stages_of
 from sftmix.storage import artifacts
 from sftmix.storage.failures import explain
 

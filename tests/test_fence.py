@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sftmix import fence
 from sftmix.errors import ArtifactError
+from sftmix.liveness import run_lock
 from sftmix.storage.files import write_json
 
 WORKER = Path(__file__).parent / "support" / "fence_worker.py"
@@ -40,9 +40,9 @@ def kill(process):
 
 
 def test_attempts_count_up_and_tell_their_story(tmp_path):
-    first = fence.claim(tmp_path / "run")
+    first = run_lock.claim(tmp_path / "run")
     first.release()
-    second = fence.claim(tmp_path / "run")
+    second = run_lock.claim(tmp_path / "run")
     assert (first.attempt, second.attempt) == (1, 2)
     record = json.loads((tmp_path / "run" / "attempts" / "000001.json").read_text())
     assert record["pid"] == os.getpid()
@@ -54,26 +54,26 @@ def test_a_living_holder_is_named_at_once(tmp_path, start):
     holder = start("still")  # on one machine the process table decides, not the lease
     assert holder.stdout.readline() == "attempt 1\n"
     with pytest.raises(ArtifactError, match=rf"attempt 1, host .*, pid {holder.pid}, since 20.*stop it, or choose another run.dir"):
-        fence.claim(tmp_path / "run", patience_seconds=3600)
+        run_lock.claim(tmp_path / "run", patience_seconds=3600)
     holder.send_signal(signal.SIGSTOP)  # stopped is not dead
     with pytest.raises(ArtifactError, match=f"pid {holder.pid}"):
-        fence.claim(tmp_path / "run", patience_seconds=3600)
+        run_lock.claim(tmp_path / "run", patience_seconds=3600)
 
 
 def test_a_killed_holder_is_superseded_at_once(tmp_path, start):
     holder = start("hold")
     holder.stdout.readline()
     kill(holder)
-    assert fence.claim(tmp_path / "run", patience_seconds=3600).attempt == 2
+    assert run_lock.claim(tmp_path / "run", patience_seconds=3600).attempt == 2
 
 
 def test_a_pid_that_was_used_again_is_not_the_holder(tmp_path):
-    held = fence.claim(tmp_path / "run")  # by this process, which lives
+    held = run_lock.claim(tmp_path / "run")  # by this process, which lives
     path = tmp_path / "run" / "attempts" / "000001.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "process_start": record["process_start"] - 1}))
-    assert fence.claim(tmp_path / "run", patience_seconds=3600).attempt == 2
-    with pytest.raises(fence.SupersededError):
+    assert run_lock.claim(tmp_path / "run", patience_seconds=3600).attempt == 2
+    with pytest.raises(run_lock.SupersededError):
         held.check()
 
 
@@ -81,26 +81,26 @@ def test_a_holder_on_another_host_is_refused_while_it_renews(tmp_path, start):
     holder = start("hold", "elsewhere")
     holder.stdout.readline()
     with pytest.raises(ArtifactError, match=f"host elsewhere, pid {holder.pid}"):
-        fence.claim(tmp_path / "run", patience_seconds=60)
+        run_lock.claim(tmp_path / "run", patience_seconds=60)
 
 
 @pytest.mark.parametrize("other", ["host", "boot_id", "pid_namespace"])
 def test_a_holder_elsewhere_that_does_not_renew_is_superseded(tmp_path, other):
-    held = fence.claim(tmp_path / "run")
+    held = run_lock.claim(tmp_path / "run")
     path = tmp_path / "run" / "attempts" / "000001.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), other: "other"}))
-    new = fence.claim(tmp_path / "run", patience_seconds=0.3)
+    new = run_lock.claim(tmp_path / "run", patience_seconds=0.3)
     assert new.attempt == 2
     new.check()
     for forbidden in (held.check, held.renew):
         with pytest.raises(
-            fence.SupersededError, match=rf"attempt 2 \(host .*, pid {os.getpid()}\) has taken over .* nothing more is written"
+            run_lock.SupersededError, match=rf"attempt 2 \(host .*, pid {os.getpid()}\) has taken over .* nothing more is written"
         ):
             forbidden()
 
 
 def test_the_lease_of_a_superseded_attempt_counts_for_nothing(tmp_path):
-    fence.claim(tmp_path / "run")
+    run_lock.claim(tmp_path / "run")
     attempts = tmp_path / "run" / "attempts"
     path = attempts / "000001.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "host": "elsewhere"}))
@@ -115,14 +115,14 @@ def test_the_lease_of_a_superseded_attempt_counts_for_nothing(tmp_path):
     thread = threading.Thread(target=renew)
     thread.start()
     try:
-        assert fence.claim(tmp_path / "run", patience_seconds=0.5).attempt == 2
+        assert run_lock.claim(tmp_path / "run", patience_seconds=0.5).attempt == 2
     finally:
         done.set()
         thread.join()
 
 
 def test_who_claims_later_does_not_judge_the_winner_by_the_rest_of_its_patience(tmp_path, monkeypatch):
-    create = fence._create
+    create = run_lock._create
 
     def another_is_faster(attempts, number):
         monkeypatch.undo()
@@ -131,16 +131,16 @@ def test_who_claims_later_does_not_judge_the_winner_by_the_rest_of_its_patience(
             create(attempts, number)
         return create(attempts, number)
 
-    monkeypatch.setattr(fence, "_create", another_is_faster)
+    monkeypatch.setattr(run_lock, "_create", another_is_faster)
     with pytest.raises(ArtifactError, match="attempt 1, host elsewhere"):
-        fence.claim(tmp_path / "run", patience_seconds=0)
+        run_lock.claim(tmp_path / "run", patience_seconds=0)
 
 
 def test_a_released_attempt_elsewhere_needs_no_patience(tmp_path, monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
-    fence.claim(tmp_path / "run").release()
+    run_lock.claim(tmp_path / "run").release()
     monkeypatch.undo()
-    assert fence.claim(tmp_path / "run", patience_seconds=3600).attempt == 2
+    assert run_lock.claim(tmp_path / "run", patience_seconds=3600).attempt == 2
 
 
 @pytest.mark.parametrize("hosts", [("a", "a"), ("a", "b")])  # the process table decides; the lease does
@@ -166,34 +166,34 @@ def test_a_claim_that_was_cut_off_is_superseded_after_the_patience(tmp_path):
     attempts = tmp_path / "run" / "attempts"
     attempts.mkdir(parents=True)
     (attempts / "000001.json").touch()
-    assert fence.claim(tmp_path / "run", patience_seconds=0.3).attempt == 2
+    assert run_lock.claim(tmp_path / "run", patience_seconds=0.3).attempt == 2
 
 
 def test_a_worker_joins_the_attempt_it_was_told(tmp_path):
-    held = fence.claim(tmp_path / "run")
-    worker = fence.join(tmp_path / "run", held.attempt)
+    held = run_lock.claim(tmp_path / "run")
+    worker = run_lock.join(tmp_path / "run", held.attempt)
     worker.check()
     held.release()
-    fence.claim(tmp_path / "run")
-    with pytest.raises(fence.SupersededError):
+    run_lock.claim(tmp_path / "run")
+    with pytest.raises(run_lock.SupersededError):
         worker.check()
     with pytest.raises(ArtifactError, match="000007.json is missing"):
-        fence.join(tmp_path / "run", 7)
+        run_lock.join(tmp_path / "run", 7)
 
 
 def test_a_run_folder_made_anew_is_another_run_folder(tmp_path):
-    held = fence.claim(tmp_path / "run")
+    held = run_lock.claim(tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "removed")
-    with pytest.raises(fence.SupersededError, match="was removed"):
+    with pytest.raises(run_lock.SupersededError, match="was removed"):
         held.check()
-    assert fence.claim(tmp_path / "run").attempt == held.attempt
-    with pytest.raises(fence.SupersededError, match="was removed"):
+    assert run_lock.claim(tmp_path / "run").attempt == held.attempt
+    with pytest.raises(run_lock.SupersededError, match="was removed"):
         held.check()
 
 
 def test_the_last_fifty_attempts_are_kept(tmp_path):
     for _ in range(53):
-        fence.claim(tmp_path / "run").release()
+        run_lock.claim(tmp_path / "run").release()
     names = sorted(path.name for path in (tmp_path / "run" / "attempts").glob("*.json"))
     assert (len(names), names[0], names[-1]) == (50, "000004.json", "000053.json")
 
@@ -201,4 +201,4 @@ def test_the_last_fifty_attempts_are_kept(tmp_path):
 def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(ArtifactError, match="cannot be written .* choose another run.dir"):
-        fence.claim(tmp_path / "run")
+        run_lock.claim(tmp_path / "run")

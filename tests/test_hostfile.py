@@ -3,8 +3,8 @@
 import pytest
 from processes import ROOT
 
+from sftmix.cluster.hostfile import Node, read_hostfile
 from sftmix.errors import ConfigError
-from sftmix.hostfile import Node, read_hostfile
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import sys
 import pytest
 from processes import ROOT
 
+from sftmix.cluster.environment import first_host, place_of, rank_of, translate
 from sftmix.engine.distributed import environment_rank
 from sftmix.errors import ConfigError
-from sftmix.launch_environment import first_host, place_of, rank_of, translate
-from sftmix.launcher import asking_to_stop
+from sftmix.pipeline.launching import asking_to_stop
 
 SRUN = {
     "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NTASKS": "7",

@@ -31,9 +31,9 @@ from sftmix.engine.lora import (
 )
 from sftmix.errors import ConfigError
 from sftmix.objectives import Objective, loss_request
-from sftmix.pipeline import model_identity
-from sftmix.preflight import check
-from sftmix.stages import trained_model
+from sftmix.pipeline.preflight import check
+from sftmix.pipeline.run import model_identity
+from sftmix.pipeline.stages import trained_model
 
 # Plain peft asks for the old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

@@ -77,7 +77,7 @@ def test_published_text_names_itself_on_a_full_disk(mounted):
 def test_lists_of_a_split_need_their_space_at_once(mounted):
     """A write to mapped memory without space behind it would kill the process."""
     code = (
-        "import sys; from pathlib import Path; from sftmix.split_stage import _new_list\n"
+        "import sys; from pathlib import Path; from sftmix.pipeline.split_stage import _new_list\n"
         "try: _new_list(Path(sys.argv[1]) / 'a.npy', 100_000)[:] = 1\n"
         "except OSError as error: print(error.errno, error.filename)"
     )

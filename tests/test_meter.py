@@ -12,12 +12,12 @@ from sftmix.config.schema import CheckpointConfig, TrainConfig
 from sftmix.engine.distributed import Ranks
 from sftmix.engine.engine import MicroBatchLoss
 from sftmix.errors import ArtifactError
+from sftmix.liveness.stopping import StopRequest
 from sftmix.meter import CHECKPOINT, TRAINING, Meter, describe_time
 from sftmix.objectives import Objective
 from sftmix.pairing import singles
 from sftmix.resume import TrainingCheckpoints
 from sftmix.runlog import MIXUP, NTP, PADDED_RATE, REAL_RATE, RESPONSE_RATE, TRAINING_TIME, RunLog, read_metrics
-from sftmix.stopping import StopRequest
 from sftmix.storage.checkpoints import CheckpointFolder
 from sftmix.train import TrainingPlan, train
 

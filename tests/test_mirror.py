@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 import pytest
 import torch
 
-from sftmix import mirror
 from sftmix.config.schema import CheckpointConfig
 from sftmix.engine.distributed import Ranks
 from sftmix.errors import ArtifactError
+from sftmix.pipeline import unshared_folder
 from sftmix.resume import TrainingCheckpoints
 from sftmix.shards import ShardFolder
 from sftmix.storage import artifacts
@@ -87,7 +87,7 @@ def test_state_of_this_layout_is_taken(tmp_path):
 
 def test_a_problem_of_another_rank_is_raised_here_too():
     with pytest.raises(ArtifactError, match="the disk of node1 is full") as raised:
-        mirror.agree(two_disks("the disk of node1 is full"), "")
+        unshared_folder.agree(two_disks("the disk of node1 is full"), "")
     assert raised.value.on_all_ranks
 
 
@@ -96,10 +96,10 @@ def test_a_folder_that_differs_from_the_manifest_is_not_taken_for_a_copy(tmp_pat
         (staging / "a").write_text("content")
     manifest = artifacts.read_manifest(tmp_path / "data")
     (tmp_path / "data" / "a").write_text("changed")
-    assert not mirror._has(tmp_path / "data", manifest)
+    assert not unshared_folder._has(tmp_path / "data", manifest)
     (tmp_path / "data" / "a").write_text("content")
-    assert not mirror._has(tmp_path / "data", artifacts.Manifest(**{**asdict(manifest), "fingerprint": "of other settings"}))
-    assert mirror._has(tmp_path / "data", manifest)
+    assert not unshared_folder._has(tmp_path / "data", artifacts.Manifest(**{**asdict(manifest), "fingerprint": "of other settings"}))
+    assert unshared_folder._has(tmp_path / "data", manifest)
 
 
 def test_units_from_two_disks_are_written_once_and_exactly(tmp_path):
@@ -114,6 +114,6 @@ def test_units_from_two_disks_are_written_once_and_exactly(tmp_path):
             return values
 
     shards = ShardFolder(tmp_path, "f")
-    mirror.collect_units(WithRows(0, 2, 0, torch.device("cpu"), (0, 1)), shards, [2, 2])
+    unshared_folder.collect_units(WithRows(0, 2, 0, torch.device("cpu"), (0, 1)), shards, [2, 2])
     assert shards.problem(0, 2) == "not scored yet" and shards.problem(1, 2) is None
     assert shards.read(1).nll_sum.tolist() == [0.1, 1e-300] and shards.read(1).num_misses.tolist() == [2, 0]

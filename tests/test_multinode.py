@@ -12,11 +12,12 @@ from nodes import nodes_on_this_machine, script
 from processes import ROOT
 
 from sftmix.cli import _parser
+from sftmix.cluster import exports, launch_commands
+from sftmix.cluster.environment import translate
+from sftmix.cluster.hostfile import Node
 from sftmix.errors import ConfigError
-from sftmix.hostfile import Node
-from sftmix.launch_environment import translate
-from sftmix.launcher import run_commands
-from sftmix.multinode import command, commands, exports
+from sftmix.pipeline import node_launch
+from sftmix.pipeline.launching import run_commands
 
 NODES = [Node("a", 2), Node("b", 1)]
 HOSTILE = [
@@ -47,14 +48,14 @@ with open(os.environ["SFTMIX_TEST_FOLDER"] + "/" + rank, "w") as file:
 
 
 def plan(launcher, *arguments, nodes=NODES, **where):
-    return commands.make_plan(nodes, Path("hosts"), launcher, arguments, **{"address": None, "port": None, **where})
+    return launch_commands.make_plan(nodes, Path("hosts"), launcher, arguments, **{"address": None, "port": None, **where})
 
 
 def deepspeed_runner(launcher, arguments, env_file, nodes=NODES):
     """Returns what DeepSpeed's own runner starts for our command: the words of pdsh, mpirun or srun."""
     from deepspeed.launcher import multinode_runner, runner
 
-    args = runner.parse_args(commands.runner_command(plan(launcher, *arguments, nodes=nodes))[3:])
+    args = runner.parse_args(launch_commands.runner_command(plan(launcher, *arguments, nodes=nodes))[3:])
     pool = {node.host: node.slots for node in nodes}
     kinds = {"pdsh": multinode_runner.PDSHRunner, "openmpi": multinode_runner.OpenMPIRunner, "slurm": multinode_runner.SlurmRunner}
     made = kinds[launcher](args, "world", *([] if launcher == "pdsh" else [pool]))
@@ -79,7 +80,7 @@ def test_every_word_reaches_the_nodes_of_pdsh_unchanged(tmp_path, monkeypatch):
 
 def test_the_same_words_without_our_care_are_run_by_the_shell(tmp_path, monkeypatch):
     """What this is for; if DeepSpeed quotes one day, this fails, and ours must go."""
-    monkeypatch.setattr(commands, "pdsh_argument", str)
+    monkeypatch.setattr(launch_commands, "pdsh_argument", str)
     found, _, _ = deepspeed_runner("pdsh", ["run.dir=$(touch hacked) x"], "HF_HOME=$(touch hacked2)\n")
     text = " ".join(found[found.index("-w") + 2 :]).replace(f"cd {Path.cwd()};", "").replace(sys.executable, "echo", 1)
     subprocess.run(["sh", "-c", text], cwd=tmp_path, capture_output=True, check=True)
@@ -108,7 +109,7 @@ def test_srun_is_given_the_environment_itself():
 
 
 def test_a_node_over_ssh_gets_one_quoted_text(tmp_path):
-    *_, host, text = commands.ssh_command(plan("ssh", *HOSTILE), 1, VALUES)
+    *_, host, text = launch_commands.ssh_command(plan("ssh", *HOSTILE), 1, VALUES)
     there = text.split(" && exec ", 1)[1]
     words = shlex.split(there)
     assert host == "b" and words[0] == "env" and words[-len(HOSTILE) :] == HOSTILE
@@ -123,7 +124,7 @@ def test_folders_that_deepspeed_does_not_quote_are_refused(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path / name)
     with pytest.raises(ConfigError, match="the folder in which you are.*--launcher ssh"):
         plan("pdsh", "c.yaml")
-    assert f"cd -- {shlex.quote(str(tmp_path / name))} && " in commands.ssh_command(plan("ssh", "c.yaml"), 0, {})[-1]
+    assert f"cd -- {shlex.quote(str(tmp_path / name))} && " in launch_commands.ssh_command(plan("ssh", "c.yaml"), 0, {})[-1]
 
 
 @pytest.mark.parametrize(
@@ -155,13 +156,13 @@ def test_options_that_contradict_each_other_are_refused(tmp_path, monkeypatch, o
     monkeypatch.chdir(tmp_path)
     Path("hosts").write_text("a slots=2\nb slots=1\n")
     with pytest.raises(ConfigError, match=words):
-        command.plan_of(_parser().parse_args(["launch", "c.yaml", *options]))
+        node_launch.plan_of(_parser().parse_args(["launch", "c.yaml", *options]))
 
 
 def test_the_arguments_are_those_of_run_py(tmp_path):
     (tmp_path / "hosts").write_text("a slots=2\nb slots=1\n")
     options = ["--hostfile", str(tmp_path / "hosts"), "--stage", "train", "--force", "--restart"]
-    made = command.plan_of(_parser().parse_args(["launch", "c.yaml", "x=1", *options]))
+    made = node_launch.plan_of(_parser().parse_args(["launch", "c.yaml", "x=1", *options]))
     assert made.arguments == ("c.yaml", "x=1", "--stage", "train", "--force", "--restart")
     import importlib.util
 
@@ -184,7 +185,7 @@ def test_secrets_stay_here_and_the_users_own_file_counts(tmp_path, monkeypatch):
         "HF_HOME": "/hf", "NCCL_DEBUG": "INFO", "OWN": "1=2", "HOME_ONLY": "x", "PYTHONPATH": "/root:/mine",
         "TOKENIZERS_PARALLELISM": "true",
     }  # fmt: skip
-    with command._for_runner(plan("pdsh"), {**here, "MLFLOW_TRACKING_URI": "$(touch hacked)", "UCX_TLS": "tcp"}) as environment:
+    with node_launch._for_runner(plan("pdsh"), {**here, "MLFLOW_TRACKING_URI": "$(touch hacked)", "UCX_TLS": "tcp"}) as environment:
         assert (
             Path(environment["DS_ENV_FILE"]).stat().st_mode & 0o077 == 0 and "hf_secret" not in Path(environment["DS_ENV_FILE"]).read_text()
         )
@@ -215,7 +216,7 @@ def test_secrets_stay_here_and_the_users_own_file_counts(tmp_path, monkeypatch):
 def test_the_exit_code_says_what_was_published(tmp_path, code, outcome, is_published, expected):
     if is_published:
         (tmp_path / "manifest.json").touch()
-    assert command.judge(code, outcome, tmp_path / "manifest.json") == expected
+    assert node_launch.judge(code, outcome, tmp_path / "manifest.json") == expected
 
 
 # Real processes.
@@ -229,7 +230,7 @@ def test_ranks_on_two_nodes_see_arguments_and_environment_as_they_were_given(tmp
     if launcher == "pdsh" and which("pdsh") is None:
         pytest.skip("there is no pdsh here")
     (tmp_path / "probe.py").write_text(PROBE)
-    for module in (commands,):
+    for module in (launch_commands,):
         monkeypatch.setattr(module, "RUN_SCRIPT", tmp_path / "probe.py")
     environment = {**os.environ, **VALUES, **nodes_on_this_machine(tmp_path), "SFTMIX_TEST_FOLDER": str(tmp_path / "found")}
     (tmp_path / "found").mkdir()
@@ -240,11 +241,11 @@ def test_ranks_on_two_nodes_see_arguments_and_environment_as_they_were_given(tmp
     if launcher == "torchrun":  # its agents really meet
         made = plan(launcher, *HOSTILE, address="127.0.0.2", port=29517)
     if launcher == "pdsh":
-        with command._for_runner(made, environment) as prepared:
-            assert run_commands([commands.runner_command(made)], prepared) == 0
+        with node_launch._for_runner(made, environment) as prepared:
+            assert run_commands([launch_commands.runner_command(made)], prepared) == 0
     else:
-        variables = exports.wanted(environment, command.PACKAGE_ROOT)
-        assert run_commands([commands.ssh_command(made, number, variables) for number in (0, 1)], environment) == 0
+        variables = exports.wanted(environment, node_launch.PACKAGE_ROOT)
+        assert run_commands([launch_commands.ssh_command(made, number, variables) for number in (0, 1)], environment) == 0
     check_probes(tmp_path, VALUES)
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["hosts"]
 
@@ -291,8 +292,8 @@ sys.exit(max([p.wait() for p in [subprocess.Popen(command, env={**own, **given, 
 @pytest.mark.parametrize(("launcher", "code", "beside"), [("slurm", SRUN, "sinfo"), ("openmpi", MPIRUN, "ompi_info")])
 def test_ranks_of_srun_and_mpirun_see_the_same(tmp_path, monkeypatch, launcher, code, beside):
     """DeepSpeed's runner is real; srun and mpirun are ours, and set what the real ones document."""
-    (tmp_path / "probe.py").write_text("from sftmix.launch_environment import translate\ntranslate()\n" + PROBE)
-    monkeypatch.setattr(commands, "RUN_SCRIPT", tmp_path / "probe.py")
+    (tmp_path / "probe.py").write_text("from sftmix.cluster.environment import translate\ntranslate()\n" + PROBE)
+    monkeypatch.setattr(launch_commands, "RUN_SCRIPT", tmp_path / "probe.py")
     script(tmp_path / "bin", {"slurm": "srun", "openmpi": "mpirun"}[launcher], code)
     script(tmp_path / "bin", beside, "")
     values = VALUES if launcher == "slurm" else {"NCCL_IB_HCA": "=mlx5_0:1,mlx5_1:1", "HF_HOME": "/hf", "OMP_NUM_THREADS": "3"}
@@ -307,8 +308,8 @@ def test_ranks_of_srun_and_mpirun_see_the_same(tmp_path, monkeypatch, launcher, 
     monkeypatch.chdir(tmp_path)
     Path("hosts").write_text("a slots=2\nb slots=2\n")
     made = plan(launcher, *HOSTILE, nodes=[Node("a", 2), Node("b", 2)])
-    with command._for_runner(made, environment) as prepared:
-        assert run_commands([commands.runner_command(made)], prepared) == 0
+    with node_launch._for_runner(made, environment) as prepared:
+        assert run_commands([launch_commands.runner_command(made)], prepared) == 0
     for rank in range(4):
         arguments, seen, folder = json.loads((tmp_path / str(rank)).read_text())
         assert arguments == HOSTILE and folder == str(tmp_path) and {name: seen[name] for name in values} == values
@@ -318,7 +319,7 @@ def test_ranks_of_srun_and_mpirun_see_the_same(tmp_path, monkeypatch, launcher, 
 
 @pytest.mark.parametrize(("launcher", "program"), [("pdsh", "pdsh"), ("ssh", "ssh"), ("openmpi", "mpirun"), ("slurm", "srun")])
 def test_a_launcher_whose_program_is_missing_is_refused(launcher, program, monkeypatch):
-    from sftmix.multinode.command import _check_programs
+    from sftmix.pipeline.node_launch import _check_programs
 
     monkeypatch.setattr("shutil.which", lambda name: None if name == program else f"/usr/bin/{name}")
     with pytest.raises(ConfigError, match=f"--launcher {launcher} needs the program {program}, which is not in PATH"):

@@ -65,9 +65,9 @@ def test_a_log_that_cannot_be_written_is_said_and_the_rank_goes_on(tmp_path):
 
 
 def test_ranks_may_begin_their_logs_before_rank_0_claims_the_folder(tmp_path):
-    from sftmix import guard
     from sftmix.config.reader import load_config
     from sftmix.errors import ArtifactError
+    from sftmix.pipeline import guard
 
     config = load_config(str(ROOT / "configs/quickstart.yaml"), [f"run.dir={tmp_path / 'run'}"])
     (tmp_path / "run/logs").mkdir(parents=True)

@@ -20,7 +20,7 @@ from sftmix.engine.distributed import check_zero_section, import_deepspeed
 from sftmix.engine.loading import check_context, empty_model, hf_config
 from sftmix.engine.lora import num_adapter_parameters, target_names
 from sftmix.errors import ConfigError
-from sftmix.preflight import check
+from sftmix.pipeline.preflight import check
 
 CONFIGS = ROOT / "configs"
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))

@@ -17,7 +17,7 @@ from sftmix.confidence import CONFIDENCE_SCHEMA
 from sftmix.config.schema import Config, SplitConfig
 from sftmix.data.prepare import SCHEMA
 from sftmix.pairing import CONFIDENT, MIDDLE, UNCONFIDENT, split_by_confidence
-from sftmix.pipeline import StageContext
+from sftmix.pipeline.run import StageContext
 from sftmix.report import plots
 from sftmix.report.build import ONE_SEED, TITLES, UNITS, build_report, cells, print_table
 from sftmix.report.examples import ScoredExamples, agreement_of, duplicates, extremes, truncated

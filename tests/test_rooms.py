@@ -43,25 +43,25 @@ def test_kernels_need_torch_and_triton_only(path):
 
 LOWER = {  # what these rooms must not know
     "sftmix/permutation": ("torch", "sftmix"),
-    "sftmix/pairing": ("torch", "sftmix.engine", "sftmix.data", "sftmix.config.schema", "sftmix.pipeline", "sftmix.storage.artifacts"),
+    "sftmix/pairing": ("torch", "sftmix.engine", "sftmix.data", "sftmix.config.schema", "sftmix.pipeline.run", "sftmix.storage.artifacts"),
     "sftmix/faults": ("torch", "sftmix"),
     "sftmix/processes": ("torch", "sftmix"),
     "sftmix/stopping": ("torch", "sftmix"),
     "sftmix/rank_log": ("torch", "sftmix"),
-    "sftmix/hostfile": ("torch", "sftmix.engine", "sftmix.config.schema", "sftmix.pipeline"),
-    "sftmix/launch_environment": ("torch", "sftmix.engine", "sftmix.config.schema", "sftmix.pipeline"),
-    "sftmix/multinode/commands": ("torch", "sftmix.engine", "sftmix.config.schema", "sftmix.pipeline"),
-    "sftmix/fence": ("torch", "sftmix.engine", "sftmix.config.schema", "sftmix.pipeline"),
-    "sftmix/checkpoints": ("torch", "sftmix.engine", "sftmix.config.schema", "sftmix.pipeline"),
-    "sftmix/work": ("torch", "sftmix.engine", "sftmix.config.schema", "sftmix.pipeline"),
-    "sftmix/engine/watch": ("torch", "deepspeed", "sftmix.config.schema", "sftmix.pipeline"),
+    "sftmix/hostfile": ("torch", "sftmix.engine", "sftmix.config.schema", "sftmix.pipeline.run"),
+    "sftmix/launch_environment": ("torch", "sftmix.engine", "sftmix.config.schema", "sftmix.pipeline.run"),
+    "sftmix/multinode/commands": ("torch", "sftmix.engine", "sftmix.config.schema", "sftmix.pipeline.run"),
+    "sftmix/fence": ("torch", "sftmix.engine", "sftmix.config.schema", "sftmix.pipeline.run"),
+    "sftmix/checkpoints": ("torch", "sftmix.engine", "sftmix.config.schema", "sftmix.pipeline.run"),
+    "sftmix/work": ("torch", "sftmix.engine", "sftmix.config.schema", "sftmix.pipeline.run"),
+    "sftmix/engine/watch": ("torch", "deepspeed", "sftmix.config.schema", "sftmix.pipeline.run"),
     "sftmix/shards": ("torch", "sftmix.engine", "sftmix.config.schema", "sftmix.data"),
-    "sftmix/split": ("torch", "sftmix.engine", "sftmix.config.schema", "sftmix.data", "sftmix.pipeline"),
-    "sftmix/scores": ("torch", "sftmix.engine", "sftmix.pipeline", "sftmix.config.schema"),
-    "sftmix/confidence": ("torch", "sftmix.engine", "sftmix.pipeline"),
+    "sftmix/split": ("torch", "sftmix.engine", "sftmix.config.schema", "sftmix.data", "sftmix.pipeline.run"),
+    "sftmix/scores": ("torch", "sftmix.engine", "sftmix.pipeline.run", "sftmix.config.schema"),
+    "sftmix/confidence": ("torch", "sftmix.engine", "sftmix.pipeline.run"),
     "sftmix/config": ("torch", "sftmix"),
     "sftmix/artifacts": ("torch", "sftmix.engine", "sftmix.config.schema", "sftmix.data"),
-    "sftmix/objectives": ("sftmix.engine", "sftmix.pipeline", "sftmix.config.schema"),
+    "sftmix/objectives": ("sftmix.engine", "sftmix.pipeline.run", "sftmix.config.schema"),
 }
 
 
@@ -74,7 +74,7 @@ def test_lower_rooms_do_not_know_higher_ones(name):
 @pytest.mark.parametrize("path", [p for p in FILES if room(p).startswith("sftmix/data/")], ids=room)
 def test_data_knows_no_engine_and_no_stage(path):
     for module, _ in imports(path):
-        assert not module.startswith(("sftmix.engine", "sftmix.pipeline", "sftmix.stages", "sftmix.train")), module
+        assert not module.startswith(("sftmix.engine", "sftmix.pipeline.run", "sftmix.pipeline.stages", "sftmix.train")), module
 
 
 @pytest.mark.parametrize("name", ["kernels", "launch"])

@@ -10,7 +10,7 @@ from processes import ROOT
 from score_tables import FINGERPRINTS, IDS, NAN, SUMS, own_table, table
 
 from sftmix.errors import ArtifactError
-from sftmix.score_commands import export_scores, show_scores
+from sftmix.pipeline.score_commands import export_scores, show_scores
 from sftmix.scores import fit_scores, read_scores
 
 NAMES = ("confidence", "perplexity")

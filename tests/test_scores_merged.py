@@ -10,7 +10,7 @@ import pytest
 from score_tables import COUNTS, FINGERPRINTS, IDS, OTHERS, SUMS, table
 
 from sftmix.errors import ArtifactError, ConfigError
-from sftmix.score_commands import export_scores
+from sftmix.pipeline.score_commands import export_scores
 from sftmix.score_merge import merge_scores
 from sftmix.scores import read_scores
 from sftmix.storage import artifacts

@@ -5,13 +5,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sftmix import score_files, split_stage
+from sftmix import score_files
 from sftmix.config.schema import Config
 from sftmix.data.batches import TokenisedExamples
 from sftmix.data.prepare import SCHEMA
 from sftmix.errors import ArtifactError
 from sftmix.pairing import match_parts, split_by_confidence
-from sftmix.pipeline import StageContext
+from sftmix.pipeline import split_stage
+from sftmix.pipeline.run import StageContext
 
 COUNT = 1003
 

@@ -15,9 +15,9 @@ from nodes import script
 from processes import sftmix
 
 from sftmix.cli import TEMPLATES, _parser, main
+from sftmix.cluster.templates import FILES, FOLDER, VALUES, render
 from sftmix.config.schema import Config
 from sftmix.errors import ConfigError
-from sftmix.multinode.templates import FILES, FOLDER, VALUES, render
 
 GIVEN = {
     "slurm": {"nodes": "2", "gpus": "4", "time": "24:00:00", "partition": "a100"},
@@ -125,7 +125,7 @@ def test_hostile_values_are_refused(template, name):
     ],
 )
 def test_what_is_missing_or_wrong_is_said(template, more, words):
-    from sftmix.multinode.command import launch_on_nodes
+    from sftmix.pipeline.node_launch import launch_on_nodes
 
     options = _parser().parse_args(["launch", "configs/quickstart.yaml", *more[2:], "--template", template, *more[:2]])
     with pytest.raises(ConfigError, match=words):

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from sftmix import processes
-from sftmix.engine.last_words import LastWords
-from sftmix.engine.members import Position
+from sftmix.liveness import processes
+from sftmix.liveness.last_words import LastWords
+from sftmix.liveness.members import Position
 
 WORKER = Path(__file__).parent / "support" / "watch_worker.py"
 TOKEN = "0123abcd"

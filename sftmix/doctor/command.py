@@ -14,13 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sftmix.cluster.hostfile import read_hostfile
 from sftmix.config.schema import Config
 from sftmix.doctor import build, gpus, memory, network, nodes, ranks, storage, versions
 from sftmix.doctor.findings import Finding, count, examine
 from sftmix.doctor.identity import identity
 from sftmix.doctor.need import Need
 from sftmix.errors import SftmixError, counted
-from sftmix.hostfile import read_hostfile
 
 CONFIG, REFUSED = "config", "sftmix run refuses it"
 Look = tuple[str, Callable[[], list[Finding]]]
@@ -126,7 +126,7 @@ def _load(options: argparse.Namespace, findings: list[Finding]) -> Config | None
 
     def look() -> list[Finding]:
         from sftmix.config.reader import load_config
-        from sftmix.preflight import check
+        from sftmix.pipeline.preflight import check
 
         try:
             loaded.append(load_config(options.config, options.overrides))

@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sftmix.cluster.environment import DEFAULT_PORT
 from sftmix.doctor.findings import Finding
-from sftmix.launch_environment import DEFAULT_PORT
 
 # Bridges and ends of containers: no way to another machine.
 VIRTUAL = (

@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from sftmix.cluster.hostfile import Node, is_host_name
 from sftmix.doctor.findings import Finding, examine
 from sftmix.errors import counted
-from sftmix.hostfile import Node, is_host_name
 
 ITEM = "nodes"
 MAX_SKEW_SECONDS = 1.0

@@ -9,10 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from sftmix.cluster.local_ranks import first_failure, run_local_ranks
 from sftmix.doctor.findings import Finding, gib
 from sftmix.doctor.need import Need
 from sftmix.errors import SftmixError, counted
-from sftmix.local_ranks import first_failure, run_local_ranks
 
 TOLERANCE = 1e-5
 SLOW = 2e9  # bytes per second; a GPU on PCIe alone exchanges several times as much

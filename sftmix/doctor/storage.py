@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sftmix import fence
 from sftmix.doctor.findings import Finding, gib
+from sftmix.liveness import run_lock
 from sftmix.storage.files import sync_folder
 
 NETWORK = frozenset(
@@ -122,7 +122,7 @@ def check_file_system(folder: Path, table: list[Mount] | None = None) -> list[Fi
 
 def check_writer(folder: Path) -> list[Finding]:
     """Is a living run writing to the folder?"""
-    holder = fence.holder(folder, patience_seconds=2.0) if folder.is_dir() else None
+    holder = run_lock.holder(folder, patience_seconds=2.0) if folder.is_dir() else None
     if holder is None:
         return [Finding("other runs", "ok", f"nobody writes to {folder}.")]
     return [Finding("other runs", "bad", f"{folder} is written by {holder}.", "Wait for it, stop it, or choose another run.dir.")]

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from sftmix.cluster.environment import rank_of, translate
 from sftmix.errors import ConfigError, did_you_mean
-from sftmix.launch_environment import rank_of, translate
 
 # Numbers the counters of this process; the same on all ranks, since all ranks make them together.
 _counters = itertools.count()

@@ -18,7 +18,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sftmix import guard
 from sftmix.config.deepspeed_json import deepspeed_config
 from sftmix.config.schema import Config, ModelConfig, TrainConfig
 from sftmix.data.batches import MicroBatch, StepCounts
@@ -46,6 +45,7 @@ from sftmix.engine.precision import (
 )
 from sftmix.errors import ArtifactError
 from sftmix.objectives import Objective, loss_request
+from sftmix.pipeline import guard
 from sftmix.storage import faults
 from sftmix.storage.failures import accessing, describe
 from sftmix.storage.provenance import fingerprint

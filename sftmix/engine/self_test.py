@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from sftmix import processes
 from sftmix.config.schema import Config
 from sftmix.data.batches import MicroBatch, StepCounts, build_micro_batch
 from sftmix.engine.distributed import Ranks, import_deepspeed, init_ranks
 from sftmix.engine.engine import Engine
 from sftmix.engine.loading import hf_config, load_source
+from sftmix.liveness import processes
 from sftmix.objectives import Objective
 
 RESULT = "result.json"

@@ -13,11 +13,11 @@ from sftmix import __version__
 from sftmix.config.reader import dump_config
 from sftmix.errors import counted
 from sftmix.meter import NAMES, minutes_of
-from sftmix.pipeline import StageContext
+from sftmix.pipeline.run import StageContext
+from sftmix.pipeline.stages import COVERAGE, MODEL_NAMES, read_metrics_json
 from sftmix.report import plots
 from sftmix.report.examples import Agreement, ScoredExamples, agreements, duplicates, extremes, noise, read_scored_examples, truncated
 from sftmix.runlog import MIXUP, NTP, read_metrics
-from sftmix.stages import COVERAGE, MODEL_NAMES, read_metrics_json
 from sftmix.storage import provenance
 from sftmix.storage.failures import accessing
 from sftmix.storage.files import write_text

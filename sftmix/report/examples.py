@@ -17,8 +17,8 @@ from sftmix.confidence import agreement, read_confidence
 from sftmix.config.schema import SplitConfig
 from sftmix.errors import counted
 from sftmix.pairing import CONFIDENT, MIDDLE, UNCONFIDENT, split_by_confidence
-from sftmix.pipeline import StageContext
-from sftmix.split_stage import SPLIT
+from sftmix.pipeline.run import StageContext
+from sftmix.pipeline.split_stage import SPLIT
 
 NUM_SHOWN = 10  # rows of a table of examples
 MAX_CHARACTERS = 400  # of a message

@@ -23,12 +23,12 @@ from sftmix.data.tokenizer import tokenizer_from
 from sftmix.engine.distributed import init_ranks
 from sftmix.engine.engine import Engine
 from sftmix.errors import SftmixError
+from sftmix.liveness.stopping import StopRequest
 from sftmix.objectives import Objective
 from sftmix.pairing import match_parts
 from sftmix.resume import TrainingCheckpoints
 from sftmix.runlog import PADDED_RATE, REAL_RATE, RESPONSE_RATE, TRAINING_TIME, RunLog, read_metrics
 from sftmix.skipped import SkippedSteps
-from sftmix.stopping import StopRequest
 from sftmix.storage import faults, provenance
 from sftmix.storage.checkpoints import OWN_DIGEST
 from sftmix.storage.files import sha256_of_file, write_json

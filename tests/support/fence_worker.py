@@ -10,8 +10,8 @@ import threading
 import time
 from pathlib import Path
 
-from sftmix import fence
 from sftmix.errors import ArtifactError
+from sftmix.liveness import run_lock
 
 folder, action = Path(sys.argv[1]), sys.argv[2]
 if len(sys.argv) > 3:
@@ -29,7 +29,7 @@ if action == "race":
     print("ready", flush=True)
     sys.stdin.readline()
 try:
-    held = fence.claim(folder)
+    held = run_lock.claim(folder)
 except ArtifactError as error:
     print(f"refused: {error}", flush=True)
 else:

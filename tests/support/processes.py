@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sftmix.local_ranks import first_failure, run_local_ranks
+from sftmix.cluster.local_ranks import first_failure, run_local_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT_SECONDS = 600

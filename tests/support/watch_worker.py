@@ -11,9 +11,9 @@ import threading
 import time
 from pathlib import Path
 
-from sftmix import processes
-from sftmix.engine.members import Position
-from sftmix.engine.watch import Watch, listen
+from sftmix.liveness import processes
+from sftmix.liveness.heartbeats import Watch, listen
+from sftmix.liveness.members import Position
 
 folder, rank, world, port, token, *options = sys.argv[1:]
 settings = dict(option.split("=") for option in options)

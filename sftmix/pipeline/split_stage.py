@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sftmix.config.schema import Config
 from sftmix.errors import ArtifactError, ConfigError, counted
 from sftmix.pairing import CONFIDENT, MIDDLE, UNCONFIDENT, Matching, mix_coverage
-from sftmix.pipeline import StageContext
+from sftmix.pipeline.run import StageContext
 from sftmix.score_files import CONFIDENCE, ROWS_PER_GROUP
 from sftmix.split import split_table
 from sftmix.storage.failures import accessing

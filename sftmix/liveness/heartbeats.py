@@ -31,10 +31,10 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from sftmix import processes
-from sftmix.engine.last_words import LastWords, end, end_silent
-from sftmix.engine.lines import Connection, Message, listen
-from sftmix.engine.members import Member, Peer, Position, Verdict, member_of
+from sftmix.liveness import processes
+from sftmix.liveness.last_words import LastWords, end, end_silent
+from sftmix.liveness.lines import Connection, Message, listen
+from sftmix.liveness.members import Member, Peer, Position, Verdict, member_of
 
 __all__ = ["Watch", "listen"]
 

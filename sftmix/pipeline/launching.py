@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from sftmix import guard
 from sftmix.config.schema import Config
-from sftmix.stopping import EXIT_CODE, INTERRUPTED, STOP_FILE, acknowledge
+from sftmix.liveness.stopping import EXIT_CODE, INTERRUPTED, STOP_FILE, acknowledge
+from sftmix.pipeline import guard
 
 GRACE_SECONDS = 60.0  # that other commands have to end, after one has: their ranks have heard of it by heartbeat
 RUN_SCRIPT = Path(__file__).resolve().parent / "launch" / "run.py"
@@ -26,7 +26,7 @@ def launch(config: Config, config_path: str, overrides: list[str], *, only: str 
     SIGTERM and SIGUSR1 ask the ranks to save and stop. DeepSpeed's launcher exits with 0 when it is killed itself, so success is
     believed only if the output is there: current, and, where it was to be made again, new.
     """
-    from sftmix.pipeline import check_finished_work, first_unfinished_stage, folder_of_last
+    from sftmix.pipeline.run import check_finished_work, first_unfinished_stage, folder_of_last
     from sftmix.storage.artifacts import MANIFEST
 
     check_finished_work(config, only, force=force)
@@ -50,7 +50,7 @@ def launch(config: Config, config_path: str, overrides: list[str], *, only: str 
 
 def prepare_data(config: Config, only: str | None, *, force: bool, restart: bool) -> None:
     """Runs the data stage in this process, where it is missing or asked for: ranks that wait for it would only hold GPUs."""
-    from sftmix.pipeline import first_unfinished_stage, run_pipeline
+    from sftmix.pipeline.run import first_unfinished_stage, run_pipeline
 
     if only == "data" or first_unfinished_stage(config, "data"):
         run_pipeline(config, only="data", force=force, restart=restart)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from sftmix import processes
+from sftmix.liveness import processes
 
 STACKS = "stacks"
 KILL_AFTER_SECONDS = 1.0  # between the order to write its stacks and the end of a silent rank

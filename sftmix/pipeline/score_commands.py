@@ -85,7 +85,7 @@ def check_scores(source: str, config_path: str, overrides: Sequence[str]) -> lis
     from sftmix.config.reader import load_config
     from sftmix.data.batches import TokenisedExamples
     from sftmix.engine.precision import resolve_precision
-    from sftmix.pipeline import check_finished_work, first_unfinished_stage
+    from sftmix.pipeline.run import check_finished_work, first_unfinished_stage
 
     # The config as it would be with this table: there is then no reference run whose mode could be asked for.
     own = [f"confidence.scores={json.dumps(source)}", "confidence.mode=checkpoints", "confidence.compare=[]", "confidence.models=[]"]

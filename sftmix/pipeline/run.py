@@ -17,18 +17,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sftmix import guard
 from sftmix.config.deepspeed_json import read_deepspeed_json
 from sftmix.config.reader import dump_config
 from sftmix.config.schema import Config, ModelConfig
 from sftmix.errors import ArtifactError
-from sftmix.fence import Fence
+from sftmix.liveness.run_lock import Fence
+from sftmix.liveness.stopping import StopRequest
 from sftmix.meter import Meter
-from sftmix.stopping import StopRequest
+from sftmix.pipeline import guard
+from sftmix.pipeline.up_to_date import refusal, refuse_changed, state_of
 from sftmix.storage import artifacts, failures, provenance, unfinished
 from sftmix.storage.files import await_visible, sha256_of_file, write_text
 from sftmix.storage.unfinished import Identity
-from sftmix.up_to_date import refusal, refuse_changed, state_of
 
 if TYPE_CHECKING:
     from sftmix.engine.distributed import Ranks
@@ -81,7 +81,7 @@ class StageContext:
 
 def stages_of(config: Config) -> list[Stage]:
     """Returns the stages of this run, in order."""
-    from sftmix import stages
+    from sftmix.pipeline import stages
 
     training = {"model": model_identity(config.model), "train": config.train.model_dump(mode="json"), **_numerics(config)}
     has_reference = config.confidence.has_reference
@@ -229,8 +229,8 @@ def _run_stages(
     restart: bool,
     say: Callable[[str], None],
 ) -> None:
-    from sftmix import mirror
     from sftmix.engine.distributed import environment_rank, init_ranks, use_threads
+    from sftmix.pipeline import unshared_folder
 
     is_main = environment_rank() == 0
     folder_of = {stage.name: config.run.dir / stage.folder for stage in stages}
@@ -244,10 +244,10 @@ def _run_stages(
         if stage.name not in needed:
             continue
         if stage.needs_engine and ranks is None:
-            ranks = mirror.find_storage(init_ranks(timedelta(minutes=config.limits.join_minutes)), config.run.dir)
+            ranks = unshared_folder.find_storage(init_ranks(timedelta(minutes=config.limits.join_minutes)), config.run.dir)
             use_threads(config.engine.num_threads)
-            mirror.say_storage(ranks, config)
-            hold = mirror.hold_others(ranks, config, held) or hold
+            unshared_folder.say_storage(ranks, config)
+            hold = unshared_folder.hold_others(ranks, config, held) or hold
             guard.start_watch(config, ranks, hold)
         guard.note(phase=stage.name, can_stall=stage.needs_engine)
         if not is_main and not stage.needs_engine:
@@ -281,7 +281,7 @@ def _run_stages(
                 unfinished.claim(context.work, stage.name, context.identity, discard=restart)
             if stage.needs_engine and ranks is not None:
                 for name in stage.reads:
-                    mirror.copy_to_others(ranks, folder_of[name])
+                    unshared_folder.copy_to_others(ranks, folder_of[name])
                     await_visible(folder_of[name] / artifacts.MANIFEST)
             with _publishing(stage, context, settings, inputs, is_main=is_main):
                 stage.run(context)

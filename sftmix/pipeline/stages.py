@@ -12,7 +12,7 @@ import numpy as np
 
 from sftmix.config.schema import ModelConfig, TrainConfig
 from sftmix.meter import describe_time
-from sftmix.pipeline import StageContext
+from sftmix.pipeline.run import StageContext
 from sftmix.storage.failures import accessing
 from sftmix.storage.files import write_json
 
@@ -40,7 +40,7 @@ def run_reference(context: StageContext) -> None:
     Hugging Face folder; the scores of passes inside the run (live); those of its own forwards (online)."""
     from sftmix.objectives import Objective
     from sftmix.pairing import singles
-    from sftmix.score_stage import work_plan, write_sums
+    from sftmix.pipeline.score_stage import work_plan, write_sums
     from sftmix.scoring import OnlineScores, score_examples
     from sftmix.train import TrainingPlan, choose_checkpoint_steps
 
@@ -83,7 +83,7 @@ def run_reference(context: StageContext) -> None:
 
 def run_score(context: StageContext) -> None:
     """Scores every training example, and writes the tables: one pair for `confidence.mode`, one for each mode compared."""
-    from sftmix.score_stage import import_scores, read_sums, score_checkpoints, write_tables
+    from sftmix.pipeline.score_stage import import_scores, read_sums, score_checkpoints, write_tables
 
     config = context.config
     examples = _examples(context, "train")
@@ -117,7 +117,7 @@ def run_score(context: StageContext) -> None:
 
 def run_split(context: StageContext) -> None:
     """Splits the training examples, and says how much of them either way of matching would mix."""
-    from sftmix.split_stage import mix_coverages, split_scores, write_parts
+    from sftmix.pipeline.split_stage import mix_coverages, split_scores, write_parts
 
     examples = _examples(context, "train")
     sizes = split_scores(context, examples)
@@ -142,7 +142,7 @@ def run_train(context: StageContext) -> None:
 
 def _run_target(context: StageContext, name: str, *, mixup_weight: float) -> None:
     from sftmix.objectives import Objective
-    from sftmix.split_stage import open_matching
+    from sftmix.pipeline.split_stage import open_matching
     from sftmix.train import TrainingPlan
 
     config = context.config

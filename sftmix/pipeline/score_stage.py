@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sftmix.config.schema import Config, ModelConfig
 from sftmix.errors import ArtifactError, counted
-from sftmix.pipeline import StageContext
+from sftmix.pipeline.run import StageContext
 from sftmix.shards import ShardFolder
 from sftmix.storage import provenance
 from sftmix.storage.failures import accessing
@@ -43,7 +43,7 @@ def score_checkpoints(
     from sftmix.engine.distributed import should_shard, use_threads
     from sftmix.engine.engine import Engine
     from sftmix.engine.precision import resolve_precision
-    from sftmix.mirror import collect_units
+    from sftmix.pipeline.unshared_folder import collect_units
     from sftmix.scoring import score_missing_units
 
     config, ranks = context.config, context.ranks
@@ -112,7 +112,7 @@ def write_tables(
 ) -> None:
     """Writes the two tables of one mode, and says what has no finite perplexity. precision: dtype of
     the weights that scored."""
-    from sftmix.pipeline import model_identity
+    from sftmix.pipeline.run import model_identity
     from sftmix.scores import ScoreMetadata, write_scores
 
     config = context.config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sftmix.engine.lines import Connection
+from sftmix.liveness.lines import Connection
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from sftmix.cards import STAGE_OF, write_model_card
 from sftmix.config.reader import load_config
 from sftmix.config.schema import Config
 from sftmix.errors import ArtifactError, ConfigError
-from sftmix.pipeline import Stage, stages_of
+from sftmix.pipeline.run import Stage, stages_of
+from sftmix.pipeline.up_to_date import config_key
 from sftmix.storage import artifacts, provenance
-from sftmix.up_to_date import config_key
 
 
 def export(config: Config, *, which: str, to: Path, adapter: bool = False) -> Path:

@@ -12,8 +12,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from sftmix.cluster.environment import CARRIED
 from sftmix.errors import ConfigError
-from sftmix.launch_environment import CARRIED
 
 PREFIXES = ("SFTMIX_", "NCCL_", "GLOO_", "UCX_", "FI_", "HF_", "TORCH_", "PYTORCH_", "TRITON_", "PYTHON", "CUDA_DEVICE_ORDER")
 NAMES = frozenset({"OMP_NUM_THREADS", "DS_ACCELERATOR", "TOKENIZERS_PARALLELISM"})

@@ -22,8 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sftmix import processes
 from sftmix.errors import ArtifactError
+from sftmix.liveness import processes
 from sftmix.storage.files import write_json
 
 ATTEMPTS = "attempts"

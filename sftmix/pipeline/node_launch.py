@@ -15,16 +15,16 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from sftmix import guard
+from sftmix.cluster import exports
+from sftmix.cluster.hostfile import is_host_name, read_hostfile
+from sftmix.cluster.launch_commands import ALIVE, ON_EACH_NODE, Plan, describe, make_plan, node_command, runner_command, ssh_command
 from sftmix.config.reader import load_config
 from sftmix.config.schema import Config
 from sftmix.errors import ConfigError, counted
-from sftmix.fence import Fence
-from sftmix.hostfile import is_host_name, read_hostfile
-from sftmix.launcher import asking_to_stop, prepare_data, run_commands
-from sftmix.multinode import exports
-from sftmix.multinode.commands import ALIVE, ON_EACH_NODE, Plan, describe, make_plan, node_command, runner_command, ssh_command
-from sftmix.stopping import EXIT_CODE, INTERRUPTED, STOP_FILE
+from sftmix.liveness.run_lock import Fence
+from sftmix.liveness.stopping import EXIT_CODE, INTERRUPTED, STOP_FILE
+from sftmix.pipeline import guard
+from sftmix.pipeline.launching import asking_to_stop, prepare_data, run_commands
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,7 +32,7 @@ PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 def launch_on_nodes(options: argparse.Namespace) -> int:
     """Returns the exit code: 0 where the last stage is published, 75 where the run was asked to stop and has saved its state."""
     if options.template is not None:
-        from sftmix.multinode.templates import print_template
+        from sftmix.cluster.templates import print_template
 
         return print_template(options)
     config = load_config(options.config, options.overrides)
@@ -40,7 +40,7 @@ def launch_on_nodes(options: argparse.Namespace) -> int:
     if options.dry_run:
         _show(plan, options.node_rank)
         return 0
-    from sftmix.preflight import check
+    from sftmix.pipeline.preflight import check
 
     check(config, has_device=False)
     if options.node_rank is None:
@@ -99,7 +99,7 @@ def _show(plan: Plan, node_rank: int | None) -> None:
 
 
 def _launch(config: Config, plan: Plan, options: argparse.Namespace) -> int:
-    from sftmix.pipeline import check_finished_work, folder_of_last
+    from sftmix.pipeline.run import check_finished_work, folder_of_last
     from sftmix.storage.artifacts import MANIFEST
 
     only = options.stage

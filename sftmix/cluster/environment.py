@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
+from sftmix.cluster.hostfile import is_host_name
 from sftmix.errors import ConfigError
-from sftmix.hostfile import is_host_name
 
 DEFAULT_PORT = 29500  # of deepspeed and torchrun
 CARRIED = "SFTMIX_SET_"  # in front of a variable that a launcher would have garbled under its own name

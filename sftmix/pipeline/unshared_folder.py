@@ -23,11 +23,11 @@ from typing import IO
 import numpy as np
 import torch
 
-from sftmix import guard
 from sftmix.config.schema import Config
 from sftmix.engine.distributed import Ranks
 from sftmix.errors import ArtifactError
-from sftmix.fence import Fence
+from sftmix.liveness.run_lock import Fence
+from sftmix.pipeline import guard
 from sftmix.shards import ShardFolder, UnitScores
 from sftmix.storage import artifacts
 from sftmix.storage.files import write_text

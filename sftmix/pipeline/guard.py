@@ -1,7 +1,7 @@
 """What keeps the processes of a run honest: one writer per run folder, and ranks that end together.
 
-`holding` makes this run the only writer of its folder (`sftmix/fence.py`). `start_watch` and `end_watch` start
-the heartbeats of all ranks (`sftmix/engine/watch.py`) and end them: in peace where all ranks end in the same way, else with the first
+`holding` makes this run the only writer of its folder (`sftmix/liveness/run_lock.py`). `start_watch` and `end_watch` start
+the heartbeats of all ranks (`sftmix/liveness/heartbeats.py`) and end them: in peace where all ranks end in the same way, else with the first
 cause, on all ranks.
 """
 
@@ -18,14 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sftmix import fence, processes
+from sftmix.cluster.environment import place_of
 from sftmix.config.reader import dump_config
 from sftmix.config.schema import Config
-from sftmix.engine.members import Position
-from sftmix.engine.watch import Watch, listen
 from sftmix.errors import ArtifactError, SftmixError, StoppedError
-from sftmix.launch_environment import place_of
-from sftmix.stopping import STOP_FILE
+from sftmix.liveness import processes, run_lock
+from sftmix.liveness.heartbeats import Watch, listen
+from sftmix.liveness.members import Position
+from sftmix.liveness.stopping import STOP_FILE
 from sftmix.storage import artifacts
 from sftmix.storage.files import write_text
 
@@ -42,7 +42,7 @@ _stall_seconds: float | None = None
 
 
 @contextlib.contextmanager
-def holding(config: Config, *, is_own_disk: bool = False) -> Iterator[fence.Fence]:
+def holding(config: Config, *, is_own_disk: bool = False) -> Iterator[run_lock.Fence]:
     """Makes this run the only writer of its folder: claims it, or joins the claim of the command that started this rank, and
     shows every second that it is alive. The command, rank 0, and the leader of a disk that is not rank 0's (`is_own_disk`: the
     command has not claimed that one). Raises ArtifactError where another run writes to it.
@@ -51,10 +51,10 @@ def holding(config: Config, *, is_own_disk: bool = False) -> Iterator[fence.Fenc
     """
     given = None if is_own_disk else os.environ.get(ATTEMPT)
     if given:
-        hold = fence.join(config.run.dir, int(given))
+        hold = run_lock.join(config.run.dir, int(given))
     else:
         _make_run_folder(config)
-        hold = fence.claim(config.run.dir)
+        hold = run_lock.claim(config.run.dir)
         (config.run.dir / STOP_FILE).unlink(missing_ok=True)  # it was meant for an earlier start
         _own_extensions(config.run.dir / "extensions")
     artifacts.before_publishing(hold.check)
@@ -80,7 +80,7 @@ def holding(config: Config, *, is_own_disk: bool = False) -> Iterator[fence.Fenc
                 hold.release()
 
 
-def _renew_until(hold: fence.Fence, done: threading.Event) -> None:
+def _renew_until(hold: run_lock.Fence, done: threading.Event) -> None:
     while not done.wait(1.0):
         with contextlib.suppress(OSError, SftmixError):  # superseded: what is to be published will be refused
             hold.renew()
@@ -113,7 +113,7 @@ def _own_extensions(folder: Path) -> None:
             lock.unlink()
 
 
-def start_watch(config: Config, ranks: Ranks, hold: fence.Fence | None) -> None:
+def start_watch(config: Config, ranks: Ranks, hold: run_lock.Fence | None) -> None:
     """Starts the heartbeat of this rank. All ranks call it, once they are joined; leaders of a disk with the hold of its run folder."""
     global _watch, _stall_seconds
     if (ranks.world_size == 1 and not _launchers) or _watch is not None:
@@ -124,7 +124,7 @@ def start_watch(config: Config, ranks: Ranks, hold: fence.Fence | None) -> None:
     token, number = ranks.text_from_main(f"{secrets.token_hex(16)} {port}").split()
     attempts = ranks.gather_texts(str(hold.attempt if hold else 0))
     if hold is None:
-        hold = fence.join(config.run.dir, int(attempts[ranks.storage_leader]))
+        hold = run_lock.join(config.run.dir, int(attempts[ranks.storage_leader]))
         artifacts.before_publishing(hold.check)
     address = "127.0.0.1" if is_one_host else socket.gethostbyname(os.environ["MASTER_ADDR"])
     watch = Watch(

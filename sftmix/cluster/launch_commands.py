@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sftmix.cluster.environment import DEFAULT_PORT
+from sftmix.cluster.exports import for_pdsh
+from sftmix.cluster.hostfile import Node
 from sftmix.errors import ConfigError, counted
-from sftmix.hostfile import Node
-from sftmix.launch_environment import DEFAULT_PORT
-from sftmix.launcher import RUN_SCRIPT
-from sftmix.multinode.exports import for_pdsh
+from sftmix.pipeline.launching import RUN_SCRIPT
 
 ON_EACH_NODE = frozenset({"ssh", "torchrun"})  # launchers that need a command on every node
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})

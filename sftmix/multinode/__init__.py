@@ -1,1 +1,0 @@
-"""Many nodes: the commands of DeepSpeed's launchers, how they are started, and files for batch systems."""
