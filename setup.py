@@ -18,10 +18,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     # kernels/, launch/ and configs/ live at the top of the repository and are linked into the package (docs/architecture.md).
-    packages=[*find_packages(include=["sftmix", "sftmix.*"]), "sftmix.kernels", "sftmix.launch", "sftmix.config.files"],
+    packages=[*find_packages(include=["sftmix", "sftmix.*"]), "sftmix.kernels", "sftmix.cluster.launch", "sftmix.config.files"],
     package_data={
-        "sftmix.report": ["*.j2"],
-        "sftmix.launch": ["hostfile", "templates/*"],
+        "sftmix.evaluation": ["*.j2"],
+        "sftmix.cluster.launch": ["hostfile", "templates/*"],
         "sftmix.config.files": ["*.yaml", "*/*"],
     },
     install_requires=[

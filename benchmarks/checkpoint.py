@@ -23,8 +23,8 @@ import side_by_side
 from step import build_config, build_work
 
 from sftmix.engine import state
-from sftmix.engine.distributed import init_ranks
 from sftmix.engine.engine import Engine
+from sftmix.engine.process_group import init_ranks
 from sftmix.storage import artifacts, checkpoints
 
 WITH, WITHOUT, AS_TORCH = "save", "save without digests", "save without digests, with torch's CRC-32"
@@ -58,8 +58,9 @@ def main() -> None:
         config = build_config(argparse.Namespace(**{**defaults, **vars(options)}), folder)
         work = build_work(config, folder, num_rounds=1)
         engine = Engine(config, config.model, ranks, work.tokenizer, train=config.train)
-        from sftmix.data.batches import collate, count_step
-        from sftmix.objectives import Objective
+        from sftmix.batches.collate import collate
+        from sftmix.batches.cut import count_step
+        from sftmix.loss.objective import Objective
 
         counts = count_step(work.plan, work.steps[0], work.examples.num_response_tokens)
         pieces = work.cut(0)

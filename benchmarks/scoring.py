@@ -24,13 +24,16 @@ import torch
 from numpy.typing import NDArray
 from step import Work, build_config, build_work
 
-from sftmix.data.batches import collate, count_step
-from sftmix.engine.distributed import Ranks, init_ranks
+from sftmix.batches.collate import collate
+from sftmix.batches.cut import count_step
+from sftmix.confidence.online import OnlineScores
+from sftmix.confidence.scoring import WorkPlan, score_examples
 from sftmix.engine.engine import Engine
 from sftmix.engine.loading import load_source
+from sftmix.engine.process_group import init_ranks
+from sftmix.engine.ranks import Ranks
 from sftmix.errors import counted
-from sftmix.objectives import Objective
-from sftmix.scoring import OnlineScores, WorkPlan, score_examples
+from sftmix.loss.objective import Objective
 from sftmix.storage.files import write_json
 
 OURS, LOOP = "ours", "loop over transformers"

@@ -24,12 +24,16 @@ import pyarrow.parquet as pq
 import side_by_side
 import torch
 
+from sftmix.confidence.table_files import CONFIDENCE
 from sftmix.config.schema import Config
 from sftmix.data.prepare import SCHEMA
-from sftmix.pipeline.run import StageContext
-from sftmix.pipeline.stages import run_split
-from sftmix.score_files import CONFIDENCE
+from sftmix.liveness.progress import Progress
+from sftmix.liveness.stopping import StopRequest
+from sftmix.pipeline.context import StageContext
+from sftmix.pipeline.stages import split
 from sftmix.storage.files import write_json
+from sftmix.storage.unfinished import Identity
+from sftmix.train.meter import Meter
 
 BATCH = 1 << 17
 TARGETS = {"seconds": 60, "bytes": 2 << 30}
@@ -75,7 +79,16 @@ def measure(folder: Path, results: Any) -> None:
     needed = {"model": {"architecture": {"model_type": "llama"}}, "tokenizer": {"train": {"vocab_size": 300}}, "data": {"path": "x"}}
     config = Config.model_validate({**needed, "run": {"dir": folder / "run"}})
     (folder / "split").mkdir(exist_ok=True)
-    context = StageContext(config, folder / "split", {"data": folder / "data", "score": folder / "confidence"})
+    context = StageContext(
+        config=config,
+        folder=folder / "split",
+        inputs={"data": folder / "data", "score": folder / "confidence"},
+        work=folder / "work",
+        identity=Identity("", {}, {}),
+        stop=StopRequest(folder / "run"),
+        progress=Progress(),
+        meter=Meter(),
+    )
     peak, done = 0, threading.Event()
 
     def watch() -> None:
@@ -87,12 +100,12 @@ def measure(folder: Path, results: Any) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.perf_counter()
-    run_split(context)
+    facts = split.run(context)
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()
     with_files = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    results.put({"seconds": seconds, "peak_bytes": peak, "peak_bytes_with_mapped_files": with_files, **context.facts})
+    results.put({"seconds": seconds, "peak_bytes": peak, "peak_bytes_with_mapped_files": with_files, **facts})
 
 
 def main() -> None:

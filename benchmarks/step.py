@@ -38,16 +38,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sftmix.batches.collate import collate
+from sftmix.batches.cut import count_step, cut_step
+from sftmix.batches.examples import TokenisedExamples
 from sftmix.config.schema import Config
-from sftmix.data.batches import TokenisedExamples, collate, count_step, cut_step
 from sftmix.data.prepare import prepare
 from sftmix.data.tokenizer import tokenizer_from
-from sftmix.engine.distributed import has_gpu, init_ranks
 from sftmix.engine.engine import Engine
 from sftmix.engine.loading import hf_config, load_source
 from sftmix.engine.precision import resolve_precision
-from sftmix.objectives import Objective
-from sftmix.pairing import StepUnits, match_parts, split_by_confidence
+from sftmix.engine.process_group import init_ranks
+from sftmix.engine.ranks import has_gpu
+from sftmix.loss.objective import Objective
+from sftmix.pairing.matching import StepUnits, match_parts, split_by_confidence
 from sftmix.pipeline import preflight
 from sftmix.storage.files import write_json
 
@@ -143,7 +146,7 @@ def build_work(config: Config, folder: Path, *, num_rounds: int) -> Work:
 
 
 def our_steps(work: Work) -> dict[str, Step]:
-    """Returns the steps of both objectives on one engine: the body of sftmix/train.py without its log."""
+    """Returns the steps of both objectives on one engine: the body of sftmix/train/loop.py without its log."""
     config = work.config
     engine = Engine(config, config.model, init_ranks(), work.tokenizer, train=config.train)
     linear = torch.nn.functional.linear  # ZeRO-3 has put its own there for all models of the process

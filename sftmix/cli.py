@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sftmix import __version__
-from sftmix.errors import SftmixError, StoppedError
-from sftmix.liveness.stopping import INTERRUPTED
+from sftmix.cluster.environment import place_of, translate
+from sftmix.errors import INTERRUPTED, SftmixError, StoppedError
+from sftmix.liveness import processes
 
 if TYPE_CHECKING:
     from sftmix.config.schema import Config
@@ -263,11 +264,12 @@ def _dispatch(options: argparse.Namespace) -> int:
     from sftmix.config.reader import load_config
 
     if options.command == "launch":
-        from sftmix.pipeline.node_launch import launch_on_nodes
+        from sftmix.pipeline.launching import launch_on_nodes
 
         return launch_on_nodes(options)
-    from sftmix.cluster.environment import place_of, translate
-
+    # Found before torch is imported, which takes seconds: a launcher that ends in that time must not be missed.
+    place = place_of()
+    launchers = processes.launchers() if place is not None else []
     config = load_config(options.config, options.overrides)
     if options.command == "export":
         from sftmix.pipeline.export import export
@@ -277,7 +279,6 @@ def _dispatch(options: argparse.Namespace) -> int:
     translate()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.umask(0o077)  # data and weights are the user's own
-    place = place_of()
     if place is not None and place.is_on_many_nodes and options.command != "inspect":
         from sftmix.cluster import rank_log
 
@@ -293,14 +294,14 @@ def _dispatch(options: argparse.Namespace) -> int:
         return 0
     options.writes_to = config.run.dir
     only = None if options.command == "run" else options.command
-    how = {"force": getattr(options, "force", False), "restart": options.restart}
-    from sftmix.pipeline.run import run_pipeline
+    from sftmix.pipeline.run import Request, run_pipeline
 
+    request = Request(only, options.force, options.restart)
     if config.engine.num_processes > 1 and place is None:
-        from sftmix.pipeline.launching import launch
+        from sftmix.pipeline.launching import launch_here
 
-        return launch(config, options.config, options.overrides, only=only, **how)
-    run_pipeline(config, only=only, **how)
+        return launch_here(config, options.config, options.overrides, request)
+    run_pipeline(config, request, launchers=launchers)
     if only in (None, "report") and _is_main():
         _say_what_next(config)
     return 0

@@ -17,6 +17,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+STOPPED = 75  # exit code of a run that was asked to stop, and has saved its state: EX_TEMPFAIL, start it again
+INTERRUPTED = 130  # the same after Control-C: 128 + SIGINT, as a shell says it
+
 
 def counted(number: int, singular: str, plural: str | None = None) -> str:
     """Returns a count with its noun, as in `1 example`, `1,200 examples`. plural: where it is not the singular with an s;
@@ -68,6 +71,6 @@ class MachineError(SftmixError):
 class StoppedError(SftmixError):
     """The run was asked to stop, and has saved its state."""
 
-    def __init__(self, message: str, exit_code: int = 75):
+    def __init__(self, message: str, exit_code: int = STOPPED):
         super().__init__(message, on_all_ranks=True)
         self.exit_code = exit_code

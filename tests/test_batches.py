@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from sftmix import scoring
-from sftmix.data.batches import TokenisedExamples, build_micro_batch, count_step, cut_step
-from sftmix.engine.distributed import Ranks
+from sftmix.batches.collate import build_micro_batch
+from sftmix.batches.cut import count_step, cut_step
+from sftmix.batches.examples import TokenisedExamples
+from sftmix.confidence import scoring
+from sftmix.confidence.scoring import cut_by_length
+from sftmix.engine.ranks import Ranks
 from sftmix.errors import DataError
-from sftmix.pairing import match_parts, split_by_confidence
-from sftmix.scoring import cut_by_length
-from sftmix.train import TrainingPlan
+from sftmix.pairing.matching import match_parts, split_by_confidence
+from sftmix.train.plan import TrainingPlan
 
 
 def make_matching(count=41, seed=0):

@@ -6,7 +6,7 @@ import pytest
 
 from sftmix.config.deepspeed_json import KNOWN_KEYS, deepspeed_config, read_deepspeed_json
 from sftmix.config.schema import Config
-from sftmix.engine.distributed import import_deepspeed
+from sftmix.engine.deepspeed_internals import import_deepspeed
 from sftmix.errors import ConfigError
 
 PRECISIONS = ("fp32", "bf16", "fp16")

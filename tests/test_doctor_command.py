@@ -13,11 +13,11 @@ import pytest
 from doctoring import only, stand_in
 from processes import ROOT, sftmix
 
+from sftmix.cluster.environment import free_port
 from sftmix.cluster.hostfile import Node
 from sftmix.config.reader import load_config
 from sftmix.doctor import nodes
 from sftmix.doctor.identity import digest_of, identity
-from sftmix.engine.distributed import free_port
 
 # What nodes say.
 

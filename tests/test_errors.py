@@ -456,7 +456,7 @@ def test_a_wrong_command_line_ends_with_usage_and_code_2(arguments, said, config
 
 def test_a_gpu_without_the_package_triton_is_refused_before_a_run(config, monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr("sftmix.engine.distributed.has_gpu", lambda: True)
+    monkeypatch.setattr("sftmix.engine.ranks.has_gpu", lambda: True)
     check(load_config(config, ["engine.precision=fp32"]))
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "triton" else find_spec(name, *more))
     for backend in ("auto", "triton"):

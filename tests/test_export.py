@@ -11,13 +11,13 @@ import torch
 from huggingface_hub import ModelCard
 from tokenizers_for_tests import character_tokenizer
 
-from sftmix.cards import base_model, model_card
 from sftmix.cli import main
 from sftmix.config.reader import dump_config, load_config
 from sftmix.data.template import ALPACA
 from sftmix.errors import ArtifactError, ConfigError
+from sftmix.evaluation.model_cards import base_model, model_card
 from sftmix.pipeline.export import export
-from sftmix.pipeline.run import stages_of
+from sftmix.pipeline.order import stages_of
 from sftmix.storage import artifacts
 from sftmix.storage.failures import explain
 

@@ -9,9 +9,8 @@ import pytest
 from processes import ROOT
 
 from sftmix.cluster.environment import first_host, place_of, rank_of, translate
-from sftmix.engine.distributed import environment_rank
 from sftmix.errors import ConfigError
-from sftmix.pipeline.launching import asking_to_stop
+from sftmix.liveness.stopping import asking_to_stop
 
 SRUN = {
     "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NTASKS": "7",
@@ -148,25 +147,25 @@ def test_the_watch_and_the_engine_see_the_same_rank(monkeypatch):
     for name, value in SRUN.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RANK", raising=False)
-    assert environment_rank() == 5
-    code = "from sftmix import guard; print(guard._is_rank)"
+    assert rank_of() == 5
+    code = "from sftmix.cluster.environment import place_of; print(place_of().rank)"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "True\n"
+    assert done.stdout == "5\n"
 
 
 def test_a_rank_takes_the_gpu_that_it_sees(monkeypatch):
-    from sftmix.engine import distributed
+    from sftmix.engine import process_group, ranks
 
-    monkeypatch.setattr(distributed, "has_gpu", lambda: True)
+    monkeypatch.setattr(ranks, "has_gpu", lambda: True)
     monkeypatch.setenv("RANK", "3")
     for visible, local_rank, expected in ((4, "3", 3), (1, "3", 0), (1, "0", 0)):  # one: srun --gpus-per-task shows each task its own
-        monkeypatch.setattr(distributed.torch.cuda, "device_count", lambda visible=visible: visible)
+        monkeypatch.setattr(process_group.torch.cuda, "device_count", lambda visible=visible: visible)
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-        assert distributed._local_rank() == expected and os.environ["LOCAL_RANK"] == str(expected)
-    monkeypatch.setattr(distributed.torch.cuda, "device_count", lambda: 2)
+        assert process_group._local_rank() == expected and os.environ["LOCAL_RANK"] == str(expected)
+    monkeypatch.setattr(process_group.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "3")
     with pytest.raises(ConfigError, match="rank 3 is the 4th of this machine, and 2 GPUs are visible"):
-        distributed._local_rank()
+        process_group._local_rank()
 
 
 def test_a_node_that_is_stopped_before_there_is_a_run_folder_ends(tmp_path):

@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers_for_tests import character_tokenizer
 from transformers import AutoModelForCausalLM
 
+from sftmix.batches.collate import build_micro_batch
 from sftmix.config.schema import Config, ModelConfig
-from sftmix.data.batches import build_micro_batch
 from sftmix.data.template import ALPACA
 from sftmix.doctor.need import Need
 from sftmix.engine.loading import empty_model, hf_config
@@ -30,9 +30,9 @@ from sftmix.engine.lora import (
     write_adapter,
 )
 from sftmix.errors import ConfigError
-from sftmix.objectives import Objective, loss_request
+from sftmix.loss.objective import Objective, loss_request
+from sftmix.pipeline.order import model_identity
 from sftmix.pipeline.preflight import check
-from sftmix.pipeline.run import model_identity
 from sftmix.pipeline.stages import trained_model
 
 # Plain peft asks for the old name.

@@ -9,10 +9,11 @@ import torch
 from families import FAMILIES
 from naive import PARTNERS, hidden_before_head, make_examples, make_model, naive_loss, naive_mixup_of_inputs, ours_of
 
-from sftmix.data.batches import StepCounts, build_micro_batch
-from sftmix.engine.head import CausalLMWithLoss, LogitTransform, ScoreRequest, find_logit_transform
+from sftmix.batches.collate import build_micro_batch
+from sftmix.batches.cut import StepCounts
 from sftmix.errors import ConfigError
-from sftmix.objectives import Objective, loss_request
+from sftmix.loss.head import CausalLMWithLoss, LogitTransform, ScoreRequest, find_logit_transform
+from sftmix.loss.objective import Objective, loss_request
 
 IN_FLOAT32 = {"gemma2", "cohere-scaled-logits"}  # their norms compute in float32 whatever they are given
 MU = 0.3

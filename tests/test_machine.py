@@ -14,11 +14,11 @@ import torch
 from processes import ROOT
 from tokenizers_for_tests import character_tokenizer
 
-from sftmix.engine.distributed import Ranks
+from sftmix.engine.ranks import Ranks
 from sftmix.errors import ArtifactError
-from sftmix.runlog import RunLog
 from sftmix.storage.failures import REMEDIES, accessing, describe, error_number, explain
 from sftmix.storage.files import write_text
+from sftmix.train.log import RunLog
 
 NUMBERS = np.random.default_rng(0).random(100_000)
 
@@ -77,7 +77,7 @@ def test_published_text_names_itself_on_a_full_disk(mounted):
 def test_lists_of_a_split_need_their_space_at_once(mounted):
     """A write to mapped memory without space behind it would kill the process."""
     code = (
-        "import sys; from pathlib import Path; from sftmix.pipeline.split_stage import _new_list\n"
+        "import sys; from pathlib import Path; from sftmix.pairing.on_files import _new_list\n"
         "try: _new_list(Path(sys.argv[1]) / 'a.npy', 100_000)[:] = 1\n"
         "except OSError as error: print(error.errno, error.filename)"
     )

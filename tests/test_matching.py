@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sftmix.pairing import Matching, StepUnits, mix_coverage
+from sftmix.pairing.matching import Matching, StepUnits, mix_coverage
 
 SIZES = [
     (0, 0, 0),

@@ -9,17 +9,18 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sftmix.config.schema import CheckpointConfig, TrainConfig
-from sftmix.engine.distributed import Ranks
 from sftmix.engine.engine import MicroBatchLoss
+from sftmix.engine.ranks import Ranks
 from sftmix.errors import ArtifactError
 from sftmix.liveness.stopping import StopRequest
-from sftmix.meter import CHECKPOINT, TRAINING, Meter, describe_time
-from sftmix.objectives import Objective
-from sftmix.pairing import singles
-from sftmix.resume import TrainingCheckpoints
-from sftmix.runlog import MIXUP, NTP, PADDED_RATE, REAL_RATE, RESPONSE_RATE, TRAINING_TIME, RunLog, read_metrics
+from sftmix.loss.objective import Objective
+from sftmix.pairing.matching import singles
 from sftmix.storage.checkpoints import CheckpointFolder
-from sftmix.train import TrainingPlan, train
+from sftmix.train.checkpointing import TrainingCheckpoints
+from sftmix.train.log import MIXUP, NTP, PADDED_RATE, REAL_RATE, RESPONSE_RATE, TRAINING_TIME, RunLog, read_metrics
+from sftmix.train.loop import TrainingRun, train
+from sftmix.train.meter import CHECKPOINT, TRAINING, Meter, describe_time
+from sftmix.train.plan import TrainingPlan
 
 START, STEP, SAVE, EXPORT = 8.0, 0.5, 16.0, 32.0  # seconds; sums of such numbers are exact
 NUM_EXAMPLES, BATCH, EVERY = 22, 4, 3  # 6 steps an epoch, the last of half the size; lines after steps 3, 6, 9, 12
@@ -137,8 +138,11 @@ class Stage:
         plan = TrainingPlan(singles(NUM_EXAMPLES, seed=0), 2, BATCH)
         try:
             train(
-                engine, Examples(), plan, Objective(0.2), TrainConfig(micro_batch_tokens=2 * REAL), log, seed=0, pad_id=0,
-                checkpoint_steps=self.exports, save_checkpoint=export, checkpoints=checkpoints,
+                TrainingRun(
+                    engine=engine, examples=Examples(), plan=plan, objective=Objective(0.2), seed=0, pad_id=0, log=log,
+                    settings=TrainConfig(micro_batch_tokens=2 * REAL), checkpoint_steps=self.exports, save_checkpoint=export,
+                    checkpoints=checkpoints, skipped=SimpleNamespace(add=lambda *_: None, end_step=lambda *_, **__: None),
+                )
             )  # fmt: skip
         except Killed:
             log.finish()

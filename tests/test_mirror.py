@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 import pytest
 import torch
 
+from sftmix.confidence.units import UnitFolder
 from sftmix.config.schema import CheckpointConfig
-from sftmix.engine.distributed import Ranks
+from sftmix.engine.ranks import Ranks
 from sftmix.errors import ArtifactError
 from sftmix.pipeline import unshared_folder
-from sftmix.resume import TrainingCheckpoints
-from sftmix.shards import ShardFolder
 from sftmix.storage import artifacts
 from sftmix.storage.checkpoints import STAGE, CheckpointFolder
+from sftmix.train.checkpointing import TrainingCheckpoints
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def test_units_from_two_disks_are_written_once_and_exactly(tmp_path):
         def from_main(self, values):
             return values
 
-    shards = ShardFolder(tmp_path, "f")
+    shards = UnitFolder(tmp_path, "f")
     unshared_folder.collect_units(WithRows(0, 2, 0, torch.device("cpu"), (0, 1)), shards, [2, 2])
     assert shards.problem(0, 2) == "not scored yet" and shards.problem(1, 2) is None
     assert shards.read(1).nll_sum.tolist() == [0.1, 1e-300] and shards.read(1).num_misses.tolist() == [2, 0]

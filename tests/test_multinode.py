@@ -15,9 +15,9 @@ from sftmix.cli import _parser
 from sftmix.cluster import exports, launch_commands
 from sftmix.cluster.environment import translate
 from sftmix.cluster.hostfile import Node
+from sftmix.cluster.run_commands import run_commands
 from sftmix.errors import ConfigError
-from sftmix.pipeline import node_launch
-from sftmix.pipeline.launching import run_commands
+from sftmix.pipeline import launching
 
 NODES = [Node("a", 2), Node("b", 1)]
 HOSTILE = [
@@ -156,13 +156,13 @@ def test_options_that_contradict_each_other_are_refused(tmp_path, monkeypatch, o
     monkeypatch.chdir(tmp_path)
     Path("hosts").write_text("a slots=2\nb slots=1\n")
     with pytest.raises(ConfigError, match=words):
-        node_launch.plan_of(_parser().parse_args(["launch", "c.yaml", *options]))
+        launching.plan_of(_parser().parse_args(["launch", "c.yaml", *options]))
 
 
 def test_the_arguments_are_those_of_run_py(tmp_path):
     (tmp_path / "hosts").write_text("a slots=2\nb slots=1\n")
     options = ["--hostfile", str(tmp_path / "hosts"), "--stage", "train", "--force", "--restart"]
-    made = node_launch.plan_of(_parser().parse_args(["launch", "c.yaml", "x=1", *options]))
+    made = launching.plan_of(_parser().parse_args(["launch", "c.yaml", "x=1", *options]))
     assert made.arguments == ("c.yaml", "x=1", "--stage", "train", "--force", "--restart")
     import importlib.util
 
@@ -185,7 +185,7 @@ def test_secrets_stay_here_and_the_users_own_file_counts(tmp_path, monkeypatch):
         "HF_HOME": "/hf", "NCCL_DEBUG": "INFO", "OWN": "1=2", "HOME_ONLY": "x", "PYTHONPATH": "/root:/mine",
         "TOKENIZERS_PARALLELISM": "true",
     }  # fmt: skip
-    with node_launch._for_runner(plan("pdsh"), {**here, "MLFLOW_TRACKING_URI": "$(touch hacked)", "UCX_TLS": "tcp"}) as environment:
+    with launching._for_runner(plan("pdsh"), {**here, "MLFLOW_TRACKING_URI": "$(touch hacked)", "UCX_TLS": "tcp"}) as environment:
         assert (
             Path(environment["DS_ENV_FILE"]).stat().st_mode & 0o077 == 0 and "hf_secret" not in Path(environment["DS_ENV_FILE"]).read_text()
         )
@@ -216,7 +216,7 @@ def test_secrets_stay_here_and_the_users_own_file_counts(tmp_path, monkeypatch):
 def test_the_exit_code_says_what_was_published(tmp_path, code, outcome, is_published, expected):
     if is_published:
         (tmp_path / "manifest.json").touch()
-    assert node_launch.judge(code, outcome, tmp_path / "manifest.json") == expected
+    assert launching.judge(code, outcome, tmp_path / "manifest.json") == expected
 
 
 # Real processes.
@@ -241,10 +241,10 @@ def test_ranks_on_two_nodes_see_arguments_and_environment_as_they_were_given(tmp
     if launcher == "torchrun":  # its agents really meet
         made = plan(launcher, *HOSTILE, address="127.0.0.2", port=29517)
     if launcher == "pdsh":
-        with node_launch._for_runner(made, environment) as prepared:
+        with launching._for_runner(made, environment) as prepared:
             assert run_commands([launch_commands.runner_command(made)], prepared) == 0
     else:
-        variables = exports.wanted(environment, node_launch.PACKAGE_ROOT)
+        variables = exports.wanted(environment, launching.PACKAGE_ROOT)
         assert run_commands([launch_commands.ssh_command(made, number, variables) for number in (0, 1)], environment) == 0
     check_probes(tmp_path, VALUES)
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["hosts"]
@@ -308,7 +308,7 @@ def test_ranks_of_srun_and_mpirun_see_the_same(tmp_path, monkeypatch, launcher, 
     monkeypatch.chdir(tmp_path)
     Path("hosts").write_text("a slots=2\nb slots=2\n")
     made = plan(launcher, *HOSTILE, nodes=[Node("a", 2), Node("b", 2)])
-    with node_launch._for_runner(made, environment) as prepared:
+    with launching._for_runner(made, environment) as prepared:
         assert run_commands([launch_commands.runner_command(made)], prepared) == 0
     for rank in range(4):
         arguments, seen, folder = json.loads((tmp_path / str(rank)).read_text())
@@ -319,7 +319,7 @@ def test_ranks_of_srun_and_mpirun_see_the_same(tmp_path, monkeypatch, launcher, 
 
 @pytest.mark.parametrize(("launcher", "program"), [("pdsh", "pdsh"), ("ssh", "ssh"), ("openmpi", "mpirun"), ("slurm", "srun")])
 def test_a_launcher_whose_program_is_missing_is_refused(launcher, program, monkeypatch):
-    from sftmix.pipeline.node_launch import _check_programs
+    from sftmix.pipeline.launching import _check_programs
 
     monkeypatch.setattr("shutil.which", lambda name: None if name == program else f"/usr/bin/{name}")
     with pytest.raises(ConfigError, match=f"--launcher {launcher} needs the program {program}, which is not in PATH"):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sftmix.pairing import CONFIDENT, MIDDLE, UNCONFIDENT, match_parts, singles, split_by_confidence
+from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT, match_parts, singles, split_by_confidence
 
 
 def ids(count):

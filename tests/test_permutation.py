@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sftmix.permutation import permute, symmetric_beta, uniform, unpermute
+from sftmix.pairing.permutation import permute, symmetric_beta, uniform, unpermute
 
 
 def p_value(counts: NDArray[np.float64], expected: NDArray[np.float64] | float, freedom: int | None = None) -> float:

@@ -11,8 +11,8 @@ import pytest
 from processes import ROOT
 from tokenizers_for_tests import character_tokenizer
 
+from sftmix.batches.examples import TokenisedExamples
 from sftmix.config.schema import Config, GeneratorConfig
-from sftmix.data.batches import TokenisedExamples
 from sftmix.data.formats import content_hash
 from sftmix.data.generator import generate
 from sftmix.data.prepare import Summary, data_settings, prepare

@@ -15,10 +15,10 @@ from processes import ROOT, sftmix
 from tiny import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sftmix.data.batches import TokenisedExamples
+from sftmix.batches.examples import TokenisedExamples
 from sftmix.errors import ConfigError
-from sftmix.runlog import MIXUP, NTP, read_metrics
 from sftmix.storage.artifacts import verify
+from sftmix.train.log import MIXUP, NTP, read_metrics
 
 pytestmark = pytest.mark.recipe
 QUICKSTART = "configs/quickstart.yaml"

@@ -16,7 +16,7 @@ from sftmix.config.deepspeed_json import deepspeed_config
 from sftmix.config.reader import dump_config, load_config
 from sftmix.config.schema import ModelConfig
 from sftmix.data.template import ALPACA
-from sftmix.engine.distributed import check_zero_section, import_deepspeed
+from sftmix.engine.deepspeed_internals import check_zero_section, import_deepspeed
 from sftmix.engine.loading import check_context, empty_model, hf_config
 from sftmix.engine.lora import num_adapter_parameters, target_names
 from sftmix.errors import ConfigError

@@ -13,15 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib.figure import Figure
 
-from sftmix.confidence import CONFIDENCE_SCHEMA
+from sftmix.confidence.definition import CONFIDENCE_SCHEMA
+from sftmix.confidence.table import ScoreMetadata
 from sftmix.config.schema import Config, SplitConfig
 from sftmix.data.prepare import SCHEMA
-from sftmix.pairing import CONFIDENT, MIDDLE, UNCONFIDENT, split_by_confidence
-from sftmix.pipeline.run import StageContext
-from sftmix.report import plots
-from sftmix.report.build import ONE_SEED, TITLES, UNITS, build_report, cells, print_table
-from sftmix.report.examples import ScoredExamples, agreement_of, duplicates, extremes, truncated
-from sftmix.scores import ScoreMetadata
+from sftmix.evaluation import plots
+from sftmix.evaluation.report import ONE_SEED, TITLES, UNITS, build_report, cells, print_table
+from sftmix.evaluation.report_examples import RunOutputs, ScoredExamples, agreement_of, duplicates, extremes, truncated
+from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT, split_by_confidence
 from sftmix.storage import artifacts
 from sftmix.storage.files import write_json
 
@@ -160,7 +159,7 @@ NASTY = "<script>alert('x')</script> & {{ 7 * 7 }}"
 
 @pytest.fixture
 def finished(tmp_path):
-    """Returns a function that makes the folders that the report reads, for 30 examples, and returns the stage's context."""
+    """Returns a function that makes the folders that the report reads, for 30 examples, and returns them."""
 
     def make(*, confidence, variability=None, is_ours=True, compare=None, **settings):
         compare = compare or {}
@@ -214,7 +213,7 @@ def finished(tmp_path):
         artifacts.seal(inputs["train"], stage="train", settings={}, facts=facts)
         (inputs["train"] / "metrics.jsonl").write_text("")
         write_json(inputs["evaluate"] / "metrics.json", {})
-        return StageContext(config, tmp_path / "report", inputs)
+        return RunOutputs(config, inputs)
 
     return make
 
@@ -225,10 +224,10 @@ def text_of(page):
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", body)).split())
 
 
-def test_the_page_shows_the_map_copies_and_truncated_examples_and_escapes_data(finished):
-    context = finished(confidence=-np.arange(1.0, 31.0), variability=np.arange(1.0, 31.0))
-    build_report(context)
-    page, image = (context.folder / "index.html").read_text(), (context.folder / "data_map.png").read_bytes()
+def test_the_page_shows_the_map_copies_and_truncated_examples_and_escapes_data(finished, tmp_path):
+    run = finished(confidence=-np.arange(1.0, 31.0), variability=np.arange(1.0, 31.0))
+    build_report(run, tmp_path / "report")
+    page, image = (tmp_path / "report" / "index.html").read_text(), (tmp_path / "report" / "data_map.png").read_bytes()
     assert f"data:image/png;base64,{base64.b64encode(image).decode()}" in page
     assert "<script" not in page and html.escape(NASTY, quote=False).replace("'", "&#39;") in page
     text = text_of(page)
@@ -240,43 +239,43 @@ def test_the_page_shows_the_map_copies_and_truncated_examples_and_escapes_data(f
     assert "no finite confidence" not in text and "Agreement" not in text
 
 
-def test_a_table_of_the_users_without_variability_and_with_positive_values_is_shown_as_it_is(finished):
-    context = finished(confidence=np.linspace(0.001, 0.03, 30), is_ours=False)
-    build_report(context)
-    text = text_of((context.folder / "index.html").read_text())
-    assert "There is none: the score table gives no variability" in text and not (context.folder / "data_map.png").exists()
+def test_a_table_of_the_users_without_variability_and_with_positive_values_is_shown_as_it_is(finished, tmp_path):
+    run = finished(confidence=np.linspace(0.001, 0.03, 30), is_ours=False)
+    build_report(run, tmp_path / "report")
+    text = text_of((tmp_path / "report" / "index.html").read_text())
+    assert "There is none: the score table gives no variability" in text and not (tmp_path / "report" / "data_map.png").exists()
     assert "perplexity conversation" not in text and "confidence conversation 0.03 user" in text  # the highest is the most confident
     assert "Least confident examples confidence conversation 0.001 user" in text
 
 
-def test_the_report_says_how_many_are_not_finite_or_thinned_out(finished, monkeypatch):
-    context = finished(confidence=-np.arange(1.0, 31.0), variability=np.arange(1.0, 31.0))
-    path = context.inputs["score"] / "confidence.parquet"
+def test_the_report_says_how_many_are_not_finite_or_thinned_out(finished, monkeypatch, tmp_path):
+    run = finished(confidence=-np.arange(1.0, 31.0), variability=np.arange(1.0, 31.0))
+    path = run.inputs["score"] / "confidence.parquet"
     table = pq.read_table(path)
     for name, value in (("confidence", -np.inf), ("variability", np.nan)):
         values = table[name].to_numpy().copy()
         values[3 if name == "confidence" else 7] = value
         table = table.set_column(table.column_names.index(name), name, pa.array(values))
     pq.write_table(table, path)
-    build_report(context)
-    text = text_of((context.folder / "index.html").read_text())
+    build_report(run, tmp_path / "report")
+    text = text_of((tmp_path / "report" / "index.html").read_text())
     assert "28 of 30 training examples. 2 are not drawn" in text and "1 example has no finite confidence" in text
     monkeypatch.setattr(plots, "MAX_POINTS", 10)
-    build_report(context)
-    text = text_of((context.folder / "index.html").read_text())
+    build_report(run, tmp_path / "report")
+    text = text_of((tmp_path / "report" / "index.html").read_text())
     assert "10 of 30 training examples, thinned evenly over their ranking. 2 are not drawn" in text
 
 
-def test_agreement_is_in_the_page_the_markdown_and_what_is_printed(finished, capsys):
+def test_agreement_is_in_the_page_the_markdown_and_what_is_printed(finished, capsys, tmp_path):
     live = -np.arange(1.0, 31.0)
     live[[14, 15]] = live[[15, 14]]  # 15 and 16: one pair changes places across the cut
     online = -np.arange(30.0, 0.0, -1.0)
     online[0] = np.nan
-    context = finished(confidence=-np.arange(1.0, 31.0), variability=np.ones(30), compare={"live": live, "online": online})
-    build_report(context)
+    run = finished(confidence=-np.arange(1.0, 31.0), variability=np.ones(30), compare={"live": live, "online": online})
+    build_report(run, tmp_path / "report")
     spearman = 1 - 6 * 2 / (30 * (30**2 - 1))
     rows = (["checkpoints, live", f"{spearman:.4f}", "93.3%", "30", "0"], ["checkpoints, online", "-1.0000", "3.4%", "29", "1"])
-    text, lines = text_of((context.folder / "index.html").read_text()), (context.folder / "report.md").read_text().splitlines()
+    text, lines = text_of((tmp_path / "report" / "index.html").read_text()), (tmp_path / "report" / "report.md").read_text().splitlines()
     for row in rows:
         assert " ".join(row) in text and f"| {' | '.join(row)} |" in lines
     out = capsys.readouterr().out
@@ -300,30 +299,30 @@ def test_the_printed_table_fits_60_columns_and_says_what_its_columns_mean(column
     assert all(f"{title}:" in UNITS for title in TITLES[1:])
 
 
-def test_the_report_shows_what_was_waited_for_and_the_times_apart(finished, capsys):
-    context = finished(confidence=-np.arange(1.0, 31.0))
-    build_report(context)
-    text, lines = text_of((context.folder / "index.html").read_text()), (context.folder / "report.md").read_text().splitlines()
+def test_the_report_shows_what_was_waited_for_and_the_times_apart(finished, capsys, tmp_path):
+    run = finished(confidence=-np.arange(1.0, 31.0))
+    build_report(run, tmp_path / "report")
+    text, lines = text_of((tmp_path / "report" / "index.html").read_text()), (tmp_path / "report" / "report.md").read_text().splitlines()
     assert capsys.readouterr().out.count(" 1.75\n") == 1 and "| SFTMix | - | - | - | 1 | 1.75 |" in lines
     assert "| minutes | waited | training | checkpoints and exports | start and end |" in lines
     assert "| SFTMix | 1.75 | 1.00 | 0.50 | 0.25 |" in lines
     assert "minutes waited training checkpoints and exports start and end SFTMix 1.75 1.00 0.50 0.25" in text
 
 
-def test_every_place_with_a_table_says_that_one_seed_decides_nothing(finished, capsys):
-    context = finished(confidence=-np.arange(1.0, 31.0))
-    build_report(context)
+def test_every_place_with_a_table_says_that_one_seed_decides_nothing(finished, capsys, tmp_path):
+    run = finished(confidence=-np.arange(1.0, 31.0))
+    build_report(run, tmp_path / "report")
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    page = text_of((context.folder / "index.html").read_text())
-    texts = [capsys.readouterr().out, page, (context.folder / "report.md").read_text(), readme]
+    page = text_of((tmp_path / "report" / "index.html").read_text())
+    texts = [capsys.readouterr().out, page, (tmp_path / "report" / "report.md").read_text(), readme]
     assert [text.replace("\n", " ").count(ONE_SEED) for text in texts] == [1] * 4
 
 
-def test_a_stage_that_did_not_count_what_was_waited_has_no_minutes(finished):
-    context = finished(confidence=-np.arange(1.0, 31.0))
-    path = context.inputs["train"] / artifacts.MANIFEST
+def test_a_stage_that_did_not_count_what_was_waited_has_no_minutes(finished, tmp_path):
+    run = finished(confidence=-np.arange(1.0, 31.0))
+    path = run.inputs["train"] / artifacts.MANIFEST
     manifest = json.loads(path.read_text())
     del manifest["facts"]["waited_seconds"]
     path.write_text(json.dumps(manifest))
-    build_report(context)
-    assert "| SFTMix | - | - | - | 1 | - |" in (context.folder / "report.md").read_text().splitlines()
+    build_report(run, tmp_path / "report")
+    assert "| SFTMix | - | - | - | 1 | - |" in (tmp_path / "report" / "report.md").read_text().splitlines()

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from score_tables import COUNTS, FINGERPRINTS, IDS, METADATA, NAN, SUMS, rows_of, table
 
-from sftmix import score_files, scores
+import sftmix.confidence.table as score_table
+from sftmix.confidence import table_files
+from sftmix.confidence.table import ScoreMetadata, fit_scores, read_scores, write_scores
 from sftmix.errors import ArtifactError
-from sftmix.scores import ScoreMetadata, fit_scores, read_scores, write_scores
 
 
 def test_the_tables_hold_what_a_loop_over_single_examples_gives(tmp_path):
@@ -53,7 +54,7 @@ def test_row_groups_are_bounded_and_change_nothing(tmp_path, monkeypatch):
     ids = [f"{n:03d}" for n in rng.permutation(50)]
     given = {"ids": ids, "counts": rng.integers(1, 5, 50), "sums": {step: rng.uniform(0, 9, 50) for step in (3, 1, 2)}}
     whole = table(tmp_path / "whole", **given)
-    for module in (scores, score_files):
+    for module in (score_table, table_files):
         monkeypatch.setattr(module, "ROWS_PER_GROUP", 8)
     cut = table(tmp_path / "cut", **given)
     for name in ("perplexity.parquet", "confidence.parquet"):
@@ -159,8 +160,8 @@ def test_confidences_that_are_not_finite_are_refused_by_id_unless_allowed(tmp_pa
 
 def test_only_the_columns_that_are_asked_for_are_read(tmp_path, monkeypatch):
     asked = []
-    read_column = scores.read_column
-    monkeypatch.setattr(scores, "read_column", lambda path, name, kind: asked.append(name) or read_column(path, name, kind))
+    read_column = score_table.read_column
+    monkeypatch.setattr(score_table, "read_column", lambda path, name, kind: asked.append(name) or read_column(path, name, kind))
     found = read_scores(table(tmp_path / "t"))
     assert asked == []
     fit_scores(found, IDS, FINGERPRINTS)

@@ -17,7 +17,7 @@ from sftmix.storage import artifacts
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A config whose data stage has run; returns (config, ids of its training examples, fingerprints of its table)."""
-    from sftmix.data.batches import TokenisedExamples
+    from sftmix.batches.examples import TokenisedExamples
     from sftmix.engine.precision import resolve_precision
 
     folder = tmp_path_factory.mktemp("run")

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from score_tables import COUNTS, FINGERPRINTS, IDS, METADATA, SUMS, own_table, table
 
+from sftmix.confidence.table import fit_scores, read_scores, write_scores
 from sftmix.errors import ArtifactError
-from sftmix.scores import fit_scores, read_scores, write_scores
 from sftmix.storage import artifacts
 
 

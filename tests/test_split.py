@@ -5,9 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sftmix import split
-from sftmix.pairing import CONFIDENT, MIDDLE, UNCONFIDENT, split_by_confidence
-from sftmix.split import NotFiniteError, split_table
+from sftmix.pairing import split
+from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT, split_by_confidence
+from sftmix.pairing.split import NotFiniteError, split_table
 
 
 def write(path, values, strata=None, seed=0):

@@ -5,22 +5,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sftmix import score_files
+from sftmix.batches.examples import TokenisedExamples
+from sftmix.confidence import table_files
 from sftmix.config.schema import Config
-from sftmix.data.batches import TokenisedExamples
 from sftmix.data.prepare import SCHEMA
 from sftmix.errors import ArtifactError
-from sftmix.pairing import match_parts, split_by_confidence
-from sftmix.pipeline import split_stage
-from sftmix.pipeline.run import StageContext
+from sftmix.pairing import on_files
+from sftmix.pairing.matching import match_parts, split_by_confidence
 
 COUNT = 1003
 
 
 @pytest.fixture
 def stage(tmp_path, monkeypatch):
-    """A context of COUNT examples with a score table, read in batches of 100 rows; split(**settings) runs the stage's work."""
-    monkeypatch.setattr(split_stage, "ROWS_PER_GROUP", 100)
+    """COUNT examples with a score table, read in batches of 100 rows; split(**settings) runs the stage's work."""
+    monkeypatch.setattr(on_files, "ROWS_PER_GROUP", 100)
     rng = np.random.default_rng(0)
     ids = [f"{n:08x}" for n in rng.permutation(COUNT * 3)[:COUNT]]
     lengths = rng.integers(1, 60, COUNT)
@@ -36,14 +35,14 @@ def stage(tmp_path, monkeypatch):
         writer.write_table(pa.table([columns[field.name] for field in SCHEMA], schema=SCHEMA), max_chunksize=77)
     values = {"confidence": rng.integers(-9, 0, COUNT).astype(float), "quality": rng.integers(0, 5, COUNT).astype(np.uint8)}
     values["votes"] = rng.choice([-(2**31), 0, 2**31 - 1], COUNT).astype(np.int32)  # minus the smallest is no int32
-    pq.write_table(pa.table({"example_id": ids, **values}), tmp_path / "score" / score_files.CONFIDENCE, row_group_size=333)
+    pq.write_table(pa.table({"example_id": ids, **values}), tmp_path / "score" / table_files.CONFIDENCE, row_group_size=333)
     examples = TokenisedExamples(tmp_path / "data" / "train.arrow")
 
     def split(**settings):
         needed = {"model": {"architecture": {"model_type": "llama"}}, "tokenizer": {"train": {"vocab_size": 300}}, "data": {"path": "x"}}
         config = Config.model_validate({**needed, "run": {"dir": tmp_path}, "mixup": {"length_block": 8}, "split": settings})
-        context = StageContext(config, tmp_path / "split", {"data": tmp_path / "data", "score": tmp_path / "score"})
-        return context, examples, split_stage.split_scores(context, examples)
+        table, folder = tmp_path / "score" / table_files.CONFIDENCE, tmp_path / "split"
+        return config, examples, on_files.split_scores(table, examples.table.data.table, config.split, folder)
 
     return split, columns, values
 
@@ -51,42 +50,42 @@ def stage(tmp_path, monkeypatch):
 @pytest.mark.parametrize("highest_is_confident", [True, False])
 @pytest.mark.parametrize("column", ["confidence", "quality", "votes"])
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.2, 0.3)])
-def test_parts_and_matchings_equal_those_in_memory(stage, column, highest_is_confident, shares):
+def test_parts_and_matchings_equal_those_in_memory(stage, column, highest_is_confident, shares, tmp_path):
     split, columns, values = stage
     settings = {"column": column, "highest_is_confident": highest_is_confident}
-    context, examples, sizes = split(**settings, confident_share=shares[0], unconfident_share=shares[1])
+    config, examples, sizes = split(**settings, confident_share=shares[0], unconfident_share=shares[1])
     signed = values[column].astype(float) * (1 if highest_is_confident else -1)
     expected = split_by_confidence(columns["example_id"], signed, confident_share=shares[0], unconfident_share=shares[1])
-    written = pq.read_table(context.folder / split_stage.SPLIT)
+    written = pq.read_table(tmp_path / "split" / on_files.SPLIT)
     assert written["example_id"].to_pylist() == columns["example_id"] and written["part"].to_pylist() == expected
     lengths = examples.column("num_response_tokens")
-    split_stage.write_parts(context.folder, sizes, lengths)
+    on_files.write_parts(tmp_path / "split", sizes, lengths)
     for way in ("random", "length"):
-        found = split_stage.open_matching(context.folder, context.config, way)
+        found = on_files.open_matching(tmp_path / "split", config.mixup, config.run.seed, way)
         in_memory = match_parts(np.array(expected), lengths, seed=0, alpha=0.5, by_length=way == "length", block_pairs=8)
         assert isinstance(found.confident, np.memmap)
         for epoch in (0, 1):
             got, wanted = (matching.units(epoch, 0, matching.num_units) for matching in (found, in_memory))
             assert np.array_equal(got.units, wanted.units) and np.array_equal(got.lam, wanted.lam)
-    coverage = split_stage.mix_coverages(context.folder, lengths, context.config)
+    coverage = on_files.mix_coverages(tmp_path / "split", lengths, config.mixup, config.run.seed)
     assert coverage["random"] < coverage["length"] <= 1
 
 
-def test_strata_come_from_the_data(stage):
+def test_strata_come_from_the_data(stage, tmp_path):
     split, columns, values = stage
-    context, _, _ = split(stratify_by="group", confident_share=0.3, unconfident_share=0.3)
-    parts = np.array(pq.read_table(context.folder / split_stage.SPLIT)["part"].to_pylist())
+    _, _, _ = split(stratify_by="group", confident_share=0.3, unconfident_share=0.3)
+    parts = np.array(pq.read_table(tmp_path / "split" / on_files.SPLIT)["part"].to_pylist())
     for group in ("a", "b"):
         rows = np.flatnonzero(columns["group"] == group)
         ids = [columns["example_id"][row] for row in rows]
         shares = {"confident_share": 0.3, "unconfident_share": 0.3}
         assert parts[rows].tolist() == split_by_confidence(ids, values["confidence"][rows], **shares)
-    assert [path.name for path in context.folder.iterdir()] == [split_stage.SPLIT]  # no table left over
+    assert [path.name for path in tmp_path / "split".iterdir()] == [on_files.SPLIT]  # no table left over
 
 
 @pytest.mark.parametrize(("change", "message"), [("order", "not in the order of the data, near row 500"), ("rows", "1,002 rows for 1,003")])
 def test_a_table_in_another_order_is_refused(stage, tmp_path, change, message):
-    path = tmp_path / "score" / score_files.CONFIDENCE
+    path = tmp_path / "score" / table_files.CONFIDENCE
     table = pq.read_table(path)
     order = np.arange(COUNT)
     order[[512, 513]] = [513, 512]

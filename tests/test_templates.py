@@ -125,7 +125,7 @@ def test_hostile_values_are_refused(template, name):
     ],
 )
 def test_what_is_missing_or_wrong_is_said(template, more, words):
-    from sftmix.pipeline.node_launch import launch_on_nodes
+    from sftmix.pipeline.launching import launch_on_nodes
 
     options = _parser().parse_args(["launch", "configs/quickstart.yaml", *more[2:], "--template", template, *more[:2]])
     with pytest.raises(ConfigError, match=words):

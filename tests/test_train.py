@@ -6,8 +6,8 @@ from naive import make_model
 
 from sftmix.config.schema import TrainConfig
 from sftmix.engine.engine import enable_activation_checkpointing
-from sftmix.pairing import singles
-from sftmix.train import TrainingPlan, choose_checkpoint_steps, learning_rate_at
+from sftmix.pairing.matching import singles
+from sftmix.train.plan import TrainingPlan, choose_checkpoint_steps, learning_rate_at
 
 
 def rates(num_steps, **settings):

@@ -15,7 +15,7 @@ import pytest
 
 from sftmix.liveness import processes
 from sftmix.liveness.last_words import LastWords
-from sftmix.liveness.members import Position
+from sftmix.liveness.progress import Position
 
 WORKER = Path(__file__).parent / "support" / "watch_worker.py"
 TOKEN = "0123abcd"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -161,3 +162,10 @@ def _number(environment: Mapping[str, str], name: str, otherwise: int | None = N
     if not re.fullmatch(r"\d{1,18}", text):
         raise ConfigError(f"{name} is {text[:40]!r}, expected a number. Correct it, or unset it.")
     return int(text)
+
+
+def free_port() -> int:
+    """Returns a TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -19,8 +19,8 @@ from sftmix.cluster.environment import DEFAULT_PORT
 from sftmix.cluster.exports import for_pdsh
 from sftmix.cluster.hostfile import Node
 from sftmix.errors import ConfigError, counted
-from sftmix.pipeline.launching import RUN_SCRIPT
 
+RUN_SCRIPT = Path(__file__).resolve().parent / "launch" / "run.py"
 ON_EACH_NODE = frozenset({"ssh", "torchrun"})  # launchers that need a command on every node
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 ALIVE = ("ServerAliveInterval=15", "ServerAliveCountMax=3")  # a node that is cut off ends its connection
@@ -75,6 +75,14 @@ def _check_for_pdsh(nodes: Sequence[Node]) -> None:
                 f"{what}, {path!r}, has letters that a shell could misread, and DeepSpeed gives it to the nodes' shells without quotes. "
                 "Use a path of letters, digits and @+=:,./_- only, or --launcher ssh."
             )
+
+
+def local_command(num_ranks: int, arguments: Sequence[str], *, port: int) -> list[str]:
+    """Returns the command that starts the ranks of this machine alone. arguments: of launch/run.py."""
+    return [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_accelerators", str(num_ranks),
+        "--master_addr", "127.0.0.1", "--master_port", str(port), str(RUN_SCRIPT), *arguments,
+    ]  # fmt: skip
 
 
 def runner_command(plan: Plan) -> list[str]:

@@ -28,7 +28,7 @@ def run_local_ranks(
     command: list[str], num_ranks: int, *, limit_seconds: float, environment: Mapping[str, str] | None = None
 ) -> list[RankEnd]:
     """Returns how each rank ended, in rank order. None is left running. environment: laid over that of this process."""
-    from sftmix.engine.distributed import free_port
+    from sftmix.cluster.environment import free_port
 
     shared = {
         **{name: value for name, value in os.environ.items() if name not in OF_A_LAUNCHER},

@@ -14,7 +14,7 @@ from string import Template
 from sftmix.config.reader import load_config
 from sftmix.errors import ConfigError, did_you_mean
 
-FOLDER = Path(__file__).resolve().parents[1] / "launch" / "templates"
+FOLDER = Path(__file__).resolve().parent / "launch" / "templates"
 FILES = {"slurm": "slurm.sh", "kubernetes": "kubernetes.yaml", "skypilot": "skypilot.yaml", "pdsh": "pdsh.sh"}
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sftmix.batches.examples import TokenisedExamples
 from sftmix.config.schema import Config
-from sftmix.data.batches import TokenisedExamples
 from sftmix.data.prepare import prepare
 from sftmix.data.tokenizer import tokenizer_from
 from sftmix.errors import counted

@@ -163,7 +163,7 @@ def _list_gpus(cards: list[gpus.Gpu]) -> list[Finding]:
 def _choose_accelerator() -> None:
     """Tells DeepSpeed where there is no GPU; it would warn that it found none."""
     with suppress(ImportError, OSError):  # a torch that cannot be imported becomes a finding later
-        from sftmix.engine.distributed import has_gpu
+        from sftmix.engine.ranks import has_gpu
 
         if not has_gpu():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")

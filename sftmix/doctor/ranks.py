@@ -26,10 +26,10 @@ class RanksError(SftmixError):
 
 
 def run_ranks(num_ranks: int, wanted: list[str], *, on_gpus: bool, limit_seconds: float = LIMIT_SECONDS) -> Result:
-    """Returns what sftmix/engine/self_test.py finds out. Raises RanksError where a rank fails or hangs."""
+    """Returns what sftmix/doctor/self_test.py finds out. Raises RanksError where a rank fails or hangs."""
     environment = {} if on_gpus else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(prefix="sftmix-doctor-") as folder:
-        command = [sys.executable, "-m", "sftmix.engine.self_test", folder, *wanted]
+        command = [sys.executable, "-m", "sftmix.doctor.self_test", folder, *wanted]
         ends = run_local_ranks(command, num_ranks, limit_seconds=limit_seconds, environment=environment)
         failure = first_failure(ends)
         if failure is not None:

@@ -18,12 +18,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from sftmix.batches.collate import MicroBatch
+from sftmix.batches.cut import StepCounts
 from sftmix.config.deepspeed_json import deepspeed_config
 from sftmix.config.schema import Config, ModelConfig, TrainConfig
-from sftmix.data.batches import MicroBatch, StepCounts
 from sftmix.data.template import marker_ids
-from sftmix.engine.distributed import Ranks, import_deepspeed, release_leftovers
-from sftmix.engine.head import CausalLMWithLoss, ScoreRequest, find_logit_transform
+from sftmix.engine.deepspeed_internals import import_deepspeed, release_leftovers
 from sftmix.engine.loading import build_model, empty_model, hf_config, quiet_transformers
 from sftmix.engine.lora import (
     adapted_layers,
@@ -43,9 +43,11 @@ from sftmix.engine.precision import (
     precision_of,
     resolve_precision,
 )
+from sftmix.engine.ranks import Ranks
 from sftmix.errors import ArtifactError
-from sftmix.objectives import Objective, loss_request
-from sftmix.pipeline import guard
+from sftmix.liveness.progress import Progress
+from sftmix.loss.head import CausalLMWithLoss, ScoreRequest, find_logit_transform
+from sftmix.loss.objective import Objective, loss_request
 from sftmix.storage import faults
 from sftmix.storage.failures import accessing, describe
 from sftmix.storage.provenance import fingerprint
@@ -70,7 +72,7 @@ class MicroBatchLoss:
 class Engine:
     """A model in training (`train` given) or for scoring only. Every method is called by all ranks together, but for
     `score` where the model is not sharded. `is_sharded`: for scoring only, whether ZeRO-3 shards the model; default:
-    as `engine.zero_stage` says."""
+    as `engine.zero_stage` says. progress: told of every step and micro-batch."""
 
     def __init__(
         self,
@@ -81,9 +83,11 @@ class Engine:
         *,
         train: TrainConfig | None = None,
         is_sharded: bool | None = None,
+        progress: Progress | None = None,
     ):
         deepspeed = import_deepspeed()
         self.ranks = ranks
+        self._progress = progress or Progress()
         self.backend = None if config.engine.kernel_backend == "auto" else config.engine.kernel_backend
         precision = resolve_precision(config.engine.precision)
         check_device_computes_in(precision)
@@ -150,13 +154,13 @@ class Engine:
 
     def start_step(self, *, seed: int, step: int) -> None:
         """Gives dropout a stream that depends on (seed, step, rank) only, so that a resumed run repeats it."""
-        guard.begin_step(step)
+        self._progress.begin_step(step)
         key = (seed * 1_000_003 + step) * 65_537 + self.ranks.rank
         torch.manual_seed(key % 2**63)
 
     def forward_backward(self, batch: MicroBatch, counts: StepCounts, objective: Objective, *, is_last: bool) -> MicroBatchLoss:
         """Runs one micro-batch of a step and accumulates its gradients; `is_last` says that the step ends with it."""
-        guard.tick()
+        self._progress.tick()
         batch = batch.to(self.ranks.device)
         self._deepspeed.set_gradient_accumulation_boundary(is_last)
         request = loss_request(objective, batch, counts, backend=self.backend)
@@ -218,7 +222,7 @@ class Engine:
     def score(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Returns (T,) float32 losses in nats of a micro-batch's response tokens, and (T,) bool: would greedy
         decoding have chosen each. On the CPU."""
-        guard.tick()
+        self._progress.tick()
         was_training = self.module.training
         self._deepspeed.eval()
         batch = batch.to(self.ranks.device)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sftmix.engine.distributed import Ranks, has_gpu, import_deepspeed
+from sftmix.engine.deepspeed_internals import import_deepspeed
+from sftmix.engine.ranks import Ranks, has_gpu
 from sftmix.errors import ArtifactError, ConfigError, TrainingError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -34,7 +34,8 @@ from typing import NoReturn
 from sftmix.liveness import processes
 from sftmix.liveness.last_words import LastWords, end, end_silent
 from sftmix.liveness.lines import Connection, Message, listen
-from sftmix.liveness.members import Member, Peer, Position, Verdict, member_of
+from sftmix.liveness.members import Member, Peer, Verdict, member_of
+from sftmix.liveness.progress import Position, Progress
 
 __all__ = ["Watch", "listen"]
 
@@ -47,9 +48,10 @@ NUM_NAMED = 16  # ranks that a beat of rank 0 names as alive; the lowest of them
 
 
 class Watch:
-    """The heartbeat of one rank, from `start` to `close`. `position` may be set at any time; `exit_code` is what all
-    ranks end with if this one fails or judges. `on_beat` is called in the thread once per interval; what it raises is a
-    failure of this rank.
+    """The heartbeat of one rank, from `start` to `close`. `exit_code` is what all ranks end with if this one fails or
+    judges. `on_beat` is called in the thread once per interval; what it raises is a failure of this rank.
+
+    progress: what this rank is doing. stall_seconds: how long its position may stay the same while it can stall; None: for ever.
 
     listener: rank 0's, from `listen`. address: where the others find it. launchers: those found at the start of the process,
     where that is longer ago; a launcher that ended before it was looked for cannot be missed.
@@ -67,18 +69,19 @@ class Watch:
         silent_seconds: float = 20.0,
         interval: float = 1.0,
         stall_seconds: float | None = None,
+        progress: Progress | None = None,
         join_seconds: float = 300.0,
         on_beat: Callable[[], None] | None = None,
         launchers: Sequence[processes.Process] | None = None,
     ):
         self.rank, self.world_size = rank, world_size
-        self.position = Position("start")
+        self.progress = progress or Progress()
         self.exit_code = 1
-        self.stall_seconds = stall_seconds
+        self._stall_seconds = stall_seconds
         self._address, self._listener, self._token, self._folder = address, listener, token, folder
         self._silent_seconds, self._interval, self._join_seconds = silent_seconds, interval, join_seconds
         self._on_beat, self._launchers = on_beat, launchers
-        self._place = processes.place()
+        self._place = processes.namespace()
         self._member = Member(rank, str(self._place["host"]), os.getpid(), processes.start_time(os.getpid()), self._place)
         self._peers: dict[int, Peer] = {}
         self._left: set[int] = set()
@@ -180,7 +183,7 @@ class Watch:
                 self._own_failure = self._own_failure or f"{type(error).__name__}: {error}"
         if self.rank > 0 and 0 not in self._peers and 0 not in self._left and not self._strangers:
             self._connect()
-        beat: Message = {"beat": astuple(self.position)}
+        beat: Message = {"beat": astuple(self.progress.position)}
         if self.rank == 0:
             beat["named"] = sorted(rank for rank, peer in self._peers.items() if peer.line.is_open)[:NUM_NAMED]
         for peer in self._peers.values():
@@ -280,12 +283,16 @@ class Watch:
                    if r not in self._peers and r not in self._left]  # fmt: skip
         if missing and now - self._started > self._join_seconds:
             self._set(f"{_ranks(missing)} did not join within {self._join_seconds:g} s (seen by {self._member}, address {self._address}).")
-        progress = {self.rank: self.position} | {r: p.position for r, p in self._peers.items()}
+        progress = {self.rank: self.progress.position} | {r: p.position for r, p in self._peers.items()}
         if progress != self._progress:
             self._progress, self._progressed = progress, now
-        elif self.rank == 0 and self.stall_seconds is not None and now - self._progressed > self.stall_seconds:
+        elif self.rank == 0 and self._is_stalled(now):
             where = ", ".join(f"rank {r} in {position}" for r, position in sorted(progress.items())[:NUM_NAMED])
-            self._set(f"no progress for {self.stall_seconds:g} s ({where}). Stacks: {self._words.folder}.")
+            self._set(f"no progress for {self._stall_seconds:g} s ({where}). Stacks: {self._words.folder}.")
+
+    def _is_stalled(self, now: float) -> bool:
+        limit = self._stall_seconds
+        return self.progress.can_stall and limit is not None and now - self._progressed > limit
 
     def _report_failure(self, now: float) -> None:
         """Rank 0 hears of this rank's failure and decides; without rank 0 this rank decides."""
@@ -298,7 +305,7 @@ class Watch:
             self._failure = (self.rank, verdict, now + (ALONE_SECONDS if self._peers else 0.0))
 
     def _describe_failure(self) -> str:
-        return f"{self._member} failed in {self.position}: {(self._own_failure or '')[:16384]}"
+        return f"{self._member} failed in {self.progress.position}: {(self._own_failure or '')[:16384]}"
 
     def _set(self, cause: str, silent: Member | None = None) -> None:
         self._verdict = Verdict(cause, self.exit_code, silent)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sftmix.liveness.lines import Connection
+from sftmix.liveness.progress import Position
 
 
 @dataclass(frozen=True)
@@ -22,22 +23,8 @@ class Member:
         return f"rank {self.rank} ({self.host}, pid {self.pid})"
 
     def is_on(self, place: dict[str, str | None]) -> bool:
-        """Does its pid mean this process in that place (`processes.place`)?"""
+        """Does its pid mean this process in that place (`processes.namespace`)?"""
         return place["boot_id"] is not None and self.place == place
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a rank is in its work. step: of training, from 1; ticks: what tells that it gets on, micro-batches of this phase."""
-
-    phase: str
-    step: int = 0
-    ticks: int = 0
-
-    def __str__(self) -> str:
-        if self.step:
-            return f"{self.phase}, step {self.step}"
-        return f"{self.phase}, micro-batch {self.ticks}" if self.ticks else self.phase
 
 
 @dataclass

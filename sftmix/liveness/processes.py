@@ -36,7 +36,7 @@ def start_time(pid: int) -> int | None:
     return None if fields is None or fields[0] in ("Z", "X") else fields[2]
 
 
-def place() -> dict[str, str | None]:
+def namespace() -> dict[str, str | None]:
     """Returns what two processes must share for one to look up the other's pid: host, boot and pid namespace."""
     here: dict[str, str | None] = {"host": socket.gethostname(), "boot_id": None, "pid_namespace": None}
     with contextlib.suppress(OSError):

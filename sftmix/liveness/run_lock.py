@@ -17,12 +17,14 @@ import json
 import os
 import re
 import secrets
+import threading
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sftmix.errors import ArtifactError
+from sftmix.errors import ArtifactError, SftmixError
 from sftmix.liveness import processes
 from sftmix.storage.files import write_json
 
@@ -39,7 +41,7 @@ class SupersededError(ArtifactError):
     """A later attempt owns the run folder."""
 
 
-class Fence:
+class RunLock:
     """The hold of one attempt on a run folder; `claim` and `join` make it."""
 
     def __init__(self, folder: Path, attempt: int, key: str):
@@ -76,6 +78,24 @@ class Fence:
         temporary.write_text(json.dumps({"attempt": self.attempt, "key": self._key, "pid": os.getpid(), "counter": self._num_renewals}))
         temporary.replace(path)
 
+    @contextlib.contextmanager
+    def renewing(self) -> Iterator[None]:
+        """Renews the lock every second inside, in a thread."""
+        done = threading.Event()
+
+        def renew() -> None:
+            while not done.wait(1.0):
+                with contextlib.suppress(OSError, SftmixError):  # superseded: what is to be published will be refused
+                    self.renew()
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
     def release(self) -> None:
         """Marks the attempt as ended: the next claim need not look for its process, and ranks that still run end."""
         self._add(ended=_now())
@@ -97,7 +117,7 @@ class Fence:
             write_json(_path(attempts, self.attempt), {**record, **facts})
 
 
-def claim(folder: Path, *, patience_seconds: float = 5.0) -> Fence:
+def claim(folder: Path, *, patience_seconds: float = 5.0) -> RunLock:
     """Returns the hold on a run folder, as its next attempt.
 
     Raises ArtifactError where another writer is alive, within the patience: at once for one on this machine; one on
@@ -111,12 +131,12 @@ def claim(folder: Path, *, patience_seconds: float = 5.0) -> Fence:
         raise ArtifactError(f"{attempts} cannot be written ({error}). Mend its permissions or disk, or choose another run.dir.") from None
 
 
-def join(folder: Path, attempt: int) -> Fence:
+def join(folder: Path, attempt: int) -> RunLock:
     """Returns the hold of an attempt that another process claimed. Raises ArtifactError where there is no such attempt."""
     record = _read(folder / ATTEMPTS, attempt)
     if record is None:
         raise ArtifactError(f"{_path(folder / ATTEMPTS, attempt)} is missing or damaged: nobody claimed this attempt. Start the run again.")
-    return Fence(folder, attempt, record["key"])
+    return RunLock(folder, attempt, record["key"])
 
 
 def holder(folder: Path, *, patience_seconds: float = 2.0) -> str | None:
@@ -128,7 +148,7 @@ def holder(folder: Path, *, patience_seconds: float = 2.0) -> str | None:
     return None if alive is None else f"attempt {last}, {_who(alive)}"
 
 
-def _claim(folder: Path, attempts: Path, deadline: float) -> Fence:
+def _claim(folder: Path, attempts: Path, deadline: float) -> RunLock:
     first = _last_attempt(attempts)
     last = first
     while True:
@@ -144,12 +164,12 @@ def _claim(folder: Path, attempts: Path, deadline: float) -> Fence:
             last = _last_attempt(attempts)
             continue
         break
-    fence = Fence(folder, last + 1, key)
-    fence.renew()
+    lock = RunLock(folder, last + 1, key)
+    lock.renew()
     for name, number in _listing(attempts).items():
-        if number <= fence.attempt - NUM_KEPT:
+        if number <= lock.attempt - NUM_KEPT:
             (attempts / name).unlink(missing_ok=True)
-    return fence
+    return lock
 
 
 def _create(attempts: Path, number: int) -> str:
@@ -161,7 +181,7 @@ def _create(attempts: Path, number: int) -> str:
     key = secrets.token_hex(8)
     record: Record = {
         "attempt": number,
-        **processes.place(),
+        **processes.namespace(),
         "pid": os.getpid(),
         "process_start": processes.start_time(os.getpid()),
         "user": user,
@@ -186,7 +206,7 @@ def _living_owner(attempts: Path, number: int, deadline: float, *, is_new: bool)
         return {} if is_new else None
     if "ended" in record:
         return None
-    here = processes.place()
+    here = processes.namespace()
     if record["process_start"] is not None and here["boot_id"] is not None and all(record[name] == here[name] for name in here):
         return record if processes.start_time(record["pid"]) == record["process_start"] else None
     if is_new:

@@ -6,14 +6,16 @@ again, or after Control-C with 130. The same signal again ends the process at on
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-EXIT_CODE = 75
-INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
+from sftmix.errors import INTERRUPTED, STOPPED
+
 STARTED = "SFTMIX_STARTED"  # seconds since the epoch at which the command began; for all its processes
 STOP_FILE = "stop"  # in the run folder: whoever makes it asks the run to stop
 
@@ -75,4 +77,29 @@ def acknowledge(number: int) -> None:
 
 def exit_code_of(reason: str) -> int:
     """Returns the exit code of a run that has saved its state because of `reason`."""
-    return INTERRUPTED if reason.startswith(signal.SIGINT.name) else EXIT_CODE
+    return INTERRUPTED if reason.startswith(signal.SIGINT.name) else STOPPED
+
+
+@contextlib.contextmanager
+def asking_to_stop(stop_file: Path) -> Iterator[None]:
+    """Turns SIGTERM, SIGUSR1 and SIGINT (Control-C) into a file that rank 0 looks for after each step: the launcher between would rather
+    kill the ranks. SIGTERM or SIGINT again ends this process, and the ranks with it."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if not stop_file.parent.is_dir():  # no rank has come so far
+            raise SystemExit(128 + number)
+        stop_file.write_text(f"{signal.Signals(number).name} was received\n", encoding="utf-8")
+        acknowledge(number)
+        if number != signal.SIGUSR1:
+            signal.signal(number, _end_now)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_now(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sftmix.cards import STAGE_OF, write_model_card
 from sftmix.config.reader import load_config
 from sftmix.config.schema import Config
 from sftmix.errors import ArtifactError, ConfigError
-from sftmix.pipeline.run import Stage, stages_of
+from sftmix.evaluation.model_cards import STAGE_OF, write_model_card
+from sftmix.pipeline.context import Stage
+from sftmix.pipeline.order import stages_of
 from sftmix.pipeline.up_to_date import config_key
 from sftmix.storage import artifacts, provenance
 

@@ -1,131 +1,210 @@
-"""Starts the processes of a run on this machine through DeepSpeed's own launcher."""
+"""Start the ranks of a run: on this machine (`sftmix run`), or on the nodes of a hostfile (`sftmix launch`).
+
+Launchers lose exit codes: DeepSpeed's exits with 0 when it is killed, pdsh's code may be that of a connection, torchrun's is 1
+whatever its ranks said. So rank 0 records how it ended in the file of the attempt (`RunLock.note_outcome`), and success is
+believed only if the last output is there too.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
-import signal
-import subprocess
+import shutil
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
+from sftmix.cluster import exports
+from sftmix.cluster.environment import free_port
+from sftmix.cluster.hostfile import is_host_name, read_hostfile
+from sftmix.cluster.launch_commands import (
+    ALIVE,
+    ON_EACH_NODE,
+    Plan,
+    describe,
+    local_command,
+    make_plan,
+    node_command,
+    runner_command,
+    ssh_command,
+)
+from sftmix.cluster.run_commands import run_commands
+from sftmix.cluster.templates import print_template
+from sftmix.config.reader import load_config
 from sftmix.config.schema import Config
-from sftmix.liveness.stopping import EXIT_CODE, INTERRUPTED, STOP_FILE, acknowledge
-from sftmix.pipeline import guard
+from sftmix.engine.process_group import threads_of_rank
+from sftmix.engine.ranks import has_gpu
+from sftmix.errors import INTERRUPTED, STOPPED, ConfigError, counted
+from sftmix.liveness.stopping import STOP_FILE, asking_to_stop
+from sftmix.pipeline import preflight
+from sftmix.pipeline.guard import ATTEMPT, holding
+from sftmix.pipeline.run import Request, check_finished_work, first_unfinished_stage, folder_of_last, run_pipeline
+from sftmix.storage.artifacts import MANIFEST
 
-GRACE_SECONDS = 60.0  # that other commands have to end, after one has: their ranks have heard of it by heartbeat
-RUN_SCRIPT = Path(__file__).resolve().parent / "launch" / "run.py"
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+Environment = dict[str, str]
 
 
-def launch(config: Config, config_path: str, overrides: list[str], *, only: str | None, force: bool, restart: bool) -> int:
-    """Prepares the data in this process, runs `deepspeed launch/run.py` with `engine.num_processes` ranks, and returns its exit code.
+def launch_here(config: Config, config_path: str, overrides: Sequence[str], request: Request) -> int:
+    """Runs `engine.num_processes` ranks on this machine, through DeepSpeed's launcher. Returns the exit code."""
+    options = [config_path, *overrides, *_options(request)]
 
-    SIGTERM and SIGUSR1 ask the ranks to save and stop. DeepSpeed's launcher exits with 0 when it is killed itself, so success is
-    believed only if the output is there: current, and, where it was to be made again, new.
-    """
-    from sftmix.pipeline.run import check_finished_work, first_unfinished_stage, folder_of_last
-    from sftmix.storage.artifacts import MANIFEST
+    def start(environment: Environment) -> int:
+        command = local_command(config.engine.num_processes, options, port=free_port())
+        if not has_gpu():
+            environment.setdefault("DS_ACCELERATOR", "cpu")
+        return run_commands([command], environment)
 
-    check_finished_work(config, only, force=force)
-    with guard.holding(config) as hold, _environment(config, hold.attempt) as environment:
-        prepare_data(config, only, force=force, restart=restart)
-        if only == "data":
-            return 0
-        goal = folder_of_last(config, only) / MANIFEST
-        before = goal.stat().st_ino if goal.exists() else None
-        options = [*(["--stage", only] if only else []), *(["--force"] if force else []), *(["--restart"] if restart else [])]
-        with asking_to_stop(config.run.dir / STOP_FILE):
-            code = run_commands([[*_launcher(config), config_path, *overrides, *options]], environment)
-        if code:
-            return code
-        unfinished = first_unfinished_stage(config, only)
-        if unfinished or (only and force and goal.stat().st_ino == before):
-            print(f"sftmix: the launcher ended, but {unfinished or only} was not published: it was killed. Start again.", file=sys.stderr)
-            return 1
+    threads = threads_of_rank(config.engine.num_threads, config.engine.num_processes)
+    return _launch(config, request, start, threads=threads)
+
+
+def launch_on_nodes(options: argparse.Namespace) -> int:
+    """Runs `sftmix launch` with its parsed options. Returns the exit code: 0 where the last stage is published, 75 where the
+    run was asked to stop and has saved its state."""
+    if options.template is not None:
+        return print_template(options)
+    config = load_config(options.config, options.overrides)
+    plan = plan_of(options)
+    if options.dry_run:
+        _show(plan, options.node_rank)
         return 0
+    preflight.check(config, has_device=False)
+    if options.node_rank is None:
+        _check_programs(plan.launcher)
+    os.umask(0o077)
+    request = _request(options)
+    threads = threads_of_rank(None, max(node.slots for node in plan.nodes))
+    if options.node_rank:  # the first node's command claims the folder and prepares the data; these ranks join it
+        with asking_to_stop(config.run.dir / STOP_FILE):
+            return _exit_code(_start(plan, options.node_rank, _environment(threads)))
+    return _launch(config, request, lambda environment: _start(plan, options.node_rank, environment), threads=threads)
 
 
-def prepare_data(config: Config, only: str | None, *, force: bool, restart: bool) -> None:
-    """Runs the data stage in this process, where it is missing or asked for: ranks that wait for it would only hold GPUs."""
-    from sftmix.pipeline.run import first_unfinished_stage, run_pipeline
-
-    if only == "data" or first_unfinished_stage(config, "data"):
-        run_pipeline(config, only="data", force=force, restart=restart)
+def _request(options: argparse.Namespace) -> Request:
+    return Request(options.stage, options.force, options.restart)
 
 
-def _launcher(config: Config) -> list[str]:
-    from sftmix.engine.distributed import free_port
+def _options(request: Request) -> list[str]:
+    """Returns a request as options of launch/run.py."""
+    stage = ["--stage", request.only] if request.only else []
+    return [*stage, *(["--force"] if request.force else []), *(["--restart"] if request.restart else [])]
 
-    return [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_accelerators", str(config.engine.num_processes),
-        "--master_addr", "127.0.0.1", "--master_port", str(free_port()), str(RUN_SCRIPT),
-    ]  # fmt: skip
+
+def _launch(config: Config, request: Request, start: Callable[[Environment], int], *, threads: int) -> int:
+    """Claims the run folder, prepares the data in this process, starts the ranks and judges how they ended.
+
+    start: runs the ranks in an environment to their end, and returns the launcher's exit code.
+    """
+    check_finished_work(config, request)
+    with holding(config) as lock:
+        # Ranks that wait for the data would only hold GPUs.
+        if request.only == "data" or first_unfinished_stage(config, "data"):
+            run_pipeline(config, replace(request, only="data"), lock=lock)
+        if request.only == "data":
+            return 0
+        with asking_to_stop(config.run.dir / STOP_FILE):
+            code = start({**_environment(threads), ATTEMPT: str(lock.attempt)})
+        return judge(code, lock.outcome(), folder_of_last(config, request.only) / MANIFEST)
+
+
+def _environment(threads: int) -> Environment:
+    """Returns the environment of what is started here. That of the ranks is taken from it."""
+    return {"OMP_NUM_THREADS": str(threads), **os.environ}
+
+
+def judge(code: int, outcome: int | None, manifest: Path) -> int:
+    """Returns the exit code of a launch. code: of the launcher. outcome: what rank 0 recorded. manifest: of the last output."""
+    if outcome == 0 and manifest.is_file():
+        if code:
+            print(f"sftmix: the launcher ended with {code}, but all is published", file=sys.stderr)
+        return 0
+    if outcome in (STOPPED, INTERRUPTED):
+        return outcome
+    if code == 0:
+        print(f"sftmix: the launcher ended, but its ranks did not publish {manifest.parent}. Start again.", file=sys.stderr)
+    return _exit_code(code) or 1
+
+
+def _exit_code(code: int) -> int:
+    return code if code >= 0 else 128 - code
+
+
+def _start(plan: Plan, node_rank: int | None, environment: Environment) -> int:
+    """Starts the ranks of all nodes, or those of one node on this machine, and waits for their end."""
+    if node_rank is not None:
+        return run_commands([node_command(plan, node_rank)], environment | exports.wanted(environment, PACKAGE_ROOT))
+    if plan.launcher in ON_EACH_NODE:
+        variables = exports.wanted(environment, PACKAGE_ROOT)
+        return run_commands([ssh_command(plan, number, variables) for number in range(len(plan.nodes))], environment)
+    with _for_runner(plan, environment) as prepared:
+        return run_commands([runner_command(plan)], prepared)
+
+
+def _check_programs(launcher: str) -> None:
+    """Raises ConfigError where the program that `launcher` starts ranks with is not installed here."""
+    program = {"openmpi": "mpirun", "slurm": "srun", "pdsh": "pdsh"}.get(launcher, "ssh")
+    if shutil.which(program) is None:
+        raise ConfigError(
+            f"--launcher {launcher} needs the program {program}, which is not in PATH. Install it, or use another --launcher."
+        )
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    """Returns how the ranks are started. Raises ConfigError for options that contradict each other, or the hostfile."""
+    if options.hostfile is None:
+        raise ConfigError("--hostfile is missing: lines of `host slots=N`. On one machine: `sftmix run CONFIG engine.num_processes=N`.")
+    if options.set:
+        raise ConfigError("--set belongs to --template. For a key of the config write key=value without it.")
+    if options.master_port is not None and not 1 <= options.master_port <= 65535:
+        raise ConfigError(f"--master-port {options.master_port} is no port (1 to 65535). Name another.")
+    if options.master_addr is not None and not is_host_name(options.master_addr):
+        raise ConfigError(f"--master-addr {options.master_addr[:80]!r} is no host name or address. Correct it.")
+    nodes = read_hostfile(options.hostfile)
+    if options.node_rank is not None:
+        if options.launcher not in ON_EACH_NODE:
+            raise ConfigError(f"--node-rank is for --launcher ssh and torchrun; {options.launcher} starts all nodes. Leave it out.")
+        if not 0 <= options.node_rank < len(nodes):
+            raise ConfigError(
+                f"--node-rank is {options.node_rank}, and {options.hostfile} has {counted(len(nodes), 'node')}, counted from 0. Correct it."
+            )
+    arguments = [options.config, *options.overrides, *_options(_request(options))]
+    return make_plan(nodes, options.hostfile, options.launcher, arguments, address=options.master_addr, port=options.master_port)
+
+
+def _show(plan: Plan, node_rank: int | None) -> None:
+    """Prints what would be started."""
+    environment = _environment(threads_of_rank(None, max(node.slots for node in plan.nodes)))
+    variables = exports.wanted(environment, PACKAGE_ROOT)
+    variables[ATTEMPT] = "(number of the attempt)"
+    command = None if plan.launcher in ON_EACH_NODE else runner_command(plan)
+    if node_rank is not None:
+        command = node_command(plan, node_rank)
+    print("\n".join(describe(plan, variables, command)))
+    if plan.launcher in ON_EACH_NODE and node_rank is None:
+        print("\nWithout --dry-run these are started over ssh; with --node-rank I, that of node I on this machine.")
 
 
 @contextlib.contextmanager
-def _environment(config: Config, attempt: int) -> Iterator[dict[str, str]]:
-    """Yields the ranks' environment. This process joins its own claim too, for the stage that it runs itself."""
-    from sftmix.engine.distributed import has_gpu, threads_of_rank
-
-    os.environ[guard.ATTEMPT] = str(attempt)
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(threads_of_rank(config.engine.num_threads, config.engine.num_processes)))
-    if not has_gpu():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        yield environment
-    finally:
-        del os.environ[guard.ATTEMPT]
-
-
-@contextlib.contextmanager
-def asking_to_stop(stop_file: Path) -> Iterator[None]:
-    """Turns SIGTERM, SIGUSR1 and SIGINT (Control-C) into a file that rank 0 looks for after each step: the launcher between would rather
-    kill the ranks. SIGTERM or SIGINT again ends this process, and the ranks with it."""
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if not stop_file.parent.is_dir():  # no rank has come so far
-            raise SystemExit(128 + number)
-        stop_file.write_text(f"{signal.Signals(number).name} was received\n", encoding="utf-8")
-        acknowledge(number)
-        if number != signal.SIGUSR1:
-            signal.signal(number, _end_now)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _end_now(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
-
-
-def run_commands(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> int:
-    """Runs the commands side by side, until all have ended or one has failed and the others had time to end too. Returns 0, 75 or 130 where
-    one ended with it, or another of their codes. None is left running here, not after an interrupt either."""
-    processes: list[subprocess.Popen[bytes]] = []
-    deadline = None
-    try:
-        for command in commands:
-            # Of their own session: an interrupt from the terminal is ours to handle.
-            processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True))
-        while None in (codes := [process.poll() for process in processes]):
-            if deadline is None and any(codes):
-                deadline = time.monotonic() + GRACE_SECONDS
-            if deadline is not None and time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    failed = [code for code in codes if code]
-    return next((code for code in failed if code in (EXIT_CODE, INTERRUPTED)), next(iter(failed), 0))
+def _for_runner(plan: Plan, environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Yields the environment for DeepSpeed's runner, which takes what is for the ranks from a file of ours, made anew each time; the lines
+    of the user's own are in it. What DeepSpeed would send on by itself, and nobody here needs, is taken out."""
+    variables = exports.wanted(environment, PACKAGE_ROOT)
+    rest = {name: value for name, value in environment.items() if not name.startswith(exports.SENT_BY_DEEPSPEED)}
+    meeting = {"MASTER_ADDR": plan.address, "MASTER_PORT": str(plan.port) if plan.port else None}
+    given = {name: value for name, value in meeting.items() if value}
+    if plan.launcher == "slurm":
+        rest = {name: value for name, value in rest.items() if name not in meeting}
+        yield {**rest, **exports.for_srun(variables), **given, exports.ENV_FILE: os.devnull}
+        return
+    if plan.launcher == "openmpi":
+        variables |= given
+    with tempfile.NamedTemporaryFile("w", prefix="sftmix_env_", encoding="utf-8") as file:  # for this user's eyes only (0600)
+        file.write(exports.env_file_text(variables, plan.launcher))
+        file.flush()
+        # Else pdsh waits for hours for the ssh to a node that was cut off.
+        patience = " ".join([environment.get("PDSH_SSH_ARGS_APPEND", ""), *(f"-o{option}" for option in ALIVE)]).strip()
+        yield {**rest, **variables, exports.ENV_FILE: file.name, "PDSH_SSH_ARGS_APPEND": patience}

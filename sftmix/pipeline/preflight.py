@@ -20,9 +20,10 @@ def check(config: Config, *, has_device: bool = True) -> None:
     from sftmix.data.formats import check_format
     from sftmix.data.readers import check_source
     from sftmix.data.template import choose_template
-    from sftmix.engine.distributed import check_zero_section, has_gpu
+    from sftmix.engine.deepspeed_internals import check_zero_section
     from sftmix.engine.loading import hf_config
     from sftmix.engine.precision import check_device_computes_in, resolve_precision
+    from sftmix.engine.ranks import has_gpu
 
     for source in config.data.all_sources:
         check_source(source)
@@ -58,9 +59,9 @@ def check(config: Config, *, has_device: bool = True) -> None:
 
 def _check_model(model: ModelConfig, name: str, *, precision: str, has_device: bool) -> None:
     """Looks at what shows in the model without memory: attention, shapes of the weights, places of the adapters."""
-    from sftmix.engine.distributed import has_gpu
     from sftmix.engine.loading import check_attention, check_weights, empty_model, hf_config
     from sftmix.engine.lora import import_peft, target_names
+    from sftmix.engine.ranks import has_gpu
 
     settings = hf_config(model, name=name)
     if has_device:

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from sftmix.confidence.table import MAX_NAMED, ScoreMetadata, ScoreTable, fit_scores, named, read_scores
+from sftmix.confidence.table_files import CONFIDENCE, PERPLEXITY, refuse_existing
 from sftmix.errors import ArtifactError, counted
-from sftmix.score_files import CONFIDENCE, PERPLEXITY, refuse_existing
-from sftmix.scores import MAX_NAMED, ScoreMetadata, ScoreTable, fit_scores, named, read_scores
 from sftmix.storage import artifacts
 from sftmix.storage.files import write_text
 
@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
         case "check":
             lines = check_scores(options.table, options.config, options.overrides)
         case "merge":
-            from sftmix.score_merge import merge_scores
+            from sftmix.confidence.merge import merge_scores
 
             lines = [f"{options.to}: " + line for line in merge_scores(options.tables, options.to).lines()]
         case _:
@@ -82,16 +82,16 @@ def check_scores(source: str, config_path: str, overrides: Sequence[str]) -> lis
 
     Raises ArtifactError where it does not, or where the data stage has not run with this config.
     """
+    from sftmix.batches.examples import TokenisedExamples
     from sftmix.config.reader import load_config
-    from sftmix.data.batches import TokenisedExamples
     from sftmix.engine.precision import resolve_precision
-    from sftmix.pipeline.run import check_finished_work, first_unfinished_stage
+    from sftmix.pipeline.run import Request, check_finished_work, first_unfinished_stage
 
     # The config as it would be with this table: there is then no reference run whose mode could be asked for.
     own = [f"confidence.scores={json.dumps(source)}", "confidence.mode=checkpoints", "confidence.compare=[]", "confidence.models=[]"]
     config = load_config(config_path, [*overrides, *own])
     folder = config.run.dir / "data"
-    check_finished_work(config, "data", force=False)
+    check_finished_work(config, Request("data"))
     if first_unfinished_stage(config, "data") is not None:
         raise ArtifactError(f"{folder} is missing. Run `sftmix data {config_path}` first.")
     fingerprints = artifacts.verify(folder).facts.get("fingerprints")

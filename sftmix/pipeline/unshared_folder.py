@@ -1,7 +1,7 @@
 """A run folder that is not on shared storage: each node has one of its own, at the same path.
 
 Rank 0's is the run's. What a stage reads is copied from there to the other disks through the process group, and verified; scores that
-other nodes have made go the other way. Training state stays on the disk of the node that wrote it (`sftmix/resume.py`).
+other nodes have made go the other way. Training state stays on the disk of the node that wrote it (`sftmix/train/checkpointing.py`).
 
 On each disk the lowest of the ranks that see it, its leader (`Ranks.leads_storage`), does what one process must do there.
 """
@@ -23,12 +23,13 @@ from typing import IO
 import numpy as np
 import torch
 
+from sftmix.confidence.units import UnitFolder, UnitScores
 from sftmix.config.schema import Config
-from sftmix.engine.distributed import Ranks
+from sftmix.engine.ranks import Ranks
 from sftmix.errors import ArtifactError
-from sftmix.liveness.run_lock import Fence
-from sftmix.pipeline import guard
-from sftmix.shards import ShardFolder, UnitScores
+from sftmix.liveness.progress import Progress
+from sftmix.liveness.run_lock import RunLock
+from sftmix.pipeline.guard import SEEN, Guard, holding
 from sftmix.storage import artifacts
 from sftmix.storage.files import write_text
 
@@ -47,13 +48,13 @@ def find_storage(ranks: Ranks, folder: Path) -> Ranks:
     if ranks.world_size == 1:
         return ranks
     token = ranks.text_from_main(secrets.token_hex(8))
-    marks = [folder / f"{guard.SEEN}{token}_{rank}" for rank in range(ranks.world_size)]
+    marks = [folder / f"{SEEN}{token}_{rank}" for rank in range(ranks.world_size)]
     problem = ""
     if ranks.local_rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             marks[ranks.rank].touch()
-            for left in folder.glob(f"{guard.SEEN}*") if ranks.is_main else []:  # by an attempt that was killed while it looked
+            for left in folder.glob(f"{SEEN}*") if ranks.is_main else []:  # by an attempt that was killed while it looked
                 if token not in left.name:
                     left.unlink(missing_ok=True)
         except OSError as error:
@@ -94,7 +95,7 @@ def say_storage(ranks: Ranks, config: Config) -> None:
         )
 
 
-def hold_others(ranks: Ranks, config: Config, held: contextlib.ExitStack) -> Fence | None:
+def hold_others(ranks: Ranks, config: Config, held: contextlib.ExitStack) -> RunLock | None:
     """Makes this run the only writer of every other disk's run folder too. All ranks call it. Returns this rank's hold; None for a rank
     that leads no disk but rank 0's. Raises ArtifactError, on all ranks, where a folder has another writer."""
     if ranks.is_storage_shared:
@@ -102,7 +103,7 @@ def hold_others(ranks: Ranks, config: Config, held: contextlib.ExitStack) -> Fen
     hold, problem = None, ""
     if ranks.leads_storage and not ranks.is_main:
         try:
-            hold = held.enter_context(guard.holding(config, is_own_disk=True))
+            hold = held.enter_context(holding(config))
         except ArtifactError as error:
             problem = f"on {socket.gethostname()}: {error}"
     agree(ranks, problem)
@@ -116,7 +117,7 @@ def agree(ranks: Ranks, problem: str) -> None:
         raise ArtifactError(first, on_all_ranks=True)
 
 
-def copy_to_others(ranks: Ranks, folder: Path) -> None:
+def copy_to_others(ranks: Ranks, folder: Path, guard: Guard) -> None:
     """Brings a published folder of rank 0 to every disk that does not have it as it is. All ranks call it.
 
     Raises ArtifactError, on all ranks, where it cannot be read or written, or does not arrive as it was sent.
@@ -138,13 +139,13 @@ def copy_to_others(ranks: Ranks, folder: Path) -> None:
         if needs:
             shutil.rmtree(staging, ignore_errors=True)
         for name, entry in manifest.files.items():
-            found = _send(ranks, folder / name, staging / name if needs else None, entry)
+            found = _send(ranks, folder / name, staging / name if needs else None, entry, guard.progress)
             problem = problem or found
     agree(ranks, problem)
     if needs:
         try:
             write_text(staging / artifacts.MANIFEST, text)
-            artifacts.replace_folder(staging, folder)
+            artifacts.replace_folder(staging, folder, check=guard.lock.check if guard.lock is not None else None)
             _verified.add((folder, manifest.digest))
         except (OSError, ArtifactError) as error:
             problem = f"{folder} cannot be written on {socket.gethostname()}: {error}"
@@ -163,7 +164,7 @@ def _has(folder: Path, manifest: artifacts.Manifest) -> bool:
     return False
 
 
-def _send(ranks: Ranks, source: Path, target: Path | None, entry: dict[str, object]) -> str:
+def _send(ranks: Ranks, source: Path, target: Path | None, entry: dict[str, object], progress: Progress) -> str:
     """Sends one file of rank 0 to the leaders; those with a `target` write it. Returns what went wrong here: whatever does, all go on
     to the file's end, since the others wait for their part."""
     size, problem, digest = int(str(entry["size"])), "", hashlib.sha256()
@@ -178,7 +179,7 @@ def _send(ranks: Ranks, source: Path, target: Path | None, entry: dict[str, obje
         except OSError as error:
             problem = f"{error.filename} on {socket.gethostname()}: {error.strerror}"
         for start in range(0, size, CHUNK_BYTES):
-            guard.tick()
+            progress.tick()
             length = min(CHUNK_BYTES, size - start)
             content = b""
             try:
@@ -203,7 +204,7 @@ def _send(ranks: Ranks, source: Path, target: Path | None, entry: dict[str, obje
     return problem
 
 
-def collect_units(ranks: Ranks, shards: ShardFolder, sizes: list[int]) -> None:
+def collect_units(ranks: Ranks, shards: UnitFolder, sizes: list[int]) -> None:
     """Brings the scores of other disks that rank 0's lacks to it. All ranks call it. sizes: examples of each unit."""
     if ranks.is_storage_shared:
         return

@@ -13,7 +13,7 @@ from sftmix.storage import artifacts, provenance
 
 if TYPE_CHECKING:
     from sftmix.config.schema import Config
-    from sftmix.pipeline.run import Stage
+    from sftmix.pipeline.context import Stage
 
 State = Literal["current", "missing", "changed"]
 # Where the settings of a stage stand in a config, as far as they are not called the same there.

@@ -23,7 +23,6 @@ from sftmix.storage.files import sha256_of_file, sync_folder, write_json
 from sftmix.storage.provenance import commit, fingerprint, versions
 
 MANIFEST = "manifest.json"
-_may_publish: list[Callable[[], None]] = []
 FORMAT = 1  # of the artifacts themselves; part of every fingerprint
 
 
@@ -62,19 +61,26 @@ def publish(
     `facts` may be filled inside the block. After an error, or a kill, `folder` is as it was before; only between two
     renames it is absent, and whole beside its place.
     """
-    staging = folder.with_name(f".{folder.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    staging = new_staging(folder)
     yield staging
     seal(staging, stage=stage, settings=settings, inputs=inputs, facts=facts)
     replace_folder(staging, folder)
 
 
-def replace_folder(staging: Path, folder: Path) -> None:
-    """Puts a sealed folder beside `folder` into its place."""
+def new_staging(folder: Path) -> Path:
+    """Returns an empty folder beside `folder`, to be sealed and put into its place."""
+    staging = folder.with_name(f".{folder.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def replace_folder(staging: Path, folder: Path, *, check: Callable[[], None] | None = None) -> None:
+    """Puts a sealed folder beside `folder` into its place. check: raises where this process must not publish (any more)."""
     old = folder.with_name(f".{folder.name}.old")
     discard(old)
-    check_may_publish()
+    if check is not None:
+        check()
     faults.point("publish.aside")
     if folder.exists():
         folder.rename(old)
@@ -83,17 +89,6 @@ def replace_folder(staging: Path, folder: Path) -> None:
     faults.point("publish.done")
     sync_folder(folder.parent)
     discard(old)
-
-
-def before_publishing(check: Callable[[], None] | None) -> None:
-    """Sets what is called before anything is renamed into its place, and raises where this process must not (any more)."""
-    _may_publish[:] = [check] if check else []
-
-
-def check_may_publish() -> None:
-    """Raises what the check of `before_publishing` raises."""
-    for check in _may_publish:
-        check()
 
 
 def seal(

@@ -15,6 +15,7 @@ import hashlib
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,11 +31,13 @@ OWN_DIGEST = "manifest_sha256"
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """The checkpoints of one training stage. keep_last: newest ones that stay, at least 1; keep_every: steps whose multiples stay too."""
+    """The checkpoints of one training stage. keep_last: newest ones that stay, at least 1; keep_every: steps whose multiples stay too.
+    check: raises where this process must not publish (any more)."""
 
     folder: Path
     keep_last: int = 2
     keep_every: int | None = None
+    check: Callable[[], None] | None = None
 
     def path(self, step: int) -> Path:
         """Returns where the checkpoint after `step` is."""
@@ -65,13 +68,14 @@ class CheckpointFolder:
         return manifest
 
     def publish(self, staging: Path, step: int, manifest: artifacts.Manifest) -> None:
-        """Makes a checkpoint exist whose state files are written and flushed. Raises what the fence of the run folder raises.
+        """Makes a checkpoint exist whose state files are written and flushed. Raises what `check` raises.
         `retain` is for later: when it exists on every disk that has a part of it."""
         faults.point("checkpoint.manifest")
         vouched = replace(manifest, facts={**manifest.facts, OWN_DIGEST: provenance.fingerprint(asdict(manifest))})
         write_json(staging / artifacts.MANIFEST, asdict(vouched))
         sync_folder(staging)
-        artifacts.check_may_publish()
+        if self.check is not None:
+            self.check()
         faults.point("checkpoint.rename")
         staging.rename(self.path(step))
         sync_folder(self.folder)

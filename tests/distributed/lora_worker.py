@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from sftmix.config.schema import Config
 from sftmix.data.tokenizer import tokenizer_from
-from sftmix.engine.distributed import init_ranks
 from sftmix.engine.engine import Engine
 from sftmix.engine.lora import is_adapter
-from sftmix.objectives import Objective
+from sftmix.engine.process_group import init_ranks
+from sftmix.loss.objective import Objective
 
 folder, result_path = Path(sys.argv[1]), Path(sys.argv[2])
 ranks = init_ranks()

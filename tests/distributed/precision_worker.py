@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 
 from sftmix.config.schema import Config
 from sftmix.data.tokenizer import tokenizer_from
-from sftmix.engine.distributed import import_deepspeed, init_ranks
+from sftmix.engine.deepspeed_internals import import_deepspeed
 from sftmix.engine.engine import Engine
+from sftmix.engine.process_group import init_ranks
 from sftmix.engine.state import to_universal
 from sftmix.errors import SftmixError
-from sftmix.objectives import Objective
+from sftmix.loss.objective import Objective
 
 folder, result_path = Path(sys.argv[1]), Path(sys.argv[2])
 ranks = init_ranks()

@@ -16,23 +16,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sftmix import resume
+from sftmix.batches.examples import TokenisedExamples
 from sftmix.config.schema import Config
-from sftmix.data.batches import TokenisedExamples
 from sftmix.data.tokenizer import tokenizer_from
-from sftmix.engine.distributed import init_ranks
 from sftmix.engine.engine import Engine
+from sftmix.engine.process_group import init_ranks
 from sftmix.errors import SftmixError
 from sftmix.liveness.stopping import StopRequest
-from sftmix.objectives import Objective
-from sftmix.pairing import match_parts
-from sftmix.resume import TrainingCheckpoints
-from sftmix.runlog import PADDED_RATE, REAL_RATE, RESPONSE_RATE, TRAINING_TIME, RunLog, read_metrics
-from sftmix.skipped import SkippedSteps
+from sftmix.loss.objective import Objective
+from sftmix.pairing.matching import match_parts
 from sftmix.storage import faults, provenance
 from sftmix.storage.checkpoints import OWN_DIGEST
 from sftmix.storage.files import sha256_of_file, write_json
-from sftmix.train import TrainingPlan, train
+from sftmix.train import checkpointing
+from sftmix.train.checkpointing import TrainingCheckpoints
+from sftmix.train.log import PADDED_RATE, REAL_RATE, RESPONSE_RATE, TRAINING_TIME, RunLog, read_metrics
+from sftmix.train.loop import TrainingRun, train
+from sftmix.train.plan import TrainingPlan
+from sftmix.train.skipped_steps import SkippedSteps
 
 FOLDER, STAGE, RESULT = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 ranks = init_ranks()
@@ -100,8 +101,11 @@ def run(name, *, stop_after=None, stop_rank=0, fault="", limit=5, fingerprint="f
     error = None
     try:
         train(
-            engine, examples, plan, Objective(0.2), config.train, log, seed=1, pad_id=tokenizer.pad_token_id,
-            checkpoints=checkpoints, skipped=skipped,
+            TrainingRun(
+                engine=engine, examples=examples, plan=plan, objective=Objective(0.2), settings=config.train, seed=1,
+                pad_id=tokenizer.pad_token_id, checkpoint_steps=[], save_checkpoint=lambda step: None, log=log,
+                checkpoints=checkpoints, skipped=skipped,
+            )
         )  # fmt: skip
     except SftmixError as caught:
         error = f"{type(caught).__name__}: {caught}"
@@ -279,11 +283,11 @@ def small_disk():
             is_mounted = done.returncode == 0
         if not ranks.same_as_main(is_mounted):
             return "no file system can be mounted here"
-        before = resume.check_space
+        before = checkpointing.check_space
         if tenth:
-            resume.check_space = lambda folder, needed: None
+            checkpointing.check_space = lambda folder, needed: None
         results[str(tenth)] = run(name, every_steps=3)
-        resume.check_space = before
+        checkpointing.check_space = before
         ranks.barrier()
         if ranks.is_main:
             subprocess.run(["umount", str(mounted)], check=True)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from sftmix.confidence.scoring import WorkPlan, score_examples
 from sftmix.config.schema import Config, ModelConfig
 from sftmix.data.tokenizer import tokenizer_from
-from sftmix.engine.distributed import init_ranks
 from sftmix.engine.engine import Engine
-from sftmix.scoring import WorkPlan, score_examples
+from sftmix.engine.process_group import init_ranks
 
 folder, result_path = Path(sys.argv[1]), Path(sys.argv[2])
 ranks = init_ranks()

@@ -10,7 +10,7 @@ from processes import sftmix
 from reference_runs import MAIN_ONLY, OPTIONS, QUICKSTART, SITES, assert_completed, assert_nothing_left, reference, result_of
 from tiny import TINY
 
-from sftmix.runlog import read_metrics
+from sftmix.train.log import read_metrics
 
 pytestmark = pytest.mark.distributed
 TORTURE = pytest.mark.torture

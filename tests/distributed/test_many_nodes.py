@@ -15,9 +15,9 @@ from nodes import nodes_on_this_machine
 from processes import ROOT, sftmix
 from tiny import TINY
 
+from sftmix.cluster.environment import free_port
 from sftmix.cluster.local_ranks import OF_A_LAUNCHER, run_local_ranks
-from sftmix.engine.distributed import free_port
-from sftmix.runlog import read_metrics
+from sftmix.train.log import read_metrics
 
 pytestmark = pytest.mark.distributed
 TORTURE = pytest.mark.torture

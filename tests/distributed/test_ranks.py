@@ -7,7 +7,7 @@ import torch
 from pairs import COUNTS, PAIRS, micro_batch, results_of
 from transformers import AutoModelForCausalLM
 
-from sftmix.data.batches import build_micro_batch
+from sftmix.batches.collate import build_micro_batch
 
 pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).parent / "ranks_worker.py"

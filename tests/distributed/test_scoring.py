@@ -15,8 +15,8 @@ from tiny import TINY
 from tokenizers_for_tests import character_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sftmix.confidence.scoring import WorkPlan, cut_by_length
 from sftmix.data.template import ALPACA
-from sftmix.scoring import WorkPlan, cut_by_length
 
 pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).parent / "score_worker.py"

@@ -8,7 +8,7 @@ import signal
 import pytest
 from reference_runs import PATIENCE, assert_completed, assert_nothing_left, begin, reference, result_of, saved_step, wait_for
 
-from sftmix.runlog import read_metrics
+from sftmix.train.log import read_metrics
 
 pytestmark = pytest.mark.distributed
 TORTURE = pytest.mark.torture

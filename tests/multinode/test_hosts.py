@@ -13,8 +13,8 @@ from processes import sftmix
 from tiny import TINY
 
 from sftmix.config.reader import dump_config, load_config
-from sftmix.runlog import read_metrics
 from sftmix.storage import artifacts
+from sftmix.train.log import read_metrics
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 TORTURE = pytest.mark.torture

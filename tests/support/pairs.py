@@ -9,7 +9,8 @@ from processes import run_ranks
 from tokenizers_for_tests import character_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sftmix.data.batches import StepCounts, build_micro_batch
+from sftmix.batches.collate import build_micro_batch
+from sftmix.batches.cut import StepCounts
 from sftmix.data.template import ALPACA
 
 rng = np.random.default_rng(0)

@@ -16,9 +16,9 @@ from pairs import COUNTS, micro_batch
 
 from sftmix.config.schema import Config
 from sftmix.data.tokenizer import tokenizer_from
-from sftmix.engine.distributed import init_ranks
 from sftmix.engine.engine import Engine
-from sftmix.objectives import Objective
+from sftmix.engine.process_group import init_ranks
+from sftmix.loss.objective import Objective
 
 architectures, folder, result_path, *deepspeed_jsons = (Path(argument) for argument in sys.argv[1:])
 ranks = init_ranks()

@@ -10,7 +10,7 @@ from pathlib import Path
 from processes import ROOT, sftmix
 from tiny import TINY
 
-from sftmix.runlog import read_metrics
+from sftmix.train.log import read_metrics
 
 QUICKSTART = "configs/quickstart.yaml"
 OPTIONS = [*TINY, "reference.num_checkpoints=2", "checkpoint.every_steps=1", "checkpoint.keep_last=2", "limits.silent_seconds=5"]

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sftmix.scores import ScoreMetadata, write_scores
+from sftmix.confidence.table import ScoreMetadata, write_scores
 
 NAN = float("nan")
 FINGERPRINTS = {"tokenizer": "t", "template": "p", "mask_policy": "m", "max_length": 64, "dtype": "bf16", "data": "d"}

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from sftmix.liveness import processes
 from sftmix.liveness.heartbeats import Watch, listen
-from sftmix.liveness.members import Position
+from sftmix.liveness.progress import Position
 
 folder, rank, world, port, token, *options = sys.argv[1:]
 settings = dict(option.split("=") for option in options)
 if "place" in settings:
     name = settings.pop("place")
-    processes.place = lambda: {"host": name, "boot_id": name, "pid_namespace": name}
+    processes.namespace = lambda: {"host": name, "boot_id": name, "pid_namespace": name}
 broken = threading.Event()
 
 
@@ -46,7 +46,7 @@ print(port, os.getpid(), flush=True)
 for command in sys.stdin:
     match command.split():
         case ["at", phase, step]:
-            watch.position = Position(phase, int(step))
+            watch.progress.position = Position(phase, int(step))
         case ["knows", number, phase, step]:  # waits until the peer is known to be there
             deadline = time.monotonic() + 60
             while not any(int(number) == r and p.position == Position(phase, int(step)) for r, p in list(watch._peers.items())):

@@ -1,0 +1,116 @@
+"""The tensors of a micro-batch.
+
+Axes: B examples, S positions, T rows that predict a response token, M mixed positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sftmix.batches.cut import Units
+from sftmix.batches.examples import TokenisedExamples
+from sftmix.batches.mixed_inputs import MixedInputs, mix_inputs
+from sftmix.pairing.matching import StepUnits
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """input_ids, attention_mask: (B, S) int64. rows: (T,) int64, flat positions b * S + s whose hidden state
+    predicts a response token; partners' rows need not be neighbours. labels: (T,) int64, the tokens predicted.
+    owner: (T,) int64, which of the B examples a row belongs to. pairs: (M, 2) int64 indices into the T rows.
+    lam: (M,) float32. indices: dataset index of each example; empty in a micro-batch that only keeps step.
+    mixed_inputs: the third sequences, where mixing happens at the input embeddings."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    rows: Tensor
+    labels: Tensor
+    owner: Tensor
+    pairs: Tensor
+    lam: Tensor
+    indices: tuple[int, ...]
+    mixed_inputs: MixedInputs | None = None
+
+    @property
+    def num_real_tokens(self) -> int:
+        return int(self.attention_mask.sum()) if self.indices else 0
+
+    def sum_by_example(self, values: Tensor) -> Tensor:
+        """Returns (B,) float64 sums of (T,) values over each example's response tokens, where the values are."""
+        owner = self.owner.to(values.device, non_blocking=True)
+        sums = torch.zeros(len(self.indices), dtype=torch.float64, device=values.device)
+        return sums.index_add_(0, owner, values.double())
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """Returns the same micro-batch on another device."""
+        names = ("input_ids", "attention_mask", "rows", "labels", "owner", "pairs", "lam")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        mixed_inputs = None if self.mixed_inputs is None else self.mixed_inputs.to(device)
+        return MicroBatch(**moved, indices=self.indices, mixed_inputs=mixed_inputs)
+
+
+def collate(examples: TokenisedExamples, plan: StepUnits, units: Units, *, pad_id: int, mixes_inputs: bool = False) -> MicroBatch:
+    """Returns the tensors of one micro-batch; for no units, one padding token that carries no loss. `mixes_inputs` adds
+    the sequences of mixed input embeddings."""
+    indices: list[int] = []
+    partners: list[tuple[int, int, float]] = []  # places in `indices` of a pair, and its lam
+    for unit in units:
+        first, second = plan.units[unit]
+        indices.append(int(first))
+        if second >= 0:
+            indices.append(int(second))
+            partners.append((len(indices) - 2, len(indices) - 1, float(plan.lam[unit])))
+    tokens = [examples.tokens(i) for i in indices]
+    return build_micro_batch(tokens, partners, indices=tuple(indices), pad_id=pad_id, mixes_inputs=mixes_inputs)
+
+
+def build_micro_batch(
+    tokens: list[tuple[NDArray[np.int32], NDArray[np.bool_]]],
+    partners: list[tuple[int, int, float]],
+    *,
+    indices: tuple[int, ...],
+    pad_id: int,
+    mixes_inputs: bool = False,
+) -> MicroBatch:
+    """Returns a micro-batch of (ids, response mask) examples; `partners` lists (confident, unconfident, lam)."""
+    width = max((len(ids) for ids, _ in tokens), default=1)
+    input_ids = np.full((max(1, len(tokens)), width), pad_id, dtype=np.int64)
+    attention = np.zeros_like(input_ids)
+    if not tokens:
+        attention[0, 0] = 1  # attention over nothing at all is NaN in some models
+    rows, labels, owner, first_row = [], [], [], []
+    num_rows = 0
+    for place, (ids, mask) in enumerate(tokens):
+        input_ids[place, : len(ids)] = ids
+        attention[place, : len(ids)] = 1
+        positions = np.flatnonzero(mask[1:])  # position s predicts token s + 1
+        rows.append(place * width + positions)
+        labels.append(ids[positions + 1].astype(np.int64))
+        owner.append(np.full(len(positions), place, dtype=np.int64))
+        first_row.append(num_rows)
+        num_rows += len(positions)
+    pairs, lam = [], []
+    for a, b, share in partners:
+        mixed = np.arange(min(len(rows[a]), len(rows[b])))
+        pairs.append(np.stack([first_row[a] + mixed, first_row[b] + mixed], axis=1))
+        lam.append(np.full(len(mixed), share, dtype=np.float32))
+
+    def joined(parts: list[NDArray[np.int64]]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64)) if parts else torch.zeros(0, dtype=torch.int64)
+
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention),
+        rows=joined(rows),
+        labels=joined(labels),
+        owner=joined(owner),
+        pairs=joined(pairs).reshape(-1, 2),
+        lam=torch.from_numpy(np.concatenate(lam)) if lam else torch.zeros(0),
+        indices=indices,
+        mixed_inputs=mix_inputs(tokens, partners, width=width) if mixes_inputs else None,
+    )

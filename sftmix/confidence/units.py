@@ -1,0 +1,114 @@
+"""Scores on their way: one file per unit of work, each there whole or not at all.
+
+A unit is a fixed range of examples under one checkpoint, whatever the number of ranks. Its scores are written to a
+temporary file, flushed, renamed, and then vouched for by a manifest with size and SHA-256, written the same way.
+A shard without a manifest that fits does not exist: after a kill at any point, what is missing is scored again and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from sftmix.storage import faults
+from sftmix.storage.failures import accessing
+from sftmix.storage.files import sha256_of_file, sync_folder, write_json
+
+SCHEMA = pa.schema([("nll_sum", pa.float64()), ("num_misses", pa.int64())])
+
+
+@dataclass(frozen=True)
+class UnitScores:
+    """Of the examples of one unit, in dataset order. nll_sum: (n,) float64, nats over the response tokens.
+    num_misses: (n,) int64, response tokens that greedy decoding would have chosen otherwise."""
+
+    nll_sum: NDArray[np.float64]
+    num_misses: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class UnitFolder:
+    """The shards of one checkpoint. fingerprint: of all that the scores depend on; shards with another are not ours."""
+
+    folder: Path
+    fingerprint: str
+
+    def _data(self, unit: int) -> Path:
+        return self.folder / f"unit_{unit:06d}.parquet"
+
+    def manifest(self, unit: int) -> Path:
+        """Returns where the file is that vouches for a unit's scores."""
+        return self.folder / f"unit_{unit:06d}.json"
+
+    def write(self, unit: int, scores: UnitScores) -> None:
+        """Publishes one unit's scores."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Named by process: a straggler of an earlier attempt must not write into the same file.
+        temporary = self.folder / f".unit_{unit:06d}.{socket.gethostname()}.{os.getpid()}.tmp"
+        faults.point("shard.write")
+        table = pa.table([pa.array(scores.nll_sum), pa.array(scores.num_misses)], schema=SCHEMA)
+        with accessing(temporary), temporary.open("wb") as file:
+            pq.write_table(table, file)
+            faults.point("shard.flush")
+            file.flush()
+            os.fsync(file.fileno())
+        manifest = {
+            "fingerprint": self.fingerprint,
+            "num_examples": len(scores.nll_sum),
+            "size": temporary.stat().st_size,
+            "sha256": sha256_of_file(temporary),
+        }
+        faults.point("shard.rename")
+        temporary.replace(self._data(unit))
+        faults.point("shard.manifest")
+        write_json(self.manifest(unit), manifest)
+        sync_folder(self.folder)
+        faults.point("shard.done")
+
+    def problem(self, unit: int, num_examples: int) -> str | None:
+        """Returns why a unit must be scored (again), or None if its shard is there and whole."""
+        manifest = self._read_manifest(unit)
+        if manifest is None:
+            return "not scored yet"
+        data = self._data(unit)
+        if manifest.get("fingerprint") != self.fingerprint or manifest.get("num_examples") != num_examples:
+            return "made from something else"
+        if not data.is_file() or data.stat().st_size != manifest["size"] or sha256_of_file(data) != manifest["sha256"]:
+            return "damaged"
+        return None
+
+    def _read_manifest(self, unit: int) -> dict[str, Any] | None:
+        try:
+            content = json.loads(self.manifest(unit).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+            return None
+        return content if isinstance(content, dict) else None
+
+    def pending(self, sizes: list[int]) -> list[int]:
+        """Returns the units that must be scored, of which `sizes` are the numbers of examples. What is damaged is set aside
+        under another name and said."""
+        units = []
+        for unit, size in enumerate(sizes):
+            problem = self.problem(unit, size)
+            if problem is None:
+                continue
+            if problem == "damaged" and self._data(unit).exists():
+                aside = self._data(unit).with_suffix(".damaged")
+                self._data(unit).replace(aside)
+                print(f"  {self._data(unit)} is damaged: set aside as {aside.name}, and scored again", flush=True)
+            units.append(unit)
+        return units
+
+    def read(self, unit: int) -> UnitScores:
+        """Returns the scores of a unit that has no `problem`."""
+        table = pq.read_table(self._data(unit))
+        return UnitScores(table["nll_sum"].to_numpy(), table["num_misses"].to_numpy())

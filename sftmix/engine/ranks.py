@@ -1,0 +1,175 @@
+"""The processes of a run: who am I, how many are we, and the few collectives that stages need."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+# Numbers the counters of this process; the same on all ranks, since all ranks make them together.
+_counters = itertools.count()
+RENDEZVOUS_LIMIT = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """rank, world_size: of all processes. local_rank: on this machine. device: where this process computes.
+    storage: for each rank the lowest of those that see the same run folder; empty where all see rank 0's."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    storage: tuple[int, ...] = ()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_storage_shared(self) -> bool:
+        """Do all ranks see one run folder?"""
+        return not self.storage
+
+    @property
+    def storage_leader(self) -> int:
+        """The rank that does what one process must do in the run folder that this rank sees."""
+        return self.storage[self.rank] if self.storage else 0
+
+    @property
+    def leads_storage(self) -> bool:
+        """Is this rank that one?"""
+        return self.rank == self.storage_leader
+
+    def bytes_to_leaders(self, content: bytes, length: int) -> bytes:
+        """Returns `length` bytes of rank 0 on every rank that leads a disk; where rank 0 has fewer, zeros follow. All of those ranks call
+        it, and each knows the length."""
+        sent = torch.zeros(length, dtype=torch.uint8)
+        if self.is_main and content:
+            sent[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        torch.distributed.broadcast(sent, src=0, group=_leaders_group(self.storage))
+        return sent.numpy().tobytes()
+
+    def join_leaders(self) -> None:
+        """Makes the group that `bytes_to_leaders` needs. All ranks call it."""
+        _leaders_group(self.storage)
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def same_as_main(self, value: bool) -> bool:
+        """Returns rank 0's value on every rank. Collective: all ranks must call it."""
+        return bool(self.from_main([int(value)])[0])
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns the element-wise sum over all ranks. All ranks call it, with the same shape."""
+        values = values.to(self.device)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def counter(self) -> Callable[[], int]:
+        """Returns a function that gives 0, 1, 2, ... over all ranks together, each number once. All ranks call `counter`;
+        calling what it returns waits for nobody."""
+        if self.world_size == 1:
+            return itertools.count().__next__
+        store, key = torch.distributed.distributed_c10d._get_default_store(), f"sftmix/counter/{next(_counters)}"
+        return lambda: int(store.add(key, 1)) - 1
+
+    def from_main(self, values: list[int]) -> list[int]:
+        """Returns rank 0's list on every rank. Collective: all ranks must call it. Nothing waits for a GPU."""
+        return list(json.loads(self.text_from_main(json.dumps(values))))
+
+    def agree(self, values: list[int | bool]) -> list[bool]:
+        """Returns for each value whether it is true on any rank. All ranks call it; nothing waits for a GPU."""
+        if self.world_size == 1:
+            return [bool(value) for value in values]
+        flags = torch.tensor([int(value) for value in values])
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=_control_group())
+        return [bool(flag) for flag in flags.tolist()]
+
+    def gather_texts(self, text: str) -> list[str]:
+        """Returns every rank's text, on every rank, in rank order. Collective: all ranks must call it. Bytes, not pickles."""
+        if self.world_size == 1:
+            return [text]
+        content, group = text.encode(), _control_group()
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        torch.distributed.all_gather(lengths, torch.tensor([len(content)]), group=group)
+        padded = torch.zeros(max(1, *(int(length) for length in lengths)), dtype=torch.uint8)
+        if content:
+            padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
+        torch.distributed.all_gather(gathered, padded, group=group)
+        return [part[: int(length)].numpy().tobytes().decode() for part, length in zip(gathered, lengths, strict=True)]
+
+    def first_text(self, text: str) -> str:
+        """Returns the text of the lowest rank that has one, on every rank; empty where none has. All ranks call it."""
+        return next((found for found in self.gather_texts(text) if found), "")
+
+    def text_from_main(self, text: str) -> str:
+        """Returns rank 0's text on every rank. Collective: all ranks must call it."""
+        return self._bytes_from_main(text.encode()).decode()
+
+    def _bytes_from_main(self, content: bytes) -> bytes:
+        if self.world_size == 1:
+            return content
+        group, length = _control_group(), torch.tensor([len(content)])
+        torch.distributed.broadcast(length, src=0, group=group)
+        sent = torch.zeros(int(length), dtype=torch.uint8)
+        if self.is_main and content:
+            sent[:] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        if len(sent):
+            torch.distributed.broadcast(sent, src=0, group=group)
+        return sent.numpy().tobytes()
+
+    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Returns the rows (N_r, K) of all ranks, concatenated in rank order; N_r may differ. All ranks call it."""
+        if self.world_size == 1:
+            return rows
+        rows = rows.to(self.device)
+        count = torch.tensor([rows.shape[0]], device=self.device)
+        counts = [torch.zeros_like(count) for _ in range(self.world_size)]
+        torch.distributed.all_gather(counts, count)
+        longest = max(int(c) for c in counts)
+        padded = rows.new_zeros(longest, *rows.shape[1:])
+        padded[: rows.shape[0]] = rows
+        gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
+        torch.distributed.all_gather(gathered, padded)
+        return torch.cat([part[: int(c)] for part, c in zip(gathered, counts, strict=True)]).cpu()
+
+
+@functools.cache
+def _control_group() -> Any:
+    """Returns a group for small messages about the run itself: gloo, so that none waits for what a GPU still computes."""
+    return torch.distributed.new_group(backend="gloo", timeout=RENDEZVOUS_LIMIT)
+
+
+@functools.cache
+def _leaders_group(storage: tuple[int, ...]) -> Any:
+    """Returns a group of the ranks that lead a disk. Made by all ranks together."""
+    return torch.distributed.new_group(sorted(set(storage)), backend="gloo", timeout=RENDEZVOUS_LIMIT)
+
+
+def should_shard(weight_bytes: int, ranks: Ranks) -> bool:
+    """Is a model too large for every rank to hold it whole, with room for activations? Half of a GPU's memory is the
+    limit, or on a CPU half of the machine's over its ranks."""
+    if ranks.world_size == 1:
+        return False
+    if ranks.device.type == "cuda":
+        return weight_bytes > torch.cuda.get_device_properties(ranks.device).total_memory / 2
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
+    return weight_bytes * local_ranks > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+
+
+def has_gpu() -> bool:
+    """Is there a device that torch and NCCL can use?"""
+    return torch.cuda.is_available()

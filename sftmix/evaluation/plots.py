@@ -1,0 +1,155 @@
+"""The report's figures, without a date or random ids: the same run gives the same bytes."""
+
+from __future__ import annotations
+
+import io
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sftmix.evaluation.report_examples import ScoredExamples
+
+COLOURS = {"confident": "#2a7f62", "middle": "#9a9a9a", "unconfident": "#b5533c"}
+MAX_POINTS = 10_000  # of the data map; more only hide each other
+
+
+def loss_curves(curves: dict[str, list[tuple[int, float | None]]]) -> str:
+    """Returns the curves {name: [(step, loss), ...]} as SVG; a missing loss leaves a gap."""
+    figure, axes = _figure(3.6)
+    for name, points in curves.items():
+        style = "--" if name.endswith("Mixup") else "-"
+        steps, losses = zip(*points, strict=True) if points else ((), ())
+        axes.plot(steps, [np.nan if loss is None else loss for loss in losses], style, label=name, linewidth=1.4)
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("nats")
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def confidence_histogram(scored: ScoredExamples) -> str:
+    """Returns the distribution of the finite confidences by part, as SVG; perplexities on a logarithmic axis."""
+    figure, axes = _figure(3.6)
+    finite = np.isfinite(scored.confidence)
+    values, part = scored.shown[finite], scored.part[finite]
+    if len(values):
+        low, high = float(values.min()), float(values.max())
+        if scored.is_perplexity:
+            edges = np.geomspace(low, max(high, low * 1.01), 60)
+            axes.set_xscale("log")
+            _plain_ticks(axes.xaxis)
+        else:
+            edges = np.linspace(low, max(high, low + 0.01 * abs(low), low + 1e-9), 60)
+        for name, colour in COLOURS.items():
+            if (part == name).any():
+                axes.hist(values[part == name], bins=edges, color=colour, label=name, alpha=0.85)
+        axes.legend(frameon=False)
+    axes.set_xlabel("mean perplexity of the response (confidence is its negative)" if scored.is_perplexity else "confidence")
+    axes.set_ylabel("examples")
+    return _svg(figure)
+
+
+def points_of_data_map(scored: ScoredExamples) -> tuple[NDArray[np.int64], int]:
+    """Returns the examples to draw, and how many cannot be drawn as they are not finite.
+
+    More than MAX_POINTS are thinned evenly over the ranking by confidence, both ends of which are kept.
+    """
+    finite = np.flatnonzero(np.isfinite(scored.confidence) & np.isfinite(scored.variability))
+    ranked = finite[np.argsort(scored.confidence[finite], kind="stable")]
+    if len(ranked) > MAX_POINTS:
+        ranked = ranked[np.linspace(0, len(ranked) - 1, MAX_POINTS).round().astype(np.int64)]
+    return ranked, len(scored.confidence) - len(finite)
+
+
+def cuts(values: NDArray[np.float64], part: NDArray[np.str_]) -> list[tuple[float, str, str]]:
+    """Returns where the split cuts along these values, ascending: (halfway between two parts, the part below, the part above).
+    Nothing where the parts overlap, as the split is by something else, or within strata."""
+    inside = {name: values[(part == name) & np.isfinite(values)] for name in COLOURS}
+    spans = sorted((found.min(), found.max(), name) for name, found in inside.items() if len(found))
+    if any(above[0] < below[1] for below, above in pairwise(spans)):
+        return []
+    return [(float(below[1] / 2 + above[0] / 2), below[2], above[2]) for below, above in pairwise(spans)]
+
+
+def data_map(scored: ScoredExamples, points: NDArray[np.int64]) -> bytes:
+    """Returns a PNG of these examples: confidence (as mean perplexity, where it is one) against variability, coloured by the
+    length of the response, with lines where the split cuts."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap, LogNorm
+
+    figure, axes = _figure(5)
+    variability, lengths = scored.variability[points], scored.num_response_tokens[points]
+    colours = ListedColormap(colormaps["viridis"](np.linspace(0, 0.93, 256)))  # without its end, which is pale on white
+    norm = LogNorm(lengths.min(), max(lengths.max(), 2 * lengths.min()))
+    size = np.clip(20_000 / len(points), 3, 9)
+    drawn = axes.scatter(variability, scored.shown[points], size, lengths, cmap=colours, norm=norm, alpha=0.7, linewidths=0)
+    _scale_variability(axes, variability)
+    if scored.is_perplexity:
+        axes.set_yscale("log")
+        _plain_ticks(axes.yaxis)
+    bar = figure.colorbar(drawn, label="response tokens", pad=0.01)
+    bar.solids.set_alpha(1)
+    _plain_ticks(bar.ax.yaxis)
+    by_shown, by_variability = cuts(scored.shown, scored.part), cuts(scored.variability, scored.part)
+    _draw_cuts(axes, by_shown or by_variability, is_across=bool(by_shown))
+    axes.set_xlabel("variability: standard deviation of the perplexity over the checkpoints" if scored.is_perplexity else "variability")
+    axes.set_ylabel(f"{scored.scale} of the response")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _draw_cuts(axes: Any, found: list[tuple[float, str, str]], *, is_across: bool) -> None:
+    """Draws a line at each cut, and names the outer parts at its end."""
+    for value, _, _ in found:
+        (axes.axhline if is_across else axes.axvline)(value, color="black", linewidth=0.9, linestyle=(0, (6, 3)))
+    outer = ((found[0][0], found[0][1], -3), (found[-1][0], found[-1][2], 3)) if found else ()
+    for value, name, offset in outer:
+        if is_across:
+            where: dict[str, Any] = {"xy": (1, value), "xycoords": ("axes fraction", "data"), "xytext": (-5, offset), "ha": "right"}
+            where["va"] = "top" if offset < 0 else "bottom"
+        else:
+            where = {"xy": (value, 1), "xycoords": ("data", "axes fraction"), "xytext": (offset, -5), "va": "top"}
+            where["ha"] = "right" if offset < 0 else "left"
+        axes.annotate(name, **where, textcoords="offset points", fontsize=9, bbox={"color": "white", "alpha": 0.6, "pad": 0.5})
+
+
+def _scale_variability(axes: Any, variability: NDArray[np.float64]) -> None:
+    """Logarithmic; linear below a floor, so that zeros and mere rounding are on the map too."""
+    floor = 1e-4 * variability.max()
+    if floor <= 0:
+        return
+    if variability.min() >= floor:
+        axes.set_xscale("log")
+    else:
+        smallest = variability[variability >= floor].min()
+        axes.set_xscale("symlog", linthresh=10 ** np.floor(np.log10(smallest)))
+    _plain_ticks(axes.xaxis)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Labels a logarithmic axis 1, 2, 5, 10 in place of powers."""
+    from matplotlib.ticker import FuncFormatter, LogFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+
+
+def _figure(height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, height), layout="constrained")  # without pyplot: no global state, no display
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "sftmix", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, dpi=120)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]  # without the XML prologue, to stand inside HTML

@@ -1,0 +1,63 @@
+"""The two objectives, as what the head is asked for. The trainings differ in nothing else.
+
+    next-token   L = L_NTP
+    mixup        L = L_NTP + mu L_Mixup        (https://arxiv.org/abs/2410.05248, equation of section 3)
+
+Departs from the paper: both terms are means over their own token positions of the whole optimiser step,
+which the paper leaves open, so that the result does not depend on how a step is cut up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sftmix.batches.collate import MicroBatch
+from sftmix.batches.cut import StepCounts
+from sftmix.batches.mixed_inputs import MixedInputs
+
+
+@dataclass(frozen=True)
+class Objective:
+    """mixup_weight: mu; 0 is next-token prediction, to the bit: no position is mixed then. site: where the
+    interpolation happens, "head" (the method) or "input_embeddings" (an ablation: a third forward)."""
+
+    mixup_weight: float = 0.0
+    site: str = "head"
+
+    @property
+    def mixes_inputs(self) -> bool:
+        return self.mixup_weight > 0 and self.site == "input_embeddings"
+
+
+@dataclass(frozen=True)
+class LossRequest:
+    """What the head needs to turn hidden states into the loss. Shapes as in `MicroBatch`; `mixed_inputs` is given
+    where a forward over mixed input embeddings takes the place of `pairs`."""
+
+    rows: Tensor
+    labels: Tensor
+    pairs: Tensor
+    lam: Tensor
+    num_ntp_tokens: int
+    num_mixup_tokens: int
+    mixup_weight: float
+    backend: str | None = None
+    mixed_inputs: MixedInputs | None = None
+
+
+def loss_request(objective: Objective, batch: MicroBatch, counts: StepCounts, *, backend: str | None = None) -> LossRequest:
+    """Returns the request for one micro-batch of a step with the given counts."""
+    mixes = objective.mixup_weight > 0 and not objective.mixes_inputs
+    return LossRequest(
+        rows=batch.rows,
+        labels=batch.labels,
+        pairs=batch.pairs if mixes else batch.pairs[:0],
+        lam=batch.lam if mixes else batch.lam[:0],
+        num_ntp_tokens=counts.num_ntp_tokens,
+        num_mixup_tokens=counts.num_mixup_tokens,
+        mixup_weight=objective.mixup_weight,
+        backend=backend,
+        mixed_inputs=batch.mixed_inputs if objective.mixes_inputs else None,
+    )

@@ -1,0 +1,33 @@
+"""What several stages read from the data stage and from models of earlier stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from sftmix.batches.examples import TokenisedExamples
+from sftmix.config.schema import ModelConfig
+from sftmix.data.tokenizer import tokenizer_from
+from sftmix.pipeline.context import StageContext
+
+
+def read_examples(context: StageContext, part: str = "train") -> TokenisedExamples:
+    """Returns the examples of the data stage. part: "train" or "held_out"."""
+    return TokenisedExamples(context.inputs["data"] / f"{part}.arrow")
+
+
+def read_tokenizer(context: StageContext) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of the data stage, with its chat template."""
+    return tokenizer_from(context.inputs["data"] / "tokenizer")
+
+
+def trained_model(start: ModelConfig, folder: Path) -> ModelConfig:
+    """Returns the model that was trained from `start` into `folder`, with its other settings (attention, trust).
+    Adapters are merged into it."""
+    return start.model_copy(update={"path": str(folder), "architecture": None, "revision": None, "lora": None})
+
+
+def checkpoint_name(step: int) -> str:
+    """Returns the folder name of a reference checkpoint."""
+    return f"step_{step:06d}"

@@ -1,0 +1,139 @@
+"""What the three trainings share: reference, baseline and SFTMix differ in the plan, the objective and what they save."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from sftmix.batches.examples import TokenisedExamples
+from sftmix.confidence.online import OnlineScores
+from sftmix.config.schema import ModelConfig, TrainConfig
+from sftmix.engine.engine import Engine
+from sftmix.engine.process_group import use_threads
+from sftmix.evaluation.model_cards import write_model_card
+from sftmix.loss.objective import Objective
+from sftmix.pairing.on_files import open_matching
+from sftmix.pipeline.context import Facts, StageContext
+from sftmix.pipeline.stages.inputs import read_examples, read_tokenizer
+from sftmix.train.checkpointing import TrainingCheckpoints
+from sftmix.train.log import RunLog
+from sftmix.train.loop import TrainingRun, train
+from sftmix.train.meter import describe_time
+from sftmix.train.plan import TrainingPlan
+from sftmix.train.skipped_steps import SkippedSteps
+
+FP16_SKIPPED_STEPS = 20  # fp16 finds its loss scale by overflowing
+
+
+def train_target(context: StageContext, name: str, *, mixup_weight: float) -> Facts:
+    """Trains the target model. name: "baseline" or "sftmix". mixup_weight: mu; 0 is next-token prediction."""
+    config = context.config
+    settings = config.train
+    examples, tokenizer = read_examples(context), read_tokenizer(context)
+    objective = Objective(mixup_weight, config.mixup.site)
+    if objective.mixes_inputs:
+        examples.check_single_spans()
+    matching = open_matching(context.inputs["split"], config.mixup, config.run.seed)
+    assert matching.num_examples == len(examples), "the split is of other data than the data stage, whose digest it carries"
+    plan = TrainingPlan(matching, settings.epochs, settings.batch_size)
+
+    def save_model(engine: Engine, step: int) -> None:
+        engine.export(context.kept / "model", tokenizer)
+        if engine.has_adapters:
+            engine.export_adapter(context.kept / "adapter", tokenizer)
+        if context.is_main:
+            write_model_card(context.kept / "model", config, name)
+            if engine.has_adapters:
+                write_model_card(context.kept / "adapter", config, name, is_adapter=True)
+
+    return train_model(
+        context,
+        name=name,
+        model=config.model,
+        settings=settings,
+        examples=examples,
+        plan=plan,
+        objective=objective,
+        checkpoint_steps=[len(plan.steps())],
+        save=save_model,
+    )
+
+
+def train_model(
+    context: StageContext,
+    *,
+    name: str,
+    model: ModelConfig,
+    settings: TrainConfig,
+    examples: TokenisedExamples,
+    plan: TrainingPlan,
+    objective: Objective,
+    checkpoint_steps: list[int],
+    save: Callable[[Engine, int], None],
+    online: OnlineScores | None = None,
+) -> Facts:
+    """Trains one model, from its last checkpoint if there is one. `save(engine, step)` writes the outputs into
+    `context.kept`. Returns the facts of the training. Collective: all ranks must call it."""
+    config, ranks, kept = context.config, context.ranks, context.kept
+    assert ranks is not None, "this stage runs on all ranks"
+    tokenizer = read_tokenizer(context)
+    engine = Engine(config, model, ranks, tokenizer, train=settings, progress=context.progress)
+    check = context.lock.check if context.lock is not None else None
+    checkpoints = TrainingCheckpoints(
+        ranks, context.work / "checkpoints", kept, config.checkpoint, context.stop, **vars(context.identity), check=check
+    )
+    limit = max(config.limits.skipped_steps, FP16_SKIPPED_STEPS if engine.precision == "fp16" else 0)
+    log = RunLog(
+        name,
+        ranks,
+        metrics=kept / "metrics.jsonl",
+        tensorboard=config.run.dir / "logs" / "tensorboard" / name if config.log.tensorboard else None,
+        every_steps=config.log.every_steps,
+        has_mixup=objective.mixup_weight > 0,
+        has_router=engine.module.has_router,
+        meter=context.meter,
+    )
+    run = TrainingRun(
+        engine=engine,
+        examples=examples,
+        plan=plan,
+        objective=objective,
+        settings=settings,
+        seed=config.run.seed,
+        pad_id=tokenizer.pad_token_id,
+        checkpoint_steps=checkpoint_steps,
+        save_checkpoint=lambda step: save(engine, step),
+        log=log,
+        checkpoints=checkpoints,
+        skipped=SkippedSteps(ranks, kept / "skipped_steps.jsonl", examples.example_ids, limit=limit),
+        online=online,
+    )
+    context.stop.listen()
+    try:
+        train(run)
+    finally:
+        context.stop.close()
+    if ranks.is_main:
+        # Linked, not moved: the checkpoints record the hashes of these files until the output is published.
+        shutil.copytree(kept, context.folder, copy_function=_link, dirs_exist_ok=True)
+    facts: dict[str, Any] = {
+        "num_parameters": engine.num_parameters,
+        "num_trained_parameters": engine.num_trained_parameters,
+        "world_size": ranks.world_size,
+        "precision": engine.precision,
+        "num_threads": use_threads(None),
+    }
+    engine.close()
+    facts |= log.facts()
+    if ranks.is_main:
+        print(f"  {describe_time(facts)}", flush=True)
+    return facts
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another volume, or one that has no links
+        shutil.copy2(source, target)

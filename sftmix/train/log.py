@@ -1,0 +1,287 @@
+"""Metrics of a training stage: JSON lines and TensorBoard, and what the user sees meanwhile.
+
+On a terminal a progress bar; otherwise one plain line every N steps, since bars ruin log files. Losses are in nats: per
+response token (NTP), per mixed position (Mixup). Tokens per second of training (`sftmix/train/meter.py`) are counted three ways:
+real (no padding), response (those that carry loss) and padded (what the transformer computed).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sftmix.batches.collate import MicroBatch
+from sftmix.batches.cut import StepCounts
+from sftmix.engine.ranks import Ranks
+from sftmix.liveness.progress import progress_bar
+from sftmix.storage.failures import accessing, describe
+from sftmix.storage.files import write_text
+from sftmix.train.meter import ACTIVITIES, CHECKPOINT, OTHER, TOKEN_KINDS, TRAINING, Meter
+
+if TYPE_CHECKING:
+    from sftmix.engine.engine import MicroBatchLoss
+
+NTP = "loss/ntp (nats/token)"
+MIXUP = "loss/mixup (nats/position)"
+AUXILIARY = "loss/router (nats)"
+GRAD_NORM = "grad_norm"
+LEARNING_RATE = "learning_rate"
+LAM = "mixup/lam (mean)"
+REAL_RATE = "tokens/real (tokens/s)"
+RESPONSE_RATE = "tokens/response (tokens/s)"
+PADDED_RATE = "tokens/padded (tokens/s)"
+TRAINING_TIME = "time/training (s)"
+SKIPPED = "steps/skipped (steps)"
+
+# TensorBoard: key of a line -> tag and description. Every run has the same tags, so that runs lie over one another.
+_MEAN = "mean over the steps since the last point."
+_RATE = "per second of training since the last point, on all ranks"
+SCALARS = {
+    NTP: ("loss/ntp", f"Next-token loss in nats per response token, {_MEAN}"),
+    MIXUP: ("loss/mixup", f"Mixup loss in nats per mixed position, {_MEAN}"),
+    AUXILIARY: ("loss/router", f"Router loss in nats, {_MEAN}"),
+    GRAD_NORM: ("grad_norm", "Norm of the gradient before clipping, at this step."),
+    LEARNING_RATE: ("learning_rate", "Learning rate at this step."),
+    LAM: ("mixup/lam", f"Share of the confident example in a mixed pair, {_MEAN}"),
+    REAL_RATE: ("tokens_per_second/real", f"Tokens without padding {_RATE}."),
+    RESPONSE_RATE: ("tokens_per_second/response", f"Response tokens {_RATE}."),
+    PADDED_RATE: ("tokens_per_second/padded", f"Tokens with padding {_RATE}."),
+    TRAINING_TIME: ("seconds/training", "Seconds of training since the last point, without checkpoints."),
+    SKIPPED: ("steps/skipped", "Steps skipped so far."),
+}
+LOSSES = ("ntp", "mixup", "auxiliary")  # as they are summed
+
+
+class RunLog:
+    """Collects one training stage. `metrics` is the JSONL file; only rank 0 writes or prints.
+
+    meter: began with the stage. Windowed values are means over the steps since the last line. All ranks call every method.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        ranks: Ranks,
+        *,
+        metrics: Path,
+        tensorboard: Path | None,
+        every_steps: int,
+        has_mixup: bool,
+        has_router: bool,
+        meter: Meter | None = None,
+    ):
+        self.stage, self.ranks, self.every_steps = stage, ranks, every_steps
+        self.has_mixup, self.has_router = has_mixup, has_router
+        self.meter = meter or Meter()
+        self.num_skipped = 0
+        self.num_steps = 0
+        self._metrics, self._tensorboard = metrics, tensorboard
+        self._file: Any = None
+        self._writer: Any = None
+        self._bar: Any = None
+        self._clear()
+
+    def progress(self) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
+        """Returns the running sums of this rank, to be taken up from: see `sftmix/train/checkpointing.py`."""
+        self.meter.read()
+        own = dict(zip(LOSSES, self._losses.tolist(), strict=True)) | self.meter.window_tokens
+        shared = {
+            **{f"total_{kind}": count for kind, count in self.meter.tokens.items()},
+            **{f"{activity}_seconds": seconds for activity, seconds in self.meter.seconds.items()},
+            "window_seconds": self.meter.window_seconds,
+            "window_steps": self._window_steps,
+            "num_skipped": self.num_skipped,
+            "lam": self._lam,
+            "num_lam": self._num_lam,
+        }
+        return {**own, **shared}, {}
+
+    def take_up(self, step: int, numbers: list[dict[str, float]], arrays: dict[str, NDArray[np.float64]]) -> None:
+        """Goes on from the sums of all ranks that saved them; lines of steps that will be taken again are removed."""
+        mine = numbers[min(self.ranks.rank, len(numbers) - 1)]
+        own = {name: mine[name] for name in (*LOSSES, *TOKEN_KINDS)}
+        if len(numbers) != self.ranks.world_size:  # other ranks: the first has the sums of all
+            own = {name: sum(row[name] for row in numbers) * self.ranks.is_main for name in own}
+        self._losses = torch.tensor([own[name] for name in LOSSES], dtype=torch.float64, device=self.ranks.device)
+        self.meter.window_tokens = {kind: own[kind] for kind in TOKEN_KINDS}
+        self.meter.window_seconds = mine["window_seconds"]
+        for kind in TOKEN_KINDS:
+            self.meter.tokens[kind] = mine[f"total_{kind}"]
+        for activity in ACTIVITIES:
+            self.meter.seconds[activity] += mine[f"{activity}_seconds"]  # beside what this attempt has taken so far
+        self.num_skipped, self._window_steps = int(mine["num_skipped"]), int(mine["window_steps"])
+        self._lam, self._num_lam = mine["lam"], int(mine["num_lam"])
+        if self.ranks.is_main and self._metrics.is_file():
+            lines = [line for line in read_metrics(self._metrics) if line["step"] <= step]
+            write_text(self._metrics, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def start(self, *, num_steps: int, after: int = 0) -> None:
+        """Begins to measure, at the step after `after`."""
+        self.num_steps = num_steps
+        if self.ranks.is_main:
+            self._file = self._metrics.open("a" if after else "w", encoding="utf-8")
+        if self.ranks.is_main and self._tensorboard is not None:
+            if not after:
+                shutil.rmtree(self._tensorboard, ignore_errors=True)  # of an earlier attempt: its curves would lie over these
+            with self._tensorboard_may_fail():
+                self._writer = _summary_writer(self._tensorboard, purge_step=after + 1 if after else None)
+        if self.ranks.is_main and sys.stdout.isatty():
+            self._bar = progress_bar()
+            self._bar.start()
+            self._task = self._bar.add_task(self.stage, total=num_steps, completed=after, info="")
+        self.meter.switch(TRAINING)
+
+    def add(self, batch: MicroBatch, loss: MicroBatchLoss) -> None:
+        """Adds one micro-batch. Tensors are only summed here: nothing waits for the device."""
+        self._losses += torch.stack([loss.ntp, loss.mixup, loss.auxiliary]).double()
+        if batch.indices:
+            self.meter.window_tokens["real"] += batch.num_real_tokens
+            self.meter.window_tokens["response"] += batch.labels.numel()
+        self.meter.window_tokens["padded"] += batch.input_ids.numel()
+
+    def end_step(
+        self,
+        step: int,
+        *,
+        counts: StepCounts,
+        lam: NDArray[np.float64],
+        learning_rate: float,
+        grad_norm: float | torch.Tensor,
+        is_skipped: bool,
+        epoch: int,
+    ) -> None:
+        """Ends an optimiser step; writes a line every `every_steps` and at the last."""
+        self._lam, self._num_lam = self._lam + float(lam.sum()), self._num_lam + len(lam)
+        self._window_steps += 1
+        self.num_skipped += is_skipped
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+        if step % self.every_steps and step != self.num_steps:
+            return
+        losses = self._losses.cpu()  # waits for the device: before the clock is read
+        self.meter.switch(TRAINING if step < self.num_steps else OTHER)
+        tokens = torch.tensor([self.meter.window_tokens[kind] for kind in TOKEN_KINDS]).double()
+        sums = self.ranks.sum(torch.cat([losses, tokens])).tolist()
+        ntp, mixup, auxiliary = sums[: len(LOSSES)]
+        seconds, rates = self.meter.end_window(dict(zip(TOKEN_KINDS, sums[len(LOSSES) :], strict=True)))
+        line: dict[str, float] = {"step": step, "epoch": epoch, NTP: ntp / self._window_steps}
+        if self.has_mixup:
+            line[MIXUP] = mixup / self._window_steps
+            line[LAM] = self._lam / self._num_lam if self._num_lam else float("nan")
+        if self.has_router:
+            line[AUXILIARY] = auxiliary / self._window_steps
+        line |= {
+            GRAD_NORM: float(grad_norm),
+            LEARNING_RATE: learning_rate,
+            REAL_RATE: rates["real"],
+            RESPONSE_RATE: rates["response"],
+            PADDED_RATE: rates["padded"],
+            TRAINING_TIME: seconds,
+            SKIPPED: self.num_skipped,
+        }
+        self._write(step, line)
+        self._clear()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Counts the seconds inside as those of a checkpoint, not as training. The device is waited for at both ends."""
+        self._losses.cpu()
+        with self.meter.during(CHECKPOINT):
+            yield
+            self._losses.cpu()
+
+    def finish(self) -> None:
+        """Closes files and the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self._file is not None:
+            self._file.close()
+        with self._tensorboard_may_fail():
+            if self._writer is not None:
+                self._writer.close()
+
+    def facts(self) -> dict[str, float]:
+        """Returns what a report wants of the whole stage."""
+        return {"num_steps": self.num_steps, "num_skipped_steps": self.num_skipped, **self.meter.facts()}
+
+    def _write(self, step: int, line: dict[str, float]) -> None:
+        if self._file is None:
+            return
+        # NaN is no JSON: a reader must not choke on the very line that shows what went wrong.
+        printable = {k: v if np.isfinite(v) else None for k, v in line.items()}
+        with accessing(self._metrics):
+            self._file.write(json.dumps(printable) + "\n")
+            self._file.flush()
+        with self._tensorboard_may_fail():
+            if self._writer is not None:
+                self._write_scalars(step, line)
+        losses = f"ntp {line[NTP]:.4f}" + (f" mixup {line[MIXUP]:.4f}" if self.has_mixup else "")
+        rate = f"{line[REAL_RATE]:,.0f} tok/s"
+        if self._bar is not None:
+            self._bar.update(self._task, info=f"{losses} {rate}")
+        else:
+            optimiser = f"|g| {line[GRAD_NORM]:.3g} lr {line[LEARNING_RATE]:.2e}"
+            print(f"{self.stage} {step}/{self.num_steps} {losses} {optimiser} {rate}", flush=True)
+
+    def _write_scalars(self, step: int, line: dict[str, float]) -> None:
+        """Writes a point of each TensorBoard curve; `SummaryWriter.add_scalar` takes no description."""
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+
+        values = []
+        for key, (tag, description) in SCALARS.items():
+            if key in line:
+                metadata = SummaryMetadata(summary_description=description)
+                metadata.plugin_data.plugin_name = "scalars"
+                values.append(Summary.Value(tag=tag, simple_value=line[key], metadata=metadata))
+        self._writer.file_writer.add_summary(Summary(value=values), step)
+
+    @contextmanager
+    def _tensorboard_may_fail(self) -> Iterator[None]:
+        """Goes on without TensorBoard where its files cannot be written, and says so: metrics.jsonl holds the same figures."""
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            print(f"  TensorBoard is left out from here on: {describe(error, self._tensorboard)}", flush=True)
+
+    def _clear(self) -> None:
+        self._losses = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
+        self._lam, self._num_lam = 0.0, 0
+        self._window_steps = 0
+
+
+_other_hook = threading.excepthook
+
+
+def _hook_of_threads(failed: threading.ExceptHookArgs) -> None:
+    if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
+        _other_hook(failed)
+
+
+def _summary_writer(folder: Path, *, purge_step: int | None) -> Any:
+    """Returns TensorBoard's writer. Its thread prints no traceback where a file cannot be written: the next call raises that error."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    global _other_hook
+    if threading.excepthook is not _hook_of_threads:
+        _other_hook, threading.excepthook = threading.excepthook, _hook_of_threads
+    return SummaryWriter(str(folder), purge_step=purge_step)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics file; a last line cut off by a kill is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
