@@ -154,9 +154,9 @@ def test_the_watch_and_the_engine_see_the_same_rank(monkeypatch):
 
 
 def test_a_rank_takes_the_gpu_that_it_sees(monkeypatch):
-    from sftmix.engine import process_group, ranks
+    from sftmix.engine import process_group
 
-    monkeypatch.setattr(ranks, "has_gpu", lambda: True)
+    monkeypatch.setattr(process_group, "has_gpu", lambda: True)
     monkeypatch.setenv("RANK", "3")
     for visible, local_rank, expected in ((4, "3", 3), (1, "3", 0), (1, "0", 0)):  # one: srun --gpus-per-task shows each task its own
         monkeypatch.setattr(process_group.torch.cuda, "device_count", lambda visible=visible: visible)

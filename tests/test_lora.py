@@ -33,7 +33,7 @@ from sftmix.errors import ConfigError
 from sftmix.loss.objective import Objective, loss_request
 from sftmix.pipeline.order import model_identity
 from sftmix.pipeline.preflight import check
-from sftmix.pipeline.stages import trained_model
+from sftmix.pipeline.stages.inputs import trained_model
 
 # Plain peft asks for the old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

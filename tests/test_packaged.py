@@ -157,7 +157,7 @@ def files_of(folder):
 
 
 def test_the_wheel_holds_configs_kernels_and_launch(site):
-    for name, inside in {"configs": "config/files", "kernels": "kernels", "launch": "launch"}.items():
+    for name, inside in {"configs": "config/files", "kernels": "kernels", "launch": "cluster/launch"}.items():
         ours, theirs = files_of(ROOT / name), files_of(site / "sftmix" / inside)
         assert ours == theirs and ours
 

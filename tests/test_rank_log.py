@@ -7,7 +7,7 @@ import sys
 import pytest
 from processes import ROOT
 
-START = "import sys; from pathlib import Path; from sftmix import rank_log; rank_log.start(Path(sys.argv[1]), 3); "
+START = "import sys; from pathlib import Path; from sftmix.cluster import rank_log; rank_log.start(Path(sys.argv[1]), 3); "
 
 
 def rank(folder, code, **options):

@@ -80,7 +80,7 @@ def test_strata_come_from_the_data(stage, tmp_path):
         ids = [columns["example_id"][row] for row in rows]
         shares = {"confident_share": 0.3, "unconfident_share": 0.3}
         assert parts[rows].tolist() == split_by_confidence(ids, values["confidence"][rows], **shares)
-    assert [path.name for path in tmp_path / "split".iterdir()] == [on_files.SPLIT]  # no table left over
+    assert [path.name for path in (tmp_path / "split").iterdir()] == [on_files.SPLIT]  # no table left over
 
 
 @pytest.mark.parametrize(("change", "message"), [("order", "not in the order of the data, near row 500"), ("rows", "1,002 rows for 1,003")])

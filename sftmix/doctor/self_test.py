@@ -87,8 +87,6 @@ def textbook_loss(model: Any, pairs: list[Pair], counts: StepCounts) -> Tensor:
 def compare_gradients(ranks: Ranks, folder: Path) -> dict[str, Any]:
     """Returns the largest differences to one process: of a gradient, relative to the largest element of its tensor; and of a
     weight after the step, absolute. All ranks call it."""
-    from deepspeed.utils import safe_get_full_grad
-
     started = time.monotonic()
     json_path = folder / f"deepspeed.{ranks.rank}.json"
     json_path.write_text(json.dumps(DEEPSPEED))
@@ -111,9 +109,7 @@ def compare_gradients(ranks: Ranks, folder: Path) -> dict[str, Any]:
     engine.start_step(seed=0, step=1)
     for number, pair in enumerate(own, start=1):
         engine.forward_backward(batch_of(pair), counts, Objective(MIXUP_WEIGHT), is_last=number == len(own))
-    gradients = {}
-    for name, parameter in engine.module.named_parameters():
-        gradients[engine.module.plain_name(name)] = safe_get_full_grad(parameter).detach().float().cpu()
+    gradients = {name: gradient.detach().float().cpu() for name, gradient in engine.named_gradients()}
     engine.step(learning_rate=LEARNING_RATE)
     weights = {name: tensor.detach().float().cpu().clone() for name, tensor in engine.named_tensors()}
     found: dict[str, Any] = {"seconds": 0.0}
@@ -149,14 +145,12 @@ def _largest(tensor: Tensor) -> float:
 
 def time_collectives(ranks: Ranks) -> list[dict[str, Any]]:
     """Returns for each size the seconds of an all-gather and of a reduce-scatter, medians. All ranks call it."""
-    import torch.distributed as dist
-
     started, found = time.monotonic(), []
     for size in SIZES[ranks.device.type]:
         part = size // 4 // ranks.world_size
         whole, share = torch.ones(part * ranks.world_size, device=ranks.device), torch.ones(part, device=ranks.device)
-        gather = partial(dist.all_gather_into_tensor, whole, share)
-        reduce = partial(dist.reduce_scatter_tensor, share, whole)
+        gather = partial(ranks.all_gather_into, whole, share)
+        reduce = partial(ranks.reduce_scatter_into, share, whole)
         seconds = {"all_gather": _median_seconds(ranks, gather), "reduce_scatter": _median_seconds(ranks, reduce)}
         found.append({"bytes": 4 * whole.numel(), **seconds})
         if ranks.same_as_main(time.monotonic() - started > BUDGET_SECONDS):

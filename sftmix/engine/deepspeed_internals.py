@@ -1,11 +1,16 @@
-"""DeepSpeed's private state, touched here alone."""
+"""DeepSpeed's private state: the one file that touches it. Versions that it does not know are refused.
+
+Each function says which behaviour of DeepSpeed makes it necessary.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,9 +18,11 @@ import torch
 from sftmix.engine.ranks import has_gpu
 from sftmix.errors import ConfigError, did_you_mean
 
+KNOWN = "0.19."  # versions whose private state is known; setup.py has the same bounds
+
 
 def import_deepspeed():  # type: ignore[no-untyped-def]
-    """Returns the deepspeed module, with its start-up messages reduced to warnings."""
+    """Returns the deepspeed module, with its start-up messages reduced to warnings. Raises ConfigError for an unknown version."""
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed; once per call would drown all else.
@@ -27,6 +34,11 @@ def import_deepspeed():  # type: ignore[no-untyped-def]
         import deepspeed
         from deepspeed.utils import logger
 
+    if not deepspeed.__version__.startswith(KNOWN):
+        raise ConfigError(
+            f"DeepSpeed {deepspeed.__version__} is installed; sftmix knows the private state of {KNOWN}x. "
+            f"Install one of these: pip install 'deepspeed=={KNOWN}*'."
+        )
     logger.setLevel(logging.WARNING)
     return deepspeed
 
@@ -40,14 +52,60 @@ def release_leftovers(module: torch.nn.Module) -> None:
     from deepspeed.utils import groups
 
     FWD_MODULE_STACK[:] = [entered for entered in FWD_MODULE_STACK if entered is not module]
-    cached = getattr(PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release", None)
-    for wrapped in inspect.getclosurevars(cached).nonlocals.values() if cached else ():
+    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release  # private: its name is mangled
+    for wrapped in inspect.getclosurevars(cached).nonlocals.values():
         if hasattr(wrapped, "cache_clear"):
             wrapped.cache_clear()  # its keys are modules
     group = groups._get_zero_param_intra_parallel_group()
     if group is not None:
         torch.distributed.destroy_process_group(group)
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+
+
+def build_no_extension() -> None:
+    """Switches off the C++ extension for shared-memory reductions, which DeepSpeed would build on CPUs at the first start.
+    gloo does the same without a compiler, without a lock file that a killed build leaves behind for every later start to
+    wait on, and without leftovers in /dev/shm."""
+    import deepspeed
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+
+
+def forget_groups() -> None:
+    """Lets go of the process groups that DeepSpeed keeps in a module: what holds a group keeps its threads."""
+    from deepspeed.utils import groups
+
+    for name, value in list(vars(groups).items()):
+        if isinstance(value, torch.distributed.ProcessGroup):
+            setattr(groups, name, None)
+
+
+def use_state_files(engine: Any, files: Any, *, writes_shared: bool = False) -> None:
+    """Lets a DeepSpeed engine write and read its checkpoints through `files`, a `CheckpointEngine`. writes_shared: this rank
+    also writes what DeepSpeed lets rank 0 write for all (the weights, below ZeRO-3)."""
+    _require(engine, "checkpoint_engine", "save_non_zero_checkpoint")
+    engine.checkpoint_engine = files
+    if writes_shared:
+        engine.save_non_zero_checkpoint = True
+
+
+@contextlib.contextmanager
+def loading_universal(engine: Any, is_universal: bool) -> Iterator[None]:
+    """Lets a DeepSpeed engine take a checkpoint for a universal one, or for an ordinary one, inside."""
+    _require(engine._config, "load_universal_checkpoint")
+    engine._config.load_universal_checkpoint = is_universal
+    try:
+        yield
+    finally:
+        engine._config.load_universal_checkpoint = False
+
+
+def _require(thing: Any, *names: str) -> None:
+    """Raises RuntimeError where DeepSpeed has renamed an attribute: setting a new one would change nothing, without a word."""
+    for name in names:
+        if not hasattr(thing, name):
+            raise RuntimeError(f"{type(thing).__name__} of DeepSpeed has no attribute {name}: it is another version than {KNOWN}x")
 
 
 def check_zero_section(section: dict[str, Any], where: str) -> None:

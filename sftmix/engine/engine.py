@@ -8,23 +8,21 @@ optimiser step, so the engine asks for no division and multiplies by the number 
 from __future__ import annotations
 
 import gc
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from sftmix.batches.collate import MicroBatch
 from sftmix.batches.cut import StepCounts
 from sftmix.config.deepspeed_json import deepspeed_config
 from sftmix.config.schema import Config, ModelConfig, TrainConfig
-from sftmix.data.template import marker_ids
 from sftmix.engine.deepspeed_internals import import_deepspeed, release_leftovers
-from sftmix.engine.loading import build_model, empty_model, hf_config, quiet_transformers
+from sftmix.engine.export import write_model, write_on_main
+from sftmix.engine.loading import build_model, empty_model, hf_config
 from sftmix.engine.lora import (
     adapted_layers,
     adapter_weights,
@@ -44,12 +42,9 @@ from sftmix.engine.precision import (
     resolve_precision,
 )
 from sftmix.engine.ranks import Ranks
-from sftmix.errors import ArtifactError
 from sftmix.liveness.progress import Progress
 from sftmix.loss.head import CausalLMWithLoss, ScoreRequest, find_logit_transform
 from sftmix.loss.objective import Objective, loss_request
-from sftmix.storage import faults
-from sftmix.storage.failures import accessing, describe
 from sftmix.storage.provenance import fingerprint
 
 if TYPE_CHECKING:
@@ -259,6 +254,14 @@ class Engine:
             if name not in parameters and isinstance(tensor, Tensor):
                 yield self.module.plain_name(name), tensor
 
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields (Hugging Face name, whole gradient) of every trained parameter, before `step`. For tests of the machine."""
+        from deepspeed.utils import safe_get_full_grad
+
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                yield self.module.plain_name(name), safe_get_full_grad(parameter)
+
     def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Writes a Hugging Face folder on rank 0: safetensors, config, generation config, tokenizer with template.
 
@@ -270,7 +273,14 @@ class Engine:
         for name, tensor in self.named_tensors():
             if self.ranks.is_main:
                 state[name] = tensor.detach().to("cpu", copy=True)
-        self._write_on_main(folder, state, lambda: self._write_model(folder, state, tokenizer))
+        buffers = {self.module.plain_name(name): dtype for name, dtype in self._expected.buffers.items()}
+
+        def write() -> None:
+            shell = empty_model(self._model_config, self.hf_config, dtype=self._dtype)
+            write_model(folder, shell, state, tokenizer)
+            check_exported(folder, self._dtype, buffers)
+
+        write_on_main(self.ranks, folder, state, write)
 
     def named_adapters(self) -> Iterator[tuple[str, Tensor]]:
         """Yields (name of the module + `.lora_A.weight` or `.lora_B.weight`, whole tensor), one at a time; nothing without LoRA."""
@@ -290,27 +300,7 @@ class Engine:
             check_exported(folder, self._dtype, {})
             tokenizer.save_pretrained(folder)
 
-        self._write_on_main(folder, state, write)
-
-    def _write_on_main(self, folder: Path, state: dict[str, Tensor], write: Callable[[], None]) -> None:
-        """Lets rank 0 write a folder. A failure is one error on all ranks, none of which waits for rank 0; no half of the folder stays."""
-        problem = ""
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())  # transformers empties it
-        if self.ranks.is_main:
-            try:
-                with accessing(folder):
-                    faults.point("export.write")
-                    write()
-            except OSError as error:
-                if isinstance(error.__cause__, SafetensorError):  # which names no file
-                    error.filename = str(folder / "*.safetensors")
-                problem = f"the model could not be exported: {describe(error, folder, needed_bytes=needed)}"
-                shutil.rmtree(folder, ignore_errors=True)
-            except ArtifactError as error:
-                problem = str(error)
-                shutil.rmtree(folder, ignore_errors=True)
-        if self.ranks.agree([bool(problem)])[0]:
-            raise ArtifactError(self.ranks.text_from_main(problem), on_all_ranks=True)
+        write_on_main(self.ranks, folder, state, write)
 
     def frozen_checksum(self) -> str:
         """Returns what tells the frozen weights from others, on every rank; "" where all are trained."""
@@ -326,20 +316,6 @@ class Engine:
                         found += [f"{name} {checksum(parameter.data)}"] if self.ranks.is_main else []
             self._frozen_checksum = self.ranks.text_from_main(fingerprint(found))
         return self._frozen_checksum
-
-    def _write_model(self, folder: Path, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
-        from transformers import GenerationConfig
-
-        shell = empty_model(self._model_config, self.hf_config, dtype=self._dtype)
-        with quiet_transformers():
-            generation = GenerationConfig.from_model_config(self.hf_config)
-            generation.eos_token_id = generation_end_ids(tokenizer, self.hf_config)
-            generation.pad_token_id = tokenizer.pad_token_id
-            shell.generation_config = generation
-            shell.save_pretrained(folder, state_dict=state)
-        named = self._expected.buffers.items()
-        check_exported(folder, self._dtype, {self.module.plain_name(n): dtype for n, dtype in named})
-        tokenizer.save_pretrained(folder)
 
     @property
     def bytes_per_weight(self) -> int:
@@ -374,19 +350,3 @@ def enable_activation_checkpointing(model: Any) -> None:
     has_new_name = hasattr(model, "activation_checkpointing_enable")
     enable = model.activation_checkpointing_enable if has_new_name else model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-def generation_end_ids(tokenizer: PreTrainedTokenizerBase, config: Any) -> list[int]:
-    """Returns the ids that end a response: the tokenizer's and the config's end of sequence, and the token that the
-    chat template writes after an assistant's turn."""
-    ids = {tokenizer.eos_token_id}
-    configured = getattr(config, "eos_token_id", None)
-    ids.update(configured if isinstance(configured, list) else [configured])
-    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    prompt = tokenizer.apply_chat_template(conversation[:1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(conversation, tokenize=False)
-    special = marker_ids(tokenizer)
-    turn = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
-    ends = [token for token in turn if token in special]
-    ids.update(ends[-1:])
-    return sorted(i for i in ids if i is not None)

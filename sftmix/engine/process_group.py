@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sftmix.cluster.environment import free_port, translate
-from sftmix.engine.deepspeed_internals import import_deepspeed
+from sftmix.engine.deepspeed_internals import build_no_extension, forget_groups, import_deepspeed
 from sftmix.engine.ranks import RENDEZVOUS_LIMIT, Ranks, _control_group, _leaders_group, has_gpu
 from sftmix.errors import ConfigError
 
@@ -38,12 +38,7 @@ def init_ranks(join_limit: timedelta = RENDEZVOUS_LIMIT) -> Ranks:
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
         if not has_gpu():
-            # DeepSpeed would build a C++ extension for shared-memory reductions at the first start. gloo does
-            # the same without a compiler, without a lock file that a killed build leaves behind for every later
-            # start to wait on, and without leftovers in /dev/shm.
-            from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-
-            deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+            build_no_extension()
         backend = "nccl" if has_gpu() else "gloo"
         try:
             if os.environ["MASTER_ADDR"] in LOOPBACK and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
@@ -68,14 +63,9 @@ def _leave() -> None:
     if getattr(sys, "last_value", None) is not None:
         return  # this rank ends by an error; what it has under way may wait for ranks that never answer
     if torch.distributed.is_initialized():
-        from deepspeed.utils import groups
-
-        # What holds a group keeps its threads.
         for made in (_control_group, _leaders_group):
-            made.cache_clear()
-        for name, value in list(vars(groups).items()):
-            if isinstance(value, torch.distributed.ProcessGroup):
-                setattr(groups, name, None)
+            made.cache_clear()  # what holds a group keeps its threads
+        forget_groups()
         torch.distributed.destroy_process_group()
 
 

@@ -77,6 +77,14 @@ class Ranks:
             torch.distributed.all_reduce(values)
         return values
 
+    def all_gather_into(self, whole: torch.Tensor, share: torch.Tensor) -> None:
+        """Fills `whole` (world_size * n,) with the shares (n,) of all ranks. Collective: all ranks must call it."""
+        torch.distributed.all_gather_into_tensor(whole, share)
+
+    def reduce_scatter_into(self, share: torch.Tensor, whole: torch.Tensor) -> None:
+        """Fills `share` (n,) with this rank's part of the sum of all ranks' `whole`. Collective: all ranks must call it."""
+        torch.distributed.reduce_scatter_tensor(share, whole)
+
     def counter(self) -> Callable[[], int]:
         """Returns a function that gives 0, 1, 2, ... over all ranks together, each number once. All ranks call `counter`;
         calling what it returns waits for nobody."""

@@ -20,6 +20,7 @@ import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from numpy.typing import NDArray
 
+from sftmix.engine.deepspeed_internals import loading_universal, use_state_files
 from sftmix.storage.checkpoints import HashedFile
 
 FORCE_SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -123,9 +124,7 @@ def save_state(deepspeed_engine: Any, folder: Path, *, in_background: bool, writ
     """
     frozen = frozenset(name for name, p in deepspeed_engine.module.named_parameters(remove_duplicate=False) if not p.requires_grad)
     files = StateFiles(in_background=in_background, left_out=frozen)
-    if writes_shared:
-        deepspeed_engine.save_non_zero_checkpoint = True
-    deepspeed_engine.checkpoint_engine = files
+    use_state_files(deepspeed_engine, files, writes_shared=writes_shared)
     deepspeed_engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=bool(frozen))
     files.finish()
     return files
@@ -133,16 +132,14 @@ def save_state(deepspeed_engine: Any, folder: Path, *, in_background: bool, writ
 
 def load_state(deepspeed_engine: Any, folder: Path, *, is_universal: bool) -> None:
     """Loads what `save_state` has written, or its universal form, into a new engine. All ranks call it. The files were verified."""
-    deepspeed_engine.checkpoint_engine = StateFiles()
-    deepspeed_engine._config.load_universal_checkpoint = is_universal
+    use_state_files(deepspeed_engine, StateFiles())
     optimizer = getattr(deepspeed_engine.optimizer, "optimizer", deepspeed_engine.optimizer)  # ours, inside ZeRO's
     groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     is_whole = all(parameter.requires_grad for parameter in deepspeed_engine.module.parameters())  # else frozen weights are missing
-    with only_tensors():
+    with only_tensors(), loading_universal(deepspeed_engine, is_universal):
         path, _ = deepspeed_engine.load_checkpoint(
             str(folder.parent), tag=folder.name, load_module_strict=is_whole, load_lr_scheduler_states=False
         )
-    deepspeed_engine._config.load_universal_checkpoint = False
     assert path is not None, "DeepSpeed returns without loading where it finds no file; all were verified"
     if is_universal:
         # DeepSpeed 0.19 gives the first group's weight decay to all of them, and all parameters one and the same tensor as their count of
