@@ -56,7 +56,7 @@ test: setup-dev
 	@touch $@
 
 test-oldest test-newest: test-%: .venv-%/.ready
-	@.venv-$*/bin/python -c 'from sftmix.doctor.versions import installed; print(installed())'
+	@.venv-$*/bin/python -c 'from sftmix.doctor.checks.versions import installed; print(installed())'
 	.venv-$*/bin/python -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
 
 torture: setup-dev

@@ -234,8 +234,3 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -
 def _has_wide_products(operand: Tensor) -> bool:
     # cuBLAS adds half-precision products to a float32 matrix in place, from compute capability 8.0 on.
     return operand.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(operand.device) >= (8, 0)
-
-
-def softcapped(logits: Tensor, cap: float | None) -> Tensor:
-    """Returns cap * tanh(logits / cap), or the logits where there is no cap."""
-    return logits if cap is None else cap * torch.tanh(logits / cap)

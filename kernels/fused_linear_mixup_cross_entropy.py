@@ -27,7 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sftmix.kernels.chunked_linear_mixup import chunked_linear_mixup, softcapped
+from sftmix.kernels.backends import choose_backend, softcapped
+from sftmix.kernels.chunked_linear_mixup import chunked_linear_mixup
 
 IGNORE_INDEX = -100
 
@@ -84,7 +85,7 @@ def fused_linear_mixup_cross_entropy(
     """
     hidden, weight, bias = under_autocast(hidden, weight, bias)
     check_arguments(hidden, weight, labels, pairs, lam, bias)
-    backend = choose_backend(backend, hidden, "reference")
+    backend = choose_backend(backend, hidden)
     labels = labels.to(torch.int64)
     if num_ntp_tokens is None:
         num_ntp_tokens = (labels != ignore_index).sum()
@@ -113,15 +114,6 @@ class _Scales(NamedTuple):
     logit_scale: float
     logit_softcap: float | None
     ignore_index: int
-
-
-def choose_backend(backend: str | None, like: Tensor, *others: str) -> str:
-    """Returns the backend asked for, or the device's own. Raises ValueError."""
-    backend = backend or ("triton" if like.is_cuda else "torch")
-    known = ("torch", "triton", *others)
-    if backend not in known:
-        raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(known)}")
-    return backend
 
 
 def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sftmix.kernels.chunked_linear_mixup import balanced_chunks, check_rows, logits_of, softcapped
-from sftmix.kernels.fused_linear_mixup_cross_entropy import IGNORE_INDEX, check_arguments, choose_backend, under_autocast
+from sftmix.kernels.backends import choose_backend, softcapped
+from sftmix.kernels.chunked_linear_mixup import balanced_chunks, check_rows, logits_of
+from sftmix.kernels.fused_linear_mixup_cross_entropy import IGNORE_INDEX, check_arguments, under_autocast
 from sftmix.kernels.pair_epilogue import pieces_in_cache
 
 
@@ -51,7 +52,22 @@ def linear_token_nll_and_match(
     check_arguments(hidden, weight, labels, bias=bias)
     scale = 1.0 if logit_scale is None else float(logit_scale)
     cap = None if logit_softcap is None else float(logit_softcap)
-    return _chunked_token_nll(hidden, weight, bias, labels.to(torch.int64), scale, cap, ignore_index, choose_backend(backend, hidden))
+    backend, labels = choose_backend(backend, hidden), labels.to(torch.int64)
+    if backend == "reference":
+        return _reference(hidden, weight, bias, labels, scale, cap, ignore_index)
+    return _chunked_token_nll(hidden, weight, bias, labels, scale, cap, ignore_index, backend)
+
+
+def _reference(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, cap: float | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """The definition, all logits at once."""
+    accumulate = torch.promote_types(hidden.dtype, torch.float32)
+    logits = softcapped(scale * torch.nn.functional.linear(hidden, weight, bias).to(accumulate), cap)
+    has_label = labels != ignore_index
+    at_label = logits.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+    nll = torch.where(has_label, torch.logsumexp(logits, dim=1) - at_label, 0.0)
+    return nll.float(), (at_label >= logits.amax(dim=1)) & has_label
 
 
 @torch.library.custom_op("sftmix::chunked_token_nll", mutates_args=())

@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sftmix.kernels.backends import choose_backend
+
 
 def mixed_embeddings(embeddings: Tensor, pairs: Tensor, lam: Tensor, backend: str | None = None) -> Tensor:
     """Returns (M, D) `lam * embeddings[pairs[:, 0]] + (1 - lam) * embeddings[pairs[:, 1]]` in the dtype of the embeddings.
@@ -24,21 +26,20 @@ def mixed_embeddings(embeddings: Tensor, pairs: Tensor, lam: Tensor, backend: st
     pairs: (M, 2) int64 or int32; the row of the confident and of the unconfident member. No row twice in one column;
         in both is allowed, also in one pair, (r, r), whose result is the row bit for bit whatever lam is.
     lam: (M,) float32 or float64 in [0, 1], the share of the confident member; gets no gradient.
-    backend: "torch" or "triton"; default: "triton" for tensors on a GPU, else "torch".
+    backend: "triton", or "torch", which is the definition and so the "reference" too; default: "triton" for tensors on a GPU,
+        else "torch".
 
     "triton" refuses a second derivative; "torch" has all of them.
     Raises ValueError for arguments that do not fit together, an unknown backend, Triton without a GPU, or, on a CPU, a
     row twice in a column; a GPU reports that by a device-side assertion, for which nothing waits.
     """
-    backend = backend or ("triton" if embeddings.is_cuda else "torch")
-    if backend not in ("torch", "triton"):
-        raise ValueError(f'unknown backend {backend!r}: expected "torch" or "triton"')
+    backend = choose_backend(backend, embeddings)
     _check(embeddings, pairs, lam)
     accumulate = torch.promote_types(embeddings.dtype, torch.float32)
     slots = inverse_maps(pairs, embeddings.shape[0])
     # All of a row paired with itself, not two shares of it: lam x + (1 - lam) x is x up to rounding only.
     share = lam.detach().to(accumulate).masked_fill(pairs[:, 0] == pairs[:, 1], 1.0)
-    if backend == "torch":
+    if backend != "triton":
         rows = embeddings.to(accumulate)  # before the rows are taken: the two terms of the gradient are then added unrounded
         mixed = share[:, None] * rows[pairs[:, 0]] + (1 - share[:, None]) * rows[pairs[:, 1]]
         return mixed.to(embeddings.dtype)

@@ -21,6 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sftmix.kernels.backends import choose_backend, softcapped
+
 
 def mixup_cross_entropy(
     confident_logits: Tensor,
@@ -37,17 +39,16 @@ def mixup_cross_entropy(
     confident_logits, unconfident_logits: (M, V) raw logits of one dtype; None for the second: the first are mixed already.
     labels: (M, 2) int64 or int32 in [0, V) or `ignore_index`; of the confident and of the unconfident member.
     lam: (M,) float32 or float64 in [0, 1], the share of the confident member; gets no gradient.
-    backend: "torch" or "triton"; default: "triton" for tensors on a GPU, else "torch".
+    backend: "triton", or "torch", which is the definition and so the "reference" too; default: "triton" for tensors on a GPU,
+        else "torch".
 
     A pair with an ignored member gives 0 and exact zero gradients, whatever its logits are.
     "triton" refuses a second derivative; "torch" has all of them.
     Raises ValueError for arguments that do not fit together, an unknown backend, or Triton without a GPU.
     """
-    backend = backend or ("triton" if confident_logits.is_cuda else "torch")
-    if backend not in ("torch", "triton"):
-        raise ValueError(f'unknown backend {backend!r}: expected "torch" or "triton"')
+    backend = choose_backend(backend, confident_logits)
     _check(confident_logits, unconfident_logits, labels, lam)
-    if backend == "torch":
+    if backend != "triton":
         return _definition(confident_logits, unconfident_logits, labels, lam, logit_scale, logit_softcap, ignore_index)
     # Imported when asked for: triton does not exist on every platform, and decides then whether to interpret.
     from sftmix.kernels.mixup_cross_entropy_triton import mixup_forward
@@ -76,8 +77,7 @@ def _definition(
     capped = mixed.masked_fill(dead[:, None], 0.0)
     if logit_scale is not None:
         capped = logit_scale * capped
-    if logit_softcap is not None:
-        capped = logit_softcap * torch.tanh(capped / logit_softcap)
+    capped = softcapped(capped, logit_softcap)
     # log_softmax subtracts the maximum before anything else; both shares sum to 1, so this is the equation above.
     log_p = torch.log_softmax(capped, dim=1).gather(1, labels.masked_fill(dead[:, None], 0).long())
     loss = -(torch.cat([share, 1 - share], dim=1) * log_p).sum(dim=1)

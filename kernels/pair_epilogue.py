@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sftmix.kernels.backends import softcapped_with_derivative
+
 CACHE_BYTES = 1 << 20  # of logits in one piece on a CPU; measured in benchmarks/kernels.py
 
 
@@ -146,7 +148,7 @@ class _Rows:
         accumulate = torch.promote_types(logits.dtype, torch.float32)
         alive = (labels != ignore_index)[:, None]
         label = labels.clamp(min=0)[:, None]
-        at_label, slope = _softcapped(logits.gather(1, label).to(accumulate) * scale, softcap)
+        at_label, slope = softcapped_with_derivative(logits.gather(1, label).to(accumulate) * scale, softcap)
         weight = torch.where(alive, weight.to(accumulate), 0.0)
         return cls(logits, label, alive, at_label, -weight * slope, weight, torch.empty_like(at_label), torch.empty_like(at_label))
 
@@ -177,7 +179,7 @@ class _Pairs:
         labels = rows.label[:paired].view(-1, 2)
         alive = rows.alive[:paired].view(-1, 2).all(dim=1, keepdim=True)
         confident, unconfident = (rows.logits[member:paired:2].gather(1, labels).to(accumulate) * scale for member in (0, 1))
-        at_label, slope = _softcapped(share[:, :1] * confident + share[:, 1:] * unconfident, softcap)
+        at_label, slope = softcapped_with_derivative(share[:, :1] * confident + share[:, 1:] * unconfident, softcap)
         weight = torch.where(alive, weight.to(accumulate), 0.0)
         gradient = -weight * share * slope
         empty = torch.empty_like(weight)
@@ -224,14 +226,6 @@ class _Mixed(NamedTuple):
             rows = raw[member : 2 * len(self.labels) : 2]
             rows.addcmul_(self.exponentials, self.factors[member])
             rows.scatter_add_(1, self.labels, self.at_labels[member])
-
-
-def _softcapped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | float]:
-    """Returns the soft-capped logits and the derivative there."""
-    if softcap is None:
-        return logits, 1.0
-    tanh = torch.tanh(logits / softcap)
-    return softcap * tanh, 1 - tanh.square()
 
 
 def _exponentials_in_place(logits: Tensor, maximum: Tensor, total: Tensor, softcap: float | None, want_gradient: bool) -> Tensor | None:

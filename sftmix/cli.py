@@ -256,8 +256,8 @@ def _dispatch(options: argparse.Namespace) -> int:
         from sftmix.doctor.command import examine_machine
 
         return examine_machine(options)
-    if options.command == "scores":
-        from sftmix.pipeline.score_commands import run
+    if options.command == "scores" and options.scores_command != "check":
+        from sftmix.confidence.commands import run
 
         run(options)
         return 0
@@ -270,6 +270,11 @@ def _dispatch(options: argparse.Namespace) -> int:
     # Found before torch is imported, which takes seconds: a launcher that ends in that time must not be missed.
     place = place_of()
     launchers = processes.launchers() if place is not None else []
+    if options.command == "scores":
+        from sftmix.pipeline.preflight import check_scores
+
+        print(check_scores(options.table, options.config, options.overrides))
+        return 0
     config = load_config(options.config, options.overrides)
     if options.command == "export":
         from sftmix.pipeline.export import export

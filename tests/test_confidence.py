@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sftmix.confidence.definition import aggregate, agreement, confidence_ranks, perplexity, read_confidence
+from sftmix.confidence.definition import aggregate, agreement, confidence_ranks, perplexity
+from sftmix.confidence.table import read_confidence
 from sftmix.errors import ArtifactError
 
 NAN, INF = float("nan"), float("inf")

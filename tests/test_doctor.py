@@ -17,9 +17,9 @@ from processes import ROOT
 
 from sftmix.cluster.local_ranks import first_failure, run_local_ranks
 from sftmix.config.reader import load_config
-from sftmix.doctor import build, gpus, memory, network, ranks, storage, versions
+from sftmix.doctor.checks import build, gpus, memory, network, ranks, storage, versions
+from sftmix.doctor.checks.need import Need
 from sftmix.doctor.findings import Finding, count, examine
-from sftmix.doctor.need import Need
 from sftmix.errors import SftmixError
 from sftmix.liveness import run_lock
 

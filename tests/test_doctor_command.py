@@ -16,8 +16,8 @@ from processes import ROOT, sftmix
 from sftmix.cluster.environment import free_port
 from sftmix.cluster.hostfile import Node
 from sftmix.config.reader import load_config
-from sftmix.doctor import nodes
-from sftmix.doctor.identity import digest_of, identity
+from sftmix.doctor.checks import nodes
+from sftmix.doctor.checks.versions import digest_of, identity
 
 # What nodes say.
 
@@ -125,8 +125,8 @@ def test_digests_tell_files_apart(tmp_path, monkeypatch):
     before = digest_of(tmp_path), digest_of(tmp_path / "a")
     (tmp_path / "a").write_text("two")
     assert all(old != new for old, new in zip(before, (digest_of(tmp_path), digest_of(tmp_path / "a")), strict=True))
-    monkeypatch.setattr("sftmix.doctor.identity.WHOLE_BYTES", 1)
-    monkeypatch.setattr("sftmix.doctor.identity.END_BYTES", 2)
+    monkeypatch.setattr("sftmix.doctor.checks.versions.WHOLE_BYTES", 1)
+    monkeypatch.setattr("sftmix.doctor.checks.versions.END_BYTES", 2)
     large = digest_of(tmp_path / "a")
     (tmp_path / "a").write_text("twe")
     assert digest_of(tmp_path / "a") != large and digest_of(Path("owner/name")) is None

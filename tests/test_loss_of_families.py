@@ -12,8 +12,10 @@ from naive import PARTNERS, hidden_before_head, make_examples, make_model, naive
 from sftmix.batches.collate import build_micro_batch
 from sftmix.batches.cut import StepCounts
 from sftmix.errors import ConfigError
-from sftmix.loss.head import CausalLMWithLoss, LogitTransform, ScoreRequest, find_logit_transform
+from sftmix.loss.head import CausalLMWithLoss
+from sftmix.loss.logit_transform import LogitTransform, find_logit_transform
 from sftmix.loss.objective import Objective, loss_request
+from sftmix.loss.requests import ScoreRequest
 
 IN_FLOAT32 = {"gemma2", "cohere-scaled-logits"}  # their norms compute in float32 whatever they are given
 MU = 0.3

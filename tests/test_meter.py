@@ -9,11 +9,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sftmix.config.schema import CheckpointConfig, TrainConfig
-from sftmix.engine.engine import MicroBatchLoss
 from sftmix.engine.ranks import Ranks
 from sftmix.errors import ArtifactError
 from sftmix.liveness.stopping import StopRequest
 from sftmix.loss.objective import Objective
+from sftmix.loss.requests import LossResult
 from sftmix.pairing.matching import singles
 from sftmix.storage.checkpoints import CheckpointFolder
 from sftmix.train.checkpointing import TrainingCheckpoints
@@ -129,7 +129,8 @@ class Stage:
             return 1.0
 
         def forward_backward(batch, *arguments, **options):
-            return MicroBatchLoss(*(torch.tensor(0.25) for _ in range(3)), torch.zeros(0))
+            quarter = torch.tensor(0.25)
+            return LossResult(quarter, quarter, quarter, torch.zeros(0), quarter)
 
         checkpoints.resume, checkpoints._save = resume, save
         engine = SimpleNamespace(

@@ -9,9 +9,9 @@ import yaml
 from processes import ROOT
 from score_tables import FINGERPRINTS, IDS, NAN, SUMS, own_table, table
 
+from sftmix.confidence.commands import export_scores, show_scores
 from sftmix.confidence.table import fit_scores, read_scores
 from sftmix.errors import ArtifactError
-from sftmix.pipeline.score_commands import export_scores, show_scores
 
 NAMES = ("confidence", "perplexity")
 

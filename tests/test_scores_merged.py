@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from score_tables import COUNTS, FINGERPRINTS, IDS, OTHERS, SUMS, table
 
+from sftmix.confidence.commands import export_scores
 from sftmix.confidence.merge import merge_scores
 from sftmix.confidence.table import read_scores
 from sftmix.errors import ArtifactError, ConfigError
-from sftmix.pipeline.score_commands import export_scores
 from sftmix.storage import artifacts
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -102,17 +101,6 @@ def agreement(a: NDArray[np.float64], b: NDArray[np.float64], parts_a: Sequence[
         "spearman": float(centred[0] @ centred[1]) / scale if centred and scale else float("nan"),
         "same_part": float(same.mean()) if len(same) else float("nan"),
     }
-
-
-def read_confidence(path: Path, example_ids: pa.ChunkedArray) -> NDArray[np.float64]:
-    """Returns the (N,) confidences of a table of this run, in the order of `example_ids`; infinite and NaN ones as they are.
-
-    Raises ArtifactError where the table lacks or adds an example, or cannot be read.
-    """
-    from sftmix.confidence.table import match_rows, read_scores  # which builds on the definitions above
-
-    table = read_scores(path, column="confidence")
-    return table.values[match_rows(table, example_ids)]
 
 
 def _average_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:

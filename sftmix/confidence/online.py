@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 
 from sftmix.batches.collate import MicroBatch
-from sftmix.engine.engine import MicroBatchLoss
 from sftmix.engine.ranks import Ranks
+from sftmix.loss.requests import LossResult
 
 
 class OnlineScores:
@@ -23,7 +23,7 @@ class OnlineScores:
         self._sums = torch.zeros(2, num_examples, dtype=torch.float64, device=ranks.device)  # nats; times seen
         self.nll_sum: dict[int, NDArray[np.float64]] = {}  # last step of the epoch -> (N,) nats
 
-    def add(self, batch: MicroBatch, loss: MicroBatchLoss) -> None:
+    def add(self, batch: MicroBatch, loss: LossResult) -> None:
         """Adds one micro-batch. Nothing waits for the device."""
         if batch.indices:
             indices = torch.tensor(batch.indices).to(self._sums.device, non_blocking=True)

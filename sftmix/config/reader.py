@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Returns the checked config of a YAML file laid over its bases, with `key.sub=value` overrides applied on top.
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, values: Mapping[str, Any] | None = None) -> Config:
+    """Returns the checked config of a YAML file merged over its bases, with `key.sub=value` overrides applied on top.
     path: of the file, of a run folder, whose own config counts then, or the name of a config of the package.
+    values: what a command sets by itself, by dotted key, after the overrides.
 
     Raises ConfigError for a missing file, YAML that does not parse, bases that name each other, a duplicate or
     unknown key, a wrong type or value, and settings that contradict each other.
@@ -47,8 +49,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     raw, places = _read_with_bases(path)
     if is_run_folder:
         raw["run"] = {**raw.get("run", {}), "dir": str(folder)}  # it may have been moved
-    for override in overrides or []:
+    for override in overrides:
         _apply_override(raw, places, override)
+    for name, value in (values or {}).items():
+        _set(raw, places, name, value, f"`{name}`")
     _inherit_train(raw)
     try:
         return Config.model_validate(raw)
@@ -177,19 +181,24 @@ def _apply_override(raw: dict[str, Any], places: Places, override: str) -> None:
         parsed = _Loader(value).get_single_data() if value else None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"override `{override}`: the value is not valid YAML: {' '.join(str(error).split())}") from None
+    _set(raw, places, name, parsed, f"override `{override}`")
+
+
+def _set(raw: dict[str, Any], places: Places, name: str, value: Any, place: str) -> None:
+    """Sets a dotted key. place: what an error about it names."""
     keys = name.split(".")
     section = raw
     for depth, key in enumerate(keys[:-1]):
         if not isinstance(section.get(key), dict):
             if section.get(key) is not None:
-                raise ConfigError(f"override `{override}`: `{'.'.join(keys[: depth + 1])}` is a value, not a section.")
+                raise ConfigError(f"{place}: `{'.'.join(keys[: depth + 1])}` is a value, not a section.")
             section[key] = {}
         section = section[key]
-    section[keys[-1]] = parsed
+    section[keys[-1]] = value
     _forget(places, tuple(keys))  # what the file says there is replaced
-    for depth in range(len(keys)):  # an error inside the value is the override's, not the file's
-        places.setdefault(tuple(keys[: depth + 1]), f"override `{override}`")
-    places[tuple(keys)] = f"override `{override}`"
+    for depth in range(len(keys)):  # an error inside the value is this one's, not the file's
+        places.setdefault(tuple(keys[: depth + 1]), place)
+    places[tuple(keys)] = place
 
 
 def _inherit_train(raw: dict[str, Any]) -> None:

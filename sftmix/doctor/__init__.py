@@ -1,1 +1,1 @@
-"""What can be wrong with a machine, found before a run does. Each item is a small function that returns findings."""
+"""`sftmix doctor`: what would make a run fail or compute wrong numbers, on this machine and on others."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,25 +42,16 @@ from sftmix.engine.precision import (
 )
 from sftmix.engine.ranks import Ranks
 from sftmix.liveness.progress import Progress
-from sftmix.loss.head import CausalLMWithLoss, ScoreRequest, find_logit_transform
+from sftmix.loss.head import CausalLMWithLoss
+from sftmix.loss.logit_transform import find_logit_transform
 from sftmix.loss.objective import Objective, loss_request
+from sftmix.loss.requests import LossResult, ScoreRequest
 from sftmix.storage.provenance import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sftmix.engine.state import StateFiles
-
-
-@dataclass(frozen=True)
-class MicroBatchLoss:
-    """One micro-batch's shares of its step's means, detached: summed over all micro-batches of all ranks they
-    are the step's losses. ntp, mixup, auxiliary: scalars in nats. token_nll: (T,) float32 in nats."""
-
-    ntp: Tensor
-    mixup: Tensor
-    auxiliary: Tensor
-    token_nll: Tensor
 
 
 class Engine:
@@ -153,15 +143,15 @@ class Engine:
         key = (seed * 1_000_003 + step) * 65_537 + self.ranks.rank
         torch.manual_seed(key % 2**63)
 
-    def forward_backward(self, batch: MicroBatch, counts: StepCounts, objective: Objective, *, is_last: bool) -> MicroBatchLoss:
+    def forward_backward(self, batch: MicroBatch, counts: StepCounts, objective: Objective, *, is_last: bool) -> LossResult:
         """Runs one micro-batch of a step and accumulates its gradients; `is_last` says that the step ends with it."""
         self._progress.tick()
         batch = batch.to(self.ranks.device)
         self._deepspeed.set_gradient_accumulation_boundary(is_last)
         request = loss_request(objective, batch, counts, backend=self.backend)
-        loss, ntp, mixup, token_nll, auxiliary = self._deepspeed(batch.input_ids, batch.attention_mask, request)
-        self._deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
-        return MicroBatchLoss(ntp, mixup, auxiliary, token_nll)
+        result: LossResult = self._deepspeed(batch.input_ids, batch.attention_mask, request)
+        self._deepspeed.backward(result.loss * self.ranks.world_size, scale_wrt_gas=False)
+        return result.detached()
 
     def step(self, *, learning_rate: float) -> float | Tensor:
         """Clips, updates and clears the gradients. Returns the global gradient norm before clipping (a tensor still

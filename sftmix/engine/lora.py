@@ -115,11 +115,6 @@ def is_adapter(name: str) -> bool:
     return f".lora_A.{ADAPTER}." in name or f".lora_B.{ADAPTER}." in name
 
 
-def without_wrapper(name: str) -> str:
-    """Returns the name that a parameter beside an adapter has in the model without adapters."""
-    return name.replace(".base_layer.", ".")
-
-
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yields (name, peft layer) of every module that has an adapter; none in a model without."""
     for name, module in model.named_modules():

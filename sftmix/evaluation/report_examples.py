@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sftmix.confidence.definition import agreement, read_confidence
+from sftmix.confidence.definition import agreement
+from sftmix.confidence.table import read_confidence
 from sftmix.config.schema import Config, SplitConfig
 from sftmix.errors import counted
 from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT, split_by_confidence

@@ -13,55 +13,19 @@ Axes: B examples, S positions, T requested rows, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sftmix.batches.mixed_inputs import MixedInputs
-from sftmix.engine.lora import without_wrapper
 from sftmix.errors import ConfigError
 from sftmix.kernels.fused_linear_mixup_cross_entropy import fused_linear_mixup_cross_entropy
 from sftmix.kernels.linear_token_nll import linear_token_nll_and_match
 from sftmix.kernels.mixed_embeddings import mixed_embeddings
 from sftmix.kernels.mixup_cross_entropy import mixup_cross_entropy
-from sftmix.loss.objective import LossRequest
-
-
-@dataclass(frozen=True)
-class ScoreRequest:
-    """Token losses without gradients. rows: (T,) flat positions; labels: (T,)."""
-
-    rows: Tensor
-    labels: Tensor
-    backend: str | None = None
-
-
-@dataclass(frozen=True)
-class MixedRequest:
-    """The Mixup loss of hidden states that come of mixed inputs. rows: (M,) flat positions; labels: (M, 2)."""
-
-    rows: Tensor
-    labels: Tensor
-    lam: Tensor
-    num_mixup_tokens: int
-    backend: str | None = None
-
-
-@dataclass(frozen=True)
-class ProbeRequest:
-    """Sends `values` (K,) through whatever the model does to its logits."""
-
-    values: Tensor
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """logits = softcap(scale * (hidden @ weight.T + bias)), softcap(x) = cap * tanh(x / cap)."""
-
-    scale: float | None = None
-    softcap: float | None = None
+from sftmix.loss.logit_transform import LogitTransform, ProbeRequest
+from sftmix.loss.requests import HeadResult, LossRequest, LossResult, MixedRequest, MixedResult, Request, ScoreRequest, ScoreResult
 
 
 class HeadProjection(nn.Module):
@@ -76,35 +40,37 @@ class HeadProjection(nn.Module):
         self.bias = getattr(head, "bias", None)
         self.transform = LogitTransform()
 
-    def forward(self, hidden: Tensor, request: LossRequest | ScoreRequest | MixedRequest | None) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, hidden: Tensor, request: Request | None) -> Tensor | HeadResult:
         weight, bias, transform = self.weight, self.bias, self.transform
         if request is None:
             return nn.functional.linear(hidden, weight, bias)
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, request.rows)
         if isinstance(request, ScoreRequest):
-            backend = None if request.backend == "reference" else request.backend
-            return linear_token_nll_and_match(rows, weight, request.labels, bias, transform.scale, transform.softcap, backend=backend)
+            losses = linear_token_nll_and_match(
+                rows, weight, request.labels, bias, transform.scale, transform.softcap, backend=request.backend
+            )
+            return ScoreResult(*losses)
         if isinstance(request, MixedRequest):
             logits = nn.functional.linear(rows, weight, bias)
-            backend = "torch" if request.backend == "reference" else request.backend
-            losses = mixup_cross_entropy(logits, None, request.labels, request.lam, transform.scale, transform.softcap, backend=backend)
-            return (losses.sum() / max(1, request.num_mixup_tokens),)
-        return tuple(
-            fused_linear_mixup_cross_entropy(
-                rows,
-                weight,
-                request.labels,
-                request.pairs,
-                request.lam,
-                request.mixup_weight,
-                bias,
-                transform.scale,
-                transform.softcap,
-                request.num_ntp_tokens,
-                request.num_mixup_tokens,
-                request.backend,
+            mixup = mixup_cross_entropy(
+                logits, None, request.labels, request.lam, transform.scale, transform.softcap, backend=request.backend
             )
+            return MixedResult(mixup.sum() / max(1, request.num_mixup_tokens))
+        fused = fused_linear_mixup_cross_entropy(
+            rows,
+            weight,
+            request.labels,
+            request.pairs,
+            request.lam,
+            request.mixup_weight,
+            bias,
+            transform.scale,
+            transform.softcap,
+            request.num_ntp_tokens,
+            request.num_mixup_tokens,
+            request.backend,
         )
+        return LossResult(*fused, auxiliary=torch.zeros_like(fused.loss))
 
 
 class LossHead:
@@ -117,8 +83,8 @@ class LossHead:
 
     def __init__(self, projection: HeadProjection):
         self.projection = projection
-        self.request: LossRequest | ScoreRequest | MixedRequest | ProbeRequest | None = None
-        self.result: tuple[Tensor, ...] | None = None
+        self.request: Request | ProbeRequest | None = None
+        self.result: HeadResult | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -133,7 +99,7 @@ class LossHead:
             return self.request.values.expand(*hidden.shape[:-1], -1)
         output = self.projection(hidden, self.request)
         if isinstance(output, Tensor):
-            return output
+            return output  # logits
         assert self.result is None, "the model called its head twice in one forward"
         self.result = output
         return hidden.new_zeros(*hidden.shape[:-1], 1)
@@ -156,36 +122,30 @@ class CausalLMWithLoss(nn.Module):
         self.auxiliary_weight = float(getattr(model.config, "router_aux_loss_coef", 0) or 0)
         self.has_router = self.auxiliary_weight > 0 and hasattr(model.config, "output_router_logits")
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, request: LossRequest | ScoreRequest | ProbeRequest | None
-    ) -> Tensor | tuple[Tensor, ...]:
-        """input_ids, attention_mask: (B, S). Returns, by request,
-
-        LossRequest: (loss, ntp, mixup, token_nll, auxiliary); loss is differentiated and includes the auxiliary
-            loss of a mixture of experts, which is 0 elsewhere;
-        ScoreRequest: (nll, match), both (T,);
-        otherwise: the model's logits (B, S, V or K).
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, request: Request | ProbeRequest | None) -> Tensor | HeadResult:
+        """input_ids, attention_mask: (B, S). Returns LossResult for a LossRequest, ScoreResult for a ScoreRequest, otherwise
+        the model's logits (B, S, V or K).
         """
         options = {"output_router_logits": True} if self.has_router and isinstance(request, LossRequest) else {}
         output, result = self._run(request, input_ids=input_ids, attention_mask=attention_mask, **options)
         if request is None or isinstance(request, ProbeRequest):
             return output.logits  # type: ignore[no-any-return]
         assert result is not None, "the model never called its head"
-        if isinstance(request, ScoreRequest):
+        if not isinstance(result, LossResult):
             return result
-        loss, *parts = result
+        assert isinstance(request, LossRequest), "the result is that of the request"
         if request.mixed_inputs is not None:
             mixup = self._mixup_of_mixed_inputs(input_ids, request, request.mixed_inputs)
-            loss, parts[1] = loss + request.mixup_weight * mixup, mixup.detach()
+            result = result._replace(loss=result.loss + request.mixup_weight * mixup, mixup=mixup.detach())
         auxiliary = getattr(output, "aux_loss", None) if self.has_router else None
         if auxiliary is None:
-            return (loss, *parts, torch.zeros_like(loss))
+            return result
         # transformers adds weight * aux_loss to a mean over tokens: each micro-batch adds its share of the tokens.
         share = request.labels.numel() / max(1, request.num_ntp_tokens)
-        auxiliary = auxiliary.to(loss.device) * (self.auxiliary_weight * share)
-        return (loss + auxiliary, *parts, auxiliary.detach())
+        auxiliary = auxiliary.to(result.loss.device) * (self.auxiliary_weight * share)
+        return result._replace(loss=result.loss + auxiliary, auxiliary=auxiliary.detach())
 
-    def _run(self, request: Any, **inputs: Any) -> tuple[Any, tuple[Tensor, ...] | None]:
+    def _run(self, request: Any, **inputs: Any) -> tuple[Any, HeadResult | None]:
         self.head.request, self.head.result = request, None
         try:
             return self.model(**inputs, use_cache=False), self.head.result
@@ -197,16 +157,15 @@ class CausalLMWithLoss(nn.Module):
         # the number of ZeRO-3's collectives does not depend on data.
         embedded = self.model.get_input_embeddings()(input_ids)
         flat = embedded.reshape(-1, embedded.shape[-1])
-        backend = "torch" if request.backend == "reference" else request.backend
-        interpolated = mixed_embeddings(flat, mixed.sources, mixed.source_lam, backend=backend)
+        interpolated = mixed_embeddings(flat, mixed.sources, mixed.source_lam, backend=request.backend)
         inputs = flat.new_zeros(mixed.attention_mask.numel(), flat.shape[1]).index_copy(0, mixed.places, interpolated)
         _, result = self._run(
             MixedRequest(mixed.rows, mixed.labels, mixed.lam, request.num_mixup_tokens, request.backend),
             inputs_embeds=inputs.view(*mixed.attention_mask.shape, -1),
             attention_mask=mixed.attention_mask,
         )
-        assert result is not None, "the model never called its head"
-        return result[0]
+        assert isinstance(result, MixedResult), "the model never called its head"
+        return result.mixup
 
     def plain_name(self, name: str) -> str:
         """Returns the Hugging Face name of one of this module's parameters or buffers, as in the model without adapters."""
@@ -225,32 +184,6 @@ def head_name(model: Any) -> str:
     return next(name for name, module in model.named_modules() if module is head)
 
 
-# Where the ramp is read: near 0 for the scale, far out for the cap, between to check the fit.
-_RAMP = (0.0, 1.0, 1e-3, 1e6, -1e6, 0.5, -0.5, 3.0, -3.0, 10.0, -10.0, 40.0, -40.0, 100.0, -100.0)
-
-
-@torch.no_grad()
-def find_logit_transform(model: nn.Module, device: torch.device) -> LogitTransform:
-    """Returns what the model does to its logits after the head. All ranks must call it (ZeRO-3 gathers).
-
-    `model`: a CausalLMWithLoss, or an engine around one. Raises ConfigError for anything but a scale and a soft-cap.
-    """
-    values = torch.tensor(_RAMP, dtype=torch.float32, device=device)
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    seen = model(ids, torch.ones_like(ids), ProbeRequest(values))[0, -1].double().cpu()
-    at_one, at_small, at_large = (float(seen[i]) for i in (1, 2, 3))
-    is_capped = abs(at_large) < abs(1e6 * at_one) * 0.5
-    scale = at_small / 1e-3 if is_capped else at_one
-    transform = LogitTransform(
-        scale=None if abs(scale - 1) < 1e-5 else scale,
-        softcap=at_large if is_capped else None,
-    )
-    expected = scale * values.double().cpu()
-    if transform.softcap is not None:
-        expected = transform.softcap * torch.tanh(expected / transform.softcap)
-    if not torch.allclose(seen, expected, rtol=1e-4, atol=1e-5):
-        raise ConfigError(
-            "the model changes its logits after the head in a way that is neither a scale nor a soft-cap "
-            f"(1 became {at_one:.6g}, 1e6 became {at_large:.6g}); mixing them would not be the method. This model is not supported."
-        )
-    return transform
+def without_wrapper(name: str) -> str:
+    """Returns the name that a parameter beside an adapter has in the model without adapters."""
+    return name.replace(".base_layer.", ".")

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from sftmix.batches.collate import MicroBatch
 from sftmix.batches.cut import StepCounts
-from sftmix.batches.mixed_inputs import MixedInputs
+from sftmix.loss.requests import LossRequest
 
 
 @dataclass(frozen=True)
@@ -29,22 +27,6 @@ class Objective:
     @property
     def mixes_inputs(self) -> bool:
         return self.mixup_weight > 0 and self.site == "input_embeddings"
-
-
-@dataclass(frozen=True)
-class LossRequest:
-    """What the head needs to turn hidden states into the loss. Shapes as in `MicroBatch`; `mixed_inputs` is given
-    where a forward over mixed input embeddings takes the place of `pairs`."""
-
-    rows: Tensor
-    labels: Tensor
-    pairs: Tensor
-    lam: Tensor
-    num_ntp_tokens: int
-    num_mixup_tokens: int
-    mixup_weight: float
-    backend: str | None = None
-    mixed_inputs: MixedInputs | None = None
 
 
 def loss_request(objective: Objective, batch: MicroBatch, counts: StepCounts, *, backend: str | None = None) -> LossRequest:

@@ -32,8 +32,8 @@ def stages_of(config: Config) -> list[Stage]:
         Stage("reference", "reference", ("data",), _reference_settings, _run("reference")),
         Stage("score", "confidence", ("data", *reference), _score_settings, _run("score"), needs_engine=not scores_given),
         Stage("split", "pairing", ("data", "score"), _split_settings, _run("split"), needs_engine=False),
-        Stage("baseline", "baseline", ("data", "split"), _target_settings, _run("baseline")),
-        Stage("train", "sftmix", ("data", "split"), _mixup_settings, _run("train")),
+        Stage("baseline", "baseline", ("data", "split"), _target_settings, _run("target", "run_baseline")),
+        Stage("train", "sftmix", ("data", "split"), _mixup_settings, _run("target", "run_train")),
         Stage("evaluate", "evaluation", ("data", *trained), _numerics, _run("evaluate"), is_view=True),
         Stage("report", "report", every, _report_settings, _run("report"), needs_engine=False, is_view=True),
     ]
@@ -41,11 +41,11 @@ def stages_of(config: Config) -> list[Stage]:
     return [stage for stage in stages if stage.name not in left_out]
 
 
-def _run(name: str) -> Callable[[StageContext], Facts]:
+def _run(file: str, function: str = "run") -> Callable[[StageContext], Facts]:
     """Returns the function of a stage, whose file is imported when it runs: it may load torch and transformers."""
 
     def run(context: StageContext) -> Facts:
-        facts: Facts = importlib.import_module(f"sftmix.pipeline.stages.{name}").run(context)
+        facts: Facts = getattr(importlib.import_module(f"sftmix.pipeline.stages.{file}"), function)(context)
         return facts
 
     return run

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
+from sftmix.config.reader import load_config
 from sftmix.config.schema import Config, ModelConfig
-from sftmix.errors import ConfigError, counted, first_line
+from sftmix.errors import ArtifactError, ConfigError, counted, first_line
+from sftmix.storage.artifacts import MANIFEST, verify
 
 
 def check(config: Config, *, has_device: bool = True) -> None:
@@ -55,6 +58,37 @@ def check(config: Config, *, has_device: bool = True) -> None:
     _check_fit(config, models)
     for name, model in models.items():
         _check_model(model, name, precision=precision, has_device=has_device)
+
+
+def check_scores(source: str, config_path: str, overrides: Sequence[str]) -> str:
+    """Returns a line that says that a score table fits the training examples in the config's run folder.
+
+    Raises ArtifactError where it does not, or where the data stage has not run with this config.
+    """
+    from sftmix.batches.examples import TokenisedExamples
+    from sftmix.confidence.table import fit_scores, read_scores
+    from sftmix.engine.precision import resolve_precision
+    from sftmix.pipeline.run import Request, check_finished_work, first_unfinished_stage
+
+    # The config as it would be with this table: there is then no reference run whose mode could be asked for.
+    own = {"scores": source, "mode": "checkpoints", "compare": [], "models": []}
+    config = load_config(config_path, overrides, values={f"confidence.{key}": value for key, value in own.items()})
+    folder = config.run.dir / "data"
+    check_finished_work(config, Request("data"))
+    if first_unfinished_stage(config, "data") is not None:
+        raise ArtifactError(f"{folder} is missing. Run `sftmix data {config_path}` first.")
+    fingerprints = verify(folder).facts.get("fingerprints")
+    if not isinstance(fingerprints, dict):
+        raise ArtifactError(f"{folder / MANIFEST} has no fingerprints: an older sftmix wrote it. Run `sftmix data {config_path} --force`.")
+    examples, settings = TokenisedExamples(folder / "train.arrow"), config.confidence
+    rows = fit_scores(
+        read_scores(source, settings.scores_revision, column=settings.scores_column),
+        examples.example_ids,
+        {**fingerprints, "dtype": resolve_precision(config.engine.precision)},
+        allow_differences=settings.allow_differences,
+        report_to=config.run.dir / "scores_that_do_not_fit.jsonl",
+    )
+    return f"{source} fits the {counted(len(rows), 'training example')} in {folder}"
 
 
 def _check_model(model: ModelConfig, name: str, *, precision: str, has_device: bool) -> None:

@@ -29,7 +29,7 @@ from sftmix.storage.files import write_text
 from sftmix.train.meter import ACTIVITIES, CHECKPOINT, OTHER, TOKEN_KINDS, TRAINING, Meter
 
 if TYPE_CHECKING:
-    from sftmix.engine.engine import MicroBatchLoss
+    from sftmix.loss.requests import LossResult
 
 NTP = "loss/ntp (nats/token)"
 MIXUP = "loss/mixup (nats/position)"
@@ -141,7 +141,7 @@ class RunLog:
             self._task = self._bar.add_task(self.stage, total=num_steps, completed=after, info="")
         self.meter.switch(TRAINING)
 
-    def add(self, batch: MicroBatch, loss: MicroBatchLoss) -> None:
+    def add(self, batch: MicroBatch, loss: LossResult) -> None:
         """Adds one micro-batch. Tensors are only summed here: nothing waits for the device."""
         self._losses += torch.stack([loss.ntp, loss.mixup, loss.auxiliary]).double()
         if batch.indices:

@@ -13,9 +13,9 @@ import pyarrow as pa
 import torch
 
 from sftmix.batches.collate import MicroBatch
-from sftmix.engine.engine import MicroBatchLoss
 from sftmix.engine.ranks import Ranks
 from sftmix.errors import TrainingError, counted
+from sftmix.loss.requests import LossResult
 from sftmix.storage.failures import accessing
 
 
@@ -28,7 +28,7 @@ class SkippedSteps:
         self._micro_batches: list[tuple[tuple[int, ...], torch.Tensor]] = []
         self._in_a_row: list[int] = []
 
-    def add(self, batch: MicroBatch, loss: MicroBatchLoss) -> None:
+    def add(self, batch: MicroBatch, loss: LossResult) -> None:
         """Remembers a micro-batch of the step. Nothing waits for the device."""
         self._micro_batches.append((batch.indices, loss.ntp + loss.mixup + loss.auxiliary))
 

@@ -9,7 +9,8 @@ from families import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sftmix.batches.cut import StepCounts
-from sftmix.loss.head import CausalLMWithLoss, find_logit_transform
+from sftmix.loss.head import CausalLMWithLoss
+from sftmix.loss.logit_transform import find_logit_transform
 
 # (total tokens, response tokens): ragged pairs, one of them with responses of very different length
 LENGTHS = [(12, 7), (9, 3), (6, 5), (14, 2), (8, 4)]

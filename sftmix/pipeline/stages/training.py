@@ -12,11 +12,9 @@ from sftmix.confidence.online import OnlineScores
 from sftmix.config.schema import ModelConfig, TrainConfig
 from sftmix.engine.engine import Engine
 from sftmix.engine.process_group import use_threads
-from sftmix.evaluation.model_cards import write_model_card
 from sftmix.loss.objective import Objective
-from sftmix.pairing.on_files import open_matching
 from sftmix.pipeline.context import Facts, StageContext
-from sftmix.pipeline.stages.inputs import read_examples, read_tokenizer
+from sftmix.pipeline.stages.inputs import read_tokenizer
 from sftmix.train.checkpointing import TrainingCheckpoints
 from sftmix.train.log import RunLog
 from sftmix.train.loop import TrainingRun, train
@@ -25,40 +23,6 @@ from sftmix.train.plan import TrainingPlan
 from sftmix.train.skipped_steps import SkippedSteps
 
 FP16_SKIPPED_STEPS = 20  # fp16 finds its loss scale by overflowing
-
-
-def train_target(context: StageContext, name: str, *, mixup_weight: float) -> Facts:
-    """Trains the target model. name: "baseline" or "sftmix". mixup_weight: mu; 0 is next-token prediction."""
-    config = context.config
-    settings = config.train
-    examples, tokenizer = read_examples(context), read_tokenizer(context)
-    objective = Objective(mixup_weight, config.mixup.site)
-    if objective.mixes_inputs:
-        examples.check_single_spans()
-    matching = open_matching(context.inputs["split"], config.mixup, config.run.seed)
-    assert matching.num_examples == len(examples), "the split is of other data than the data stage, whose digest it carries"
-    plan = TrainingPlan(matching, settings.epochs, settings.batch_size)
-
-    def save_model(engine: Engine, step: int) -> None:
-        engine.export(context.kept / "model", tokenizer)
-        if engine.has_adapters:
-            engine.export_adapter(context.kept / "adapter", tokenizer)
-        if context.is_main:
-            write_model_card(context.kept / "model", config, name)
-            if engine.has_adapters:
-                write_model_card(context.kept / "adapter", config, name, is_adapter=True)
-
-    return train_model(
-        context,
-        name=name,
-        model=config.model,
-        settings=settings,
-        examples=examples,
-        plan=plan,
-        objective=objective,
-        checkpoint_steps=[len(plan.steps())],
-        save=save_model,
-    )
 
 
 def train_model(

@@ -10,8 +10,8 @@ import sysconfig
 import time
 from pathlib import Path
 
+from sftmix.doctor.checks.storage import is_network, mount_of
 from sftmix.doctor.findings import Finding, gib
-from sftmix.doctor.storage import is_network, mount_of
 from sftmix.errors import counted
 
 LOCKS, LEFTOVERS = "build locks", "shared memory"

@@ -1,20 +1,18 @@
-"""What `sftmix scores` does beside merging: show a table, check that it fits a config's data, export one for the Hub."""
+"""`sftmix scores show`, `merge` and `export`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import yaml
 
-from sftmix.confidence.table import MAX_NAMED, ScoreMetadata, ScoreTable, fit_scores, named, read_scores
+from sftmix.confidence.merge import merge_scores
+from sftmix.confidence.table import MAX_NAMED, ScoreMetadata, ScoreTable, named, read_scores
 from sftmix.confidence.table_files import CONFIDENCE, PERPLEXITY, refuse_existing
-from sftmix.errors import ArtifactError, counted
-from sftmix.storage import artifacts
+from sftmix.errors import counted
 from sftmix.storage.files import write_text
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -25,11 +23,7 @@ def run(options: argparse.Namespace) -> None:
     match options.scores_command:
         case "show":
             lines = show_scores(options.table, num=options.num, column=options.column)
-        case "check":
-            lines = check_scores(options.table, options.config, options.overrides)
         case "merge":
-            from sftmix.confidence.merge import merge_scores
-
             lines = [f"{options.to}: " + line for line in merge_scores(options.tables, options.to).lines()]
         case _:
             lines = [str(export_scores(options.table, options.to))]
@@ -75,39 +69,6 @@ def describe(metadata: ScoreMetadata) -> list[str]:
         *(f"{key}: {value}" for key, value in metadata.fingerprints.items()),
         f"made by: {', '.join(f'{name} {version}' for name, version in metadata.versions.items())}; commit {metadata.commit or 'unknown'}",
     ]
-
-
-def check_scores(source: str, config_path: str, overrides: Sequence[str]) -> list[str]:
-    """Returns a line that says that the table fits the training examples in the config's run folder.
-
-    Raises ArtifactError where it does not, or where the data stage has not run with this config.
-    """
-    from sftmix.batches.examples import TokenisedExamples
-    from sftmix.config.reader import load_config
-    from sftmix.engine.precision import resolve_precision
-    from sftmix.pipeline.run import Request, check_finished_work, first_unfinished_stage
-
-    # The config as it would be with this table: there is then no reference run whose mode could be asked for.
-    own = [f"confidence.scores={json.dumps(source)}", "confidence.mode=checkpoints", "confidence.compare=[]", "confidence.models=[]"]
-    config = load_config(config_path, [*overrides, *own])
-    folder = config.run.dir / "data"
-    check_finished_work(config, Request("data"))
-    if first_unfinished_stage(config, "data") is not None:
-        raise ArtifactError(f"{folder} is missing. Run `sftmix data {config_path}` first.")
-    fingerprints = artifacts.verify(folder).facts.get("fingerprints")
-    if not isinstance(fingerprints, dict):
-        raise ArtifactError(
-            f"{folder / artifacts.MANIFEST} has no fingerprints: an older sftmix wrote it. Run `sftmix data {config_path} --force`."
-        )
-    examples, settings = TokenisedExamples(folder / "train.arrow"), config.confidence
-    rows = fit_scores(
-        read_scores(source, settings.scores_revision, column=settings.scores_column),
-        examples.example_ids,
-        {**fingerprints, "dtype": resolve_precision(config.engine.precision)},
-        allow_differences=settings.allow_differences,
-        report_to=config.run.dir / "scores_that_do_not_fit.jsonl",
-    )
-    return [f"{source} fits the {counted(len(rows), 'training example')} in {folder}"]
 
 
 def export_scores(source: str, to: Path) -> Path:

@@ -6,9 +6,9 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from sftmix.doctor.checks.gpus import Gpu
+from sftmix.doctor.checks.need import Need
 from sftmix.doctor.findings import Finding, Verdict, gib
-from sftmix.doctor.gpus import Gpu
-from sftmix.doctor.need import Need
 from sftmix.errors import counted
 
 ITEM = "memory"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sftmix.cluster.local_ranks import first_failure, run_local_ranks
+from sftmix.doctor.checks.need import Need
 from sftmix.doctor.findings import Finding, gib
-from sftmix.doctor.need import Need
 from sftmix.errors import SftmixError, counted
 
 TOLERANCE = 1e-5

@@ -1,0 +1,83 @@
+"""What the head is asked for, and what it gives back.
+
+Results are named tuples: DeepSpeed's ZeRO-3 hooks look into tuples for the tensors of a module's output.
+
+Axes: T requested rows, M mixed positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from sftmix.batches.mixed_inputs import MixedInputs
+
+
+@dataclass(frozen=True)
+class LossRequest:
+    """What the head needs to turn hidden states into the loss. Shapes as in `MicroBatch`; `mixed_inputs` is given
+    where a forward over mixed input embeddings takes the place of `pairs`."""
+
+    rows: Tensor
+    labels: Tensor
+    pairs: Tensor
+    lam: Tensor
+    num_ntp_tokens: int
+    num_mixup_tokens: int
+    mixup_weight: float
+    backend: str | None = None
+    mixed_inputs: MixedInputs | None = None
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Token losses without gradients. rows: (T,) flat positions; labels: (T,)."""
+
+    rows: Tensor
+    labels: Tensor
+    backend: str | None = None
+
+
+@dataclass(frozen=True)
+class MixedRequest:
+    """The Mixup loss of hidden states that come of mixed inputs. rows: (M,) flat positions; labels: (M, 2)."""
+
+    rows: Tensor
+    labels: Tensor
+    lam: Tensor
+    num_mixup_tokens: int
+    backend: str | None = None
+
+
+class LossResult(NamedTuple):
+    """One micro-batch's shares of its step's means, in nats. loss: scalar, differentiated; it includes the auxiliary loss of
+    a mixture of experts, which is 0 elsewhere. ntp, mixup, auxiliary: scalars, detached. token_nll: (T,) float32."""
+
+    loss: Tensor
+    ntp: Tensor
+    mixup: Tensor
+    token_nll: Tensor
+    auxiliary: Tensor
+
+    def detached(self) -> LossResult:
+        """Returns the same figures without the graph."""
+        return self._replace(loss=self.loss.detach())
+
+
+class ScoreResult(NamedTuple):
+    """nll: (T,) float32, in nats. match: (T,) bool, would greedy decoding have chosen the label?"""
+
+    nll: Tensor
+    match: Tensor
+
+
+class MixedResult(NamedTuple):
+    """mixup: scalar, in nats, differentiated: the share of the step's mean over mixed positions."""
+
+    mixup: Tensor
+
+
+Request = LossRequest | ScoreRequest | MixedRequest
+HeadResult = LossResult | ScoreResult | MixedResult

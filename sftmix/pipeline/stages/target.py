@@ -1,0 +1,56 @@
+"""The baseline and train stages: the target model, with next-token prediction alone and with SFTMix."""
+
+from __future__ import annotations
+
+from sftmix.engine.engine import Engine
+from sftmix.evaluation.model_cards import write_model_card
+from sftmix.loss.objective import Objective
+from sftmix.pairing.on_files import open_matching
+from sftmix.pipeline.context import Facts, StageContext
+from sftmix.pipeline.stages.inputs import read_examples, read_tokenizer
+from sftmix.pipeline.stages.training import train_model
+from sftmix.train.plan import TrainingPlan
+
+
+def run_baseline(context: StageContext) -> Facts:
+    """Trains the target with next-token prediction alone, in the data order of SFTMix."""
+    return _train_target(context, "baseline", mixup_weight=0.0)
+
+
+def run_train(context: StageContext) -> Facts:
+    """Trains the target with next-token prediction and Mixup."""
+    return _train_target(context, "sftmix", mixup_weight=context.config.mixup.weight)
+
+
+def _train_target(context: StageContext, name: str, *, mixup_weight: float) -> Facts:
+    """Trains the target model. name: "baseline" or "sftmix". mixup_weight: mu; 0 is next-token prediction."""
+    config = context.config
+    settings = config.train
+    examples, tokenizer = read_examples(context), read_tokenizer(context)
+    objective = Objective(mixup_weight, config.mixup.site)
+    if objective.mixes_inputs:
+        examples.check_single_spans()
+    matching = open_matching(context.inputs["split"], config.mixup, config.run.seed)
+    assert matching.num_examples == len(examples), "the split is of other data than the data stage, whose digest it carries"
+    plan = TrainingPlan(matching, settings.epochs, settings.batch_size)
+
+    def save_model(engine: Engine, step: int) -> None:
+        engine.export(context.kept / "model", tokenizer)
+        if engine.has_adapters:
+            engine.export_adapter(context.kept / "adapter", tokenizer)
+        if context.is_main:
+            write_model_card(context.kept / "model", config, name)
+            if engine.has_adapters:
+                write_model_card(context.kept / "adapter", config, name, is_adapter=True)
+
+    return train_model(
+        context,
+        name=name,
+        model=config.model,
+        settings=settings,
+        examples=examples,
+        plan=plan,
+        objective=objective,
+        checkpoint_steps=[len(plan.steps())],
+        save=save_model,
+    )
