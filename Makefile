@@ -39,9 +39,11 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 quickstart: setup
 	$(VENV)/bin/sftmix run configs/quickstart.yaml
 
-# Two files at a time, each in order: tests of several processes wait so much that one at a time leaves half of two cores idle.
+# Two files at a time, each in order, the longest first (tests/conftest.py): tests of several processes wait so much that
+# one at a time leaves half of two cores idle.
+TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 test: setup-dev
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -q $(TWO_AT_A_TIME)
 
 # Where torch is pinned, both ends have that one.
 .venv-oldest/.ready: setup.py constraints-cpu.txt constraints-oldest.txt
@@ -57,7 +59,7 @@ test: setup-dev
 
 test-oldest test-newest: test-%: .venv-%/.ready
 	@.venv-$*/bin/python -c 'from sftmix.doctor.checks.versions import installed; print(installed())'
-	.venv-$*/bin/python -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
+	.venv-$*/bin/python -m pytest -q $(TWO_AT_A_TIME) -m "$(QUICK)"
 
 torture: setup-dev
 	$(VENV)/bin/python -m pytest -q -m torture

@@ -47,7 +47,7 @@ setup(
             *LORA,
             TRITON,
             "pytest>=8",
-            "pytest-xdist>=3.5",
+            "pytest-xdist>=3.8",
             "ruff>=0.8",
             "mypy>=1.13",
             "types-PyYAML",

@@ -10,6 +10,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# The longest first: one of them that comes last leaves a core idle for minutes.
+LONGEST = ("failures", "stops", "resume", "scoring_survives", "ranks", "scoring", "recipe", "hosts", "many_nodes", "kills", "run_folder")
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))  # stable
+
 
 @pytest.fixture
 def mounted(tmp_path):

@@ -12,13 +12,41 @@ from naive import PARTNERS, hidden_before_head, make_examples, make_model, naive
 from sftmix.batches.collate import build_micro_batch
 from sftmix.batches.cut import StepCounts
 from sftmix.errors import ConfigError
+from sftmix.loss import head
 from sftmix.loss.head import CausalLMWithLoss
 from sftmix.loss.logit_transform import LogitTransform, find_logit_transform
 from sftmix.loss.objective import Objective, loss_request
-from sftmix.loss.requests import ScoreRequest
+from sftmix.loss.requests import LossRequest, MixedRequest, ScoreRequest
 
 IN_FLOAT32 = {"gemma2", "cohere-scaled-logits"}  # their norms compute in float32 whatever they are given
 MU = 0.3
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference", None])
+@pytest.mark.parametrize("kind", ["score", "loss", "mixed"])
+def test_the_kernels_get_the_backend_that_was_asked_for(kind, backend, monkeypatch):
+    """On a GPU another one would run, without a word, where a name is replaced on the way."""
+    asked = []
+
+    def note(*arguments, **options):
+        asked.append(options["backend"] if "backend" in options else arguments[-1])
+        raise Noted
+
+    class Noted(Exception):
+        pass
+
+    for name in ("linear_token_nll_and_match", "fused_linear_mixup_cross_entropy", "mixup_cross_entropy"):
+        monkeypatch.setattr(head, name, note)
+    rows, labels = torch.arange(2), torch.tensor([1, 2])
+    requests = {
+        "score": ScoreRequest(rows, labels, backend),
+        "loss": LossRequest(rows, labels, torch.zeros(0, 2), torch.zeros(0), 2, 0, MU, backend),
+        "mixed": MixedRequest(rows, torch.tensor([[1, 2], [2, 1]]), torch.ones(2), 2, backend),
+    }
+    projection = head.HeadProjection(torch.nn.Linear(4, 8))
+    with pytest.raises(Noted):
+        projection(torch.zeros(1, 2, 4), requests[kind])
+    assert asked == [backend]
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

@@ -83,7 +83,9 @@ def test_only_the_engine_knows_deepspeed_and_ranks(path):
         assert not module.startswith(("deepspeed", "torch.distributed")) and (module, name) != ("torch", "distributed"), module
 
 
-@pytest.mark.parametrize("path", [p for p in OURS if room(p).split("/")[1] in ("errors", "storage", "cluster", "liveness", "pairing")], ids=room)
+@pytest.mark.parametrize(
+    "path", [p for p in OURS if room(p).split("/")[1] in ("errors", "storage", "cluster", "liveness", "pairing")], ids=room
+)
 def test_what_no_model_is_needed_for_does_not_load_torch(path):
     assert not [module for module, _ in imports(path) if module.split(".")[0] == "torch"]
 

@@ -7,7 +7,7 @@ from sftmix.kernels.linear_token_nll import linear_token_nll, linear_token_nll_a
 
 @pytest.mark.parametrize("transform", [{}, {"logit_scale": 0.3}, {"logit_softcap": 2.0}])
 @pytest.mark.parametrize("rows_per_chunk", [2, 1000])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
 def test_equals_cross_entropy_on_all_logits(backend, transform, rows_per_chunk, monkeypatch):
     monkeypatch.setattr(module, "WORKSPACE_BYTES", rows_per_chunk * 13 * 8)
     monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 2)
@@ -30,7 +30,7 @@ def test_no_rows():
     assert linear_token_nll(torch.zeros(0, 4), torch.ones(5, 4), torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_losses_are_float32_and_match_is_false_where_another_token_is_likelier(backend, dtype):
     if backend == "triton" and dtype == torch.bfloat16:

@@ -291,7 +291,7 @@ def test_arguments_that_do_not_fit_are_refused(case, backend):
 
 
 def test_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match='unknown backend \'cuda\': expected "torch" or "triton"'):
+    with pytest.raises(ValueError, match="unknown backend 'cuda': expected one of torch, triton, reference"):
         mixed_embeddings(**draw(), backend="cuda")
 
 
