@@ -3,22 +3,36 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = next(line.split('"')[1] for line in (ROOT / "sftmix/__init__.py").read_text().splitlines() if line.startswith("__version__"))
-LORA = ["peft>=0.21,<1", "accelerate>=1.0"]  # peft imports accelerate; neither is needed where all weights are trained
-# torch for CUDA and ROCm brings triton. Elsewhere it is for the tests alone, which interpret and compile
-# the kernels: 1 GB that no run without a GPU needs.
+VERSION = next(
+    line.split('"')[1]
+    for line in (ROOT / "sftmix/__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+# peft imports accelerate; neither is needed where all weights are trained
+LORA = ["peft>=0.21,<1", "accelerate>=1.0"]
+# torch for CUDA and ROCm brings triton. Elsewhere it is for the tests alone, which interpret and
+# compile the kernels: 1 GB that no run without a GPU needs.
 TRITON = "triton>=3.5; platform_system == 'Linux'"
 
 setup(
     name="sftmix",
     version=VERSION,
-    description="Independent implementation of SFTMix: confidence-guided Mixup for instruction tuning, on DeepSpeed ZeRO-3",
+    description=(
+        "Independent implementation of SFTMix: confidence-guided Mixup for instruction tuning, on"
+        " DeepSpeed ZeRO-3"
+    ),
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # kernels/, launch/ and configs/ live at the top of the repository and are linked into the package (docs/architecture.md).
-    packages=[*find_packages(include=["sftmix", "sftmix.*"]), "sftmix.kernels", "sftmix.cluster.launch", "sftmix.config.files"],
+    # kernels/, launch/ and configs/ live at the top of the repository and are linked into the
+    # package (docs/architecture.md).
+    packages=[
+        *find_packages(include=["sftmix", "sftmix.*"]),
+        "sftmix.kernels",
+        "sftmix.cluster.launch",
+        "sftmix.config.files",
+    ],
     package_data={
         "sftmix.evaluation": ["*.j2"],
         "sftmix.cluster.launch": ["hostfile", "templates/*"],

@@ -1,9 +1,11 @@
 """What a checkpoint costs, and what its digests add to it.
 
-    python benchmarks/checkpoint.py [--hidden-size 1024 --layers 4 --vocab-size 32000] [--rounds 5] [--folder FOLDER] [--out FILE.json]
+    python benchmarks/checkpoint.py [--hidden-size 1024 --layers 4 --vocab-size 32000] [--rounds 5]
+    [--folder FOLDER] [--out FILE.json]
 
-Every round saves the state of one engine in rotating order, each file flushed: with the SHA-256 of what is written, without any checksum,
-and with torch's own CRC-32 of each tensor alone; then verifies it. In the background: how long training stands still.
+Every round saves the state of one engine in rotating order, each file flushed: with the SHA-256 of
+what is written, without any checksum, and with torch's own CRC-32 of each tensor alone; then
+verifies it. In the background: how long training stands still.
 """
 
 from __future__ import annotations
@@ -27,7 +29,11 @@ from sftmix.engine.engine import Engine
 from sftmix.engine.process_group import init_ranks
 from sftmix.storage import artifacts, checkpoints
 
-WITH, WITHOUT, AS_TORCH = "save", "save without digests", "save without digests, with torch's CRC-32"
+WITH, WITHOUT, AS_TORCH = (
+    "save",
+    "save without digests",
+    "save without digests, with torch's CRC-32",
+)
 BACKGROUND = "save in the background (until training goes on)"
 
 
@@ -39,20 +45,31 @@ class FileWithoutHash(checkpoints.HashedFile):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab-size", type=int, default=8000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="on the disk to be measured; default: the temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, help="on the disk to be measured; default: the temporary folder"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     ranks = init_ranks()
     record = side_by_side.machine(ranks.device, "benchmarks/checkpoint.py")
     defaults = {
-        "data": None, "limit": 200, "max_length": 256, "model": None, "precision": "auto", "zero_stage": 3, "batch_size": 8,
-        "micro_batch_tokens": 2048, "backend": None,
-    }  # fmt: skip
+        "data": None,
+        "limit": 200,
+        "max_length": 256,
+        "model": None,
+        "precision": "auto",
+        "zero_stage": 3,
+        "batch_size": 8,
+        "micro_batch_tokens": 2048,
+        "backend": None,
+    }
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         config = build_config(argparse.Namespace(**{**defaults, **vars(options)}), folder)
@@ -96,7 +113,9 @@ def main() -> None:
         }
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         verify: list[float] = []
-        for number, measured in enumerate(side_by_side.rounds(calls, num_rounds=1 + options.rounds, device=ranks.device)):
+        for number, measured in enumerate(
+            side_by_side.rounds(calls, num_rounds=1 + options.rounds, device=ranks.device)
+        ):
             if number == 0:
                 continue
             for each, (_, (_, stood_still)) in measured.items():
@@ -111,11 +130,19 @@ def main() -> None:
     for each, values in {**seconds, "verify": verify}.items():
         low, middle, high = side_by_side.spread(values)
         rows[each] = {"seconds": middle, "seconds_20": low, "seconds_80": high}
-        print(f"  {each:48s} {middle:7.3f} s [{low:.3f}, {high:.3f}]  {size / middle / 2**20:8,.0f} MiB/s", flush=True)
+        print(
+            f"  {each:48s} {middle:7.3f} s [{low:.3f}, {high:.3f}]  {size / middle / 2**20:8,.0f}"
+            " MiB/s",
+            flush=True,
+        )
     # Of medians: what a disk does in one save it does not do in the next.
     share = 1 - statistics.median(seconds[WITHOUT]) / statistics.median(seconds[WITH])
     rows["share of digests"] = {"ratio": share, "target": "<= 0.05"}
-    print(f"  digests are {share:.1%} of a save (target <= 5%); {size / 2**20:,.0f} MiB, {engine.num_parameters:,} parameters", flush=True)
+    print(
+        f"  digests are {share:.1%} of a save (target <= 5%); {size / 2**20:,.0f} MiB,"
+        f" {engine.num_parameters:,} parameters",
+        flush=True,
+    )
     if options.out is not None:
         files.write_json(options.out, record | rows)
 

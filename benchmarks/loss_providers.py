@@ -1,7 +1,9 @@
-"""The losses that `benchmarks/kernels.py` times: ours, the textbook form, and the peers' where they are installed.
+"""The losses that `benchmarks/kernels.py` times: ours, the textbook form, and the peers' where they
+are installed.
 
-Each provider is a function of a `Problem` that gives a scalar loss, or tensors where nothing is differentiated. A peer
-that cannot run here raises `NotMeasured` with the reason, which becomes its row.
+Each provider is a function of a `Problem` that gives a scalar loss, or tensors where nothing is
+differentiated. A peer that cannot run here raises `NotMeasured` with the reason, which becomes its
+row.
 
 Axes: T rows, D hidden size, V vocabulary, M pairs.
 """
@@ -27,7 +29,8 @@ class NotMeasured(Exception):
 
 @dataclass
 class Problem:
-    """hidden (T, D), weight (V, D), labels (T,), pairs (M, 2), lam (M,): all rows have a label, all are paired."""
+    """hidden (T, D), weight (V, D), labels (T,), pairs (M, 2), lam (M,): all rows have a label, all
+    are paired."""
 
     hidden: Tensor
     weight: Tensor
@@ -41,19 +44,40 @@ class Problem:
         return self.hidden, self.weight
 
 
-def draw(num_rows: int, hidden_size: int, vocab_size: int, softcap: float | None, *, dtype: torch.dtype, device: torch.device) -> Problem:
-    """Returns a problem with weights N(0, 0.02), in which about 60% of the tokens have a probability above one half:
-    the time of a product and of some peers depends on the data."""
+def draw(
+    num_rows: int,
+    hidden_size: int,
+    vocab_size: int,
+    softcap: float | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Problem:
+    """Returns a problem with weights N(0, 0.02), in which about 60% of the tokens have a
+    probability above one half: the time of a product and of some peers depends on the data."""
     generator = torch.Generator(device).manual_seed(0)
     weight = 0.02 * torch.randn(vocab_size, hidden_size, generator=generator, device=device)
     labels = torch.randint(vocab_size, (num_rows,), generator=generator, device=device)
     # Along the label's row, so far that most tokens are predicted well.
-    strength = torch.rand(num_rows, 1, generator=generator, device=device) * 30 / (hidden_size * 0.02**2)
-    hidden = strength * weight[labels] + torch.randn(num_rows, hidden_size, generator=generator, device=device)
-    pairs = torch.randperm(num_rows, generator=generator, device=device)[: 2 * (num_rows // 2)].view(-1, 2)
+    strength = (
+        torch.rand(num_rows, 1, generator=generator, device=device) * 30 / (hidden_size * 0.02**2)
+    )
+    hidden = strength * weight[labels] + torch.randn(
+        num_rows, hidden_size, generator=generator, device=device
+    )
+    pairs = torch.randperm(num_rows, generator=generator, device=device)[
+        : 2 * (num_rows // 2)
+    ].view(-1, 2)
     torch.manual_seed(0)
     lam = torch.distributions.Beta(0.5, 0.5).sample((len(pairs),)).to(device)
-    return Problem(hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels, pairs, lam, softcap)
+    return Problem(
+        hidden.to(dtype).requires_grad_(),
+        weight.to(dtype).requires_grad_(),
+        labels,
+        pairs,
+        lam,
+        softcap,
+    )
 
 
 def _capped(logits: Tensor, cap: float | None) -> Tensor:
@@ -71,10 +95,19 @@ def _mixed(p: Problem) -> Tensor:
 
 def _textbook(p: Problem, ntp: Callable[..., Tensor], mixup: Callable[..., Tensor]) -> Tensor:
     confident, unconfident = p.labels[p.pairs].T
-    return ntp(p.hidden, p.weight, p.labels, p.softcap) + MU * mixup(_mixed(p), p.weight, confident, unconfident, p.lam, p.softcap)
+    return ntp(p.hidden, p.weight, p.labels, p.softcap) + MU * mixup(
+        _mixed(p), p.weight, confident, unconfident, p.lam, p.softcap
+    )
 
 
-def _textbook_mixup(mixed: Tensor, weight: Tensor, confident: Tensor, unconfident: Tensor, lam: Tensor, cap: float | None) -> Tensor:
+def _textbook_mixup(
+    mixed: Tensor,
+    weight: Tensor,
+    confident: Tensor,
+    unconfident: Tensor,
+    lam: Tensor,
+    cap: float | None,
+) -> Tensor:
     logits = _capped((mixed @ weight.T).float(), cap)
     to_confident = F.cross_entropy(logits, confident, reduction="none")
     to_unconfident = F.cross_entropy(logits, unconfident, reduction="none")
@@ -83,9 +116,18 @@ def _textbook_mixup(mixed: Tensor, weight: Tensor, confident: Tensor, unconfiden
 
 def _ours(p: Problem, *, mixes: bool, backend: str | None) -> Tensor:
     pairs, lam = (p.pairs, p.lam) if mixes else (p.pairs[:0], p.lam[:0])
-    counts = {"num_ntp_tokens": len(p.labels), "num_mixup_tokens": len(p.pairs)}  # known from the batch, as in training
+    # known from the batch, as in training
+    counts = {"num_ntp_tokens": len(p.labels), "num_mixup_tokens": len(p.pairs)}
     return fused_linear_mixup_cross_entropy(
-        p.hidden, p.weight, p.labels, pairs, lam, MU, logit_softcap=p.softcap, backend=backend, **counts
+        p.hidden,
+        p.weight,
+        p.labels,
+        pairs,
+        lam,
+        MU,
+        logit_softcap=p.softcap,
+        backend=backend,
+        **counts,
     ).loss
 
 
@@ -94,10 +136,14 @@ def _torch_fused(p: Problem, **options: object) -> Tensor:
         raise NotMeasured(f"torch {torch.__version__} has no linear_cross_entropy")
     if p.softcap is not None:
         raise NotMeasured("has no soft-cap")
-    return F.linear_cross_entropy(p.hidden, p.weight, p.labels, options=torch.nn.LinearCrossEntropyOptions(**options))
+    return F.linear_cross_entropy(
+        p.hidden, p.weight, p.labels, options=torch.nn.LinearCrossEntropyOptions(**options)
+    )
 
 
-def _liger(p: Problem, rows: Tensor, labels: Tensor, reduction: str, chunk_mem_const: int) -> Tensor:
+def _liger(
+    p: Problem, rows: Tensor, labels: Tensor, reduction: str, chunk_mem_const: int
+) -> Tensor:
     _need_gpu(p)
     try:
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
@@ -113,7 +159,9 @@ def _liger(p: Problem, rows: Tensor, labels: Tensor, reduction: str, chunk_mem_c
 def _liger_sftmix(p: Problem) -> Tensor:
     mixed, (confident, unconfident) = _mixed(p), p.labels[p.pairs].T
     ntp = _liger(p, p.hidden, p.labels, "mean", 16)
-    to_confident, to_unconfident = (_liger(p, mixed, labels.contiguous(), "none", 16) for labels in (confident, unconfident))
+    to_confident, to_unconfident = (
+        _liger(p, mixed, labels.contiguous(), "none", 16) for labels in (confident, unconfident)
+    )
     return ntp + MU * (p.lam * to_confident + (1 - p.lam) * to_unconfident).mean()
 
 
@@ -173,6 +221,8 @@ def providers(backend: str | None) -> dict[str, Callable[[Problem], Tensor]]:
         "ntp (Cut Cross Entropy)": _cut_cross_entropy,
         "ntp (Cut Cross Entropy, no filter)": lambda p: _cut_cross_entropy(p, filter_eps=None),
         "products (three, bare)": _bare_products,
-        "nll (ours)": lambda p: linear_token_nll(p.hidden, p.weight, p.labels, logit_softcap=p.softcap, backend=backend),
+        "nll (ours)": lambda p: linear_token_nll(
+            p.hidden, p.weight, p.labels, logit_softcap=p.softcap, backend=backend
+        ),
         "product (one, bare)": _one_product,
     }

@@ -1,10 +1,12 @@
-"""How long a run takes to notice a rank that is killed or stopped, and to take the next step after the same command is given again.
+"""How long a run takes to notice a rank that is killed or stopped, and to take the next step after
+the same command is given again.
 
     python benchmarks/recovery.py [--trials 10] [--hangs 3] [--out FILE.json]
 
-Every trial starts the reference stage of the quickstart with two ranks and a checkpoint at every step, waits for a random
-checkpoint, sends SIGKILL (or SIGSTOP) to rank 1, waits for the command to end, gives it again, and waits for its first new
-checkpoint. Noticed: until the command has ended and no process is left; recovered: from the signal until that checkpoint.
+Every trial starts the reference stage of the quickstart with two ranks and a checkpoint at every
+step, waits for a random checkpoint, sends SIGKILL (or SIGSTOP) to rank 1, waits for the command to
+end, gives it again, and waits for its first new checkpoint. Noticed: until the command has ended
+and no process is left; recovered: from the signal until that checkpoint.
 """
 
 from __future__ import annotations
@@ -32,14 +34,31 @@ LIMIT = 300  # seconds after which a trial has failed
 
 def begin(folder: Path, silent_seconds: float) -> subprocess.Popen[str]:
     """Starts the reference stage."""
-    settings = ["engine.num_processes=2", "checkpoint.every_steps=1", f"limits.silent_seconds={silent_seconds}", f"run.dir={folder}"]
-    command = [sys.executable, "-m", "sftmix.cli", "reference", "configs/quickstart.yaml", *settings]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    settings = [
+        "engine.num_processes=2",
+        "checkpoint.every_steps=1",
+        f"limits.silent_seconds={silent_seconds}",
+        f"run.dir={folder}",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "sftmix.cli",
+        "reference",
+        "configs/quickstart.yaml",
+        *settings,
+    ]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def saved_step(folder: Path) -> int:
     """Returns the newest checkpoint's step."""
-    steps = [int(path.parent.name[5:]) for path in folder.glob("work/reference/checkpoints/step_*/manifest.json")]
+    steps = [
+        int(path.parent.name[5:])
+        for path in folder.glob("work/reference/checkpoints/step_*/manifest.json")
+    ]
     return max(steps, default=0)
 
 
@@ -70,14 +89,19 @@ def is_running(folder: Path) -> bool:
     """Is any process left that works on a folder?"""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if f"run.dir={folder}".encode() in path.read_bytes() and (path.parent / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+            if (
+                f"run.dir={folder}".encode() in path.read_bytes()
+                and (path.parent / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+            ):
                 return True
         except OSError:
             continue
     return False
 
 
-def trial(folder: Path, number: signal.Signals, silent_seconds: float, rng: random.Random) -> tuple[float, float]:
+def trial(
+    folder: Path, number: signal.Signals, silent_seconds: float, rng: random.Random
+) -> tuple[float, float]:
     """Returns seconds until the failure is noticed, and until the run goes on."""
     process = begin(folder, silent_seconds)
     goal = saved_step(folder) + rng.randint(1, 4)
@@ -94,25 +118,56 @@ def trial(folder: Path, number: signal.Signals, silent_seconds: float, rng: rand
     assert process.poll() is None, process.communicate()[0][-2000:]
     process.terminate()  # saves, and leaves the folder for the next trial
     process.communicate(timeout=LIMIT)
-    print(f"  {number.name}: noticed in {ended - signalled:.2f} s, goes on after {goes_on - signalled:.1f} s: {named[0][:100]}", flush=True)
+    print(
+        f"  {number.name}: noticed in {ended - signalled:.2f} s, goes on after"
+        f" {goes_on - signalled:.1f} s: {named[0][:100]}",
+        flush=True,
+    )
     return ended - signalled, goes_on - signalled
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=10, help="with SIGKILL")
-    parser.add_argument("--hangs", type=int, default=3, help="with SIGSTOP, and the default of limits.silent_seconds")
+    parser.add_argument(
+        "--hangs",
+        type=int,
+        default=3,
+        help="with SIGSTOP, and the default of limits.silent_seconds",
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    record, rng = side_by_side.machine(torch.device("cpu"), "benchmarks/recovery.py"), random.Random(0)
+    record, rng = (
+        side_by_side.machine(torch.device("cpu"), "benchmarks/recovery.py"),
+        random.Random(0),
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "run"
-        subprocess.run([sys.executable, "-m", "sftmix.cli", "data", "configs/quickstart.yaml", f"run.dir={folder}"], cwd=ROOT, check=True)
-        for what, number, count in (("killed", signal.SIGKILL, options.trials), ("stopped", signal.SIGSTOP, options.hangs)):
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "sftmix.cli",
+                "data",
+                "configs/quickstart.yaml",
+                f"run.dir={folder}",
+            ],
+            cwd=ROOT,
+            check=True,
+        )
+        for what, number, count in (
+            ("killed", signal.SIGKILL, options.trials),
+            ("stopped", signal.SIGSTOP, options.hangs),
+        ):
             times = [trial(folder, number, 20.0, rng) for _ in range(count)]
             for title, values in zip(("noticed", "goes on"), zip(*times, strict=True), strict=True):
                 ordered = sorted(values)
-                row = {"median": ordered[len(ordered) // 2], "95th percentile": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]}
+                row = {
+                    "median": ordered[len(ordered) // 2],
+                    "95th percentile": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
+                }
                 record[f"rank {what}: {title} (s)"] = row | {"trials": len(ordered)}
                 print(f"rank {what}: {title} {row}", flush=True)
     if options.out is not None:

@@ -1,4 +1,5 @@
-"""What the benchmarks share: rounds in rotating order, percentiles, and the record of machine and versions."""
+"""What the benchmarks share: rounds in rotating order, percentiles, and the record of machine and
+versions."""
 
 from __future__ import annotations
 
@@ -17,10 +18,14 @@ import torch
 from sftmix.storage import provenance
 
 
-def rounds(functions: dict[str, Callable[[int], Any]], *, num_rounds: int, device: torch.device) -> Iterator[dict[str, tuple[float, Any]]]:
-    """Calls every function once a round, with the round's number, and yields name -> (seconds, result) of the round.
+def rounds(
+    functions: dict[str, Callable[[int], Any]], *, num_rounds: int, device: torch.device
+) -> Iterator[dict[str, tuple[float, Any]]]:
+    """Calls every function once a round, with the round's number, and yields name -> (seconds,
+    result) of the round.
 
-    The order rotates, so that drift of clocks and load falls on all of them. Seconds end when the device is idle.
+    The order rotates, so that drift of clocks and load falls on all of them. Seconds end when the
+    device is idle.
     """
     names = list(functions)
     for number in range(num_rounds):
@@ -46,8 +51,13 @@ def spread(values: Iterable[float]) -> tuple[float, float, float]:
 
 
 def machine(device: torch.device, script: str, *, packages: Iterable[str] = ()) -> dict[str, Any]:
-    """Returns hardware, its load at this moment, versions (also of further `packages`) and command, for the record."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    """Returns hardware, its load at this moment, versions (also of further `packages`) and command,
+    for the record."""
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     found = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
     return {
         "device": name,
@@ -61,7 +71,8 @@ def machine(device: torch.device, script: str, *, packages: Iterable[str] = ()) 
 
 
 def peak_bytes_of(function: Callable[[], Any], device: torch.device) -> int:
-    """Returns the bytes that a call adds at its peak: of GPU memory, or on a CPU (Linux) of the resident set."""
+    """Returns the bytes that a call adds at its peak: of GPU memory, or on a CPU (Linux) of the
+    resident set."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -75,5 +86,7 @@ def peak_bytes_of(function: Callable[[], Any], device: torch.device) -> int:
 
 
 def _resident_bytes(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
+    )
     return 1024 * int(line.split()[1])

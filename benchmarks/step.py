@@ -1,24 +1,31 @@
-"""The time of a whole optimiser step of SFTMix beside NTP alone, TRL's SFTTrainer, and textbook SFTMix on it, in one run.
+"""The time of a whole optimiser step of SFTMix beside NTP alone, TRL's SFTTrainer, and textbook
+SFTMix on it, in one run.
 
-    python benchmarks/step.py [--data FILE.json] [--hidden-size 128 --layers 3 | --model PATH] [--rounds 20] [--out FILE.json]
+    python benchmarks/step.py [--data FILE.json] [--hidden-size 128 --layers 3 | --model PATH]
+    [--rounds 20] [--out FILE.json]
 
-Without --data the examples are generated, without --model the weights are random. A step is everything from token ids on
-the host to updated weights: padding, forward, backward, clipping, AdamW. Each round takes every provider through one step
-on the same examples, in rotating order; ratios are medians of the ratios within a round. The learning rate is 0, which
-costs what any other does: so the weights stay the same, and in every round, the untimed first ones included, the loss and
-the gradient norm of a provider and its twin on TRL must agree, or the run ends. The two objectives share one engine.
+Without --data the examples are generated, without --model the weights are random. A step is
+everything from token ids on the host to updated weights: padding, forward, backward, clipping,
+AdamW. Each round takes every provider through one step on the same examples, in rotating order;
+ratios are medians of the ratios within a round. The learning rate is 0, which costs what any other
+does: so the weights stay the same, and in every round, the untimed first ones included, the loss
+and the gradient norm of a provider and its twin on TRL must agree, or the run ends. The two
+objectives share one engine.
 
-TRL's rows need `pip install trl`. They are made of the calls of the trainer's own loop, `get_batch_samples`, `training_step`,
-`clip_grad_norm_` and `optimizer.step`, without its callbacks and log, as ours are without the run's log: `trainer.train()`
-as a whole cannot take turns with another trainer. What differs between the providers:
+TRL's rows need `pip install trl`. They are made of the calls of the trainer's own loop,
+`get_batch_samples`, `training_step`, `clip_grad_norm_` and `optimizer.step`, without its callbacks
+and log, as ours are without the run's log: `trainer.train()` as a whole cannot take turns with
+another trainer. What differs between the providers:
 
-    engine       ours runs on DeepSpeed (--zero-stage), TRL on accelerate, as it does without a launcher: in one process
-    bf16         ours has bf16 weights beside float32 ones in the optimiser, TRL float32 weights under autocast
-    head         ours computes response positions only. TRL's own loss too, in chunks, on a GPU, and all positions on a CPU;
-                 it also takes each token's entropy and accuracy. The textbook has the logits of all positions
-    micro-batch  all are given ours, which are cut by a token budget from examples sorted by length (less padding than TRL's
-                 own); with --trl-micro-batch-size TRL has that many examples in each, in the order of the plan, as its
-                 sampler would cut them
+    engine       ours runs on DeepSpeed (--zero-stage), TRL on accelerate, in one process
+    bf16         ours: bf16 weights, float32 ones in the optimiser; TRL: float32, autocast
+    head         ours computes response positions only; TRL too on a GPU, all on a CPU;
+                 it also takes each token's entropy and accuracy. The textbook has the logits of all
+                 positions
+    micro-batch  all are given ours, which are cut by a token budget from examples sorted by length
+    (less padding than TRL's
+                 own); with --trl-micro-batch-size TRL has that many examples in each, in the order
+                 of the plan, as its sampler would cut them
 """
 
 from __future__ import annotations
@@ -54,7 +61,12 @@ from sftmix.pairing.matching import StepUnits, match_parts, split_by_confidence
 from sftmix.pipeline import preflight
 from sftmix.storage.files import write_json
 
-MIXUP, NTP, TRL_NTP, TRL_MIXUP = "sftmix (ours)", "ntp (ours)", "ntp (trl)", "sftmix (textbook on trl)"
+MIXUP, NTP, TRL_NTP, TRL_MIXUP = (
+    "sftmix (ours)",
+    "ntp (ours)",
+    "ntp (trl)",
+    "sftmix (textbook on trl)",
+)
 TWINS = ((TRL_NTP, NTP), (TRL_MIXUP, MIXUP))
 RATIOS = ((MIXUP, NTP), (NTP, TRL_NTP), (MIXUP, TRL_MIXUP), (TRL_MIXUP, TRL_NTP))
 TARGET = {"cuda": 1.02, "cpu": 1.05}  # of the first ratio
@@ -65,7 +77,8 @@ PLAIN_LINEAR = torch.nn.functional.linear
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: what was differentiated, in nats. grad_norm: before clipping. num_padded_tokens: of all micro-batches."""
+    """loss: what was differentiated, in nats. grad_norm: before clipping. num_padded_tokens: of all
+    micro-batches."""
 
     loss: Tensor
     grad_norm: Tensor | float
@@ -75,7 +88,8 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Work:
-    """What all providers are given. steps: for each round, the units of the plan that its step trains on; all are pairs."""
+    """What all providers are given. steps: for each round, the units of the plan that its step
+    trains on; all are pairs."""
 
     config: Config
     tokenizer: Any
@@ -86,14 +100,27 @@ class Work:
     def cut(self, number: int) -> list[NDArray[np.int64]]:
         """Returns the units of each micro-batch of a round's step."""
         budget = self.config.train.micro_batch_tokens
-        return cut_step(self.plan, self.steps[number], self.examples.num_tokens, micro_batch_tokens=budget, num_ranks=1)[0]
+        return cut_step(
+            self.plan,
+            self.steps[number],
+            self.examples.num_tokens,
+            micro_batch_tokens=budget,
+            num_ranks=1,
+        )[0]
 
     def sizes(self) -> NDArray[np.int64]:
-        """Returns a row for each timed round: its step's real tokens, response tokens and mixed positions."""
+        """Returns a row for each timed round: its step's real tokens, response tokens and mixed
+        positions."""
         rows = []
         for units in self.steps[NUM_WARMUP_ROUNDS:]:
             counts = count_step(self.plan, units, self.examples.num_response_tokens)
-            rows.append((self.examples.num_tokens[self.plan.units[units]].sum(), counts.num_ntp_tokens, counts.num_mixup_tokens))
+            rows.append(
+                (
+                    self.examples.num_tokens[self.plan.units[units]].sum(),
+                    counts.num_ntp_tokens,
+                    counts.num_mixup_tokens,
+                )
+            )
         return np.array(rows)
 
 
@@ -101,9 +128,12 @@ Step = Callable[[int], StepResult]
 
 
 def build_config(options: argparse.Namespace, folder: Path) -> Config:
-    """Returns a config of the recipe with the model, the data and the sizes asked for. Raises ConfigError."""
+    """Returns a config of the recipe with the model, the data and the sizes asked for. Raises
+    ConfigError."""
     precision = resolve_precision(options.precision)
-    stage = options.zero_stage if options.zero_stage is not None else 0 if precision == "fp32" else 1
+    stage = (
+        options.zero_stage if options.zero_stage is not None else 0 if precision == "fp32" else 1
+    )
     architecture = {
         "model_type": "llama",
         "vocab_size": options.vocab_size,
@@ -114,7 +144,8 @@ def build_config(options: argparse.Namespace, folder: Path) -> Config:
         "max_position_embeddings": options.max_length,
         "tie_word_embeddings": True,
     }
-    num_pieces = min(options.vocab_size, 4000 if options.data else 500)  # small data does not hold more; the head may be wider
+    # small data does not hold more; the head may be wider
+    num_pieces = min(options.vocab_size, 4000 if options.data else 500)
     source = {"path": options.data, "limit": options.limit, "held_out_share": 0}
     generated = {"generator": {"num_train": options.limit, "num_held_out": 2}}
     values: dict[str, Any] = {
@@ -122,8 +153,14 @@ def build_config(options: argparse.Namespace, folder: Path) -> Config:
         "model": {"path": options.model} if options.model else {"architecture": architecture},
         "tokenizer": {} if options.model else {"train": {"vocab_size": num_pieces}},
         "data": {"max_length": options.max_length, **(source if options.data else generated)},
-        "train": {"batch_size": options.batch_size, "micro_batch_tokens": options.micro_batch_tokens},
-        "engine": {"zero_stage": stage, "precision": precision} | ({"kernel_backend": options.backend} if options.backend else {}),
+        "train": {
+            "batch_size": options.batch_size,
+            "micro_batch_tokens": options.micro_batch_tokens,
+        },
+        "engine": (
+            {"zero_stage": stage, "precision": precision}
+            | ({"kernel_backend": options.backend} if options.backend else {})
+        ),
     }
     config = Config.model_validate(values)
     preflight.check(config)
@@ -131,25 +168,37 @@ def build_config(options: argparse.Namespace, folder: Path) -> Config:
 
 
 def build_work(config: Config, folder: Path, *, num_rounds: int) -> Work:
-    """Tokenises the data, as the recipe does, and pairs it at random: a confidence would take a reference run."""
+    """Tokenises the data, as the recipe does, and pairs it at random: a confidence would take a
+    reference run."""
     prepare(config, folder)
     examples = TokenisedExamples(folder / "train.arrow")
-    parts = split_by_confidence(examples.example_ids.to_pylist(), np.random.default_rng(0).random(len(examples)))
-    matching = match_parts(np.array(parts), examples.num_response_tokens, seed=config.run.seed, alpha=config.mixup.alpha)
+    parts = split_by_confidence(
+        examples.example_ids.to_pylist(), np.random.default_rng(0).random(len(examples))
+    )
+    matching = match_parts(
+        np.array(parts),
+        examples.num_response_tokens,
+        seed=config.run.seed,
+        alpha=config.mixup.alpha,
+    )
     plan = matching.units(0, 0, matching.num_units)
     pairs = np.flatnonzero(plan.units[:, 1] >= 0)
     size = config.train.batch_size // 2
     num_steps = len(pairs) // size
-    assert num_steps > 0, f"{len(examples)} examples do not fill a step of {config.train.batch_size}"
+    assert num_steps > 0, (
+        f"{len(examples)} examples do not fill a step of {config.train.batch_size}"
+    )
     steps = [pairs[size * (n % num_steps) :][:size] for n in range(num_rounds)]
     return Work(config, tokenizer_from(folder / "tokenizer"), examples, plan, steps)
 
 
 def our_steps(work: Work) -> dict[str, Step]:
-    """Returns the steps of both objectives on one engine: the body of sftmix/train/loop.py without its log."""
+    """Returns the steps of both objectives on one engine: the body of sftmix/train/loop.py without
+    its log."""
     config = work.config
     engine = Engine(config, config.model, init_ranks(), work.tokenizer, train=config.train)
-    linear = torch.nn.functional.linear  # ZeRO-3 has put its own there for all models of the process
+    # ZeRO-3 has put its own there for all models of the process
+    linear = torch.nn.functional.linear
 
     def step(number: int, objective: Objective) -> StepResult:
         counts = count_step(work.plan, work.steps[number], work.examples.num_response_tokens)
@@ -159,18 +208,28 @@ def our_steps(work: Work) -> dict[str, Step]:
         with patch.object(torch.nn.functional, "linear", linear):
             for place, piece in enumerate(pieces, start=1):
                 batch = collate(work.examples, work.plan, piece, pad_id=work.tokenizer.pad_token_id)
-                part = engine.forward_backward(batch, counts, objective, is_last=place == len(pieces))
+                part = engine.forward_backward(
+                    batch, counts, objective, is_last=place == len(pieces)
+                )
                 loss += part.ntp + objective.mixup_weight * part.mixup + part.auxiliary
                 num_padded += batch.input_ids.numel()
             grad_norm = engine.step(learning_rate=0.0)
         return StepResult(loss, grad_norm, num_padded, len(pieces))
 
-    print(f"{engine.num_parameters:,} parameters, {engine.ranks.device}, {engine.precision}, ZeRO stage {engine.zero_stage}", flush=True)
-    return {MIXUP: lambda number: step(number, Objective(config.mixup.weight)), NTP: lambda number: step(number, Objective())}
+    print(
+        f"{engine.num_parameters:,} parameters, {engine.ranks.device}, {engine.precision}, ZeRO"
+        f" stage {engine.zero_stage}",
+        flush=True,
+    )
+    return {
+        MIXUP: lambda number: step(number, Objective(config.mixup.weight)),
+        NTP: lambda number: step(number, Objective()),
+    }
 
 
 def trl_steps(work: Work, *, micro_batch_size: int | None, folder: Path) -> dict[str, Step]:
-    """Returns the steps of TRL's trainer and of textbook SFTMix on it; they must be made before ours join a process group."""
+    """Returns the steps of TRL's trainer and of textbook SFTMix on it; they must be made before
+    ours join a process group."""
     import datasets
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -178,16 +237,26 @@ def trl_steps(work: Work, *, micro_batch_size: int | None, folder: Path) -> dict
     config, train = work.config, work.config.train
 
     class PairCollator(DataCollatorForLanguageModeling):
-        """Adds the flat positions (among all that predict a token) of both partners, and lam, of every mixed position."""
+        """Adds the flat positions (among all that predict a token) of both partners, and lam, of
+        every mixed position."""
 
         def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
             batch: dict[str, Any] = super().torch_call(examples)
             labels = batch["labels"][:, 1:]
-            rows = [n * labels.shape[1] + row.ne(-100).nonzero().flatten() for n, row in enumerate(labels)]
+            rows = [
+                n * labels.shape[1] + row.ne(-100).nonzero().flatten()
+                for n, row in enumerate(labels)
+            ]
             sizes = [min(len(a), len(b)) for a, b in zip(rows[::2], rows[1::2], strict=True)]
-            batch["confident"] = torch.cat([row[:size] for row, size in zip(rows[::2], sizes, strict=True)])
-            batch["unconfident"] = torch.cat([row[:size] for row, size in zip(rows[1::2], sizes, strict=True)])
-            batch["lam"] = torch.tensor([example["lam"] for example in examples[::2]]).repeat_interleave(torch.tensor(sizes))
+            batch["confident"] = torch.cat(
+                [row[:size] for row, size in zip(rows[::2], sizes, strict=True)]
+            )
+            batch["unconfident"] = torch.cat(
+                [row[:size] for row, size in zip(rows[1::2], sizes, strict=True)]
+            )
+            batch["lam"] = torch.tensor(
+                [example["lam"] for example in examples[::2]]
+            ).repeat_interleave(torch.tensor(sizes))
             return batch
 
     class TextbookSFTMix(SFTTrainer):
@@ -198,12 +267,23 @@ def trl_steps(work: Work, *, micro_batch_size: int | None, folder: Path) -> dict
             self.num_mixup_tokens = sum(len(batch["lam"]) for batch in batches)
             return batches, num_items
 
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            labels, lam, confident, unconfident = (inputs.pop(name) for name in ("labels", "lam", "confident", "unconfident"))
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            labels, lam, confident, unconfident = (
+                inputs.pop(name) for name in ("labels", "lam", "confident", "unconfident")
+            )
             labels = labels[:, 1:].flatten()
             outputs = model(**inputs, output_hidden_states=True, use_cache=False)
             cross_entropy = torch.nn.functional.cross_entropy
-            ntp = cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), labels, reduction="sum") / num_items_in_batch
+            ntp = (
+                cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), labels, reduction="sum")
+                / num_items_in_batch
+            )
             hidden = outputs.hidden_states[-1][:, :-1].flatten(0, 1)
             mixed = lam[:, None] * hidden[confident] + (1 - lam[:, None]) * hidden[unconfident]
             with self.accelerator.autocast():
@@ -214,14 +294,20 @@ def trl_steps(work: Work, *, micro_batch_size: int | None, folder: Path) -> dict
             return ntp + config.mixup.weight * mixup
 
     encoded = [work.examples.tokens(index) for index in range(len(work.examples))]
-    rows = {"input_ids": [ids for ids, _ in encoded], "labels": [np.where(mask, ids, -100) for ids, mask in encoded]}
+    rows = {
+        "input_ids": [ids for ids, _ in encoded],
+        "labels": [np.where(mask, ids, -100) for ids, mask in encoded],
+    }
     lam = np.ones(len(work.examples))
     lam[work.plan.units[:, 0]] = work.plan.lam
     dataset = datasets.Dataset.from_dict(rows)
     if micro_batch_size is None:
         cuts = [work.cut(number) for number in range(len(work.steps))]
     else:
-        cuts = [np.split(units, range(micro_batch_size // 2, len(units), micro_batch_size // 2)) for units in work.steps]
+        cuts = [
+            np.split(units, range(micro_batch_size // 2, len(units), micro_batch_size // 2))
+            for units in work.steps
+        ]
     batches = [work.plan.units[piece].flatten().tolist() for pieces in cuts for piece in pieces]
     arguments = SFTConfig(
         output_dir=str(folder),
@@ -242,19 +328,38 @@ def trl_steps(work: Work, *, micro_batch_size: int | None, folder: Path) -> dict
     )
 
     def step_of(trainer_class: type[SFTTrainer], data: datasets.Dataset, collator: Any) -> Step:
-        model = load_source(config.model, hf_config(config.model, work.tokenizer), dtype=torch.float32, seed=config.run.seed)
-        trainer = trainer_class(model, arguments, data_collator=collator, train_dataset=data, processing_class=work.tokenizer)
-        model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())
-        loader = torch.utils.data.DataLoader(data, batch_sampler=batches, collate_fn=trainer.data_collator, pin_memory=has_gpu())
+        model = load_source(
+            config.model,
+            hf_config(config.model, work.tokenizer),
+            dtype=torch.float32,
+            seed=config.run.seed,
+        )
+        trainer = trainer_class(
+            model,
+            arguments,
+            data_collator=collator,
+            train_dataset=data,
+            processing_class=work.tokenizer,
+        )
+        model, trainer.optimizer = trainer.accelerator.prepare(
+            trainer.model, trainer.create_optimizer()
+        )
+        loader = torch.utils.data.DataLoader(
+            data, batch_sampler=batches, collate_fn=trainer.data_collator, pin_memory=has_gpu()
+        )
         collated = iter(loader)
 
         def step(number: int) -> StepResult:
-            inputs, num_items = trainer.get_batch_samples(collated, len(cuts[number]), arguments.device)
+            inputs, num_items = trainer.get_batch_samples(
+                collated, len(cuts[number]), arguments.device
+            )
             trainer.current_gradient_accumulation_steps = len(inputs)
             num_padded = sum(batch["input_ids"].numel() for batch in inputs)
             with patch.object(torch.nn.functional, "linear", PLAIN_LINEAR):
                 losses = [trainer.training_step(model, batch, num_items) for batch in inputs]
-                grad_norm = trainer.accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
+                grad_norm = trainer.accelerator.clip_grad_norm_(
+                    model.parameters(), arguments.max_grad_norm
+                )
                 trainer.optimizer.step()
                 model.zero_grad()
             return StepResult(torch.stack(losses).sum(), grad_norm, num_padded, len(inputs))
@@ -263,7 +368,11 @@ def trl_steps(work: Work, *, micro_batch_size: int | None, folder: Path) -> dict
 
     return {
         TRL_NTP: step_of(SFTTrainer, dataset, None),
-        TRL_MIXUP: step_of(TextbookSFTMix, dataset.add_column("lam", lam), PairCollator(work.tokenizer.pad_token_id)),
+        TRL_MIXUP: step_of(
+            TextbookSFTMix,
+            dataset.add_column("lam", lam),
+            PairCollator(work.tokenizer.pad_token_id),
+        ),
     }
 
 
@@ -273,16 +382,25 @@ def check_twins(results: dict[str, StepResult], precision: str) -> None:
         if twin in results:
             for quantity in ("loss", "grad_norm"):
                 ours, theirs = (float(getattr(results[n], quantity)) for n in (name, twin))
-                message = f"{quantity}: {name} {ours:.6g}, {twin} {theirs:.6g}: the two do not compute the same"
+                message = (
+                    f"{quantity}: {name} {ours:.6g}, {twin} {theirs:.6g}: the two do not compute"
+                    " the same"
+                )
                 assert abs(ours - theirs) <= TOLERANCE[precision] * abs(theirs), message
 
 
-def measure(steps: dict[str, Step], work: Work, *, device: torch.device) -> dict[str, dict[str, dict[str, float] | str]]:
+def measure(
+    steps: dict[str, Step], work: Work, *, device: torch.device
+) -> dict[str, dict[str, dict[str, float] | str]]:
     """Returns a row per provider and per ratio."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     results: dict[str, list[StepResult]] = {name: [] for name in steps}
-    for number, measured in enumerate(side_by_side.rounds(steps, num_rounds=len(work.steps), device=device)):
-        check_twins({name: result for name, (_, result) in measured.items()}, work.config.engine.precision)
+    for number, measured in enumerate(
+        side_by_side.rounds(steps, num_rounds=len(work.steps), device=device)
+    ):
+        check_twins(
+            {name: result for name, (_, result) in measured.items()}, work.config.engine.precision
+        )
         if number >= NUM_WARMUP_ROUNDS:
             for name, (elapsed, result) in measured.items():
                 seconds[name].append(elapsed)
@@ -300,15 +418,21 @@ def measure(steps: dict[str, Step], work: Work, *, device: torch.device) -> dict
             "ms_80": 1e3 * p80,
             "tokens_per_second": float(np.median(tokens / seconds[name])),
             "response_tokens_per_second": float(np.median(responses / seconds[name])),
-            "padding_share": 1 - float(tokens.sum()) / sum(result.num_padded_tokens for result in results[name]),
-            "micro_batches_per_step": float(np.mean([result.num_micro_batches for result in results[name]])),
+            "padding_share": (
+                1 - float(tokens.sum()) / sum(result.num_padded_tokens for result in results[name])
+            ),
+            "micro_batches_per_step": float(
+                np.mean([result.num_micro_batches for result in results[name]])
+            ),
             "loss_nats_last_round": float(results[name][-1].loss),
             "grad_norm_last_round": float(results[name][-1].grad_norm),
         }
     ratios: dict[str, dict[str, float] | str] = {}
     for over, under in RATIOS:
         if over in steps and under in steps:
-            p20, p50, p80 = side_by_side.spread(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
+            p20, p50, p80 = side_by_side.spread(
+                a / b for a, b in zip(seconds[over], seconds[under], strict=True)
+            )
             ratios[f"{over} / {under}"] = {"ratio": p50, "ratio_20": p20, "ratio_80": p80}
         else:
             ratios[f"{over} / {under}"] = "not measured: trl is not installed"
@@ -317,37 +441,97 @@ def measure(steps: dict[str, Step], work: Work, *, device: torch.device) -> dict
 
 def show(report: dict[str, dict[str, dict[str, float] | str]], device: torch.device) -> None:
     """Prints the rows as two tables."""
-    print(f"  {'':24s}  {'ms a step [20%, 80%]':>26s}  {'tokens/s':>9s}  {'response tokens/s':>17s}  {'padding':>7s}  micro-batches")
+    print(
+        f"  {'':24s}  {'ms a step [20%, 80%]':>26s}  {'tokens/s':>9s}  {'response tokens/s':>17s} "
+        f" {'padding':>7s}  micro-batches"
+    )
     for name, row in report["providers"].items():
         if isinstance(row, str):
             print(f"  {name:24s}  {row}")
             continue
         time = f"{row['ms']:.1f} [{row['ms_20']:.1f}, {row['ms_80']:.1f}]"
         rates = f"{row['tokens_per_second']:9,.0f}  {row['response_tokens_per_second']:17,.0f}"
-        print(f"  {name:24s}  {time:>26s}  {rates}  {row['padding_share']:7.1%}  {row['micro_batches_per_step']:13.1f}")
+        print(
+            f"  {name:24s}  {time:>26s}  {rates}  {row['padding_share']:7.1%} "
+            f" {row['micro_batches_per_step']:13.1f}"
+        )
     target = f"   target on a {'GPU' if device.type == 'cuda' else 'CPU'}: <= {TARGET[device.type]}"
     for name, row in report["ratios"].items():
-        text = row if isinstance(row, str) else f"{row['ratio']:.3f} [{row['ratio_20']:.3f}, {row['ratio_80']:.3f}]"
+        text = (
+            row
+            if isinstance(row, str)
+            else f"{row['ratio']:.3f} [{row['ratio_20']:.3f}, {row['ratio_80']:.3f}]"
+        )
         print(f"  {name:46s}  {text}{target if name == f'{MIXUP} / {NTP}' else ''}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=None, metavar="FILE", help="instruction data in any format of the recipe; default: generated")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        default=None,
+        metavar="FILE",
+        help="instruction data in any format of the recipe; default: generated",
+    )
     parser.add_argument("--limit", type=int, default=800, help="examples that are used")
     parser.add_argument("--max-length", type=int, default=512, help="tokens per example")
-    parser.add_argument("--model", default=None, metavar="PATH", help="Hugging Face folder; default: a Llama with random weights, of")
+    parser.add_argument(
+        "--model",
+        default=None,
+        metavar="PATH",
+        help="Hugging Face folder; default: a Llama with random weights, of",
+    )
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--vocab-size", type=int, default=4000)
-    parser.add_argument("--batch-size", type=int, default=32, help="examples per step, an even number")
-    parser.add_argument("--micro-batch-tokens", type=int, default=8192, help="token budget of one forward, padding included")
-    parser.add_argument("--trl-micro-batch-size", type=int, default=None, help="examples of one forward in TRL; default: our micro-batches")
-    parser.add_argument("--zero-stage", type=int, default=None, choices=[0, 1, 2, 3], help="ours; default: 0 in fp32, else 1")
-    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="default: bf16 on GPUs that have it")
-    parser.add_argument("--backend", default=None, choices=["torch", "triton"], help="of our loss; default: the recipe's")
-    parser.add_argument("--device", default=None, choices=["cuda"], help='insist on a GPU: without one every row is "not measured"')
-    parser.add_argument("--rounds", type=int, default=20, help=f"at least 2, after {NUM_WARMUP_ROUNDS} that are not timed")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="examples per step, an even number"
+    )
+    parser.add_argument(
+        "--micro-batch-tokens",
+        type=int,
+        default=8192,
+        help="token budget of one forward, padding included",
+    )
+    parser.add_argument(
+        "--trl-micro-batch-size",
+        type=int,
+        default=None,
+        help="examples of one forward in TRL; default: our micro-batches",
+    )
+    parser.add_argument(
+        "--zero-stage",
+        type=int,
+        default=None,
+        choices=[0, 1, 2, 3],
+        help="ours; default: 0 in fp32, else 1",
+    )
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=["auto", "bf16", "fp32"],
+        help="default: bf16 on GPUs that have it",
+    )
+    parser.add_argument(
+        "--backend",
+        default=None,
+        choices=["torch", "triton"],
+        help="of our loss; default: the recipe's",
+    )
+    parser.add_argument(
+        "--device",
+        default=None,
+        choices=["cuda"],
+        help='insist on a GPU: without one every row is "not measured"',
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=20,
+        help=f"at least 2, after {NUM_WARMUP_ROUNDS} that are not timed",
+    )
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     if options.batch_size % 2 or (options.trl_micro_batch_size or 2) % 2:
@@ -366,16 +550,25 @@ def main() -> None:
         config = build_config(options, folder)
         work = build_work(config, folder, num_rounds=NUM_WARMUP_ROUNDS + options.rounds)
         is_there = importlib.util.find_spec("trl") is not None
-        steps = trl_steps(work, micro_batch_size=options.trl_micro_batch_size, folder=folder) if is_there else {}
+        steps = (
+            trl_steps(work, micro_batch_size=options.trl_micro_batch_size, folder=folder)
+            if is_there
+            else {}
+        )
         steps = our_steps(work) | steps
         report = measure(steps, work, device=device)
     names = ("tokens_per_step", "response_tokens_per_step", "mixed_positions_per_step")
     sizes = dict(zip(names, work.sizes().mean(axis=0).tolist(), strict=True))
-    print(f"{options.batch_size} examples a step; on average", ", ".join(f"{value:,.0f} {name}" for name, value in sizes.items()))
+    print(
+        f"{options.batch_size} examples a step; on average",
+        ", ".join(f"{value:,.0f} {name}" for name, value in sizes.items()),
+    )
     show(report, device)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        settings = config.engine.model_dump(include={"precision", "zero_stage", "kernel_backend"}) | {"rounds": options.rounds}
+        settings = config.engine.model_dump(
+            include={"precision", "zero_stage", "kernel_backend"}
+        ) | {"rounds": options.rounds}
         write_json(options.out, record | settings | sizes | report)
 
 

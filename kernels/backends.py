@@ -14,7 +14,8 @@ BACKENDS = ("torch", "triton", "reference")
 
 
 def choose_backend(backend: str | None, like: Tensor) -> str:
-    """Returns the backend asked for, or the device's own: triton on a GPU, else torch. Raises ValueError for another."""
+    """Returns the backend asked for, or the device's own: triton on a GPU, else torch. Raises
+    ValueError for another."""
     backend = backend or ("triton" if like.is_cuda else "torch")
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}")

@@ -1,9 +1,10 @@
-"""The chunked form of the SFTMix loss: matrix products over pieces of the rows, an epilogue between them.
+"""The chunked form of the SFTMix loss: matrix products over pieces of the rows, an epilogue between
+them.
 
-Per chunk of rows: logits = hidden @ weight.T, the epilogue (`pair_epilogue.py`) turns them into losses and, in
-place, into their gradient, then d hidden = d logits @ weight and d weight += d logits.T @ hidden. Gradients
-are formed in the forward, while a chunk's logits are there, and handed out by the backward, so that autograd (and
-ZeRO-3's hooks) see the weight's gradient once.
+Per chunk of rows: logits = hidden @ weight.T, the epilogue (`pair_epilogue.py`) turns them into
+losses and, in place, into their gradient, then d hidden = d logits @ weight and d weight += d
+logits.T @ hidden. Gradients are formed in the forward, while a chunk's logits are there, and handed
+out by the backward, so that autograd (and ZeRO-3's hooks) see the weight's gradient once.
 
 A custom operator, not a `torch.autograd.Function`: `torch.compile` then sees one opaque node.
 
@@ -22,9 +23,11 @@ from sftmix.kernels.pair_epilogue import pair_epilogue_torch
 
 # Bytes of raw logits that live at once. Chunks are balanced, and a pair is never split between two.
 WORKSPACE_BYTES = 1 << 30
-# A product of fewer rows waits for memory, not for arithmetic: it reads the whole weight for little work.
+# A product of fewer rows waits for memory, not for arithmetic: it reads the whole weight for little
+# work.
 MIN_CHUNK_ROWS = 2048
-# Rows of a chunk are a multiple of this where there are that many: tiles of a GPU's matrix product are full.
+# Rows of a chunk are a multiple of this where there are that many: tiles of a GPU's matrix product
+# are full.
 ROW_MULTIPLE = 128
 
 
@@ -47,10 +50,12 @@ def chunked_linear_mixup(
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns loss, ntp, mixup (scalars), token_nll (T,) float32, and what `backward` scales: d_hidden (T, D),
-    d_weight (V, D), d_bias (V,), each before the factor `one_over_ntp`, and empty where not wanted.
+    """Returns loss, ntp, mixup (scalars), token_nll (T,) float32, and what `backward` scales:
+    d_hidden (T, D), d_weight (V, D), d_bias (V,), each before the factor `one_over_ntp`, and empty
+    where not wanted.
 
-    Arguments as `fused_linear_mixup_cross_entropy`, which checks their shapes; the normalisers as 0-d tensors.
+    Arguments as `fused_linear_mixup_cross_entropy`, which checks their shapes; the normalisers as
+    0-d tensors.
     """
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
     num_pairs = pairs.shape[0]
@@ -64,15 +69,18 @@ def chunked_linear_mixup(
     token_nll = hidden.new_zeros(num_rows, dtype=accumulate)
     mixup_nll = hidden.new_zeros(num_pairs, dtype=accumulate)
     d_hidden = hidden.new_empty(hidden.shape if want_hidden else (0, hidden.shape[1]))
-    d_weight = weight.new_empty(weight.shape if want_weight else 0, dtype=accumulate)  # the first product fills it
+    # the first product fills it
+    d_weight = weight.new_empty(weight.shape if want_weight else 0, dtype=accumulate)
     if not num_rows:
         d_weight.zero_()
     d_bias = weight.new_zeros(vocab_size if want_bias else 0, dtype=accumulate)
 
-    # Weights of order one in the chunks; 1 / tokens, which float16 cannot hold, follows in float32 in the backward.
+    # Weights of order one in the chunks; 1 / tokens, which float16 cannot hold, follows in float32
+    # in the backward.
     one = torch.ones_like(one_over_ntp)
     mixup_share = mixup_weight * one_over_mixup / one_over_ntp
-    # The torch epilogue works on a copy in float32 where the logits are not; the Triton one in registers.
+    # The torch epilogue works on a copy in float32 where the logits are not; the Triton one in
+    # registers.
     itemsize = hidden.element_size() if epilogue is not pair_epilogue_torch else accumulate.itemsize
     chunks = balanced_chunks(num_rows, vocab_size, itemsize)
     slab = hidden.new_empty(max((stop - start for start, stop in chunks), default=0), vocab_size)
@@ -80,7 +88,8 @@ def chunked_linear_mixup(
         here = None if order is None else order[start:stop]
         chunk = hidden[start:stop] if here is None else hidden.index_select(0, here)
         logits = logits_of(chunk, weight, bias, out=slab[: stop - start])
-        first, last = min(start // 2, num_pairs), min(stop // 2, num_pairs)  # pairs of neighbours in this chunk
+        # pairs of neighbours in this chunk
+        first, last = min(start // 2, num_pairs), min(stop // 2, num_pairs)
         token_nll[start:stop], mixup_nll[first:last] = epilogue(
             logits,
             targets[start:stop],
@@ -124,24 +133,31 @@ def _(hidden, weight, bias, labels, pairs, lam, one_over_ntp, *options):  # type
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # no zeros of the weight's size for outputs that nothing is derived from
+    # no zeros of the weight's size for outputs that nothing is derived from
+    ctx.set_materialize_grads(False)
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
     ctx.wanted = inputs[-3:]
     ctx.save_for_backward(*(gradient.detach() for gradient in output[4:]), inputs[6])
 
 
-def _backward(ctx: Any, d_loss: Tensor | None, *d_others: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, d_loss: Tensor | None, *d_others: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if d_loss is None:
         return (None,) * 16
     if any(d is not None for d in d_others):
-        raise RuntimeError("only the first output of chunked_linear_mixup, the loss, has a gradient")
+        raise RuntimeError(
+            "only the first output of chunked_linear_mixup, the loss, has a gradient"
+        )
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            'the fused loss has a first derivative only, and create_graph=True asks for a second. Use backend="reference", which has all.'
+            "the fused loss has a first derivative only, and create_graph=True asks for a second."
+            ' Use backend="reference", which has all.'
         )
     *gradients, one_over_ntp = ctx.saved_tensors
-    # In float32 until the end: a loss scale of 2**16 is infinite in float16. Cast here, since autograd would do so
-    # without a word. New tensors: a second backward through a retained graph finds the saved ones as they were.
+    # In float32 until the end: a loss scale of 2**16 is infinite in float16. Cast here, since
+    # autograd would do so without a word. New tensors: a second backward through a retained graph
+    # finds the saved ones as they were.
     factor = d_loss.to(one_over_ntp.dtype) * one_over_ntp
     scaled = [
         _scaled(gradient, factor, dtype) if wanted else None
@@ -151,7 +167,8 @@ def _backward(ctx: Any, d_loss: Tensor | None, *d_others: Tensor | None) -> tupl
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    if gradient.dtype == factor.dtype != dtype:  # the weight's: rounded while it is written, without a second float32 copy
+    # the weight's: rounded while it is written, without a second float32 copy
+    if gradient.dtype == factor.dtype != dtype:
         return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
     return (gradient.to(factor.dtype) * factor).to(dtype)
 
@@ -162,15 +179,17 @@ chunked_linear_mixup.register_autograd(_backward, setup_context=_save)
 def _epilogue(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     if backend == "torch":
         return pair_epilogue_torch
-    # Imported when asked for: triton does not exist on every platform, and decides then whether to interpret.
+    # Imported when asked for: triton does not exist on every platform, and decides then whether to
+    # interpret.
     from sftmix.kernels.pair_epilogue_triton import pair_epilogue
 
     return pair_epilogue
 
 
 def check_rows(labels: Tensor, pairs: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Refuses labels outside the vocabulary, and rows that are no row or stand in two pairs: they would read and write
-    memory of others. Raises ValueError on a CPU; on a GPU the assertion fails there, so that nothing waits for it."""
+    """Refuses labels outside the vocabulary, and rows that are no row or stand in two pairs: they
+    would read and write memory of others. Raises ValueError on a CPU; on a GPU the assertion fails
+    there, so that nothing waits for it."""
     num_rows = labels.shape[0]
     known = (labels == ignore_index) | ((labels >= 0) & (labels < vocab_size))
     inside = (pairs >= 0) & (pairs < num_rows)
@@ -179,20 +198,28 @@ def check_rows(labels: Tensor, pairs: Tensor, vocab_size: int, ignore_index: int
     uses.index_add_(0, slots, torch.ones_like(slots, dtype=torch.int32))
     once = uses[:num_rows] <= 1
     if labels.device.type != "cpu":
-        torch._assert_async(known.all() & inside.all() & once.all(), "sftmix: a label outside the vocabulary, or a row in two pairs")
+        torch._assert_async(
+            known.all() & inside.all() & once.all(),
+            "sftmix: a label outside the vocabulary, or a row in two pairs",
+        )
         return
     if not known.all():
         row = int((~known).nonzero()[0])
-        raise ValueError(f"label {int(labels[row])} in row {row}: expected 0 to {vocab_size - 1}, or {ignore_index}")
+        raise ValueError(
+            f"label {int(labels[row])} in row {row}: expected 0 to {vocab_size - 1}, or"
+            f" {ignore_index}"
+        )
     if not inside.all():
         raise ValueError(f"pairs name row {int(pairs[~inside][0])}, and there are {num_rows} rows")
     if not once.all():
-        raise ValueError(f"row {int((~once).nonzero()[0])} stands in two pairs: a row may be mixed once")
+        raise ValueError(
+            f"row {int((~once).nonzero()[0])} stands in two pairs: a row may be mixed once"
+        )
 
 
 def pair_order(num_rows: int, pairs: Tensor) -> Tensor:
-    """Returns (T,) int64: a permutation of the rows in which partners are neighbours (c0, u0, c1, u1, ...),
-    followed by the rows without a partner in their own order. No device-to-host sync."""
+    """Returns (T,) int64: a permutation of the rows in which partners are neighbours (c0, u0, c1,
+    u1, ...), followed by the rows without a partner in their own order. No device-to-host sync."""
     paired = pairs.reshape(-1)
     has_partner = torch.zeros(num_rows, dtype=torch.int8, device=pairs.device)
     has_partner[paired] = 1
@@ -201,12 +228,14 @@ def pair_order(num_rows: int, pairs: Tensor) -> Tensor:
 
 
 def balanced_chunks(num_rows: int, vocab_size: int, itemsize: int) -> list[tuple[int, int]]:
-    """Returns [start, stop) row ranges of nearly equal, even length whose logits fit WORKSPACE_BYTES, or that have
-    MIN_CHUNK_ROWS rows where those do not fit; up to ROW_MULTIPLE - 1 rows more."""
+    """Returns [start, stop) row ranges of nearly equal, even length whose logits fit
+    WORKSPACE_BYTES, or that have MIN_CHUNK_ROWS rows where those do not fit; up to ROW_MULTIPLE - 1
+    rows more."""
     budget = max(MIN_CHUNK_ROWS, WORKSPACE_BYTES // (vocab_size * itemsize))
     num_chunks = max(1, -(-num_rows // budget))
     size = max(2, -(-num_rows // num_chunks))
-    multiple = ROW_MULTIPLE if size > ROW_MULTIPLE else 2  # even, so that a pair of neighbours stays in one chunk
+    # even, so that a pair of neighbours stays in one chunk
+    multiple = ROW_MULTIPLE if size > ROW_MULTIPLE else 2
     size = -(-size // multiple) * multiple
     return [(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
@@ -219,7 +248,8 @@ def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tenso
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
-    """Adds left (V, N) @ right (N, D) to `total` (V, D), or fills it where `is_first`, in the dtype of `total`."""
+    """Adds left (V, N) @ right (N, D) to `total` (V, D), or fills it where `is_first`, in the dtype
+    of `total`."""
     beta = 0 if is_first else 1  # 0 does not read what is there
     if total.dtype == right.dtype:
         total.addmm_(left, right, beta=beta)
@@ -232,5 +262,10 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -
 
 
 def _has_wide_products(operand: Tensor) -> bool:
-    # cuBLAS adds half-precision products to a float32 matrix in place, from compute capability 8.0 on.
-    return operand.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(operand.device) >= (8, 0)
+    # cuBLAS adds half-precision products to a float32 matrix in place, from compute capability 8.0
+    # on.
+    return (
+        operand.is_cuda
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(operand.device) >= (8, 0)
+    )

@@ -1,15 +1,15 @@
 """Next-token and Mixup cross-entropy of SFTMix from one pass over the logits.
 
-SFTMix (Xiao et al., https://arxiv.org/abs/2410.05248) adds to next-token prediction (NTP) the loss of
-mixed hidden states against mixed one-hot labels. For the hidden states z_c, z_u of a confident and an
-unconfident example at one aligned response position, and a mixing weight lam,
+SFTMix (Xiao et al., https://arxiv.org/abs/2410.05248) adds to next-token prediction (NTP) the loss
+of mixed hidden states against mixed one-hot labels. For the hidden states z_c, z_u of a confident
+and an unconfident example at one aligned response position, and a mixing weight lam,
 
     z~ = lam z_c + (1 - lam) z_u          y~ = lam onehot(y_c) + (1 - lam) onehot(y_u)
     mixup = cross-entropy(softmax(head(z~)), y~)
 
 Two identities make it as cheap as NTP alone. Cross-entropy is linear in its target, so no one-hot
-tensor is needed; and the head is affine, so head(z~) = lam head(z_c) + (1 - lam) head(z_u): the mixed
-logits are a combination of logits that NTP computes anyway. With p, p~ the softmax outputs,
+tensor is needed; and the head is affine, so head(z~) = lam head(z_c) + (1 - lam) head(z_u): the
+mixed logits are a combination of logits that NTP computes anyway. With p, p~ the softmax outputs,
 
     d loss / d logits_c = g_ntp (p_c - onehot(y_c)) + g_mix lam       (p~ - y~)
     d loss / d logits_u = g_ntp (p_u - onehot(y_u)) + g_mix (1 - lam) (p~ - y~)
@@ -65,23 +65,27 @@ def fused_linear_mixup_cross_entropy(
 ) -> FusedLossOutput:
     """Returns the SFTMix loss of `logits = softcap(logit_scale * (hidden @ weight.T + bias))`.
 
-    hidden: (T, D) rows that predict a token; bf16, fp16, fp32 or fp64. Leave other rows out: each costs as much as
+    hidden: (T, D) rows that predict a token; bf16, fp16, fp32 or fp64. Leave other rows out: each
+    costs as much as
         one with a label.
-    weight: (V, D), bias: (V,) or None; the linear head. All in the dtype of hidden, or under autocast.
-    labels: (T,) int64; rows with `ignore_index` contribute nothing to NTP.
-    pairs: (M, 2) int64; the row of the confident and of the unconfident member of each mixed position.
+    weight: (V, D), bias: (V,) or None; the linear head. All in the dtype of hidden, or under
+    autocast. labels: (T,) int64; rows with `ignore_index` contribute nothing to NTP. pairs: (M, 2)
+    int64; the row of the confident and of the unconfident member of each mixed position.
         A row may occur once at most. A pair with an ignored member contributes nothing.
     lam: (M,) float32 in [0, 1]; share of the confident member.
     num_ntp_tokens, num_mixup_tokens: what the sums are divided by; default: this call's own counts.
-        Pass the counts of the whole optimiser step to make the result independent of how it is cut up.
-    backend: "triton" or "torch" (chunked: no (T, V) tensor lives beyond a chunk) or "reference" (materialised,
-        plain autograd); default "triton" for tensors on a GPU, else "torch". What is asked for is what runs.
+        Pass the counts of the whole optimiser step to make the result independent of how it is cut
+        up.
+    backend: "triton" or "torch" (chunked: no (T, V) tensor lives beyond a chunk) or "reference"
+    (materialised,
+        plain autograd); default "triton" for tensors on a GPU, else "torch". What is asked for is
+        what runs.
 
-    With no rows the loss is 0 with exact zero gradients and the graph attached, so that every rank of a
-    sharded run takes part in the same collectives. Nothing waits for the device.
-    Raises ValueError for arguments that do not fit each other, an unknown backend, or Triton without a GPU, and
-    RuntimeError for a weight that ZeRO-3 has not gathered. On a GPU a label outside the vocabulary or a row in two
-    pairs fails as a device-side assertion.
+    With no rows the loss is 0 with exact zero gradients and the graph attached, so that every rank
+    of a sharded run takes part in the same collectives. Nothing waits for the device. Raises
+    ValueError for arguments that do not fit each other, an unknown backend, or Triton without a
+    GPU, and RuntimeError for a weight that ZeRO-3 has not gathered. On a GPU a label outside the
+    vocabulary or a row in two pairs fails as a device-side assertion.
     """
     hidden, weight, bias = under_autocast(hidden, weight, bias)
     check_arguments(hidden, weight, labels, pairs, lam, bias)
@@ -102,8 +106,13 @@ def fused_linear_mixup_cross_entropy(
     if backend == "reference":
         return _reference(hidden, weight, bias, labels, pairs, lam, scales)
     # Gradients are formed in the forward: it has to know which are wanted.
-    want = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    loss, ntp, mixup, nll, *_ = chunked_linear_mixup(hidden, weight, bias, labels, pairs, lam, *scales, backend, *want)
+    want = [
+        torch.is_grad_enabled() and t is not None and t.requires_grad
+        for t in (hidden, weight, bias)
+    ]
+    loss, ntp, mixup, nll, *_ = chunked_linear_mixup(
+        hidden, weight, bias, labels, pairs, lam, *scales, backend, *want
+    )
     return FusedLossOutput(loss, ntp.detach(), mixup.detach(), nll.detach())
 
 
@@ -116,8 +125,11 @@ class _Scales(NamedTuple):
     ignore_index: int
 
 
-def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns the three cast as autocast, if it is on, would cast them for a linear layer; it does not see into our ops."""
+def under_autocast(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the three cast as autocast, if it is on, would cast them for a linear layer; it does
+    not see into our ops."""
     if not torch.is_autocast_enabled(hidden.device.type):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -125,16 +137,25 @@ def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple
 
 
 def check_arguments(
-    hidden: Tensor, weight: Tensor, labels: Tensor, pairs: Tensor | None = None, lam: Tensor | None = None, bias: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    pairs: Tensor | None = None,
+    lam: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> None:
-    """Raises RuntimeError for a weight that ZeRO-3 has not gathered, ValueError for shapes or dtypes that do not fit."""
+    """Raises RuntimeError for a weight that ZeRO-3 has not gathered, ValueError for shapes or
+    dtypes that do not fit."""
     if weight.numel() == 0:
         raise RuntimeError(
-            "the head's weight is empty: ZeRO-3 holds it sharded. Call the loss inside the forward of the "
-            "module that owns the weight, inside the engine's forward."
+            "the head's weight is empty: ZeRO-3 holds it sharded. Call the loss inside the forward"
+            " of the module that owns the weight, inside the engine's forward."
         )
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}, expected (T, D) and (V, D)")
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}, expected (T,"
+            " D) and (V, D)"
+        )
     expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
         ("labels", labels, (hidden.shape[0],)),
         ("bias", bias, (weight.shape[0],)),
@@ -142,10 +163,16 @@ def check_arguments(
     ]
     for name, tensor, shape in expected:
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape} to fit the other arguments")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, expected {shape} to fit the other"
+                " arguments"
+            )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} and hidden is {hidden.dtype}: cast one of them, or use autocast")
+            raise ValueError(
+                f"{name} is {tensor.dtype} and hidden is {hidden.dtype}: cast one of them, or use"
+                " autocast"
+            )
 
 
 def _one_over(count: float | Tensor, like: Tensor) -> Tensor:
@@ -153,7 +180,8 @@ def _one_over(count: float | Tensor, like: Tensor) -> Tensor:
     dtype = torch.promote_types(like.dtype, torch.float32)
     if isinstance(count, Tensor):
         return count.to(device=like.device, dtype=dtype).clamp(min=1).reciprocal()
-    return like.new_full((), 1 / max(1.0, float(count)), dtype=dtype)  # filled on the device: nothing waits for a copy
+    # filled on the device: nothing waits for a copy
+    return like.new_full((), 1 / max(1.0, float(count)), dtype=dtype)
 
 
 def _live_pairs(labels: Tensor, pairs: Tensor, ignore_index: int) -> Tensor:
@@ -183,7 +211,9 @@ def _reference(
 
     live = _live_pairs(labels, pairs, scales.ignore_index)
     lam = lam.to(accumulate)
-    mixed = lam[:, None] * hidden[pairs[:, 0]].to(accumulate) + (1 - lam[:, None]) * hidden[pairs[:, 1]].to(accumulate)
+    mixed = lam[:, None] * hidden[pairs[:, 0]].to(accumulate) + (1 - lam[:, None]) * hidden[
+        pairs[:, 1]
+    ].to(accumulate)
     log_p = log_probabilities(mixed.to(hidden.dtype))
     to_confident = log_p.gather(1, safe[pairs[:, 0], None]).squeeze(1)
     to_unconfident = log_p.gather(1, safe[pairs[:, 1], None]).squeeze(1)

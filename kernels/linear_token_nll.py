@@ -1,6 +1,7 @@
 """Token losses of a linear head without gradients: what scoring and evaluation read.
 
-    nll[t] = logsumexp(logits[t]) - logits[t, labels[t]],  logits = softcap(scale * (hidden @ weight.T + bias))
+    nll[t] = logsumexp(logits[t]) - logits[t, labels[t]],  logits = softcap(scale * (hidden @
+    weight.T + bias))
 
 Computed in chunks of rows, so that no (T, V) tensor lives beyond a chunk.
 
@@ -14,7 +15,11 @@ from torch import Tensor
 
 from sftmix.kernels.backends import choose_backend, softcapped
 from sftmix.kernels.chunked_linear_mixup import balanced_chunks, check_rows, logits_of
-from sftmix.kernels.fused_linear_mixup_cross_entropy import IGNORE_INDEX, check_arguments, under_autocast
+from sftmix.kernels.fused_linear_mixup_cross_entropy import (
+    IGNORE_INDEX,
+    check_arguments,
+    under_autocast,
+)
 from sftmix.kernels.pair_epilogue import pieces_in_cache
 
 
@@ -28,12 +33,15 @@ def linear_token_nll(
     ignore_index: int = IGNORE_INDEX,
     backend: str | None = None,
 ) -> Tensor:
-    """Returns (T,) float32 negative log-likelihoods in nats, 0 where the label is ignored; no gradient.
+    """Returns (T,) float32 negative log-likelihoods in nats, 0 where the label is ignored; no
+    gradient.
 
     hidden: (T, D); weight: (V, D); labels: (T,) int64; bias: (V,) or None. Backends and errors as
     `fused_linear_mixup_cross_entropy`.
     """
-    return linear_token_nll_and_match(hidden, weight, labels, bias, logit_scale, logit_softcap, ignore_index, backend)[0]
+    return linear_token_nll_and_match(
+        hidden, weight, labels, bias, logit_scale, logit_softcap, ignore_index, backend
+    )[0]
 
 
 def linear_token_nll_and_match(
@@ -46,9 +54,12 @@ def linear_token_nll_and_match(
     ignore_index: int = IGNORE_INDEX,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the (T,) float32 losses of `linear_token_nll` and a (T,) bool tensor: is no token more likely than the
-    label? A response all of whose tokens match is what greedy decoding would have written (ties apart)."""
-    hidden, weight, bias = under_autocast(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
+    """Returns the (T,) float32 losses of `linear_token_nll` and a (T,) bool tensor: is no token
+    more likely than the label? A response all of whose tokens match is what greedy decoding would
+    have written (ties apart)."""
+    hidden, weight, bias = under_autocast(
+        hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    )
     check_arguments(hidden, weight, labels, bias=bias)
     scale = 1.0 if logit_scale is None else float(logit_scale)
     cap = None if logit_softcap is None else float(logit_softcap)
@@ -59,11 +70,19 @@ def linear_token_nll_and_match(
 
 
 def _reference(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, cap: float | None, ignore_index: int
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: float,
+    cap: float | None,
+    ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     """The definition, all logits at once."""
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
-    logits = softcapped(scale * torch.nn.functional.linear(hidden, weight, bias).to(accumulate), cap)
+    logits = softcapped(
+        scale * torch.nn.functional.linear(hidden, weight, bias).to(accumulate), cap
+    )
     has_label = labels != ignore_index
     at_label = logits.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
     nll = torch.where(has_label, torch.logsumexp(logits, dim=1) - at_label, 0.0)
@@ -93,19 +112,36 @@ def _chunked_token_nll(
     slab = hidden.new_empty(max((stop - start for start, stop in chunks), default=0), vocab_size)
     for start, stop in chunks:
         logits = logits_of(hidden[start:stop], weight, bias, out=slab[: stop - start])
-        row_nll(logits, labels[start:stop], logit_scale, logit_softcap, ignore_index, nll[start:stop], match[start:stop])
+        row_nll(
+            logits,
+            labels[start:stop],
+            logit_scale,
+            logit_softcap,
+            ignore_index,
+            nll[start:stop],
+            match[start:stop],
+        )
     return nll, match
 
 
 @_chunked_token_nll.register_fake
 def _(hidden, *_):  # type: ignore[no-untyped-def]
-    return hidden.new_empty(hidden.shape[0], dtype=torch.float32), hidden.new_empty(hidden.shape[0], dtype=torch.bool)
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32), hidden.new_empty(
+        hidden.shape[0], dtype=torch.bool
+    )
 
 
 def row_nll_torch(
-    logits: Tensor, labels: Tensor, logit_scale: float, logit_softcap: float | None, ignore_index: int, nll: Tensor, match: Tensor
+    logits: Tensor,
+    labels: Tensor,
+    logit_scale: float,
+    logit_softcap: float | None,
+    ignore_index: int,
+    nll: Tensor,
+    match: Tensor,
 ) -> None:
-    """Fills nll (N,) and match (N,) from raw logits (N, V), whose content is undefined afterwards."""
+    """Fills nll (N,) and match (N,) from raw logits (N, V), whose content is undefined
+    afterwards."""
     accumulate = torch.promote_types(logits.dtype, torch.float32)
     for rows in pieces_in_cache(logits, accumulate):
         piece = logits[rows].to(accumulate)

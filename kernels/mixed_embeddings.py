@@ -1,12 +1,17 @@
-"""Interpolated rows of an embedding (or hidden state) matrix, one per pair, with a deterministic gradient.
+"""Interpolated rows of an embedding (or hidden state) matrix, one per pair, with a deterministic
+gradient.
 
-Manifold Mixup below the head: row m of the result is lam_m E[c_m] + (1 - lam_m) E[u_m]. A row of E is the confident
-member of one pair at most and the unconfident member of one pair at most, so its gradient has two terms at most. They
-are found by two inverse maps (row -> pair), and no two threads ever add to one number:
+Manifold Mixup below the head: row m of the result is lam_m E[c_m] + (1 - lam_m) E[u_m]. A row of E
+is the confident member of one pair at most and the unconfident member of one pair at most, so its
+gradient has two terms at most. They are found by two inverse maps (row -> pair), and no two threads
+ever add to one number:
 
-    dE[r] = lam_m g_m, m the pair of which r is the confident member    +    (1 - lam_n) g_n, n that of which it is the unconfident
+    dE[r] = lam_m g_m + (1 - lam_n) g_n
 
-Where only one member exists (the longer of two responses goes on alone) the pair (r, r) gives the row itself.
+where r is the confident member of pair m, and the unconfident member of pair n
+
+Where only one member exists (the longer of two responses goes on alone) the pair (r, r) gives the
+row itself.
 
 Axes: T rows, M pairs, D hidden size.
 """
@@ -19,41 +24,51 @@ from torch import Tensor
 from sftmix.kernels.backends import choose_backend
 
 
-def mixed_embeddings(embeddings: Tensor, pairs: Tensor, lam: Tensor, backend: str | None = None) -> Tensor:
-    """Returns (M, D) `lam * embeddings[pairs[:, 0]] + (1 - lam) * embeddings[pairs[:, 1]]` in the dtype of the embeddings.
+def mixed_embeddings(
+    embeddings: Tensor, pairs: Tensor, lam: Tensor, backend: str | None = None
+) -> Tensor:
+    """Returns (M, D) `lam * embeddings[pairs[:, 0]] + (1 - lam) * embeddings[pairs[:, 1]]` in the
+    dtype of the embeddings.
 
-    embeddings: (T, D); interpolated in float32 (float64 where they are that) and rounded once, and so is their gradient.
-    pairs: (M, 2) int64 or int32; the row of the confident and of the unconfident member. No row twice in one column;
-        in both is allowed, also in one pair, (r, r), whose result is the row bit for bit whatever lam is.
+    embeddings: (T, D); interpolated in float32 (float64 where they are that) and rounded once, and
+    so is their gradient. pairs: (M, 2) int64 or int32; the row of the confident and of the
+    unconfident member. No row twice in one column;
+        in both is allowed, also in one pair, (r, r), whose result is the row bit for bit whatever
+        lam is.
     lam: (M,) float32 or float64 in [0, 1], the share of the confident member; gets no gradient.
-    backend: "triton", or "torch", which is the definition and so the "reference" too; default: "triton" for tensors on a GPU,
+    backend: "triton", or "torch", which is the definition and so the "reference" too; default:
+    "triton" for tensors on a GPU,
         else "torch".
 
-    "triton" refuses a second derivative; "torch" has all of them.
-    Raises ValueError for arguments that do not fit together, an unknown backend, Triton without a GPU, or, on a CPU, a
-    row twice in a column; a GPU reports that by a device-side assertion, for which nothing waits.
+    "triton" refuses a second derivative; "torch" has all of them. Raises ValueError for arguments
+    that do not fit together, an unknown backend, Triton without a GPU, or, on a CPU, a row twice in
+    a column; a GPU reports that by a device-side assertion, for which nothing waits.
     """
     backend = choose_backend(backend, embeddings)
     _check(embeddings, pairs, lam)
     accumulate = torch.promote_types(embeddings.dtype, torch.float32)
     slots = inverse_maps(pairs, embeddings.shape[0])
-    # All of a row paired with itself, not two shares of it: lam x + (1 - lam) x is x up to rounding only.
+    # All of a row paired with itself, not two shares of it: lam x + (1 - lam) x is x up to rounding
+    # only.
     share = lam.detach().to(accumulate).masked_fill(pairs[:, 0] == pairs[:, 1], 1.0)
     if backend != "triton":
-        rows = embeddings.to(accumulate)  # before the rows are taken: the two terms of the gradient are then added unrounded
+        # before the rows are taken: the two terms of the gradient are then added unrounded
+        rows = embeddings.to(accumulate)
         mixed = share[:, None] * rows[pairs[:, 0]] + (1 - share[:, None]) * rows[pairs[:, 1]]
         return mixed.to(embeddings.dtype)
-    # Imported when asked for: triton does not exist on every platform, and decides then whether to interpret.
+    # Imported when asked for: triton does not exist on every platform, and decides then whether to
+    # interpret.
     from sftmix.kernels.mixed_embeddings_triton import mixed_forward
 
     return mixed_forward(embeddings, pairs, share, slots)
 
 
 def inverse_maps(pairs: Tensor, num_rows: int) -> Tensor:
-    """Returns (2, T) int64: the pair of which each row is the confident and the unconfident member, -1 where of none.
+    """Returns (2, T) int64: the pair of which each row is the confident and the unconfident member,
+    -1 where of none.
 
-    Refuses a row that is twice in one column of `pairs`: by ValueError on a CPU, by an assertion of the device elsewhere
-    and in compiled code (RuntimeError on a CPU).
+    Refuses a row that is twice in one column of `pairs`: by ValueError on a CPU, by an assertion of
+    the device elsewhere and in compiled code (RuntimeError on a CPU).
     """
     remedy = "A row may be the confident member of one pair, and the unconfident member of one."
     order = torch.arange(pairs.shape[0], device=pairs.device)
@@ -66,9 +81,15 @@ def inverse_maps(pairs: Tensor, num_rows: int) -> Tensor:
         if pairs.device.type == "cpu" and not torch.compiler.is_compiling():
             if repeated.any():
                 row = int(rows[repeated][0])
-                raise ValueError(f"mixed_embeddings: row {row} is the {member} member of more than one pair. {remedy}")
+                raise ValueError(
+                    f"mixed_embeddings: row {row} is the {member} member of more than one pair."
+                    f" {remedy}"
+                )
         else:  # a look at the value would wait for the device, and cannot be compiled
-            torch._assert_async(~repeated.any(), f"mixed_embeddings: a row is the {member} member of more than one pair. {remedy}")
+            torch._assert_async(
+                ~repeated.any(),
+                f"mixed_embeddings: a row is the {member} member of more than one pair. {remedy}",
+            )
     return slots
 
 
@@ -86,5 +107,6 @@ def _check(embeddings: Tensor, pairs: Tensor, lam: Tensor) -> None:
         arguments = {"embeddings": embeddings, "pairs": pairs, "lam": lam}
         found = ", ".join(f"{name} {tuple(t.shape), t.dtype}" for name, t in arguments.items())
         raise ValueError(
-            f"mixed_embeddings found {found}; expected embeddings (T, D), pairs (M, 2) int64 or int32, lam (M,) float32 or float64"
+            f"mixed_embeddings found {found}; expected embeddings (T, D), pairs (M, 2) int64 or"
+            " int32, lam (M,) float32 or float64"
         )

@@ -1,13 +1,17 @@
-"""The Triton version of `mixed_embeddings.py`, where the mathematics stand: gather and interpolation in one pass.
+"""The Triton version of `mixed_embeddings.py`, where the mathematics stand: gather and
+interpolation in one pass.
 
-Forward: one program per pair. Backward: one program per row of the embeddings, which finds its two terms by the inverse
-maps and writes the row, also where it is in no pair; nothing is added atomically. Both are custom operators, which
-`torch.compile` takes as they are; the backward's own backward refuses.
+Forward: one program per pair. Backward: one program per row of the embeddings, which finds its two
+terms by the inverse maps and writes the row, also where it is in no pair; nothing is added
+atomically. Both are custom operators, which `torch.compile` takes as they are; the backward's own
+backward refuses.
 
-Compiled ahead of time for sm_80, sm_90, sm_100 and gfx942 in `tests/kernels/test_ahead_of_time.py`: no spills.
+Compiled ahead of time for sm_80, sm_90, sm_100 and gfx942 in `tests/kernels/test_ahead_of_time.py`:
+no spills.
 
 Axes: T rows, M pairs, D hidden size.
 """
+
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
@@ -20,21 +24,31 @@ from torch import Tensor
 from sftmix.kernels.pair_epilogue_triton import need_gpu
 from sftmix.kernels.triton_package import tl, triton
 
-MAX_BLOCK = 2048  # columns of D per tile: with 4 warps 16 bytes of bfloat16 per thread, on AMD (64 threads a warp) too
+# columns of D per tile: with 4 warps 16 bytes of bfloat16 per thread, on AMD (64 threads a warp)
+# too
+MAX_BLOCK = 2048
 
 
 @torch.library.custom_op("sftmix::mixed_embeddings_forward", mutates_args=())
 def mixed_forward(embeddings: Tensor, pairs: Tensor, lam: Tensor, slots: Tensor) -> Tensor:
     """Returns the (M, D) interpolated rows.
 
-    Arguments as `mixed_embeddings`, already checked; lam: (M,) in the dtype to interpolate in; slots: (2, T) from
-    `inverse_maps`, read by the backward alone.
+    Arguments as `mixed_embeddings`, already checked; lam: (M,) in the dtype to interpolate in;
+    slots: (2, T) from `inverse_maps`, read by the backward alone.
     """
     need_gpu(embeddings)
     mixed = _mixed_like(embeddings, pairs, lam, slots)
     if mixed.numel():
         rows, options = _rows(embeddings)
-        _forward_kernel[(mixed.shape[0],)](rows, pairs.contiguous(), lam.contiguous(), mixed, rows.stride(0), rows.shape[1], **options)
+        _forward_kernel[(mixed.shape[0],)](
+            rows,
+            pairs.contiguous(),
+            lam.contiguous(),
+            mixed,
+            rows.stride(0),
+            rows.shape[1],
+            **options,
+        )
     return mixed
 
 
@@ -45,13 +59,21 @@ def _mixed_like(embeddings, pairs, lam, slots):
 
 @torch.library.custom_op("sftmix::mixed_embeddings_backward", mutates_args=())
 def mixed_backward(d_mixed: Tensor, lam: Tensor, slots: Tensor) -> Tensor:
-    """Returns the (T, D) gradient in the embeddings. d_mixed: (M, D), the upstream gradient, with any strides."""
+    """Returns the (T, D) gradient in the embeddings. d_mixed: (M, D), the upstream gradient, with
+    any strides."""
     need_gpu(d_mixed)
     d_embeddings = _embeddings_like(d_mixed, lam, slots)
     if not d_mixed.numel():
         return d_embeddings.zero_()
     rows, options = _rows(d_mixed)
-    arguments = (rows, slots.contiguous(), lam.contiguous(), d_embeddings, rows.stride(0), *d_embeddings.shape)
+    arguments = (
+        rows,
+        slots.contiguous(),
+        lam.contiguous(),
+        d_embeddings,
+        rows.stride(0),
+        *d_embeddings.shape,
+    )
     _backward_kernel[(d_embeddings.shape[0],)](*arguments, **options)
     return d_embeddings
 
@@ -70,7 +92,9 @@ def _differentiate(ctx, d_mixed):
 
 
 def _refuse(ctx, *_) -> NoReturn:
-    raise RuntimeError('mixed_embeddings with backend="triton" has no second derivative. Use backend="torch".')
+    raise RuntimeError(
+        'mixed_embeddings with backend="triton" has no second derivative. Use backend="torch".'
+    )
 
 
 mixed_forward.register_autograd(_differentiate, setup_context=_save)
@@ -78,14 +102,16 @@ mixed_backward.register_autograd(_refuse)
 
 
 def _rows(tensor):
-    """Returns the tensor with neighbouring columns (its rows may lie apart), and the launch options of its width."""
+    """Returns the tensor with neighbouring columns (its rows may lie apart), and the launch options
+    of its width."""
     rows = tensor if tensor.stride(1) == 1 else tensor.contiguous()
     return rows, {"BLOCK": min(MAX_BLOCK, triton.next_power_of_2(rows.shape[1])), "num_warps": 4}
 
 
 @triton.jit
 def _forward_kernel(rows_ptr, pairs_ptr, lam_ptr, mixed_ptr, row_stride, D, BLOCK: tl.constexpr):
-    pair = tl.program_id(0).to(tl.int64)  # int64: a row times its stride overflows int32 once T * D > 2**31
+    # int64: a row times its stride overflows int32 once T * D > 2**31
+    pair = tl.program_id(0).to(tl.int64)
     lam = tl.load(lam_ptr + pair)
     c_ptr = rows_ptr + tl.load(pairs_ptr + 2 * pair).to(tl.int64) * row_stride
     u_ptr = rows_ptr + tl.load(pairs_ptr + 2 * pair + 1).to(tl.int64) * row_stride
@@ -99,11 +125,14 @@ def _forward_kernel(rows_ptr, pairs_ptr, lam_ptr, mixed_ptr, row_stride, D, BLOC
 
 
 @triton.jit
-def _backward_kernel(d_mixed_ptr, slots_ptr, lam_ptr, d_rows_ptr, row_stride, T, D, BLOCK: tl.constexpr):
+def _backward_kernel(
+    d_mixed_ptr, slots_ptr, lam_ptr, d_rows_ptr, row_stride, T, D, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     slot_c = tl.load(slots_ptr + row)
     slot_u = tl.load(slots_ptr + T + row)
-    # A row that is no such member reads nothing: 0 for the share and for the gradient, hence exact zeros.
+    # A row that is no such member reads nothing: 0 for the share and for the gradient, hence exact
+    # zeros.
     has_c = slot_c >= 0
     has_u = slot_u >= 0
     share_c = tl.load(lam_ptr + slot_c, mask=has_c, other=0.0)
@@ -112,6 +141,18 @@ def _backward_kernel(d_mixed_ptr, slots_ptr, lam_ptr, d_rows_ptr, row_stride, T,
         column = start + tl.arange(0, BLOCK)
         inside = column < D
         # where, not &: in the interpreter a tile & a scalar is no longer boolean.
-        g_c = tl.load(d_mixed_ptr + slot_c * row_stride + column, mask=tl.where(has_c, inside, False), other=0.0).to(share_c.dtype)
-        g_u = tl.load(d_mixed_ptr + slot_u * row_stride + column, mask=tl.where(has_u, inside, False), other=0.0).to(share_u.dtype)
-        tl.store(d_rows_ptr + row * D + column, (share_c * g_c + share_u * g_u).to(d_rows_ptr.dtype.element_ty), mask=inside)
+        g_c = tl.load(
+            d_mixed_ptr + slot_c * row_stride + column,
+            mask=tl.where(has_c, inside, False),
+            other=0.0,
+        ).to(share_c.dtype)
+        g_u = tl.load(
+            d_mixed_ptr + slot_u * row_stride + column,
+            mask=tl.where(has_u, inside, False),
+            other=0.0,
+        ).to(share_u.dtype)
+        tl.store(
+            d_rows_ptr + row * D + column,
+            (share_c * g_c + share_u * g_u).to(d_rows_ptr.dtype.element_ty),
+            mask=inside,
+        )

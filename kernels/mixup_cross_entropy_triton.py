@@ -1,13 +1,17 @@
-"""The Triton version of `mixup_cross_entropy.py`, where the mathematics stand: one program per pair.
+"""The Triton version of `mixup_cross_entropy.py`, where the mathematics stand: one program per
+pair.
 
-Forward: one online log-sum-exp pass over V, which keeps the maximum and the sum of each pair. Backward: the logits are
-read once more and the gradients written to new tensors, so that a graph can be retained. Both are custom operators,
-which `torch.compile` takes as they are; the backward's own backward refuses.
+Forward: one online log-sum-exp pass over V, which keeps the maximum and the sum of each pair.
+Backward: the logits are read once more and the gradients written to new tensors, so that a graph
+can be retained. Both are custom operators, which `torch.compile` takes as they are; the backward's
+own backward refuses.
 
-Compiled ahead of time for sm_80, sm_90, sm_100 and gfx942 in `tests/kernels/test_ahead_of_time.py`: no spills.
+Compiled ahead of time for sm_80, sm_90, sm_100 and gfx942 in `tests/kernels/test_ahead_of_time.py`:
+no spills.
 
 Axes: M pairs, V vocabulary.
 """
+
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
@@ -34,12 +38,16 @@ def mixup_forward(
     cap: float | None,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (M,) losses in nats, and the (M,) maximum and sum of exponentials over V that the backward needs.
+    """Returns (M,) losses in nats, and the (M,) maximum and sum of exponentials over V that the
+    backward needs.
 
-    Arguments as `mixup_cross_entropy`, already checked. A label outside [0, V) gives NaN; no memory outside is read.
+    Arguments as `mixup_cross_entropy`, already checked. A label outside [0, V) gives NaN; no memory
+    outside is read.
     """
     need_gpu(confident)
-    loss, maximum, total = _forward_outputs(confident, unconfident, labels, lam, scale, cap, ignore_index)
+    loss, maximum, total = _forward_outputs(
+        confident, unconfident, labels, lam, scale, cap, ignore_index
+    )
     arguments, options = _common(confident, unconfident, labels, lam, scale, cap, ignore_index)
     if confident.shape[0]:
         _forward_kernel[(confident.shape[0],)](*arguments, loss, maximum, total, **options)
@@ -67,28 +75,59 @@ def mixup_backward(
     want_confident: bool,
     want_unconfident: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients in both logits, (M, V) in their dtype; (0, V), unwritten, for one that is not wanted.
+    """Returns the gradients in both logits, (M, V) in their dtype; (0, V), unwritten, for one that
+    is not wanted.
 
     maximum, total: from `mixup_forward`; d_loss: (M,), the upstream gradient, with any strides.
     """
     need_gpu(confident)
     d_confident, d_unconfident = _backward_outputs(
-        confident, unconfident, labels, lam, scale, cap, ignore_index, maximum, total, d_loss, want_confident, want_unconfident
+        confident,
+        unconfident,
+        labels,
+        lam,
+        scale,
+        cap,
+        ignore_index,
+        maximum,
+        total,
+        d_loss,
+        want_confident,
+        want_unconfident,
     )
     arguments, options = _common(confident, unconfident, labels, lam, scale, cap, ignore_index)
     if confident.shape[0]:
-        outputs = (d_confident if want_confident else None, d_unconfident if want_unconfident else None)
+        outputs = (
+            d_confident if want_confident else None,
+            d_unconfident if want_unconfident else None,
+        )
         # contiguous: the upstream gradient of a sum is one number, expanded.
-        _backward_kernel[(confident.shape[0],)](*arguments, maximum, total, d_loss.contiguous(), *outputs, **options)
+        _backward_kernel[(confident.shape[0],)](
+            *arguments, maximum, total, d_loss.contiguous(), *outputs, **options
+        )
     return d_confident, d_unconfident
 
 
 @mixup_backward.register_fake
 def _backward_outputs(
-    confident, unconfident, labels, lam, scale, cap, ignore_index, maximum, total, d_loss, want_confident, want_unconfident
+    confident,
+    unconfident,
+    labels,
+    lam,
+    scale,
+    cap,
+    ignore_index,
+    maximum,
+    total,
+    d_loss,
+    want_confident,
+    want_unconfident,
 ):
     num_pairs, vocab_size = confident.shape
-    return tuple(confident.new_empty(num_pairs if wanted else 0, vocab_size) for wanted in (want_confident, want_unconfident))
+    return tuple(
+        confident.new_empty(num_pairs if wanted else 0, vocab_size)
+        for wanted in (want_confident, want_unconfident)
+    )
 
 
 def _save(ctx, inputs, output) -> None:
@@ -99,12 +138,19 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, d_loss, *_):
     confident, unconfident, labels, lam, maximum, total = ctx.saved_tensors
     want = ctx.needs_input_grad[:2]
-    gradients = mixup_backward(confident, unconfident, labels, lam, *ctx.scalars, maximum, total, d_loss, *want)
-    return *(gradient if wanted else None for gradient, wanted in zip(gradients, want, strict=True)), *[None] * 5
+    gradients = mixup_backward(
+        confident, unconfident, labels, lam, *ctx.scalars, maximum, total, d_loss, *want
+    )
+    return (
+        *(gradient if wanted else None for gradient, wanted in zip(gradients, want, strict=True)),
+        *[None] * 5,
+    )
 
 
 def _refuse(ctx, *_) -> NoReturn:
-    raise RuntimeError('mixup_cross_entropy with backend="triton" has no second derivative. Use backend="torch".')
+    raise RuntimeError(
+        'mixup_cross_entropy with backend="triton" has no second derivative. Use backend="torch".'
+    )
 
 
 mixup_forward.register_autograd(_differentiate, setup_context=_save)
@@ -114,7 +160,8 @@ mixup_backward.register_autograd(_refuse)
 def _common(confident, unconfident, labels, lam, scale, cap, ignore_index):
     """Returns what both kernels begin with, and their compile-time options."""
     accumulate = torch.promote_types(confident.dtype, torch.float32)
-    # Rows may lie apart (every second row of a larger tensor), columns may not: the kernels read 16 bytes at a time.
+    # Rows may lie apart (every second row of a larger tensor), columns may not: the kernels read 16
+    # bytes at a time.
     confident = confident if confident.stride(1) == 1 else confident.contiguous()
     if unconfident is not None and unconfident.stride(1) != 1:
         unconfident = unconfident.contiguous()
@@ -131,8 +178,18 @@ def _common(confident, unconfident, labels, lam, scale, cap, ignore_index):
 
 
 @triton.jit
-def _mixed(c_ptr, u_ptr, column, mask, lam, SCALE: tl.constexpr, CAP: tl.constexpr, ACCUMULATE: tl.constexpr):
-    # Padding is 0, and masked to -inf after the mixing by who needs that: lam * -inf + 0 * -inf would be NaN.
+def _mixed(
+    c_ptr,
+    u_ptr,
+    column,
+    mask,
+    lam,
+    SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    # Padding is 0, and masked to -inf after the mixing by who needs that: lam * -inf + 0 * -inf
+    # would be NaN.
     z = tl.load(c_ptr + column, mask=mask, other=0.0).to(ACCUMULATE)
     if u_ptr is not None:
         z = lam * z + (1.0 - lam) * tl.load(u_ptr + column, mask=mask, other=0.0).to(ACCUMULATE)
@@ -157,7 +214,8 @@ def _forward_kernel(
     ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    pair = tl.program_id(0).to(tl.int64)  # int64: pair * c_stride overflows int32 once M * V > 2**31
+    # int64: pair * c_stride overflows int32 once M * V > 2**31
+    pair = tl.program_id(0).to(tl.int64)
     c_ptr += pair * c_stride
     if u_ptr is not None:
         u_ptr += pair * u_stride
@@ -165,7 +223,8 @@ def _forward_kernel(
     y_c = tl.load(labels_ptr + 2 * pair)
     y_u = tl.load(labels_ptr + 2 * pair + 1)
 
-    # The maximum starts at a number, not at -inf: a first tile full of -inf logits would give exp(-inf + inf).
+    # The maximum starts at a number, not at -inf: a first tile full of -inf logits would give
+    # exp(-inf + inf).
     maximum = tl.full((), LOWEST, ACCUMULATE)
     total = tl.full((), 0.0, ACCUMULATE)
     for start in range(0, V, BLOCK):
@@ -176,9 +235,14 @@ def _forward_kernel(
 
     known_c = (y_c >= 0) & (y_c < V)
     known_u = (y_u >= 0) & (y_u < V)
-    at_c = tl.where(known_c, _mixed(c_ptr, u_ptr, y_c, known_c, lam, SCALE, CAP, ACCUMULATE), float("nan"))
-    at_u = tl.where(known_u, _mixed(c_ptr, u_ptr, y_u, known_u, lam, SCALE, CAP, ACCUMULATE), float("nan"))
-    # Shifted by the maximum before anything is subtracted from the logarithm: no cancellation between large logits.
+    at_c = tl.where(
+        known_c, _mixed(c_ptr, u_ptr, y_c, known_c, lam, SCALE, CAP, ACCUMULATE), float("nan")
+    )
+    at_u = tl.where(
+        known_u, _mixed(c_ptr, u_ptr, y_u, known_u, lam, SCALE, CAP, ACCUMULATE), float("nan")
+    )
+    # Shifted by the maximum before anything is subtracted from the logarithm: no cancellation
+    # between large logits.
     loss = tl.log(total) - (lam * (at_c - maximum) + (1.0 - lam) * (at_u - maximum))
     alive = (y_c != ignore_index) & (y_u != ignore_index)
     tl.store(loss_ptr + pair, tl.where(alive, loss, 0.0))
@@ -223,11 +287,18 @@ def _backward_kernel(
         logits = _mixed(c_ptr, u_ptr, column, inside, lam, SCALE, CAP, ACCUMULATE)
         # Compared, not scattered: right for equal labels, too.
         target = tl.where(column == y_c, lam, 0.0) + tl.where(column == y_u, 1.0 - lam, 0.0)
-        gradient = d_loss * (tl.exp(logits - maximum) / total - target) * _d_softcap(logits, CAP) * SCALE
-        # Selected, not multiplied by 0: a dead pair leaves exact zeros where its logits are infinite, too.
+        gradient = (
+            d_loss * (tl.exp(logits - maximum) / total - target) * _d_softcap(logits, CAP) * SCALE
+        )
+        # Selected, not multiplied by 0: a dead pair leaves exact zeros where its logits are
+        # infinite, too.
         gradient = tl.where(alive, gradient, 0.0)
         if d_c_ptr is not None:
             d_c = gradient if u_ptr is None else lam * gradient
             tl.store(d_c_ptr + pair * V + column, d_c.to(d_c_ptr.dtype.element_ty), mask=inside)
         if d_u_ptr is not None:
-            tl.store(d_u_ptr + pair * V + column, ((1.0 - lam) * gradient).to(d_u_ptr.dtype.element_ty), mask=inside)
+            tl.store(
+                d_u_ptr + pair * V + column,
+                ((1.0 - lam) * gradient).to(d_u_ptr.dtype.element_ty),
+                mask=inside,
+            )

@@ -1,15 +1,18 @@
 """The losses and logit gradients of a chunk of raw logits, in place: definition and plain PyTorch.
 
-Rows 2i and 2i + 1 of the chunk are the confident and the unconfident member of pair i; the rows behind the
-pairs stand alone. With z the scaled raw logits, s the soft-cap (identity where there is none), y the labels,
+Rows 2i and 2i + 1 of the chunk are the confident and the unconfident member of pair i; the rows
+behind the pairs stand alone. With z the scaled raw logits, s the soft-cap (identity where there is
+none), y the labels,
 
     l_c = s(z_c)    l_u = s(z_u)    l_m = s(lam z_c + (1 - lam) z_u)
-    nll_r = logsumexp(l_r) - l_r[y_r]                         mixup = logsumexp(l_m) - lam l_m[y_c] - (1 - lam) l_m[y_u]
-    g_r = w_ntp s'(z_r) (softmax(l_r) - onehot(y_r))          g_m = w_mix s'(z_m) (softmax(l_m) - y~)
+    nll_r = logsumexp(l_r) - l_r[y_r]
+    mixup = logsumexp(l_m) - lam l_m[y_c] - (1 - lam) l_m[y_u]
+    g_r = w_ntp s'(z_r) (softmax(l_r) - onehot(y_r))
+    g_m = w_mix s'(z_m) (softmax(l_m) - y~)
     dz_c = g_c + lam g_m                                      dz_u = g_u + (1 - lam) g_m
 
-All versions have one signature: `pair_epilogue_reference` (autograd), `pair_epilogue_torch` (in place, any device),
-and `pair_epilogue` in `pair_epilogue_triton.py`.
+All versions have one signature: `pair_epilogue_reference` (autograd), `pair_epilogue_torch` (in
+place, any device), and `pair_epilogue` in `pair_epilogue_triton.py`.
 
 Axes: N rows of the chunk, M pairs among them, V vocabulary.
 """
@@ -47,7 +50,9 @@ def pair_epilogue_reference(
     share = lam.to(accumulate)[:, None]
 
     def log_probabilities(scaled: Tensor) -> Tensor:
-        capped = scaled if logit_softcap is None else logit_softcap * torch.tanh(scaled / logit_softcap)
+        capped = (
+            scaled if logit_softcap is None else logit_softcap * torch.tanh(scaled / logit_softcap)
+        )
         return torch.log_softmax(capped, dim=1)
 
     valid = labels != ignore_index
@@ -58,7 +63,9 @@ def pair_epilogue_reference(
         confident, unconfident = scaled[0 : 2 * num_pairs : 2], scaled[1 : 2 * num_pairs : 2]
         log_p = log_probabilities(share * confident + (1 - share) * unconfident)
         targets = safe[: 2 * num_pairs]
-        mixup = -(share * log_p.gather(1, targets[0::2]) + (1 - share) * log_p.gather(1, targets[1::2])).squeeze(1)
+        mixup = -(
+            share * log_p.gather(1, targets[0::2]) + (1 - share) * log_p.gather(1, targets[1::2])
+        ).squeeze(1)
         mixup = torch.where(valid[: 2 * num_pairs].view(-1, 2).all(dim=1), mixup, 0.0)
         loss = (nll * ntp_weight).sum() + (mixup * mixup_weight).sum()
     if want_gradient:
@@ -78,27 +85,38 @@ def pair_epilogue_torch(
     ignore_index: int = -100,
     want_gradient: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the (N,) NTP and (M,) Mixup losses in nats, and overwrites the raw logits with their gradient.
+    """Returns the (N,) NTP and (M,) Mixup losses in nats, and overwrites the raw logits with their
+    gradient.
 
-    logits: (N, V), contiguous rows; labels: (N,) int64; lam: (M,), M <= N // 2, share of row 2i in pair i.
-    ntp_weight, mixup_weight: 0-d tensors, what each row's and each pair's gradient is multiplied by; they stay on
-    the device. Losses are float32 (float64 for float64 logits) and are not multiplied by them.
-    A row with an ignored label gives 0 and exact zeros, and so does the mixed part of a pair with one.
-    `want_gradient=False`: the logits' content is undefined afterwards.
+    logits: (N, V), contiguous rows; labels: (N,) int64; lam: (M,), M <= N // 2, share of row 2i in
+    pair i. ntp_weight, mixup_weight: 0-d tensors, what each row's and each pair's gradient is
+    multiplied by; they stay on the device. Losses are float32 (float64 for float64 logits) and are
+    not multiplied by them. A row with an ignored label gives 0 and exact zeros, and so does the
+    mixed part of a pair with one. `want_gradient=False`: the logits' content is undefined
+    afterwards.
     """
     rows = _Rows.of(logits, labels, ntp_weight, logit_scale, logit_softcap, ignore_index)
     pairs = _Pairs.of(rows, lam, mixup_weight, logit_scale, logit_softcap) if lam.shape[0] else None
     has_dead = logits.device.type != "cpu" or not bool(rows.alive.all())
     for piece in pieces_in_cache(logits, rows.maximum.dtype):
-        raw = logits[piece].to(rows.maximum.dtype)  # the same tensor where it has this dtype already
+        # the same tensor where it has this dtype already
+        raw = logits[piece].to(rows.maximum.dtype)
         if logit_scale != 1.0:
             raw *= logit_scale
         mixed = None
         if pairs is not None and piece.start < 2 * len(lam):
             # The mixed part is read off the raw logits first: the NTP part then overwrites them.
-            mixed = pairs.mix(raw, slice(piece.start // 2, min(piece.stop // 2, len(lam))), logit_softcap, has_dead, want_gradient)
+            mixed = pairs.mix(
+                raw,
+                slice(piece.start // 2, min(piece.stop // 2, len(lam))),
+                logit_softcap,
+                has_dead,
+                want_gradient,
+            )
         torch.amax(raw, dim=1, keepdim=True, out=rows.maximum[piece])
-        d_softcap = _exponentials_in_place(raw, rows.maximum[piece], rows.total[piece], logit_softcap, want_gradient)
+        d_softcap = _exponentials_in_place(
+            raw, rows.maximum[piece], rows.total[piece], logit_softcap, want_gradient
+        )
         if want_gradient:
             if d_softcap is not None:
                 raw.mul_(d_softcap)
@@ -112,12 +130,14 @@ def pair_epilogue_torch(
                 raw *= logit_scale
             if raw.data_ptr() != logits[piece].data_ptr():
                 logits[piece].copy_(raw)
-    return rows.losses(), logits.new_zeros(0, dtype=rows.maximum.dtype) if pairs is None else pairs.losses()
+    return rows.losses(), (
+        logits.new_zeros(0, dtype=rows.maximum.dtype) if pairs is None else pairs.losses()
+    )
 
 
 def pieces_in_cache(logits: Tensor, accumulate: torch.dtype) -> Iterator[slice]:
-    """Yields ranges of whole pairs of rows. A dozen passes go over the logits: on a CPU, over a piece that stays in its
-    cache meanwhile; elsewhere all rows are one piece."""
+    """Yields ranges of whole pairs of rows. A dozen passes go over the logits: on a CPU, over a
+    piece that stays in its cache meanwhile; elsewhere all rows are one piece."""
     num_rows, vocab_size = logits.shape
     size = max(1, num_rows)
     if logits.device.type == "cpu":
@@ -128,10 +148,12 @@ def pieces_in_cache(logits: Tensor, accumulate: torch.dtype) -> Iterator[slice]:
 
 @dataclass
 class _Rows:
-    """What is known of all rows of a chunk before their softmax, (N, 1) each, and, filled piece by piece, maximum and total
-    of it. All that touches single logits is done here for the whole chunk: a call for each piece would cost more than its work.
+    """What is known of all rows of a chunk before their softmax, (N, 1) each, and, filled piece by
+    piece, maximum and total of it. All that touches single logits is done here for the whole chunk:
+    a call for each piece would cost more than its work.
 
-    at_label: the (capped) logit at the label. at_label_gradient: what is added to the gradient there.
+    at_label: the (capped) logit at the label. at_label_gradient: what is added to the gradient
+    there.
     """
 
     logits: Tensor
@@ -144,23 +166,46 @@ class _Rows:
     total: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor, labels: Tensor, weight: Tensor, scale: float, softcap: float | None, ignore_index: int) -> _Rows:
+    def of(
+        cls,
+        logits: Tensor,
+        labels: Tensor,
+        weight: Tensor,
+        scale: float,
+        softcap: float | None,
+        ignore_index: int,
+    ) -> _Rows:
         accumulate = torch.promote_types(logits.dtype, torch.float32)
         alive = (labels != ignore_index)[:, None]
         label = labels.clamp(min=0)[:, None]
-        at_label, slope = softcapped_with_derivative(logits.gather(1, label).to(accumulate) * scale, softcap)
+        at_label, slope = softcapped_with_derivative(
+            logits.gather(1, label).to(accumulate) * scale, softcap
+        )
         weight = torch.where(alive, weight.to(accumulate), 0.0)
-        return cls(logits, label, alive, at_label, -weight * slope, weight, torch.empty_like(at_label), torch.empty_like(at_label))
+        return cls(
+            logits,
+            label,
+            alive,
+            at_label,
+            -weight * slope,
+            weight,
+            torch.empty_like(at_label),
+            torch.empty_like(at_label),
+        )
 
     def losses(self) -> Tensor:
-        # Shifted by the maximum before anything is subtracted from the logarithm: no cancellation between large logits.
-        return torch.where(self.alive, self.total.log() - (self.at_label - self.maximum), 0.0).squeeze(1)
+        # Shifted by the maximum before anything is subtracted from the logarithm: no cancellation
+        # between large logits.
+        return torch.where(
+            self.alive, self.total.log() - (self.at_label - self.maximum), 0.0
+        ).squeeze(1)
 
 
 @dataclass
 class _Pairs:
-    """The same of all pairs. share: (M, 2), of the confident and the unconfident member. labels, at_label: (M, 2), both
-    members' labels and the mixed logits there. d_confident, d_unconfident: (M, 2), what is added to a member's gradient at them."""
+    """The same of all pairs. share: (M, 2), of the confident and the unconfident member. labels,
+    at_label: (M, 2), both members' labels and the mixed logits there. d_confident, d_unconfident:
+    (M, 2), what is added to a member's gradient at them."""
 
     share: Tensor
     labels: Tensor
@@ -173,26 +218,53 @@ class _Pairs:
     total: Tensor
 
     @classmethod
-    def of(cls, rows: _Rows, lam: Tensor, weight: Tensor, scale: float, softcap: float | None) -> _Pairs:
+    def of(
+        cls, rows: _Rows, lam: Tensor, weight: Tensor, scale: float, softcap: float | None
+    ) -> _Pairs:
         accumulate, paired = rows.maximum.dtype, 2 * len(lam)
         share = torch.stack([lam.to(accumulate), 1 - lam.to(accumulate)], dim=1)
         labels = rows.label[:paired].view(-1, 2)
         alive = rows.alive[:paired].view(-1, 2).all(dim=1, keepdim=True)
-        confident, unconfident = (rows.logits[member:paired:2].gather(1, labels).to(accumulate) * scale for member in (0, 1))
-        at_label, slope = softcapped_with_derivative(share[:, :1] * confident + share[:, 1:] * unconfident, softcap)
+        confident, unconfident = (
+            rows.logits[member:paired:2].gather(1, labels).to(accumulate) * scale
+            for member in (0, 1)
+        )
+        at_label, slope = softcapped_with_derivative(
+            share[:, :1] * confident + share[:, 1:] * unconfident, softcap
+        )
         weight = torch.where(alive, weight.to(accumulate), 0.0)
         gradient = -weight * share * slope
         empty = torch.empty_like(weight)
-        return cls(share, labels, alive, at_label, share[:, :1] * gradient, share[:, 1:] * gradient, weight, empty, torch.empty_like(empty))
+        return cls(
+            share,
+            labels,
+            alive,
+            at_label,
+            share[:, :1] * gradient,
+            share[:, 1:] * gradient,
+            weight,
+            empty,
+            torch.empty_like(empty),
+        )
 
-    def mix(self, raw: Tensor, pairs: slice, softcap: float | None, has_dead: bool, want_gradient: bool) -> _Mixed | None:
-        """Takes the softmax of the mixed logits of a piece's first rows; returns its part of the gradient."""
-        confident, unconfident = raw[0 : 2 * (pairs.stop - pairs.start) : 2], raw[1 : 2 * (pairs.stop - pairs.start) : 2]
+    def mix(
+        self, raw: Tensor, pairs: slice, softcap: float | None, has_dead: bool, want_gradient: bool
+    ) -> _Mixed | None:
+        """Takes the softmax of the mixed logits of a piece's first rows; returns its part of the
+        gradient."""
+        confident, unconfident = (
+            raw[0 : 2 * (pairs.stop - pairs.start) : 2],
+            raw[1 : 2 * (pairs.stop - pairs.start) : 2],
+        )
         share, rest = self.share[pairs, :1], self.share[pairs, 1:]
         maximum, total = self.maximum[pairs], self.total[pairs]
         # lerp takes one pass instead of two, but a difference, which is NaN where both are -inf.
         is_cpu = raw.device.type == "cpu"
-        mixed = torch.lerp(unconfident, confident, share) if is_cpu else (confident * share).addcmul_(unconfident, rest)
+        mixed = (
+            torch.lerp(unconfident, confident, share)
+            if is_cpu
+            else (confident * share).addcmul_(unconfident, rest)
+        )
         torch.amax(mixed, dim=1, keepdim=True, out=maximum)
         if is_cpu and math.isnan(float(maximum.sum())):
             mixed = (confident * share).addcmul_(unconfident, rest)
@@ -206,7 +278,12 @@ class _Pairs:
         if has_dead:
             _clear(mixed, self.alive[pairs])
             factor = torch.where(self.alive[pairs], factor, 0.0)
-        return _Mixed(mixed, (share * factor, rest * factor), self.labels[pairs], (self.d_confident[pairs], self.d_unconfident[pairs]))
+        return _Mixed(
+            mixed,
+            (share * factor, rest * factor),
+            self.labels[pairs],
+            (self.d_confident[pairs], self.d_unconfident[pairs]),
+        )
 
     def losses(self) -> Tensor:
         shifted = (self.share * (self.at_label - self.maximum)).sum(dim=1, keepdim=True)
@@ -214,7 +291,8 @@ class _Pairs:
 
 
 class _Mixed(NamedTuple):
-    """A piece's mixed gradient on its way to its members: factor * exponentials, and what is added at the labels."""
+    """A piece's mixed gradient on its way to its members: factor * exponentials, and what is added
+    at the labels."""
 
     exponentials: Tensor
     factors: tuple[Tensor, Tensor]
@@ -228,9 +306,12 @@ class _Mixed(NamedTuple):
             rows.scatter_add_(1, self.labels, self.at_labels[member])
 
 
-def _exponentials_in_place(logits: Tensor, maximum: Tensor, total: Tensor, softcap: float | None, want_gradient: bool) -> Tensor | None:
-    """Overwrites (n, V) logits, whose maximum (n, 1) is given, by exp of the capped logits less their maximum; leaves that in
-    `maximum` and the sum in `total`. exp is taken once, for the loss and the gradient both. Returns the soft-cap's derivative."""
+def _exponentials_in_place(
+    logits: Tensor, maximum: Tensor, total: Tensor, softcap: float | None, want_gradient: bool
+) -> Tensor | None:
+    """Overwrites (n, V) logits, whose maximum (n, 1) is given, by exp of the capped logits less
+    their maximum; leaves that in `maximum` and the sum in `total`. exp is taken once, for the loss
+    and the gradient both. Returns the soft-cap's derivative."""
     d_softcap: Tensor | None = None
     if softcap is not None:
         logits.div_(softcap).tanh_()

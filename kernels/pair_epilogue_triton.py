@@ -1,9 +1,12 @@
-"""The Triton version of `pair_epilogue.py`, where the mathematics stand: one program per pair of logit rows.
+"""The Triton version of `pair_epilogue.py`, where the mathematics stand: one program per pair of
+logit rows.
 
-Three log-sum-exps run online in one pass over V; a second pass reads the logits again and overwrites them
-with scale * dz. The logits are read twice and written once, as a plain cross-entropy kernel would.
+Three log-sum-exps run online in one pass over V; a second pass reads the logits again and
+overwrites them with scale * dz. The logits are read twice and written once, as a plain
+cross-entropy kernel would.
 
-Compiled ahead of time for sm_80, sm_90, sm_100 and gfx942 in `tests/kernels/test_ahead_of_time.py`: no spills.
+Compiled ahead of time for sm_80, sm_90, sm_100 and gfx942 in `tests/kernels/test_ahead_of_time.py`:
+no spills.
 
 Axes: N rows of the chunk, M pairs among them, V vocabulary.
 """
@@ -16,7 +19,8 @@ from torch import Tensor
 from sftmix.kernels.triton_package import tl, triton
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-MAX_BLOCK = 4096  # columns of V per tile: with 8 warps 128 registers and no spills on sm_90; wider tiles spill
+# columns of V per tile: with 8 warps 128 registers and no spills on sm_90; wider tiles spill
+MAX_BLOCK = 4096
 
 
 def pair_epilogue(
@@ -30,13 +34,15 @@ def pair_epilogue(
     ignore_index: int = -100,
     want_gradient: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the (N,) NTP and (M,) Mixup losses in nats, and overwrites the raw logits with their gradient.
+    """Returns the (N,) NTP and (M,) Mixup losses in nats, and overwrites the raw logits with their
+    gradient.
 
-    logits: (N, V), contiguous rows; labels: (N,) int64; lam: (M,), M <= N // 2, share of row 2i in pair i.
-    ntp_weight, mixup_weight: 0-d tensors, what each row's and each pair's gradient is multiplied by; they stay on
-    the device. Losses are float32 (float64 for float64 logits) and are not multiplied by them.
-    A row with an ignored label gives 0 and exact zeros, and so does the mixed part of a pair with one.
-    `want_gradient=False`: the logits' content is undefined afterwards.
+    logits: (N, V), contiguous rows; labels: (N,) int64; lam: (M,), M <= N // 2, share of row 2i in
+    pair i. ntp_weight, mixup_weight: 0-d tensors, what each row's and each pair's gradient is
+    multiplied by; they stay on the device. Losses are float32 (float64 for float64 logits) and are
+    not multiplied by them. A row with an ignored label gives 0 and exact zeros, and so does the
+    mixed part of a pair with one. `want_gradient=False`: the logits' content is undefined
+    afterwards.
     """
     need_gpu(logits)
     num_rows, vocab_size = logits.shape
@@ -48,31 +54,57 @@ def pair_epilogue(
     weights = (ntp_weight.to(accumulate), mixup_weight.to(accumulate))
     scalars = (logits.stride(0), vocab_size, ignore_index)
     if num_pairs:
-        _pair_kernel[(num_pairs,)](logits, labels, lam.to(accumulate), nll, mixup, *weights, *scalars, **options)
+        _pair_kernel[(num_pairs,)](
+            logits, labels, lam.to(accumulate), nll, mixup, *weights, *scalars, **options
+        )
     if num_rows > 2 * num_pairs:
         alone = (num_rows - 2 * num_pairs,)
-        _row_kernel[alone](logits, labels, nll, nll, weights[0], *scalars, 2 * num_pairs, WANT_MATCH=False, **options)
+        _row_kernel[alone](
+            logits,
+            labels,
+            nll,
+            nll,
+            weights[0],
+            *scalars,
+            2 * num_pairs,
+            WANT_MATCH=False,
+            **options,
+        )
     return nll, mixup
 
 
 def row_nll(
-    logits: Tensor, labels: Tensor, logit_scale: float, logit_softcap: float | None, ignore_index: int, nll: Tensor, match: Tensor
+    logits: Tensor,
+    labels: Tensor,
+    logit_scale: float,
+    logit_softcap: float | None,
+    ignore_index: int,
+    nll: Tensor,
+    match: Tensor,
 ) -> None:
-    """Fills nll (N,) float32 and match (N,) bool from raw logits (N, V), read once; as `row_nll_torch`."""
+    """Fills nll (N,) float32 and match (N,) bool from raw logits (N, V), read once; as
+    `row_nll_torch`."""
     need_gpu(logits)
     num_rows, vocab_size = logits.shape
-    options = {**_options(logits, logit_scale, logit_softcap), "WANT_GRADIENT": False, "WANT_MATCH": True}
+    options = {
+        **_options(logits, logit_scale, logit_softcap),
+        "WANT_GRADIENT": False,
+        "WANT_MATCH": True,
+    }
     if num_rows:
         scalars = (logits.stride(0), vocab_size, ignore_index, 0)
-        _row_kernel[(num_rows,)](logits, labels, nll, match.view(torch.int8), nll, *scalars, **options)
+        _row_kernel[(num_rows,)](
+            logits, labels, nll, match.view(torch.int8), nll, *scalars, **options
+        )
 
 
 def need_gpu(tensor: Tensor) -> None:
     """Raises ValueError where a kernel could not run on the tensor."""
     if not tensor.is_cuda and not INTERPRETED:
         raise ValueError(
-            f'backend="triton" needs a GPU, and the tensors are on {tensor.device}. Use backend="torch", or set '
-            "TRITON_INTERPRET=1 before the start to interpret the kernels (for tests: it is slow)."
+            f'backend="triton" needs a GPU, and the tensors are on {tensor.device}. Use'
+            ' backend="torch", or set TRITON_INTERPRET=1 before the start to interpret the kernels'
+            " (for tests: it is slow)."
         )
 
 
@@ -88,7 +120,8 @@ def _options(logits: Tensor, logit_scale: float, logit_softcap: float | None) ->
 
 @triton.jit
 def _softcap(z, CAP: tl.constexpr):
-    # CAP * tanh(z / CAP); written with exp because the interpreter has no tanh. exp overflows to inf, and 2 / inf is 0.
+    # CAP * tanh(z / CAP); written with exp because the interpreter has no tanh. exp overflows to
+    # inf, and 2 / inf is 0.
     if CAP is None:
         return z
     else:
@@ -105,7 +138,8 @@ def _d_softcap(capped, CAP: tl.constexpr):
 
 @triton.jit
 def _online(maximum, total, values):
-    # Online softmax (https://arxiv.org/abs/1805.02867): running maximum, and the sum rescaled to it.
+    # Online softmax (https://arxiv.org/abs/1805.02867): running maximum, and the sum rescaled to
+    # it.
     larger = tl.maximum(maximum, tl.max(values, axis=0))
     return larger, total * tl.exp(maximum - larger) + tl.sum(tl.exp(values - larger), axis=0)
 
@@ -128,7 +162,8 @@ def _pair_kernel(
     ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    pair = tl.program_id(0).to(tl.int64)  # int64: row * row_stride overflows int32 once N * V > 2**31
+    # int64: row * row_stride overflows int32 once N * V > 2**31
+    pair = tl.program_id(0).to(tl.int64)
     c_ptr = logits_ptr + 2 * pair * row_stride
     u_ptr = c_ptr + row_stride
     lam = tl.load(lam_ptr + pair)
@@ -164,7 +199,8 @@ def _pair_kernel(
     uu = tl.load(u_ptr + at_u).to(ACCUMULATE) * SCALE
     mixed_c = _softcap(lam * cc + rest * uc, CAP)
     mixed_u = _softcap(lam * cu + rest * uu, CAP)
-    # Shifted by the maximum before anything is subtracted from the logarithm: no cancellation between large logits.
+    # Shifted by the maximum before anything is subtracted from the logarithm: no cancellation
+    # between large logits.
     nll_c = tl.log(s_c) - (_softcap(cc, CAP) - m_c)
     nll_u = tl.log(s_u) - (_softcap(uu, CAP) - m_u)
     nll_m = tl.log(s_m) - (lam * (mixed_c - m_m) + rest * (mixed_u - m_m))
@@ -173,7 +209,8 @@ def _pair_kernel(
     tl.store(mixup_ptr + pair, tl.where(has_c & has_u, nll_m, zero))
 
     if WANT_GRADIENT:
-        tl.debug_barrier()  # every warp has read the logits at the labels before any overwrites them
+        # every warp has read the logits at the labels before any overwrites them
+        tl.debug_barrier()
         w_ntp = tl.load(ntp_weight_ptr)
         w_mix = tl.load(mixup_weight_ptr)
         for start in range(0, V, BLOCK):
@@ -188,8 +225,13 @@ def _pair_kernel(
             hit_u = tl.where(column == y_u, 1.0, 0.0)
             g_c = w_ntp * (tl.exp(l_c - m_c) / s_c - hit_c) * _d_softcap(l_c, CAP)
             g_u = w_ntp * (tl.exp(l_u - m_u) / s_u - hit_u) * _d_softcap(l_u, CAP)
-            g_m = w_mix * (tl.exp(l_m - m_m) / s_m - lam * hit_c - rest * hit_u) * _d_softcap(l_m, CAP)
-            # Selected, not multiplied by 0: an ignored row leaves exact zeros where its logits are infinite, too.
+            g_m = (
+                w_mix
+                * (tl.exp(l_m - m_m) / s_m - lam * hit_c - rest * hit_u)
+                * _d_softcap(l_m, CAP)
+            )
+            # Selected, not multiplied by 0: an ignored row leaves exact zeros where its logits are
+            # infinite, too.
             g_m = tl.where(has_c & has_u, g_m, zero)
             d_c = (tl.where(has_c, g_c, zero) + lam * g_m) * SCALE
             d_u = (tl.where(has_u, g_u, zero) + rest * g_m) * SCALE
@@ -233,7 +275,8 @@ def _row_kernel(
     if WANT_MATCH:
         tl.store(match_ptr + row, (has_label & (at_label >= m)).to(tl.int8))
     if WANT_GRADIENT:
-        tl.debug_barrier()  # every warp has read the logits at the labels before any overwrites them
+        # every warp has read the logits at the labels before any overwrites them
+        tl.debug_barrier()
         w_ntp = tl.load(ntp_weight_ptr)
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -242,4 +285,6 @@ def _row_kernel(
             capped = _softcap(z, CAP)
             hit = tl.where(column == y, 1.0, 0.0)
             g = w_ntp * (tl.exp(capped - m) / s - hit) * _d_softcap(capped, CAP) * SCALE
-            tl.store(z_ptr + column, tl.where(has_label, g, zero).to(z_ptr.dtype.element_ty), mask=inside)
+            tl.store(
+                z_ptr + column, tl.where(has_label, g, zero).to(z_ptr.dtype.element_ty), mask=inside
+            )

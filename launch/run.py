@@ -10,7 +10,8 @@ from sftmix.cli import main
 
 
 def as_command(arguments: list[str]) -> list[str]:
-    """Returns the arguments of the `sftmix` command line: `--stage NAME` names the command, `run` by default."""
+    """Returns the arguments of the `sftmix` command line: `--stage NAME` names the command, `run`
+    by default."""
     rest = list(arguments)
     command = "run"
     if "--stage" in rest:

@@ -36,7 +36,10 @@ OTHERS = {
     "inspect": "show examples with their tokens coloured by the response mask",
     "export": "copy a trained model to a folder of your own",
 }
-LAUNCH = "run on the nodes of a hostfile, through DeepSpeed's launchers; or write a batch script, with --template"
+LAUNCH = (
+    "run on the nodes of a hostfile, through DeepSpeed's launchers; or write a batch script, with"
+    " --template"
+)
 FORCE = "replace finished work that was made with other settings"
 RESTART = "discard saved progress instead of resuming"
 LAUNCHERS = ("pdsh", "ssh", "torchrun", "openmpi", "slurm")
@@ -52,11 +55,16 @@ SCORES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of `sftmix`. Returns the exit code: 0 done, 2 a mistake that the user can mend, 75 stopped on request and saved (to be
-    started again), 130 the same after Control-C, 1 anything else."""
+    """Entry point of `sftmix`. Returns the exit code: 0 done, 2 a mistake that the user can mend,
+    75 stopped on request and saved (to be started again), 130 the same after Control-C, 1 anything
+    else."""
     _open_closed_output()
     # The deepspeed launcher adds --local_rank to what it starts; the environment says the same.
-    given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not a.startswith("--local_rank")]
+    given = [
+        a
+        for a in (sys.argv[1:] if arguments is None else arguments)
+        if not a.startswith("--local_rank")
+    ]
     parser = _parser()
     options, rest = parser.parse_known_args(given)
     if any(argument.startswith("-") for argument in rest) or (rest and "overrides" not in options):
@@ -74,14 +82,25 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("sftmix: interrupted. The same command goes on from what is saved.", file=sys.stderr)
         return INTERRUPTED
-    except (SftmixError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: torch's, out of memory
+    except (
+        SftmixError,
+        OSError,
+        MemoryError,
+        RuntimeError,
+    ) as error:  # RuntimeError: torch's, out of memory
         is_lost = _forget_lost_output()
-        if is_lost and isinstance(error, BrokenPipeError):  # `sftmix inspect CONFIG | head`: nobody wants to read more
+        # `sftmix inspect CONFIG | head`: nobody wants to read more
+        if is_lost and isinstance(error, BrokenPipeError):
             return 1
         from sftmix.storage.failures import explain
 
-        known = error if isinstance(error, SftmixError) else explain(error, None if is_lost else getattr(options, "writes_to", None))
-        if known is None or getattr(options, "debug", False):  # not a mistake of the user or the machine: a bug of sftmix
+        known = (
+            error
+            if isinstance(error, SftmixError)
+            else explain(error, None if is_lost else getattr(options, "writes_to", None))
+        )
+        # not a mistake of the user or the machine: a bug of sftmix
+        if known is None or getattr(options, "debug", False):
             raise
         for line in str(known).splitlines() if _is_main() or not known.on_all_ranks else []:
             print(f"sftmix: error: {line}", file=sys.stderr)
@@ -89,7 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _open_closed_output() -> None:
-    """Lets what is printed go nowhere where stdout or stderr is closed (`>&-`): else the next file that is opened would get it."""
+    """Lets what is printed go nowhere where stdout or stderr is closed (`>&-`): else the next file
+    that is opened would get it."""
     for name, number in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -100,8 +120,9 @@ def _open_closed_output() -> None:
 
 
 def _forget_lost_output() -> bool:
-    """Returns whether stdout takes nothing any more (a closed pipe, a full disk). Python would say so again when it ends, so what it
-    still holds, and what is printed from here on, goes nowhere."""
+    """Returns whether stdout takes nothing any more (a closed pipe, a full disk). Python would say
+    so again when it ends, so what it still holds, and what is printed from here on, goes
+    nowhere."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -170,50 +191,123 @@ def _parser() -> argparse.ArgumentParser:
             again = "run the stage again, and " if name in STAGES else ""
             command.add_argument("--force", action="store_true", help=again + FORCE)
         if name == "inspect":
-            command.add_argument("--num", type=int, default=3, metavar="N", help="examples to show (default 3)")
+            command.add_argument(
+                "--num", type=int, default=3, metavar="N", help="examples to show (default 3)"
+            )
         if name == "export":
-            command.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
+            command.add_argument(
+                "--to", type=Path, required=True, metavar="FOLDER", help="a new folder"
+            )
             command.add_argument("--which", default="sftmix", help="sftmix (default) or baseline")
-            command.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, in peft's format, not merged")
+            command.add_argument(
+                "--adapter",
+                action="store_true",
+                help="the LoRA adapter alone, in peft's format, not merged",
+            )
     _add_launch(commands.add_parser("launch", **_texts("launch", LAUNCH)))
     _add_doctor(commands.add_parser("doctor", **_texts("doctor", DOCTOR)))
     commands.add_parser("configs", **_texts("configs", CONFIGS))
-    _add_scores(commands.add_parser("scores", **_texts("scores", "show, check, merge or export score tables")))
+    _add_scores(
+        commands.add_parser(
+            "scores", **_texts("scores", "show, check, merge or export score tables")
+        )
+    )
     return parser
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", metavar="CONFIG", help="YAML file, or a name that `sftmix configs` lists")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a field, for example train.epochs=1")
+    command.add_argument(
+        "config", metavar="CONFIG", help="YAML file, or a name that `sftmix configs` lists"
+    )
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="replaces a field, for example train.epochs=1",
+    )
 
 
 def _add_launch(command: argparse.ArgumentParser) -> None:
     _add_config(command)
-    command.add_argument("--hostfile", type=Path, metavar="FILE", help="the nodes: lines of `host slots=N`")
-    command.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="what starts the ranks (default pdsh)")
-    command.add_argument("--stage", choices=STAGES, help="this stage alone, in place of the whole recipe")
-    command.add_argument("--dry-run", action="store_true", help="show the command, and what each node would do; start nothing")
-    command.add_argument("--node-rank", type=int, metavar="I", help="with ssh and torchrun: the part of node I alone, on this machine")
-    command.add_argument("--master-addr", metavar="HOST", help="where the ranks meet (default: the first node)")
-    command.add_argument("--master-port", type=int, metavar="PORT", help="and at which port (default 29500; slurm: by the job's number)")
-    command.add_argument("--force", action="store_true", help=f"with --stage: run it again; {FORCE}")
-    command.add_argument("--restart", action="store_true", help=RESTART)
-    command.add_argument("--template", choices=TEMPLATES, help="print a file that starts this config there, and start nothing")
     command.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="with --template: its values, as nodes=2 gpus=8 or nodes=2,gpus=8"
+        "--hostfile", type=Path, metavar="FILE", help="the nodes: lines of `host slots=N`"
+    )
+    command.add_argument(
+        "--launcher", choices=LAUNCHERS, default="pdsh", help="what starts the ranks (default pdsh)"
+    )
+    command.add_argument(
+        "--stage", choices=STAGES, help="this stage alone, in place of the whole recipe"
+    )
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show the command, and what each node would do; start nothing",
+    )
+    command.add_argument(
+        "--node-rank",
+        type=int,
+        metavar="I",
+        help="with ssh and torchrun: the part of node I alone, on this machine",
+    )
+    command.add_argument(
+        "--master-addr", metavar="HOST", help="where the ranks meet (default: the first node)"
+    )
+    command.add_argument(
+        "--master-port",
+        type=int,
+        metavar="PORT",
+        help="and at which port (default 29500; slurm: by the job's number)",
+    )
+    command.add_argument(
+        "--force", action="store_true", help=f"with --stage: run it again; {FORCE}"
+    )
+    command.add_argument("--restart", action="store_true", help=RESTART)
+    command.add_argument(
+        "--template",
+        choices=TEMPLATES,
+        help="print a file that starts this config there, and start nothing",
+    )
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="with --template: its values, as nodes=2 gpus=8 or nodes=2,gpus=8",
     )
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _add_doctor(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", nargs="?", metavar="CONFIG", help="also look at what this run needs: memory, disk, network")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a field, for example run.dir=/scratch/run")
-    command.add_argument("--hostfile", type=Path, metavar="FILE", help="also look at these nodes, over ssh, and compare them with this one")
-    command.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    command.add_argument("--quick", action="store_true", help="leave out what starts ranks: the gradient test and the bandwidth")
+    command.add_argument(
+        "config",
+        nargs="?",
+        metavar="CONFIG",
+        help="also look at what this run needs: memory, disk, network",
+    )
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="replaces a field, for example run.dir=/scratch/run",
+    )
+    command.add_argument(
+        "--hostfile",
+        type=Path,
+        metavar="FILE",
+        help="also look at these nodes, over ssh, and compare them with this one",
+    )
+    command.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of lines"
+    )
+    command.add_argument(
+        "--quick",
+        action="store_true",
+        help="leave out what starts ranks: the gradient test and the bandwidth",
+    )
     command.add_argument("--mend", action="store_true", help="remove stale build locks")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    for name, kind in (("--nodes", int), ("--ranks", int), ("--look-for", Path)):  # for the doctors of other nodes
+    # for the doctors of other nodes
+    for name, kind in (("--nodes", int), ("--ranks", int), ("--look-for", Path)):
         command.add_argument(name, type=kind, help=argparse.SUPPRESS)
 
 
@@ -222,28 +316,50 @@ def _add_scores(parser: argparse.ArgumentParser) -> None:
     for name, text in SCORES.items():
         command = commands.add_parser(name, **_texts(f"scores {name}", text))
         if name == "merge":
-            command.add_argument("tables", nargs="+", metavar="TABLE", help="folder or Hub name; two or more")
+            command.add_argument(
+                "tables", nargs="+", metavar="TABLE", help="folder or Hub name; two or more"
+            )
         else:
             command.add_argument("table", metavar="TABLE", help="folder, Parquet file, or Hub name")
         if name == "show":
-            command.add_argument("--num", type=int, default=5, metavar="N", help="examples to show at either end (default 5)")
-            command.add_argument("--column", metavar="NAME", help="column to take for the confidence")
+            command.add_argument(
+                "--num",
+                type=int,
+                default=5,
+                metavar="N",
+                help="examples to show at either end (default 5)",
+            )
+            command.add_argument(
+                "--column", metavar="NAME", help="column to take for the confidence"
+            )
         if name == "check":
             _add_config(command)
         if name in ("merge", "export"):
-            command.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
+            command.add_argument(
+                "--to", type=Path, required=True, metavar="FOLDER", help="a new folder"
+            )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _list_configs() -> None:
-    """Prints names and first lines of the package's configs: those that run, then the parts of others."""
+    """Prints names and first lines of the package's configs: those that run, then the parts of
+    others."""
     from sftmix.config.shipped import CONFIGS, describe_configs
 
     runs = describe_configs()
-    parts = {name: runs.pop(name) for name in list(runs) if name.startswith(("bases/", "data/", "models/"))}
+    parts = {
+        name: runs.pop(name)
+        for name in list(runs)
+        if name.startswith(("bases/", "data/", "models/"))
+    }
     for title, group in (("to run", runs), ("parts of a config of your own, under `base:`", parts)):
         width = max(map(len, group))
-        print(f"{title}:", *(f"  {name:<{width}}  {text}" for name, text in group.items()), "", sep="\n")
+        print(
+            f"{title}:",
+            *(f"  {name:<{width}}  {text}" for name, text in group.items()),
+            "",
+            sep="\n",
+        )
     names = sorted(f"  deepspeed/{file.name}" for file in CONFIGS.glob("deepspeed/*.json"))
     print("for engine.deepspeed:", *names, "", f"files: {CONFIGS}", sep="\n")
 
@@ -267,7 +383,8 @@ def _dispatch(options: argparse.Namespace) -> int:
         from sftmix.pipeline.launching import launch_on_nodes
 
         return launch_on_nodes(options)
-    # Found before torch is imported, which takes seconds: a launcher that ends in that time must not be missed.
+    # Found before torch is imported, which takes seconds: a launcher that ends in that time must
+    # not be missed.
     place = place_of()
     launchers = processes.launchers() if place is not None else []
     if options.command == "scores":
@@ -313,7 +430,8 @@ def _dispatch(options: argparse.Namespace) -> int:
 
 
 def _say_what_next(config: Config) -> None:
-    """Prints where the model is, and commands that go on from it; the run folder stands for its config."""
+    """Prints where the model is, and commands that go on from it; the run folder stands for its
+    config."""
     folder = config.run.dir
     export = [_found("sftmix"), "export", str(folder), "--to", "my-model"]
     board = [_found("tensorboard"), "--logdir", str(folder / "logs/tensorboard")]
@@ -327,7 +445,8 @@ def _say_what_next(config: Config) -> None:
 
 
 def _found(command: str) -> str:
-    """Returns a command as it can be typed here: with its folder where the environment is not activated."""
+    """Returns a command as it can be typed here: with its folder where the environment is not
+    activated."""
     beside = Path(sys.executable).with_name(command)
     if shutil.which(command) or not beside.is_file():
         return command

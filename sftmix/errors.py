@@ -3,13 +3,13 @@
     SftmixError
       ConfigError      a key, a value, or two settings that contradict each other
       DataError        a file, a row, a chat template
-      ArtifactError    what one stage left for the next is missing, damaged or belongs to something else
+      ArtifactError    an output of an earlier stage is missing, damaged or of another run
       TrainingError    a run that cannot go on: losses that are not finite
       MachineError     a full disk, a denied permission, no memory (`sftmix/storage/failures.py`)
-      StoppedError     no error: the run was asked to stop, has saved its state, and can be started again (exit code 75)
+      StoppedError     no error: the run was asked to stop and has saved its state (exit code 75)
 
-Each message says what was found (with file, line, key and value), what was expected, and what to do.
-The command line prints the message alone and exits with code 2; `--debug` shows the traceback.
+Each message says what was found (with file, line, key and value), what was expected, and what to
+do. The command line prints the message alone and exits with code 2; `--debug` shows the traceback.
 """
 
 from __future__ import annotations
@@ -17,31 +17,36 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-STOPPED = 75  # exit code of a run that was asked to stop, and has saved its state: EX_TEMPFAIL, start it again
+# exit code of a run that was asked to stop, and has saved its state: EX_TEMPFAIL, start it again
+STOPPED = 75
 INTERRUPTED = 130  # the same after Control-C: 128 + SIGINT, as a shell says it
 
 
 def counted(number: int, singular: str, plural: str | None = None) -> str:
-    """Returns a count with its noun, as in `1 example`, `1,200 examples`. plural: where it is not the singular with an s;
-    it may hold the verb too."""
+    """Returns a count with its noun, as in `1 example`, `1,200 examples`. plural: where it is not
+    the singular with an s; it may hold the verb too."""
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
-    """Returns a question with the known word nearest to a misspelt one, or `otherwise` where none is near."""
+    """Returns a question with the known word nearest to a misspelt one, or `otherwise` where none
+    is near."""
     near = difflib.get_close_matches(word, sorted(known), n=1)
     return f"Did you mean `{near[0]}`?" if near else otherwise
 
 
 def first_line(error: BaseException) -> str:
     """Returns what a library's error says first, as a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
+        type(error).__name__
+    ]
     said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return said.rstrip(".:") + "."
 
 
 class SftmixError(Exception):
-    """Base of all errors that a user can act on. on_all_ranks: every rank raises the same, so rank 0 alone prints it."""
+    """Base of all errors that a user can act on. on_all_ranks: every rank raises the same, so rank
+    0 alone prints it."""
 
     def __init__(self, message: str, *, on_all_ranks: bool = False):
         super().__init__(message)

@@ -11,7 +11,19 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # The longest first: one of them that comes last leaves a core idle for minutes.
-LONGEST = ("failures", "stops", "resume", "scoring_survives", "ranks", "scoring", "recipe", "hosts", "many_nodes", "kills", "run_folder")
+LONGEST = (
+    "failures",
+    "stops",
+    "resume",
+    "scoring_survives",
+    "ranks",
+    "scoring",
+    "recipe",
+    "hosts",
+    "many_nodes",
+    "kills",
+    "run_folder",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -27,7 +39,9 @@ def mounted(tmp_path):
     def mount(options, *, prepare=lambda folder: None):
         folder = tmp_path / f"mounted{len(folders)}"
         folder.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], check=False, capture_output=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "tmpfs", str(folder)], check=False, capture_output=True
+        )
         if done.returncode != 0:
             pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
         folders.append(folder)

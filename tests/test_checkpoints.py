@@ -12,7 +12,13 @@ import pytest
 
 from sftmix.errors import ArtifactError
 from sftmix.storage import artifacts, provenance
-from sftmix.storage.checkpoints import STAGE, CheckpointFolder, HashedFile, check_space, find_problem
+from sftmix.storage.checkpoints import (
+    STAGE,
+    CheckpointFolder,
+    HashedFile,
+    check_space,
+    find_problem,
+)
 
 
 def write(checkpoints, step, content=b"state" * 100):
@@ -24,7 +30,9 @@ def write(checkpoints, step, content=b"state" * 100):
         file.write(content + name.encode())
         entries[name] = file.close()
     facts = {"step": step, "numbers": {"log": [[0.1, 1e-300, 5.25]]}, "kept": {}}
-    checkpoints.publish(staging, step, artifacts.Manifest(STAGE, "f", {"rate": 0.5}, {"data": "d"}, entries, facts))
+    checkpoints.publish(
+        staging, step, artifacts.Manifest(STAGE, "f", {"rate": 0.5}, {"data": "d"}, entries, facts)
+    )
     checkpoints.retain()
 
 
@@ -52,7 +60,9 @@ def test_every_one_of_a_thousand_flipped_bits_is_found(tmp_path):
     assert len(files) == 3 and problem_of(checkpoints, 7) is None
 
 
-@pytest.mark.parametrize("how", ["a manifest of another step", "another stage's", "a link", "no manifest"])
+@pytest.mark.parametrize(
+    "how", ["a manifest of another step", "another stage's", "a link", "no manifest"]
+)
 def test_what_only_looks_like_a_checkpoint_is_none(tmp_path, how):
     checkpoints = CheckpointFolder(tmp_path)
     write(checkpoints, 7)
@@ -73,11 +83,19 @@ def test_the_newest_is_by_number_and_latest_is_a_hint(tmp_path):
     checkpoints = CheckpointFolder(tmp_path, keep_last=3)
     for step in (2, 10, 9):
         write(checkpoints, step)
-    assert checkpoints.steps() == [10, 9, 2] and (tmp_path / "latest").read_text() == "step_000009\n"
-    assert checkpoints.path(10).stat().st_mode & 0o777 == 0o700 and (checkpoints.path(10) / "a.pt").stat().st_mode & 0o777 == 0o600
+    assert (
+        checkpoints.steps() == [10, 9, 2] and (tmp_path / "latest").read_text() == "step_000009\n"
+    )
+    assert (
+        checkpoints.path(10).stat().st_mode & 0o777 == 0o700
+        and (checkpoints.path(10) / "a.pt").stat().st_mode & 0o777 == 0o600
+    )
 
 
-@pytest.mark.parametrize(("keep_last", "keep_every", "left"), [(1, None, [6]), (2, None, [6, 5]), (1, 3, [6, 3]), (2, 2, [6, 5, 4, 2])])
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "left"),
+    [(1, None, [6]), (2, None, [6, 5]), (1, 3, [6, 3]), (2, 2, [6, 5, 4, 2])],
+)
 def test_retention(tmp_path, keep_last, keep_every, left):
     checkpoints = CheckpointFolder(tmp_path, keep_last, keep_every)
     for step in range(1, 7):
@@ -91,7 +109,11 @@ def test_what_is_set_aside_keeps_its_content_and_never_comes_back(tmp_path):
         write(checkpoints, 4)
         checkpoints.set_aside(4)
     assert checkpoints.steps() == []
-    assert sorted(path.name for path in tmp_path.glob("step*")) == ["step_000004.damaged", "step_000004.damaged2", "step_000004.damaged3"]
+    assert sorted(path.name for path in tmp_path.glob("step*")) == [
+        "step_000004.damaged",
+        "step_000004.damaged2",
+        "step_000004.damaged3",
+    ]
 
 
 def test_a_new_save_removes_what_killed_ones_have_left(tmp_path):
@@ -104,7 +126,10 @@ def test_a_new_save_removes_what_killed_ones_have_left(tmp_path):
 
 @pytest.mark.parametrize("sizes", [[0], [1], [100, 5 << 20, 3], [1 << 20, (1 << 20) - 1]])
 def test_the_digest_is_that_of_the_bytes_on_disk(tmp_path, sizes):
-    file, parts = HashedFile(tmp_path / "x"), [np.random.default_rng(size).bytes(size) for size in sizes]
+    file, parts = (
+        HashedFile(tmp_path / "x"),
+        [np.random.default_rng(size).bytes(size) for size in sizes],
+    )
     for part in parts:
         file.write(memoryview(part))
     entry = file.close()
@@ -139,11 +164,16 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path):
 
 def test_space_is_looked_for_on_the_volume_in_question(tmp_path):
     check_space(tmp_path, 1)
-    with pytest.raises(ArtifactError, match=r"needs 1,073,741,824\.0 MiB in .*, and its volume has .* MiB free"):
+    with pytest.raises(
+        ArtifactError, match=r"needs 1,073,741,824\.0 MiB in .*, and its volume has .* MiB free"
+    ):
         check_space(tmp_path, 1 << 50)
 
 
 def test_differences_are_named_with_both_values():
     before, now = {"a": {"b": 1, "c": [1, 2]}, "d": None}, {"a": {"b": 2, "c": [1, 2]}, "e": "x"}
-    assert provenance.differences(before, now) == ["a.b: 1 before, 2 now", 'e: nothing before, "x" now']
+    assert provenance.differences(before, now) == [
+        "a.b: 1 before, 2 now",
+        'e: nothing before, "x" now',
+    ]
     assert provenance.differences(json.loads(json.dumps(before)), before) == []

@@ -1,4 +1,5 @@
-"""Every mistake in a config file is one line: where it stands, which key, which value, and what to do."""
+"""Every mistake in a config file is one line: where it stands, which key, which value, and what to
+do."""
 
 import copy
 import itertools
@@ -31,16 +32,26 @@ def types_in(annotation):
 
 
 def section_in(annotation):
-    return next((t for t in types_in(annotation) if isinstance(t, type) and issubclass(t, BaseModel)), None)
+    return next(
+        (t for t in types_in(annotation) if isinstance(t, type) and issubclass(t, BaseModel)), None
+    )
 
 
 def walk(model=Config, prefix=()):
-    """Yields (key path, field) of every key of the schema; 0 stands for the first item of a list of sections."""
+    """Yields (key path, field) of every key of the schema; 0 stands for the first item of a list of
+    sections."""
     for name, field in model.model_fields.items():
         yield (*prefix, name), field
         section = section_in(field.annotation)
         if section:
-            yield from walk(section, (*prefix, name, 0) if list[section] in types_in(field.annotation) else (*prefix, name))
+            yield from walk(
+                section,
+                (
+                    (*prefix, name, 0)
+                    if list[section] in types_in(field.annotation)
+                    else (*prefix, name)
+                ),
+            )
 
 
 def dotted(path):
@@ -66,11 +77,23 @@ def with_value(path, value):
 
 
 def write(folder, content):
-    """Writes a config file of text or a dict; returns its path and the `file:line` of MARK in it."""
-    text = content if isinstance(content, str) else yaml.safe_dump(content, default_flow_style=None, width=1000)
+    """Writes a config file of text or a dict; returns its path and the `file:line` of MARK in
+    it."""
+    text = (
+        content
+        if isinstance(content, str)
+        else yaml.safe_dump(content, default_flow_style=None, width=1000)
+    )
     file = folder / "run.yaml"
     file.write_text(text)
-    return file, next((f"{file}:{number}" for number, line in enumerate(text.splitlines(), start=1) if MARK in line), None)
+    return file, next(
+        (
+            f"{file}:{number}"
+            for number, line in enumerate(text.splitlines(), start=1)
+            if MARK in line
+        ),
+        None,
+    )
 
 
 def refusal(file, overrides=()):
@@ -85,8 +108,15 @@ def load(folder, content=BASE, overrides=()):
 
 
 def test_the_walk_over_the_schema_reaches_nested_sections():  # the test of the test
-    assert {"run.dir", "data.sources.0.weight", "reference.model.path", "reference.train.epochs"} <= set(FIELDS)
-    assert {"train.epochs", "train.adam_betas", "split.confident_share", "data.limit"} <= set(NUMBERS)
+    assert {
+        "run.dir",
+        "data.sources.0.weight",
+        "reference.model.path",
+        "reference.train.epochs",
+    } <= set(FIELDS)
+    assert {"train.epochs", "train.adam_betas", "split.confident_share", "data.limit"} <= set(
+        NUMBERS
+    )
     assert "engine.zero_stage" not in NUMBERS and "run.dir" not in NUMBERS
 
 
@@ -99,21 +129,31 @@ def test_every_key_below_a_section_has_a_description(name):
 def test_a_key_that_is_misspelled_by_a_letter_is_refused_with_place_and_suggestion(tmp_path, name):
     path, _ = FIELDS[name]
     key, middle = path[-1], len(path[-1]) // 2
-    for misspelled in (key[:middle] + key[middle + 1 :], key + key[-1], key[:middle] + "z" + key[middle + 1 :]):
+    for misspelled in (
+        key[:middle] + key[middle + 1 :],
+        key + key[-1],
+        key[:middle] + "z" + key[middle + 1 :],
+    ):
         wrong = (*path[:-1], misspelled)
         file, place = write(tmp_path, with_value(wrong, MARK))
-        assert f"{place}: `{dotted(wrong)}` is an unknown key. Did you mean `{key}`?" in refusal(file)
+        assert f"{place}: `{dotted(wrong)}` is an unknown key. Did you mean `{key}`?" in refusal(
+            file
+        )
 
 
 def test_a_key_that_resembles_none_is_refused_with_the_known_keys(tmp_path):
     file, place = write(tmp_path, with_value(("log", "zzz"), MARK))
-    assert refusal(file) == [f"{place}: `log.zzz` is an unknown key. Known keys here: every_steps, tensorboard."]
+    assert refusal(file) == [
+        f"{place}: `log.zzz` is an unknown key. Known keys here: every_steps, tensorboard."
+    ]
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_wrong_type_names_place_key_and_value(tmp_path, name):
     path, field = FIELDS[name]
-    takes_a_mapping = section_in(field.annotation) or any(get_origin(t) is dict for t in types_in(field.annotation))
+    takes_a_mapping = section_in(field.annotation) or any(
+        get_origin(t) is dict for t in types_in(field.annotation)
+    )
     value = MARK if takes_a_mapping and get_origin(field.annotation) is not list else {MARK: 1}
     file, place = write(tmp_path, with_value(path, value))
     assert any(line.startswith(f"{place}: `{name}` is {value!r}: ") for line in refusal(file))
@@ -162,14 +202,26 @@ def test_values_out_of_range_are_refused(tmp_path, name, value):
 def test_confident_and_unconfident_examples_must_not_overlap(tmp_path):
     file, _ = write(tmp_path, {**BASE, "split": {"confident_share": 0.6, "unconfident_share": 0.5}})
     [line] = refusal(file)
-    assert line.startswith(f"{file}:") and "`confident_share` + `unconfident_share` must not exceed 1" in line
-    assert load(tmp_path, {**BASE, "split": {"confident_share": 0.7, "unconfident_share": 0.3}}).split.confident_share == 0.7
+    assert (
+        line.startswith(f"{file}:")
+        and "`confident_share` + `unconfident_share` must not exceed 1" in line
+    )
+    assert (
+        load(
+            tmp_path, {**BASE, "split": {"confident_share": 0.7, "unconfident_share": 0.3}}
+        ).split.confident_share
+        == 0.7
+    )
 
 
 def test_all_mistakes_of_a_file_are_listed_at_once(tmp_path):
-    file, _ = write(tmp_path, {**BASE, "train": {"epohcs": 1, "batch_size": 0}, "log": {"every_steps": "x"}})
+    file, _ = write(
+        tmp_path, {**BASE, "train": {"epohcs": 1, "batch_size": 0}, "log": {"every_steps": "x"}}
+    )
     lines = refusal(file)
-    assert len(lines) == 3 and all(any(key in line for line in lines) for key in ("epohcs", "batch_size", "every_steps"))
+    assert len(lines) == 3 and all(
+        any(key in line for line in lines) for key in ("epohcs", "batch_size", "every_steps")
+    )
 
 
 # Files that are no config at all.
@@ -220,7 +272,9 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path):
 )
 def test_a_duplicate_key_is_refused_with_both_places(tmp_path, text, key, first, second):
     file, _ = write(tmp_path, text)
-    assert refusal(file) == [f"{file}:{second}: `{key}` stands twice (first at {file}:{first}). Keep one of them."]
+    assert refusal(file) == [
+        f"{file}:{second}: `{key}` stands twice (first at {file}:{first}). Keep one of them."
+    ]
 
 
 def test_a_missing_file_suggests_one_with_a_near_name(tmp_path):
@@ -240,7 +294,15 @@ def test_a_missing_section_is_named(tmp_path, missing):
 
 
 def test_overrides_replace_and_create_fields_and_later_ones_win(tmp_path):
-    config = load(tmp_path, overrides=["train.epochs=2", "reference.train.epochs=5", "train.epochs=4", "mixup={weight: 0.5, alpha: 2}"])
+    config = load(
+        tmp_path,
+        overrides=[
+            "train.epochs=2",
+            "reference.train.epochs=5",
+            "train.epochs=4",
+            "mixup={weight: 0.5, alpha: 2}",
+        ],
+    )
     assert (config.train.epochs, config.reference_train.epochs) == (4, 5)
     assert (config.mixup.weight, config.mixup.alpha) == (0.5, 2)
 
@@ -283,7 +345,9 @@ def test_a_mistake_in_a_replaced_section_is_not_blamed_on_the_file(tmp_path):
 
 
 def test_an_override_mends_what_the_file_has_wrong(tmp_path):
-    assert load(tmp_path, {**BASE, "train": {"epochs": "many"}}, ["train.epochs=2"]).train.epochs == 2
+    assert (
+        load(tmp_path, {**BASE, "train": {"epochs": "many"}}, ["train.epochs=2"]).train.epochs == 2
+    )
 
 
 # What sections say about one another.
@@ -297,14 +361,19 @@ def test_the_training_of_the_reference_names_only_what_differs(tmp_path):
 
 
 def test_a_mistake_that_the_reference_inherits_is_reported_once_and_where_it_stands(tmp_path):
-    file, place = write(tmp_path, {**BASE, "train": {"epochs": MARK}, "reference": {"train": {"batch_size": 8}}})
+    file, place = write(
+        tmp_path, {**BASE, "train": {"epochs": MARK}, "reference": {"train": {"batch_size": 8}}}
+    )
     [line] = refusal(file)
     assert line.startswith(f"{place}: `train.epochs` is")
 
 
 def test_the_reference_has_the_targets_model_unless_it_names_its_own(tmp_path):
     assert load(tmp_path).reference_model == load(tmp_path).model
-    assert load(tmp_path, {**BASE, "reference": {"model": {"path": "small"}}}).reference_model.path == "small"
+    assert (
+        load(tmp_path, {**BASE, "reference": {"model": {"path": "small"}}}).reference_model.path
+        == "small"
+    )
 
 
 @pytest.mark.parametrize(
@@ -316,9 +385,15 @@ def test_the_reference_has_the_targets_model_unless_it_names_its_own(tmp_path):
         (["reference.model={}"], "`reference.model`: give exactly one of"),
         (["data.path=d"], "`data`: give exactly one of `path`, `sources` and `generator`"),
         (["data.generator="], "`data`: give exactly one of `path`, `sources` and `generator`"),
-        (["data.generator=", "data.path=d", "data.sources=[{path: e}]"], "`data`: give exactly one of"),
+        (
+            ["data.generator=", "data.path=d", "data.sources=[{path: e}]"],
+            "`data`: give exactly one of",
+        ),
         (["tokenizer.path=t"], "`tokenizer`: give `path` or `train`, not both"),
-        (["tokenizer.train="], "`tokenizer`: a model with random weights needs `tokenizer.path` or `tokenizer.train`"),
+        (
+            ["tokenizer.train="],
+            "`tokenizer`: a model with random weights needs `tokenizer.path` or `tokenizer.train`",
+        ),
     ],
 )
 def test_exactly_one_source_is_wanted(tmp_path, overrides, message):
@@ -335,13 +410,17 @@ def test_exactly_one_source_is_wanted(tmp_path, overrides, message):
         (["tokenizer={path: t}"], "t"),
     ],
 )
-def test_the_tokenizer_is_the_models_unless_another_is_named_or_trained(tmp_path, overrides, tokenizer):
+def test_the_tokenizer_is_the_models_unless_another_is_named_or_trained(
+    tmp_path, overrides, tokenizer
+):
     assert load(tmp_path, overrides=overrides).tokenizer_source == tokenizer
 
 
 def test_the_path_of_the_data_is_short_for_one_source(tmp_path):
     short = load(tmp_path, overrides=["data={path: d, format: qa, columns: {question: q}}"])
-    long = load(tmp_path, overrides=["data={sources: [{path: d, format: qa, columns: {question: q}}]}"])
+    long = load(
+        tmp_path, overrides=["data={sources: [{path: d, format: qa, columns: {question: q}}]}"]
+    )
     assert short.data.all_sources == long.data.all_sources != []
 
 
@@ -356,10 +435,19 @@ def test_scientific_notation_is_a_number_with_and_without_a_dot(tmp_path, text):
 
 
 def test_scientific_notation_is_a_number_in_an_architecture_too(tmp_path):
-    content = {**BASE, "model": {"architecture": {"model_type": "llama", "rms_norm_eps": "EPS", "rope": {"theta": "EPS"}}}}
+    content = {
+        **BASE,
+        "model": {
+            "architecture": {"model_type": "llama", "rms_norm_eps": "EPS", "rope": {"theta": "EPS"}}
+        },
+    }
     text = yaml.safe_dump(content).replace("EPS", "1e-5")
     architecture = load(tmp_path, text).model.architecture
-    assert (architecture["rms_norm_eps"], architecture["rope"]["theta"], architecture["model_type"]) == (1e-5, 1e-5, "llama")
+    assert (
+        architecture["rms_norm_eps"],
+        architecture["rope"]["theta"],
+        architecture["model_type"],
+    ) == (1e-5, 1e-5, "llama")
 
 
 EVERYTHING = """
@@ -373,7 +461,8 @@ data:
   limit: 10
   overlong: drop
 reference:
-  model: {architecture: {model_type: llama, hidden_size: 8, rope: {theta: 1.0e+4, kinds: [a, 1, null]}}}
+  model:
+    architecture: {model_type: llama, hidden_size: 8, rope: {theta: 1.0e+4, kinds: [a, 1, null]}}
   train: {adam_betas: [0.8, 0.9], adam_eps: 1e-9}
   num_checkpoints: 2
 split: {confident_share: 0.1, unconfident_share: 0.3}
@@ -382,7 +471,14 @@ engine: {zero_stage: 1, deepspeed: ds.json, kernel_backend: reference}
 """
 
 
-@pytest.mark.parametrize("text", [EVERYTHING, yaml.safe_dump(BASE), *[p.read_text() for p in sorted((ROOT / "configs").glob("*.yaml"))]])
+@pytest.mark.parametrize(
+    "text",
+    [
+        EVERYTHING,
+        yaml.safe_dump(BASE),
+        *[p.read_text() for p in sorted((ROOT / "configs").glob("*.yaml"))],
+    ],
+)
 def test_a_dumped_config_loads_as_an_equal_one(tmp_path, text):
     config = load(tmp_path, text)
     assert load(tmp_path, dump_config(config)) == config

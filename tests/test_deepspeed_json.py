@@ -1,4 +1,5 @@
-"""The DeepSpeed JSON: nothing in it is ignored in silence, and nothing in it contradicts the YAML."""
+"""The DeepSpeed JSON: nothing in it is ignored in silence, and nothing in it contradicts the
+YAML."""
 
 import json
 
@@ -33,7 +34,12 @@ def complete(file=None, *, zero_stage=3, precision="fp32", world_size=1, max_gra
         "data": {"path": "d"},
         "engine": {"zero_stage": zero_stage, "deepspeed": file},
     }
-    return deepspeed_config(Config.model_validate(values), precision=precision, world_size=world_size, max_grad_norm=max_grad_norm)
+    return deepspeed_config(
+        Config.model_validate(values),
+        precision=precision,
+        world_size=world_size,
+        max_grad_norm=max_grad_norm,
+    )
 
 
 def refusal(folder, content, **settings):
@@ -68,7 +74,9 @@ def parse_by_deepspeed(content):
 )
 def test_an_unknown_key_is_refused_with_a_suggestion(tmp_path, key, meant):
     message = refusal(tmp_path, {key: {}})
-    assert f"`{key}` is no key of DeepSpeed" in message and message.endswith(f"Did you mean `{meant}`?")
+    assert f"`{key}` is no key of DeepSpeed" in message and message.endswith(
+        f"Did you mean `{meant}`?"
+    )
 
 
 def test_an_unknown_key_that_resembles_none_is_refused(tmp_path):
@@ -86,7 +94,9 @@ def test_a_duplicate_key_is_refused_at_any_depth(tmp_path, text, key):
     assert f"`{key}` stands twice" in refusal(tmp_path, text)
 
 
-@pytest.mark.parametrize("text", ["", '{"bf16": {}', "{'bf16': {}}", '{"bf16": {}} // comment', '{"bf16": {},}'])
+@pytest.mark.parametrize(
+    "text", ["", '{"bf16": {}', "{'bf16': {}}", '{"bf16": {}} // comment', '{"bf16": {},}']
+)
 def test_a_file_that_is_not_json_is_refused(tmp_path, text):
     assert "not valid JSON" in refusal(tmp_path, text)
 
@@ -131,17 +141,58 @@ def test_what_the_yaml_decides_is_refused_unless_auto(tmp_path, key):
 @pytest.mark.parametrize(
     ("content", "settings", "theirs", "ours"),
     [
-        ({"zero_optimization": {"stage": 2}}, {}, "zero_optimization.stage is 2", "engine.zero_stage is 3"),
-        ({"zero_optimization": {"stage": "3"}}, {}, "zero_optimization.stage is '3'", "engine.zero_stage is 3"),
-        ({"zero_optimization": {"stage": True}}, {"zero_stage": 1}, "zero_optimization.stage is True", "engine.zero_stage is 1"),
+        (
+            {"zero_optimization": {"stage": 2}},
+            {},
+            "zero_optimization.stage is 2",
+            "engine.zero_stage is 3",
+        ),
+        (
+            {"zero_optimization": {"stage": "3"}},
+            {},
+            "zero_optimization.stage is '3'",
+            "engine.zero_stage is 3",
+        ),
+        (
+            {"zero_optimization": {"stage": True}},
+            {"zero_stage": 1},
+            "zero_optimization.stage is True",
+            "engine.zero_stage is 1",
+        ),
         ({"gradient_clipping": 0.5}, {}, "gradient_clipping is 0.5", "train.max_grad_norm is 1.0"),
-        ({"gradient_clipping": True}, {}, "gradient_clipping is True", "train.max_grad_norm is 1.0"),
-        ({"gradient_clipping": None}, {}, "gradient_clipping is None", "train.max_grad_norm is 1.0"),
+        (
+            {"gradient_clipping": True},
+            {},
+            "gradient_clipping is True",
+            "train.max_grad_norm is 1.0",
+        ),
+        (
+            {"gradient_clipping": None},
+            {},
+            "gradient_clipping is None",
+            "train.max_grad_norm is 1.0",
+        ),
         ({"bf16": {"enabled": True}}, {}, "bf16.enabled is True", "engine.precision (fp32)"),
-        ({"bf16": {"enabled": False}}, {"precision": "bf16"}, "bf16.enabled is False", "engine.precision (bf16)"),
-        ({"fp16": {"enabled": True}}, {"precision": "bf16"}, "fp16.enabled is True", "engine.precision (bf16)"),
-        ({"fp16": {"enabled": 1}}, {"precision": "fp16"}, "fp16.enabled is 1", "engine.precision (fp16)"),
-        ({"bfloat16": {"enabled": True}}, {}, "bfloat16", "bf16"),  # DeepSpeed's older name, which it ignores beside bf16
+        (
+            {"bf16": {"enabled": False}},
+            {"precision": "bf16"},
+            "bf16.enabled is False",
+            "engine.precision (bf16)",
+        ),
+        (
+            {"fp16": {"enabled": True}},
+            {"precision": "bf16"},
+            "fp16.enabled is True",
+            "engine.precision (bf16)",
+        ),
+        (
+            {"fp16": {"enabled": 1}},
+            {"precision": "fp16"},
+            "fp16.enabled is 1",
+            "engine.precision (fp16)",
+        ),
+        # DeepSpeed's older name, which it ignores beside bf16
+        ({"bfloat16": {"enabled": True}}, {}, "bfloat16", "bf16"),
     ],
 )
 def test_a_contradiction_names_both_sides(tmp_path, content, settings, theirs, ours):
@@ -151,16 +202,33 @@ def test_a_contradiction_names_both_sides(tmp_path, content, settings, theirs, o
 
 def test_what_agrees_with_the_yaml_or_says_auto_is_filled_alike(tmp_path):
     settings = {"zero_stage": 2, "precision": "bf16", "max_grad_norm": 0.5}
-    said = {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5, "bf16": {"enabled": True}, "fp16": {"enabled": False}}
-    left = {"zero_optimization": {"stage": "auto"}, "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "fp16": {}}
-    assert complete(write(tmp_path, said), **settings) == complete(write(tmp_path, left), **settings) == complete(**settings)
+    said = {
+        "zero_optimization": {"stage": 2},
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
+    }
+    left = {
+        "zero_optimization": {"stage": "auto"},
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "fp16": {},
+    }
+    assert (
+        complete(write(tmp_path, said), **settings)
+        == complete(write(tmp_path, left), **settings)
+        == complete(**settings)
+    )
 
 
 def test_without_a_file_the_yaml_decides_everything():
     content = complete(zero_stage=1, precision="fp16", world_size=4, max_grad_norm=2.0)
     assert content["zero_optimization"]["stage"] == 1 and content["gradient_clipping"] == 2.0
     assert (content["bf16"]["enabled"], content["fp16"]["enabled"]) == (False, True)
-    assert content["train_batch_size"] == 4 * content["train_micro_batch_size_per_gpu"] * content["gradient_accumulation_steps"]
+    assert (
+        content["train_batch_size"]
+        == 4 * content["train_micro_batch_size_per_gpu"] * content["gradient_accumulation_steps"]
+    )
     assert content["data_types"]["grad_accum_dtype"] == "fp32"
 
 
@@ -186,24 +254,46 @@ def test_what_the_yaml_does_not_decide_passes_unchanged(tmp_path, content):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_deepspeed_reads_what_the_yaml_says(zero_stage, precision):
-    parsed = parse_by_deepspeed(complete(zero_stage=zero_stage, precision=precision, max_grad_norm=0.5))
-    assert (parsed.zero_optimization_stage, parsed.gradient_clipping, parsed.grad_accum_dtype) == (zero_stage, 0.5, "fp32")
-    assert (parsed.bfloat16_config.enabled, parsed.float16_config.enabled) == (precision == "bf16", precision == "fp16")
+    parsed = parse_by_deepspeed(
+        complete(zero_stage=zero_stage, precision=precision, max_grad_norm=0.5)
+    )
+    assert (parsed.zero_optimization_stage, parsed.gradient_clipping, parsed.grad_accum_dtype) == (
+        zero_stage,
+        0.5,
+        "fp32",
+    )
+    assert (parsed.bfloat16_config.enabled, parsed.float16_config.enabled) == (
+        precision == "bf16",
+        precision == "fp16",
+    )
 
 
 def test_the_template_that_people_bring_is_read(tmp_path):
     """`auto` wherever the Hugging Face trainer's template for ZeRO-3 says it."""
-    buckets = dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), "auto")
+    buckets = dict.fromkeys(
+        ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
+        "auto",
+    )
     content = {
         "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
         "bf16": {"enabled": "auto"},
-        "zero_optimization": {"stage": 3, "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 1e9, **buckets},
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "sub_group_size": 1e9,
+            **buckets,
+        },
         "gradient_clipping": "auto",
         "steps_per_print": 1e5,
         **dict.fromkeys(DECIDED_BY_THE_YAML, "auto"),
     }
     parsed = parse_by_deepspeed(complete(write(tmp_path, content), precision="bf16"))
-    assert parsed.zero_optimization_stage == 3 and parsed.zero_config.overlap_comm and parsed.bfloat16_config.enabled
+    assert (
+        parsed.zero_optimization_stage == 3
+        and parsed.zero_config.overlap_comm
+        and parsed.bfloat16_config.enabled
+    )
 
 
 class Recorded(dict):
@@ -241,7 +331,8 @@ def refused_as_removed(key):
 
 @pytest.fixture
 def keys_of_deepspeed(monkeypatch):
-    """The top-level keys that DeepSpeed asks for when it parses a config, as one rank of a group."""
+    """The top-level keys that DeepSpeed asks for when it parses a config, as one rank of a
+    group."""
     import_deepspeed()
     monkeypatch.setattr("deepspeed.comm.get_rank", lambda *_: 0)
     monkeypatch.setattr("deepspeed.comm.get_world_size", lambda *_: 1)
@@ -252,7 +343,14 @@ def keys_of_deepspeed(monkeypatch):
 
 
 def test_the_record_of_keys_is_of_the_top_level_alone(keys_of_deepspeed):  # the test of the test
-    assert {"train_batch_size", "zero_optimization", "bf16", "wandb", "compile", "timers"} <= keys_of_deepspeed
+    assert {
+        "train_batch_size",
+        "zero_optimization",
+        "bf16",
+        "wandb",
+        "compile",
+        "timers",
+    } <= keys_of_deepspeed
     assert not {"stage", "enabled", "overlap_comm"} & keys_of_deepspeed
 
 
@@ -265,8 +363,14 @@ def test_no_known_key_is_one_that_deepspeed_has_removed():
 
 
 def test_every_key_that_deepspeed_reads_is_known(keys_of_deepspeed):
-    assert sorted(key for key in keys_of_deepspeed - KNOWN_KEYS if not refused_as_removed(key)) == []
+    assert (
+        sorted(key for key in keys_of_deepspeed - KNOWN_KEYS if not refused_as_removed(key)) == []
+    )
 
 
 def test_only_removed_keys_count_as_removed():  # the test of the test
-    assert refused_as_removed("sparse_attention") and not refused_as_removed("zero_optimization") and not refused_as_removed("optimizer")
+    assert (
+        refused_as_removed("sparse_attention")
+        and not refused_as_removed("zero_optimization")
+        and not refused_as_removed("optimizer")
+    )

@@ -10,7 +10,12 @@ from sftmix.cli import _parser
 from sftmix.config.shipped import packaged
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-HOW_TO = [ROOT / "README.md", ROOT / "docs/launch.md", ROOT / "docs/troubleshooting.md", *sorted((ROOT / "docs/howto").glob("*.md"))]
+HOW_TO = [
+    ROOT / "README.md",
+    ROOT / "docs/launch.md",
+    ROOT / "docs/troubleshooting.md",
+    *sorted((ROOT / "docs/howto").glob("*.md")),
+]
 
 
 def name(path):

@@ -42,7 +42,10 @@ def test_what_differs_between_two_nodes_is_named():
         config={"train": {"epochs": 4}},
         data={"x.json": "e"},
     )
-    found = [finding.found for finding in nodes.compare("node b", report(), {**other, "sees_run_folder": False})]
+    found = [
+        finding.found
+        for finding in nodes.compare("node b", report(), {**other, "sees_run_folder": False})
+    ]
     assert len(found) == 6
     for words in (
         "deepspeed 0.19.6 there, 0.19.8 here",
@@ -53,7 +56,8 @@ def test_what_differs_between_two_nodes_is_named():
     ):
         assert any(words in text for text in found), words
     assert "not shared" in found[-1]
-    assert nodes.compare("node b", report(), report(commit=None)) == []  # the same files, without .git
+    # the same files, without .git
+    assert nodes.compare("node b", report(), report(commit=None)) == []
 
 
 def test_skew_counts_only_beyond_the_time_that_asking_takes(monkeypatch):
@@ -68,7 +72,10 @@ def test_skew_counts_only_beyond_the_time_that_asking_takes(monkeypatch):
 
     assert nodes.measure_skew(now) == (0.0, None)
     assert nodes.measure_skew(answers("12:30\n")) == (None, None)
-    assert nodes.measure_skew(answers("", 255, "Permission denied (publickey).")) == (None, "Permission denied (publickey).")
+    assert nodes.measure_skew(answers("", 255, "Permission denied (publickey).")) == (
+        None,
+        "Permission denied (publickey).",
+    )
 
 
 SSH = """
@@ -91,13 +98,29 @@ def test_nodes_are_asked_over_ssh_and_each_is_judged(tmp_path, monkeypatch):
     stand_in(tmp_path / "bin", monkeypatch, "ssh", SSH.replace("{port}", str(free_port())))
     folder = tmp_path / "a folder; with $(odd) letters"
     folder.mkdir()
-    (folder / "hosts").write_text("".join(f"{host} slots=2\n" for host in ("near", "late", "gone", "empty")))
+    (folder / "hosts").write_text(
+        "".join(f"{host} slots=2\n" for host in ("near", "late", "gone", "empty"))
+    )
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     (folder / "run.yaml").write_text((ROOT / "configs/quickstart.yaml").read_text())
-    done = sftmix("doctor", "run.yaml", "run.dir=$(touch hacked) x", "--quick", "--hostfile", "hosts", "--json", cwd=folder, check=False)
+    done = sftmix(
+        "doctor",
+        "run.yaml",
+        "run.dir=$(touch hacked) x",
+        "--quick",
+        "--hostfile",
+        "hosts",
+        "--json",
+        cwd=folder,
+        check=False,
+    )
     found = json.loads(done.stdout)
-    lines = [f"{f['item']}: {f['verdict']}: {f['found']}" for f in found["findings"] if f["item"].startswith("node ")]
+    lines = [
+        f"{f['item']}: {f['verdict']}: {f['found']}"
+        for f in found["findings"]
+        if f["item"].startswith("node ")
+    ]
     for words in (
         "node near: ok: 2 slots; versions, code, config and data as here",
         "node late: bad: its clock is 3",
@@ -105,8 +128,12 @@ def test_nodes_are_asked_over_ssh_and_each_is_judged(tmp_path, monkeypatch):
         "node empty: bad: its doctor gave no report (exit code 127): welcome",
     ):
         assert any(line.startswith(words) for line in lines), (words, lines)
-    assert not any(": other " in line or "not shared" in line for line in lines) and done.returncode == 1
-    assert sorted(path.name for path in folder.iterdir()) == ["hosts", "run.yaml"]  # nothing ran, nothing was left
+    assert (
+        not any(": other " in line or "not shared" in line for line in lines)
+        and done.returncode == 1
+    )
+    # nothing ran, nothing was left
+    assert sorted(path.name for path in folder.iterdir()) == ["hosts", "run.yaml"]
 
 
 def test_without_ssh_the_nodes_are_bad(monkeypatch):
@@ -117,20 +144,29 @@ def test_without_ssh_the_nodes_are_bad(monkeypatch):
 def test_a_remote_command_is_one_quoted_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = nodes.remote_command(["--json", "run.dir=$(touch hacked)"])
-    assert words[:2] == ["sh", "-c"] and shlex.split(words[2].split(" && exec ")[1])[-2:] == ["--json", "run.dir=$(touch hacked)"]
+    assert words[:2] == ["sh", "-c"] and shlex.split(words[2].split(" && exec ")[1])[-2:] == [
+        "--json",
+        "run.dir=$(touch hacked)",
+    ]
 
 
 def test_digests_tell_files_apart(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("one")
     before = digest_of(tmp_path), digest_of(tmp_path / "a")
     (tmp_path / "a").write_text("two")
-    assert all(old != new for old, new in zip(before, (digest_of(tmp_path), digest_of(tmp_path / "a")), strict=True))
+    assert all(
+        old != new
+        for old, new in zip(before, (digest_of(tmp_path), digest_of(tmp_path / "a")), strict=True)
+    )
     monkeypatch.setattr("sftmix.doctor.checks.versions.WHOLE_BYTES", 1)
     monkeypatch.setattr("sftmix.doctor.checks.versions.END_BYTES", 2)
     large = digest_of(tmp_path / "a")
     (tmp_path / "a").write_text("twe")
     assert digest_of(tmp_path / "a") != large and digest_of(Path("owner/name")) is None
-    assert identity(load_config(ROOT / "configs/quickstart.yaml", []))["config"]["train"]["epochs"] == 6
+    assert (
+        identity(load_config(ROOT / "configs/quickstart.yaml", []))["config"]["train"]["epochs"]
+        == 6
+    )
 
 
 # The command.
@@ -138,20 +174,47 @@ def test_digests_tell_files_apart(tmp_path, monkeypatch):
 
 @pytest.mark.distributed
 def test_the_whole_doctor_with_two_ranks(tmp_path):
-    done = sftmix("doctor", "configs/quickstart.yaml", "engine.num_processes=2", f"run.dir={tmp_path / 'run'}", "--json", check=False)
+    done = sftmix(
+        "doctor",
+        "configs/quickstart.yaml",
+        "engine.num_processes=2",
+        f"run.dir={tmp_path / 'run'}",
+        "--json",
+        check=False,
+    )
     found = json.loads(done.stdout)
     by_item = {finding["item"]: finding for finding in found["findings"]}
-    assert by_item["ZeRO-3 gradients"]["verdict"] == "ok" and by_item["ZeRO-3 gradients"]["facts"]["gradient"] < 1e-5
-    assert by_item["bandwidth"]["facts"]["step_seconds"] > 0 and len(by_item["bandwidth"]["facts"]["sizes"]) >= 1
-    assert {"config", "model", "versions", "run folder", "free space", "other runs", "memory"} <= by_item.keys()
-    assert done.returncode == (1 if found["counts"]["bad"] else 0) and list(tmp_path.iterdir()) == []
+    assert (
+        by_item["ZeRO-3 gradients"]["verdict"] == "ok"
+        and by_item["ZeRO-3 gradients"]["facts"]["gradient"] < 1e-5
+    )
+    assert (
+        by_item["bandwidth"]["facts"]["step_seconds"] > 0
+        and len(by_item["bandwidth"]["facts"]["sizes"]) >= 1
+    )
+    assert {
+        "config",
+        "model",
+        "versions",
+        "run folder",
+        "free space",
+        "other runs",
+        "memory",
+    } <= by_item.keys()
+    assert (
+        done.returncode == (1 if found["counts"]["bad"] else 0) and list(tmp_path.iterdir()) == []
+    )
 
 
 def test_a_config_that_does_not_load_is_a_finding_and_the_rest_is_examined(tmp_path):
     done = sftmix("doctor", "configs/quickstart.yaml", "train.epoch=2", "--quick", check=False)
     lines = done.stdout.splitlines()
     assert done.returncode == 2 and lines[0].startswith("bad      config") and "epochs" in lines[0]
-    assert any(line.split()[1] == "versions" for line in lines) and "1 bad" in lines[-1] and "Traceback" not in done.stderr
+    assert (
+        any(line.split()[1] == "versions" for line in lines)
+        and "1 bad" in lines[-1]
+        and "Traceback" not in done.stderr
+    )
 
 
 @pytest.mark.parametrize("command", ["run", "doctor"])
@@ -160,19 +223,30 @@ def test_a_precision_that_the_device_does_not_have_is_refused_in_one_line(tmp_pa
     folder = tmp_path / "run"
     arguments = [command, "configs/quickstart.yaml", "engine.precision=fp16", f"run.dir={folder}"]
     program = (
-        "import sys; from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator as A; "
-        "A.is_fp16_supported = lambda self: None; "
-        f"from sftmix.cli import main; sys.exit(main({[*arguments, *(['--quick'] * (command == 'doctor'))]}))"
+        "import sys; from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator as A;"
+        " A.is_fp16_supported = lambda self: None; from sftmix.cli import main;"
+        f" sys.exit(main({[*arguments, *(['--quick'] * (command == 'doctor'))]}))"
     )
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if "engine.precision is" in line]
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [
+        line for line in (done.stdout + done.stderr).splitlines() if "engine.precision is" in line
+    ]
     assert done.returncode == 2 and len(lines) == 1 and "fp16" in lines[0] and not folder.exists()
     assert "Use bf16 or fp32" in lines[0] and "Traceback" not in done.stderr
 
 
 def test_a_torch_that_cannot_be_imported_is_a_finding(tmp_path, monkeypatch):
-    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
+    (tmp_path / "torch.py").write_text(
+        "raise ImportError('libcudart.so.13: cannot open shared object file')"
+    )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     done = sftmix("doctor", "configs/quickstart.yaml", check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr

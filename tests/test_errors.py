@@ -1,4 +1,5 @@
-"""Whatever a user gets wrong ends with exit code 2 and a line that says what is wrong and what to do: no traceback."""
+"""Whatever a user gets wrong ends with exit code 2 and a line that says what is wrong and what to
+do: no traceback."""
 
 import argparse
 import importlib.util
@@ -36,9 +37,11 @@ def offline_and_without_a_launcher(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # read from the environment only once
+    # read from the environment only once
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # left behind by tests that join a process group
+    # left behind by tests that join a process group
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -64,7 +67,9 @@ def given(tmp_path_factory):
     config.save_pretrained(folder / "model-with-pickled-weights")
     (folder / "model-with-pickled-weights" / "pytorch_model.bin").write_bytes(b"")
     (folder / "empty").mkdir()
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA, vocab_size=120)).save_pretrained(folder / "model")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA, vocab_size=120)).save_pretrained(
+        folder / "model"
+    )
     _damage(folder / "model", folder)
     return folder
 
@@ -80,23 +85,34 @@ def _damage(model, folder):
     name = "model.layers.0.mlp.down_proj.weight"
     for shape in ((0,), (8, 4)):
         save_file(
-            weights | {name: torch.zeros(shape)}, copy(f"model-with-shape-{len(shape)}") / "model.safetensors", metadata={"format": "pt"}
+            weights | {name: torch.zeros(shape)},
+            copy(f"model-with-shape-{len(shape)}") / "model.safetensors",
+            metadata={"format": "pt"},
         )
     whole = (model / "model.safetensors").read_bytes()
     for cut in (0, 5, len(whole) // 2):
-        (copy(f"model-cut-at-{'start' if not cut else 'header' if cut == 5 else 'half'}") / "model.safetensors").write_bytes(whole[:cut])
+        (
+            copy(f"model-cut-at-{'start' if not cut else 'header' if cut == 5 else 'half'}")
+            / "model.safetensors"
+        ).write_bytes(whole[:cut])
     index = {
-        "missing-shard": json.dumps({"weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}),
+        "missing-shard": json.dumps(
+            {"weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}
+        ),
         "index-list": "[]",
         "index-cut": "{",
     }
     for name, text in index.items():
-        (copy(f"model-{name}") / "model.safetensors").rename(folder / f"model-{name}" / "other.safetensors")
+        (copy(f"model-{name}") / "model.safetensors").rename(
+            folder / f"model-{name}" / "other.safetensors"
+        )
         (folder / f"model-{name}" / "model.safetensors.index.json").write_text(text)
     for name, text in {"cut": "{", "list": "[1]", "untyped": "{}"}.items():
         (copy(f"model-config-{name}") / "config.json").write_text(text)
     settings = json.loads((model / "config.json").read_text())
-    (copy("model-config-value") / "config.json").write_text(json.dumps(settings | {"hidden_size": "wide"}))
+    (copy("model-config-value") / "config.json").write_text(
+        json.dumps(settings | {"hidden_size": "wide"})
+    )
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copytree(folder / "tokenizer", folder / f"broken-{file}")
         (folder / f"broken-{file}" / file).write_text("[1")
@@ -117,7 +133,8 @@ def config(given, tmp_path):
 
 
 def mistake(capsys, *arguments):
-    """Runs the command line in this process, which must end as a user's mistake does; returns what it says."""
+    """Runs the command line in this process, which must end as a user's mistake does; returns what
+    it says."""
     code = main([str(argument) for argument in arguments])
     said = capsys.readouterr().err
     lines = [line for line in said.splitlines() if line.startswith("sftmix: error: ")]
@@ -134,35 +151,91 @@ def model(name, folder="GIVEN/"):
 
 # name -> (overrides, the cause, the remedy); GIVEN stands for the folder of that fixture
 FOUND_BEFORE_ANYTHING_STARTS = {
-    "unknown key": (["train.epohcs=1"], "`train.epohcs` is an unknown key", "Did you mean `epochs`?"),
+    "unknown key": (
+        ["train.epohcs=1"],
+        "`train.epohcs` is an unknown key",
+        "Did you mean `epochs`?",
+    ),
     "wrong type": (["train.epochs=many"], "`train.epochs` is 'many'", "should be a valid integer"),
     "list for a section": (["train=[1, 2]"], "`train` is [1, 2]", "should be a valid dictionary"),
-    "number beyond all bounds": (["run.seed=99999999999999999999"], "`run.seed` is 99999999999999999999", "should be less than"),
-    "date that is none": (["run.dir=2020-99-99"], "override `run.dir=2020-99-99`", "the value is not valid YAML: month must be"),
+    "number beyond all bounds": (
+        ["run.seed=99999999999999999999"],
+        "`run.seed` is 99999999999999999999",
+        "should be less than",
+    ),
+    "date that is none": (
+        ["run.dir=2020-99-99"],
+        "override `run.dir=2020-99-99`",
+        "the value is not valid YAML: month must be",
+    ),
     "sizes of no model": (
         ["model.architecture.hidden_size=0"],
         "model.architecture describes no model that can be built",
         "Correct its values",
     ),
-    "no attention heads": (["model.architecture.num_attention_heads=0"], "model.architecture (model_type 'llama')", "Correct the value"),
+    "no attention heads": (
+        ["model.architecture.num_attention_heads=0"],
+        "model.architecture (model_type 'llama')",
+        "Correct the value",
+    ),
     "unknown filter in a template": (
         ["tokenizer.chat_template=GIVEN/filter.jinja"],
         "No filter named 'nofilter'",
         "tokenizer.chat_template",
     ),
     "no override": (["epochs"], "override `epochs`", "for example `train.epochs=1`"),
-    "missing data": (["data.path=GIVEN/no.jsonl"], "GIVEN/no.jsonl does not exist", "Give the path of a file"),
+    "missing data": (
+        ["data.path=GIVEN/no.jsonl"],
+        "GIVEN/no.jsonl does not exist",
+        "Give the path of a file",
+    ),
     "unknown format": (["data.format=alpacca"], "data.format is 'alpacca'", "expected auto, "),
-    "field of another format": (["data.format=qa", "data.columns={prompt: q}"], "data.columns maps ['prompt']", "it has ['answer',"),
+    "field of another format": (
+        ["data.format=qa", "data.columns={prompt: q}"],
+        "data.columns maps ['prompt']",
+        "it has ['answer',",
+    ),
     "field of no format": (["data.columns={promt: q}"], "data.columns maps ['promt']", "it has ["),
-    "missing model": (model("none"), "model.path: GIVEN/none does not exist", "Give a folder, or a Hub name"),
-    "model not on the Hub": (model("none", folder=""), "model.path: none cannot be loaded", "Give a folder"),
-    "model without config": (model("empty"), "model.path: GIVEN/empty holds no config.json", "Give the folder of a Hugging Face model"),
-    "model without weights": (model("model-without-weights"), "holds no weights (*.safetensors)", "Complete the folder"),
-    "pickled weights": (model("model-with-pickled-weights"), "pickled weights (*.bin) are not read", "convert them"),
-    "missing reference model": (["reference.model={path: GIVEN/none}"], "reference.model.path: GIVEN/none does not exist", "Give a folder"),
-    "larger tokenizer": (model("model-of-50-tokens"), "the tokenizer has 99 tokens, the model's embedding 50 rows", "Use the model's own"),
-    "larger tokenizer to train": (["model.architecture.vocab_size=329"], "tokenizer.train.vocab_size is 330", "Lower it"),
+    "missing model": (
+        model("none"),
+        "model.path: GIVEN/none does not exist",
+        "Give a folder, or a Hub name",
+    ),
+    "model not on the Hub": (
+        model("none", folder=""),
+        "model.path: none cannot be loaded",
+        "Give a folder",
+    ),
+    "model without config": (
+        model("empty"),
+        "model.path: GIVEN/empty holds no config.json",
+        "Give the folder of a Hugging Face model",
+    ),
+    "model without weights": (
+        model("model-without-weights"),
+        "holds no weights (*.safetensors)",
+        "Complete the folder",
+    ),
+    "pickled weights": (
+        model("model-with-pickled-weights"),
+        "pickled weights (*.bin) are not read",
+        "convert them",
+    ),
+    "missing reference model": (
+        ["reference.model={path: GIVEN/none}"],
+        "reference.model.path: GIVEN/none does not exist",
+        "Give a folder",
+    ),
+    "larger tokenizer": (
+        model("model-of-50-tokens"),
+        "the tokenizer has 99 tokens, the model's embedding 50 rows",
+        "Use the model's own",
+    ),
+    "larger tokenizer to train": (
+        ["model.architecture.vocab_size=329"],
+        "tokenizer.train.vocab_size is 330",
+        "Lower it",
+    ),
     "weights of no shape": (
         model("model-with-shape-1"),
         "down_proj.weight has shape [0], the model's has [8, 8]. A save under ZeRO-3",
@@ -178,20 +251,56 @@ FOUND_BEFORE_ANYTHING_STARTS = {
         "reference.model.path: GIVEN/model-with-",
         "[8, 4]",
     ),
-    "weights that are empty": (model("model-cut-at-start"), "model.safetensors cannot be read as safetensors", "Copy or download it again"),
+    "weights that are empty": (
+        model("model-cut-at-start"),
+        "model.safetensors cannot be read as safetensors",
+        "Copy or download it again",
+    ),
     "weights without a header": (
         model("model-cut-at-header"),
         "model.safetensors cannot be read as safetensors",
         "Copy or download it again",
     ),
-    "weights that are cut off": (model("model-cut-at-half"), "not fully covered", "Copy or download it again"),
-    "missing shard": (model("model-missing-shard"), "1 are missing, first model-00001-of-00001.safetensors", "Copy or download them"),
-    "index that is a list": (model("model-index-list"), "index.json is no index of weights", "Copy or download it again"),
-    "index that is no JSON": (model("model-index-cut"), "index.json is no index of weights", "Copy or download it again"),
-    "config that is no JSON": (model("model-config-cut"), "model.path: GIVEN/model-config-cut cannot be loaded", "config.json is damaged"),
-    "config that is a list": (model("model-config-list"), "model.path: GIVEN/model-config-list cannot be loaded", "config.json is damaged"),
-    "config without a type": (model("model-config-untyped"), "model.path: GIVEN/model-config-untyped cannot be loaded", "model_type"),
-    "config with a wrong value": (model("model-config-value"), "model.path: GIVEN/model-config-value cannot be loaded", "'hidden_size'"),
+    "weights that are cut off": (
+        model("model-cut-at-half"),
+        "not fully covered",
+        "Copy or download it again",
+    ),
+    "missing shard": (
+        model("model-missing-shard"),
+        "1 are missing, first model-00001-of-00001.safetensors",
+        "Copy or download them",
+    ),
+    "index that is a list": (
+        model("model-index-list"),
+        "index.json is no index of weights",
+        "Copy or download it again",
+    ),
+    "index that is no JSON": (
+        model("model-index-cut"),
+        "index.json is no index of weights",
+        "Copy or download it again",
+    ),
+    "config that is no JSON": (
+        model("model-config-cut"),
+        "model.path: GIVEN/model-config-cut cannot be loaded",
+        "config.json is damaged",
+    ),
+    "config that is a list": (
+        model("model-config-list"),
+        "model.path: GIVEN/model-config-list cannot be loaded",
+        "config.json is damaged",
+    ),
+    "config without a type": (
+        model("model-config-untyped"),
+        "model.path: GIVEN/model-config-untyped cannot be loaded",
+        "model_type",
+    ),
+    "config with a wrong value": (
+        model("model-config-value"),
+        "model.path: GIVEN/model-config-value cannot be loaded",
+        "'hidden_size'",
+    ),
     "broken tokenizer": (
         ["tokenizer.train=", "tokenizer.path=GIVEN/broken-tokenizer.json"],
         "GIVEN/broken-tokenizer.json/tokenizer.json",
@@ -223,7 +332,10 @@ FOUND_BEFORE_ANYTHING_STARTS = {
         "use sdpa or eager",
     ),
     "attention of a reference model": (
-        [f"reference.model={{architecture: {json.dumps(LLAMA)}, attn_implementation: flash_attention_3}}"],
+        [
+            f"reference.model={{architecture: {json.dumps(LLAMA)}, attn_implementation:"
+            " flash_attention_3}"
+        ],
         "reference.model.attn_implementation: flash_attention_3 cannot be used here",
         "use sdpa or eager",
     ),
@@ -232,44 +344,118 @@ FOUND_BEFORE_ANYTHING_STARTS = {
         "confidence.models[0].attn_implementation: eagre cannot be used here",
         "Did you mean `eager`?",
     ),
-    "missing tokenizer": (["tokenizer.train=", "tokenizer.path=GIVEN/none"], "tokenizer: GIVEN/none cannot be loaded", "tokenizer.train"),
-    "model without tokenizer": (["model={path: GIVEN/model-of-50-tokens}", "tokenizer.train="], "cannot be loaded", "tokenizer.path"),
-    "long examples": (["data.max_length=257"], "data.max_length is 257, but the context of model is 256", "Lower data.max_length"),
-    "long examples for gpt2": (["model.architecture={model_type: gpt2, n_positions: 9}"], "the context of model is 9 tokens", "Lower"),
-    "unknown architecture": (["model.architecture.model_type=lama"], "model_type 'lama'", "Should contain one of"),
-    "no language model": (["model.architecture.model_type=vit"], "model.architecture (model_type 'vit')", "language model"),
-    "size that is no number": (["model.architecture.hidden_size=wide"], "model.architecture (model_type 'llama')", "hidden_size"),
-    "sizes that do not fit": (["model.architecture.hidden_size=9"], "model.architecture (model_type 'llama')", "multiple"),
-    "size for a ready tokenizer": (["model.architecture.hidden_size=a", *GIVEN_TOKENIZER], "model.architecture (model_type", "hidden_size"),
-    "unknown key of an architecture": (["model.architecture.hiden_size=9"], "hiden_size", "Did you mean `hidden_size`?"),
-    "unknown template": (["tokenizer.chat_template=chatlm"], "chatlm is neither a built-in template", "alpaca, chatml"),
-    "template that does not parse": (["tokenizer.chat_template=GIVEN/broken.jinja"], "GIVEN/broken.jinja", "tokenizer.chat_template"),
-    "template that is not UTF-8": (["tokenizer.chat_template=GIVEN/latin1.jinja"], "GIVEN/latin1.jinja", "tokenizer.chat_template"),
-    "contradiction": (["engine.deepspeed=GIVEN/stage2.json"], "stage is 2, but engine.zero_stage is 3", "Make them equal"),
-    "unknown DeepSpeed key": (["engine.deepspeed=GIVEN/misspelled.json"], "`zero_optimisation`", "Did you mean `zero_optimization`?"),
+    "missing tokenizer": (
+        ["tokenizer.train=", "tokenizer.path=GIVEN/none"],
+        "tokenizer: GIVEN/none cannot be loaded",
+        "tokenizer.train",
+    ),
+    "model without tokenizer": (
+        ["model={path: GIVEN/model-of-50-tokens}", "tokenizer.train="],
+        "cannot be loaded",
+        "tokenizer.path",
+    ),
+    "long examples": (
+        ["data.max_length=257"],
+        "data.max_length is 257, but the context of model is 256",
+        "Lower data.max_length",
+    ),
+    "long examples for gpt2": (
+        ["model.architecture={model_type: gpt2, n_positions: 9}"],
+        "the context of model is 9 tokens",
+        "Lower",
+    ),
+    "unknown architecture": (
+        ["model.architecture.model_type=lama"],
+        "model_type 'lama'",
+        "Should contain one of",
+    ),
+    "no language model": (
+        ["model.architecture.model_type=vit"],
+        "model.architecture (model_type 'vit')",
+        "language model",
+    ),
+    "size that is no number": (
+        ["model.architecture.hidden_size=wide"],
+        "model.architecture (model_type 'llama')",
+        "hidden_size",
+    ),
+    "sizes that do not fit": (
+        ["model.architecture.hidden_size=9"],
+        "model.architecture (model_type 'llama')",
+        "multiple",
+    ),
+    "size for a ready tokenizer": (
+        ["model.architecture.hidden_size=a", *GIVEN_TOKENIZER],
+        "model.architecture (model_type",
+        "hidden_size",
+    ),
+    "unknown key of an architecture": (
+        ["model.architecture.hiden_size=9"],
+        "hiden_size",
+        "Did you mean `hidden_size`?",
+    ),
+    "unknown template": (
+        ["tokenizer.chat_template=chatlm"],
+        "chatlm is neither a built-in template",
+        "alpaca, chatml",
+    ),
+    "template that does not parse": (
+        ["tokenizer.chat_template=GIVEN/broken.jinja"],
+        "GIVEN/broken.jinja",
+        "tokenizer.chat_template",
+    ),
+    "template that is not UTF-8": (
+        ["tokenizer.chat_template=GIVEN/latin1.jinja"],
+        "GIVEN/latin1.jinja",
+        "tokenizer.chat_template",
+    ),
+    "contradiction": (
+        ["engine.deepspeed=GIVEN/stage2.json"],
+        "stage is 2, but engine.zero_stage is 3",
+        "Make them equal",
+    ),
+    "unknown DeepSpeed key": (
+        ["engine.deepspeed=GIVEN/misspelled.json"],
+        "`zero_optimisation`",
+        "Did you mean `zero_optimization`?",
+    ),
     "misspelt key of ZeRO": (
         ["engine.deepspeed=GIVEN/zero.json"],
         "`zero_optimization.overlap_com` is no key of DeepSpeed",
         "Did you mean `overlap_comm`?",
     ),
     "format beside sources": (
-        ["data.path=", "data.generator=", "data.sources=[{path: GIVEN/rows.jsonl}]", "data.format=qa"],
+        [
+            "data.path=",
+            "data.generator=",
+            "data.sources=[{path: GIVEN/rows.jsonl}]",
+            "data.format=qa",
+        ],
         "`format` and `columns` belong to `path`",
         "give them to each source",
     ),
-    "DeepSpeed file is a folder": (["engine.deepspeed=GIVEN/empty"], "GIVEN/empty", "Give the path of a DeepSpeed JSON file"),
+    "DeepSpeed file is a folder": (
+        ["engine.deepspeed=GIVEN/empty"],
+        "GIVEN/empty",
+        "Give the path of a DeepSpeed JSON file",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", FOUND_BEFORE_ANYTHING_STARTS)
-def test_a_mistake_is_named_with_its_remedy_before_anything_is_written(name, config, given, tmp_path, capsys):
+def test_a_mistake_is_named_with_its_remedy_before_anything_is_written(
+    name, config, given, tmp_path, capsys
+):
     overrides, cause, remedy = FOUND_BEFORE_ANYTHING_STARTS[name]
-    said = mistake(capsys, "data", config, *[text.replace("GIVEN", str(given)) for text in overrides])
+    said = mistake(
+        capsys, "data", config, *[text.replace("GIVEN", str(given)) for text in overrides]
+    )
     assert cause.replace("GIVEN", str(given)) in said and remedy in said
     assert not (tmp_path / "run").exists()
 
 
-def test_the_config_that_the_mistakes_are_made_in_is_in_order(config, tmp_path):  # the test of the test
+# the test of the test
+def test_the_config_that_the_mistakes_are_made_in_is_in_order(config, tmp_path):
     assert main(["data", str(config)]) == 0
     assert (tmp_path / "run" / "data" / "manifest.json").is_file()
 
@@ -279,27 +465,52 @@ def test_the_config_that_the_mistakes_are_made_in_is_in_order(config, tmp_path):
     [
         ["model.architecture.rope_theta=5e5"],  # becomes a part of rope_parameters
         ["model.architecture.rope_scaling={rope_type: linear, factor: 2.0}"],
-        ["model.architecture={model_type: qwen2, hidden_size: 32, num_attention_heads: 2, head_dim: 8}"],  # read with a default
-        ["model.architecture={model_type: gpt2, hidden_size: 16, n_head: 2}"],  # another name of n_embd
-        ["model.architecture={model_type: rwkv}", *GIVEN_TOKENIZER],  # which has no pad_token_id to fill in
+        [
+            "model.architecture={model_type: qwen2, hidden_size: 32, num_attention_heads: 2,"
+            " head_dim: 8}"
+        ],  # read with a default
+        # another name of n_embd
+        ["model.architecture={model_type: gpt2, hidden_size: 16, n_head: 2}"],
+        # which has no pad_token_id to fill in
+        ["model.architecture={model_type: rwkv}", *GIVEN_TOKENIZER],
     ],
 )
 def test_keys_that_transformers_honours_are_taken_in_an_architecture(overrides, config, given):
-    assert main(["data", str(config), *[text.replace("GIVEN", str(given)) for text in overrides]]) == 0
+    assert (
+        main(["data", str(config), *[text.replace("GIVEN", str(given)) for text in overrides]]) == 0
+    )
 
 
 @pytest.mark.parametrize(
     ("override", "cause", "remedy"),
     [
-        ("data.path=GIVEN/rows.txt", "GIVEN/rows.txt: unknown kind of file", "Expected .json, .jsonl"),
+        (
+            "data.path=GIVEN/rows.txt",
+            "GIVEN/rows.txt: unknown kind of file",
+            "Expected .json, .jsonl",
+        ),
         ("data.path=owner/name", "owner/name is no local file", "download it and give its path"),
-        ("tokenizer.train.vocab_size=90000", "cannot be trained", "Lower tokenizer.train.vocab_size"),
+        (
+            "tokenizer.train.vocab_size=90000",
+            "cannot be trained",
+            "Lower tokenizer.train.vocab_size",
+        ),
         ("run.dir=GIVEN/rows.txt", "GIVEN/rows.txt is a file", "Name a folder"),
-        ("run.dir=GIVEN/rows.txt/run", "GIVEN/rows.txt/run cannot be written", "Name another folder"),
-        ("run.dir=GIVEN/tokenizer", "GIVEN/tokenizer is not empty and is no run folder", "Name another, or an empty one"),
+        (
+            "run.dir=GIVEN/rows.txt/run",
+            "GIVEN/rows.txt/run cannot be written",
+            "Name another folder",
+        ),
+        (
+            "run.dir=GIVEN/tokenizer",
+            "GIVEN/tokenizer is not empty and is no run folder",
+            "Name another, or an empty one",
+        ),
     ],
 )
-def test_a_mistake_that_shows_only_later_is_named_with_its_remedy(override, cause, remedy, config, given, capsys):
+def test_a_mistake_that_shows_only_later_is_named_with_its_remedy(
+    override, cause, remedy, config, given, capsys
+):
     said = mistake(capsys, "data", config, override.replace("GIVEN", str(given)))
     assert cause.replace("GIVEN", str(given)) in said and remedy in said
 
@@ -310,8 +521,12 @@ def test_a_foreign_run_folder_is_left_as_it_was(config, given, capsys):
     assert sorted(given.rglob("*")) == before
 
 
-def test_a_run_folder_on_a_disk_that_takes_nothing_is_one_clear_error(config, tmp_path, mounted, capsys):
-    assert "cannot be written: Read-only file system" in mistake(capsys, "data", config, f"run.dir={mounted('ro')}/run")
+def test_a_run_folder_on_a_disk_that_takes_nothing_is_one_clear_error(
+    config, tmp_path, mounted, capsys
+):
+    assert "cannot be written: Read-only file system" in mistake(
+        capsys, "data", config, f"run.dir={mounted('ro')}/run"
+    )
     full = mounted("size=4k")
     said = mistake(capsys, "data", config, f"run.dir={full}/run")
     assert "No space left on device" in said and str(full) in said
@@ -337,7 +552,10 @@ def test_weights_of_another_shape_are_named_when_they_are_loaded_too(given):
     from sftmix.engine.loading import hf_config, load_source
 
     start = ModelConfig(path=str(given / "model-with-shape-1"))
-    with pytest.raises(ConfigError, match=r"layers.0.mlp.down_proj.weight has shape \[0\], the model's has \[8, 8\]"):
+    with pytest.raises(
+        ConfigError,
+        match=r"layers.0.mlp.down_proj.weight has shape \[0\], the model's has \[8, 8\]",
+    ):
         load_source(start, hf_config(start), dtype=torch.float32, seed=0)
     start = ModelConfig(path=str(given / "model-cut-at-half"))
     with pytest.raises(ConfigError, match="cannot be loaded: .* Copy or download it again"):
@@ -345,9 +563,16 @@ def test_weights_of_another_shape_are_named_when_they_are_loaded_too(given):
 
 
 def run_shell(command, *arguments):
-    """Runs the command line behind a shell's redirection; returns its exit code and what it says."""
+    """Runs the command line behind a shell's redirection; returns its exit code and what it
+    says."""
     line = f"{sys.executable} -m sftmix.cli {command.format(*map(str, arguments))}"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr
     return done.returncode, done.stderr
 
@@ -376,14 +601,18 @@ def test_a_finished_run_on_a_disk_that_became_read_only_says_so(config, tmp_path
         said.append(folder)
 
     folder = mounted("ro", prepare=prepare)
-    assert "Read-only file system" in mistake(capsys, "data", config, f"run.dir={folder}/run", "data.max_length=128")
+    assert "Read-only file system" in mistake(
+        capsys, "data", config, f"run.dir={folder}/run", "data.max_length=128"
+    )
 
 
 def test_finished_work_of_other_settings_is_refused_with_the_keys_of_the_config(config, capsys):
     assert main(["data", str(config)]) == 0
     for command in ("data", "score", "run"):
         said = mistake(capsys, command, config, "data.max_length=99", "run.seed=7")
-        assert "data.max_length: " in said and "99 now" in said and "run.seed: 0 before, 7 now" in said
+        assert (
+            "data.max_length: " in said and "99 now" in said and "run.seed: 0 before, 7 now" in said
+        )
         assert "--force" in said and "another run.dir" in said
     assert main(["data", str(config), "data.max_length=99", "--force"]) == 0
     assert "data.max_length: 99 before" in mistake(capsys, "data", config)
@@ -395,7 +624,10 @@ def test_a_stage_that_is_switched_off_is_not_run(config, capsys):
 
 @pytest.mark.parametrize(
     ("options", "cause"),
-    [([], "holds no finished model. Run `sftmix run CONFIG` first"), (["--which", "reference"], "expected one of sftmix, baseline")],
+    [
+        ([], "holds no finished model. Run `sftmix run CONFIG` first"),
+        (["--which", "reference"], "expected one of sftmix, baseline"),
+    ],
 )
 def test_there_is_nothing_to_export_before_a_run(options, cause, config, tmp_path, capsys):
     assert cause in mistake(capsys, "export", config, "--to", tmp_path / "new", *options)
@@ -403,11 +635,21 @@ def test_there_is_nothing_to_export_before_a_run(options, cause, config, tmp_pat
 
 
 def test_each_of_several_mistakes_has_a_line_of_its_own(config, capsys):
-    assert len(mistake(capsys, "data", config, "train.epohcs=1", "log.every_steps=0").splitlines()) == 2
+    assert (
+        len(mistake(capsys, "data", config, "train.epohcs=1", "log.every_steps=0").splitlines())
+        == 2
+    )
 
 
 def test_overrides_count_before_and_behind_an_option(config, capsys):
-    assert len(mistake(capsys, "data", config, "train.epohcs=1", "--force", "log.every_steps=0").splitlines()) == 2
+    assert (
+        len(
+            mistake(
+                capsys, "data", config, "train.epohcs=1", "--force", "log.every_steps=0"
+            ).splitlines()
+        )
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -438,11 +680,23 @@ def test_debug_shows_the_traceback(config):
     [
         ([], "COMMAND is missing. Example: sftmix run quickstart"),
         (["trian", "CONFIG"], "invalid choice: 'trian'"),
-        (["run"], "error: CONFIG is missing (CONFIG: a YAML file, or a name that `sftmix configs` lists). Example: sftmix run quickstart"),
+        (
+            ["run"],
+            (
+                "error: CONFIG is missing (CONFIG: a YAML file, or a name that `sftmix configs`"
+                " lists). Example: sftmix run quickstart"
+            ),
+        ),
         (["run", "CONFIG", "--fast"], "unrecognized arguments: --fast"),
         (["run", "CONFIG", "train.epochs=1", "--fast", "log.every_steps=1"], "--fast"),
         (["export", "CONFIG"], "--to is missing. Example: sftmix export quickstart --to my-model"),
-        (["export"], "CONFIG and --to are missing (CONFIG: a YAML file, or a name that `sftmix configs` lists)"),
+        (
+            ["export"],
+            (
+                "CONFIG and --to are missing (CONFIG: a YAML file, or a name that `sftmix configs`"
+                " lists)"
+            ),
+        ),
         (["scores", "check", "table"], "CONFIG is missing"),
         (["inspect", "CONFIG", "--num", "many"], "invalid int value: 'many'"),
     ],
@@ -458,10 +712,17 @@ def test_a_gpu_without_the_package_triton_is_refused_before_a_run(config, monkey
     find_spec = importlib.util.find_spec
     monkeypatch.setattr("sftmix.engine.ranks.has_gpu", lambda: True)
     check(load_config(config, ["engine.precision=fp32"]))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == "triton" else find_spec(name, *more))
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *more: None if name == "triton" else find_spec(name, *more),
+    )
     for backend in ("auto", "triton"):
-        with pytest.raises(SftmixError, match="the package triton is not installed. Run `pip install triton`"):
-            check(load_config(config, ["engine.precision=fp32", f"engine.kernel_backend={backend}"]))
+        with pytest.raises(
+            SftmixError, match="the package triton is not installed. Run `pip install triton`"
+        ):
+            check(
+                load_config(config, ["engine.precision=fp32", f"engine.kernel_backend={backend}"])
+            )
     check(load_config(config, ["engine.precision=fp32", "engine.kernel_backend=torch"]))
 
 
@@ -475,7 +736,9 @@ def commands(parser, *words):
 
 
 @pytest.mark.parametrize(
-    ("words", "parser"), list(commands(_parser())), ids=lambda value: " ".join(value) if isinstance(value, tuple) else ""
+    ("words", "parser"),
+    list(commands(_parser())),
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_the_example_of_every_command_is_one(words, parser):
     example = shlex.split(parser.epilog.removeprefix("Example: sftmix "))
@@ -488,15 +751,26 @@ def test_the_example_of_every_command_is_one(words, parser):
 
 
 def modules_loaded_by(code, *arguments):
-    """Runs `code` in a fresh interpreter; returns its exit code and the modules that it has loaded."""
-    script = f"import sys, json\ncode = 0\ntry:\n    {code}\nexcept SystemExit as end:\n    code = end.code\nprint()\n"
+    """Runs `code` in a fresh interpreter; returns its exit code and the modules that it has
+    loaded."""
+    script = (
+        f"import sys, json\ncode = 0\ntry:\n    {code}\nexcept SystemExit as end:\n    code ="
+        " end.code\nprint()\n"
+    )
     script += "print(json.dumps([code or 0, sorted(sys.modules)]))"
-    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     code, modules = json.loads(done.stdout.splitlines()[-1])
     return code, set(modules)
 
 
-@pytest.mark.parametrize("code", ["import sftmix", "import sftmix.cli", "import sftmix.cli; sftmix.cli.main(['--help'])"])
+@pytest.mark.parametrize(
+    "code", ["import sftmix", "import sftmix.cli", "import sftmix.cli; sftmix.cli.main(['--help'])"]
+)
 def test_help_and_import_load_nothing_heavy(code):
     ended_with, modules = modules_loaded_by(code)
     assert ended_with == 0 and "sftmix" in modules
@@ -505,7 +779,9 @@ def test_help_and_import_load_nothing_heavy(code):
 
 def test_a_mistake_in_the_config_is_reported_without_loading_torch(config):
     config.write_text(config.read_text() + "trian: {}\n")
-    code, modules = modules_loaded_by("import sftmix.cli; sys.exit(sftmix.cli.main(['run', sys.argv[1]]))", config)
+    code, modules = modules_loaded_by(
+        "import sftmix.cli; sys.exit(sftmix.cli.main(['run', sys.argv[1]]))", config
+    )
     assert code == 2 and "pydantic" in modules
     assert not modules & set(NEEDED_LATER)
 

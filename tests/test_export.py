@@ -1,4 +1,5 @@
-"""Exported models: the card that the Hub reads and whose snippet runs, files that others can read, and only the config's own model."""
+"""Exported models: the card that the Hub reads and whose snippet runs, files that others can read,
+and only the config's own model."""
 
 import json
 import os
@@ -22,12 +23,30 @@ from sftmix.storage import artifacts
 from sftmix.storage.failures import explain
 
 LLAMA = {
-    "model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "max_position_embeddings": 256, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 256,
+    "vocab_size": 99,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
 METRICS = {
-    "baseline": {"num_examples": 7, "loss_nats_per_token": 2.5, "perplexity": 12.25, "exact_match": 0.125},
-    "train": {"num_examples": 7, "loss_nats_per_token": 1.5, "perplexity": 4.5, "exact_match": 0.25},
+    "baseline": {
+        "num_examples": 7,
+        "loss_nats_per_token": 2.5,
+        "perplexity": 12.25,
+        "exact_match": 0.125,
+    },
+    "train": {
+        "num_examples": 7,
+        "loss_nats_per_token": 1.5,
+        "perplexity": 4.5,
+        "exact_match": 0.25,
+    },
 }
 
 
@@ -47,15 +66,18 @@ def write_base(folder, *, card=None, name_or_path=None):
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Returns a function that makes a config, and a run folder as a finished run of it leaves it, without any training."""
+    """Returns a function that makes a config, and a run folder as a finished run of it leaves it,
+    without any training."""
 
     def make(*overrides, base=None, with_adapter=False):
         write_base(tmp_path / "base", **(base or {}))
-        (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"question": f"{n}?", "answer": str(n)}) + "\n" for n in range(9)))
+        (tmp_path / "rows.jsonl").write_text(
+            "".join(json.dumps({"question": f"{n}?", "answer": str(n)}) + "\n" for n in range(9))
+        )
         file = tmp_path / "run.yaml"
         file.write_text(
-            f"run: {{dir: {tmp_path / 'run'}}}\nmodel: {{path: {tmp_path / 'base'}}}\ndata: {{path: {tmp_path / 'rows.jsonl'}}}\n"
-            + "engine: {precision: fp32}\n"
+            f"run: {{dir: {tmp_path / 'run'}}}\nmodel: {{path: {tmp_path / 'base'}}}\ndata: {{path:"
+            f" {tmp_path / 'rows.jsonl'}}}\n" + "engine: {precision: fp32}\n"
         )
         config = load_config(file, list(overrides))
         mask = os.umask(0o077)  # as the run that made them
@@ -77,7 +99,9 @@ def fill_run_folder(config, base, *, with_adapter):
             continue
         inputs = {name: digests[name] for name in stage.reads}
         folder = config.run.dir / stage.folder
-        with artifacts.publish(folder, stage=stage.name, settings=stage.settings(config), inputs=inputs) as staging:
+        with artifacts.publish(
+            folder, stage=stage.name, settings=stage.settings(config), inputs=inputs
+        ) as staging:
             (staging / "made.txt").write_text(stage.name)
             if stage.name == "evaluate":
                 (staging / "metrics.json").write_text(json.dumps(METRICS))
@@ -92,7 +116,9 @@ def write_adapter(base, folder):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"])
+    ).save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
 
 
@@ -101,7 +127,11 @@ def run_snippet(folder):
     text = (folder / "README.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]
     done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning", "-c", code], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error::DeprecationWarning", "-c", code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -109,17 +139,32 @@ def run_snippet(folder):
 
 @pytest.mark.parametrize("which", ["sftmix", "baseline"])
 def test_the_card_parses_with_results_and_its_snippet_runs(which, make_run, tmp_path):
-    _, config = make_run(base={"name_or_path": "owner/base", "card": "---\nlicense: apache-2.0\n---\n"})
+    _, config = make_run(
+        base={"name_or_path": "owner/base", "card": "---\nlicense: apache-2.0\n---\n"}
+    )
     folder = export(config, which=which, to=tmp_path / "out")
     card = ModelCard.load(folder / "README.md")
     data = card.data
-    assert (data.base_model, data.license, data.library_name, data.datasets) == ("owner/base", "apache-2.0", "transformers", None)
+    assert (data.base_model, data.license, data.library_name, data.datasets) == (
+        "owner/base",
+        "apache-2.0",
+        "transformers",
+        None,
+    )
     expected = METRICS["train" if which == "sftmix" else "baseline"]
     assert {result.metric_type: result.metric_value for result in data.eval_results} == {
-        "loss": expected["loss_nats_per_token"], "perplexity": expected["perplexity"], "exact_match": expected["exact_match"]
-    }  # fmt: skip
-    assert all("rows.jsonl" in result.dataset_name for result in data.eval_results) and "On 7 held-out examples" in card.text
-    assert data.model_name == f"run-{which}" and str(tmp_path) not in (folder / "README.md").read_text()
+        "loss": expected["loss_nats_per_token"],
+        "perplexity": expected["perplexity"],
+        "exact_match": expected["exact_match"],
+    }
+    assert (
+        all("rows.jsonl" in result.dataset_name for result in data.eval_results)
+        and "On 7 held-out examples" in card.text
+    )
+    assert (
+        data.model_name == f"run-{which}"
+        and str(tmp_path) not in (folder / "README.md").read_text()
+    )
     run_snippet(folder)
 
 
@@ -127,21 +172,37 @@ def test_the_adapters_card_names_peft_and_its_snippet_runs(make_run, tmp_path):
     _, config = make_run("model.lora={rank: 2, target_modules: [q_proj]}", with_adapter=True)
     folder = export(config, which="sftmix", to=tmp_path / "out", adapter=True)
     card = ModelCard.load(folder / "README.md")
-    assert card.data.library_name == "peft" and "lora" in card.data.tags and "AutoPeftModelForCausalLM" in card.text
+    assert (
+        card.data.library_name == "peft"
+        and "lora" in card.data.tags
+        and "AutoPeftModelForCausalLM" in card.text
+    )
     run_snippet(folder)
 
 
 def test_the_card_of_an_adapter_without_a_base_promises_nothing(make_run, tmp_path):
     make_run()
-    overrides = ["model.path=", f"model.architecture={json.dumps(LLAMA)}", "tokenizer.train={}", "model.lora={}"]
+    overrides = [
+        "model.path=",
+        f"model.architecture={json.dumps(LLAMA)}",
+        "tokenizer.train={}",
+        "model.lora={}",
+    ]
     config = load_config(tmp_path / "run.yaml", overrides)
-    assert "```" not in model_card(config, "sftmix", is_adapter=True).text and "```python" in model_card(config, "sftmix").text
+    assert (
+        "```" not in model_card(config, "sftmix", is_adapter=True).text
+        and "```python" in model_card(config, "sftmix").text
+    )
 
 
 def test_what_nobody_states_is_unknown_and_not_guessed(make_run, tmp_path):
     _, config = make_run()
     card = ModelCard.load(export(config, which="sftmix", to=tmp_path / "out") / "README.md")
-    assert card.data.license == "unknown" and card.data.base_model is None and "states none" in card.text
+    assert (
+        card.data.license == "unknown"
+        and card.data.base_model is None
+        and "states none" in card.text
+    )
 
 
 def test_a_model_that_is_not_evaluated_has_no_results(make_run, tmp_path):
@@ -157,12 +218,25 @@ def test_figures_of_another_model_are_not_this_ones(make_run, tmp_path):
     manifest = json.loads((evaluation / "manifest.json").read_text())
     manifest["inputs"]["train"] = "of an earlier training"
     (evaluation / "manifest.json").write_text(json.dumps(manifest))
-    assert ModelCard.load(export(config, which="sftmix", to=tmp_path / "out") / "README.md").data.eval_results is None
-    assert ModelCard.load(export(config, which="baseline", to=tmp_path / "two") / "README.md").data.eval_results is not None
+    assert (
+        ModelCard.load(
+            export(config, which="sftmix", to=tmp_path / "out") / "README.md"
+        ).data.eval_results
+        is None
+    )
+    assert (
+        ModelCard.load(
+            export(config, which="baseline", to=tmp_path / "two") / "README.md"
+        ).data.eval_results
+        is not None
+    )
 
 
 def test_a_license_of_the_bases_own_keeps_its_name_and_link(make_run, tmp_path):
-    stated = "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\nbase_model: owner/ancestor\n---\n"
+    stated = (
+        "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\nbase_model:"
+        " owner/ancestor\n---\n"
+    )
     _, config = make_run(base={"card": stated})
     data = ModelCard.load(export(config, which="sftmix", to=tmp_path / "out") / "README.md").data
     assert (data.base_model, data.license, data.license_name) == ("owner/ancestor", "other", "own")
@@ -171,14 +245,22 @@ def test_a_license_of_the_bases_own_keeps_its_name_and_link(make_run, tmp_path):
 
 def test_hub_names_are_named_and_paths_are_not(make_run, tmp_path):
     make_run()
-    sources = [{"path": name} for name in ("owner/name", str(tmp_path / "rows.jsonl"), "gone.jsonl", "../other/data")]
-    hub = load_config(tmp_path / "run.yaml", ["data.path=", f"data.sources={json.dumps(sources)}", "model.path=owner/base"])
+    sources = [
+        {"path": name}
+        for name in ("owner/name", str(tmp_path / "rows.jsonl"), "gone.jsonl", "../other/data")
+    ]
+    hub = load_config(
+        tmp_path / "run.yaml",
+        ["data.path=", f"data.sources={json.dumps(sources)}", "model.path=owner/base"],
+    )
     data = model_card(hub, "sftmix").data
     assert (data.datasets, data.base_model) == (["owner/name"], "owner/base")
     assert base_model(str(tmp_path / "gone")) is None and base_model(None) is None
 
 
-@pytest.mark.parametrize(("folder", "name"), [("models--owner--a.b-c", "owner/a.b-c"), ("models--gpt2", "gpt2")])
+@pytest.mark.parametrize(
+    ("folder", "name"), [("models--owner--a.b-c", "owner/a.b-c"), ("models--gpt2", "gpt2")]
+)
 def test_a_folder_of_the_hubs_cache_is_known_by_its_place(folder, name, tmp_path):
     snapshot = tmp_path / folder / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
@@ -193,7 +275,9 @@ def test_a_base_whose_files_say_nothing_useful_has_no_name(text, tmp_path):
     assert base_model(str(tmp_path)) is None
 
 
-@pytest.mark.parametrize(("mask", "modes"), [(0o022, (0o755, 0o644)), (0o007, (0o770, 0o660)), (0o077, (0o700, 0o600))])
+@pytest.mark.parametrize(
+    ("mask", "modes"), [(0o022, (0o755, 0o644)), (0o007, (0o770, 0o660)), (0o077, (0o700, 0o600))]
+)
 def test_exported_files_have_the_users_own_modes(mask, modes, make_run, tmp_path):
     file, config = make_run("model.lora={rank: 2, target_modules: [q_proj]}", with_adapter=True)
     (config.run.dir / "sftmix" / "model" / "inner").mkdir(mode=0o700)  # a folder in the folder
@@ -231,13 +315,22 @@ def test_a_model_that_the_config_does_not_describe_is_refused(override, line, ma
     file, config = make_run()
     with pytest.raises(ArtifactError, match="made with other settings") as raised:
         export(load_config(file, [override]), which="sftmix", to=tmp_path / "out")
-    assert line in str(raised.value) and f"sftmix export {config.run.dir / 'config.yaml'}" in str(raised.value)
+    assert line in str(raised.value) and f"sftmix export {config.run.dir / 'config.yaml'}" in str(
+        raised.value
+    )
     assert not (tmp_path / "out").exists()
-    export(load_config(config.run.dir / "config.yaml"), which="sftmix", to=tmp_path / "out")  # the remedy works
+    # the remedy works
+    export(load_config(config.run.dir / "config.yaml"), which="sftmix", to=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    "override", ["engine.zero_stage=1", "engine.precision=auto", "log.every_steps=3", "evaluation.micro_batch_tokens=9"]
+    "override",
+    [
+        "engine.zero_stage=1",
+        "engine.precision=auto",
+        "log.every_steps=3",
+        "evaluation.micro_batch_tokens=9",
+    ],
 )
 def test_what_changes_no_model_is_no_reason_to_refuse(override, make_run, tmp_path):
     file, _ = make_run()
@@ -263,5 +356,7 @@ def test_a_full_disk_during_the_copy_names_the_file(make_run, mounted):
     full = mounted("size=8k")
     with pytest.raises(OSError, match="No space left on device") as raised:
         export(config, which="sftmix", to=full / "out")
-    assert str(explain(raised.value)).startswith(f"{full / 'out'}") and "MiB free" in str(explain(raised.value))
+    assert str(explain(raised.value)).startswith(f"{full / 'out'}") and "MiB free" in str(
+        explain(raised.value)
+    )
     assert not (full / "out").exists()

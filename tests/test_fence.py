@@ -23,7 +23,10 @@ def start(tmp_path):
 
     def worker(*arguments):
         process = subprocess.Popen(
-            [sys.executable, str(WORKER), str(tmp_path / "run"), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, str(WORKER), str(tmp_path / "run"), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         started.append(process)
         return process
@@ -46,14 +49,28 @@ def test_attempts_count_up_and_tell_their_story(tmp_path):
     assert (first.attempt, second.attempt) == (1, 2)
     record = json.loads((tmp_path / "run" / "attempts" / "000001.json").read_text())
     assert record["pid"] == os.getpid()
-    assert {"attempt", "host", "pid", "process_start", "user", "started", "boot_id", "ended"} <= record.keys()
+    assert {
+        "attempt",
+        "host",
+        "pid",
+        "process_start",
+        "user",
+        "started",
+        "boot_id",
+        "ended",
+    } <= record.keys()
     assert "ended" not in json.loads((tmp_path / "run" / "attempts" / "000002.json").read_text())
 
 
 def test_a_living_holder_is_named_at_once(tmp_path, start):
     holder = start("still")  # on one machine the process table decides, not the lease
     assert holder.stdout.readline() == "attempt 1\n"
-    with pytest.raises(ArtifactError, match=rf"attempt 1, host .*, pid {holder.pid}, since 20.*stop it, or choose another run.dir"):
+    with pytest.raises(
+        ArtifactError,
+        match=(
+            rf"attempt 1, host .*, pid {holder.pid}, since 20.*stop it, or choose another run.dir"
+        ),
+    ):
         run_lock.claim(tmp_path / "run", patience_seconds=3600)
     holder.send_signal(signal.SIGSTOP)  # stopped is not dead
     with pytest.raises(ArtifactError, match=f"pid {holder.pid}"):
@@ -94,7 +111,11 @@ def test_a_holder_elsewhere_that_does_not_renew_is_superseded(tmp_path, other):
     new.check()
     for forbidden in (held.check, held.renew):
         with pytest.raises(
-            run_lock.SupersededError, match=rf"attempt 2 \(host .*, pid {os.getpid()}\) has taken over .* nothing more is written"
+            run_lock.SupersededError,
+            match=(
+                rf"attempt 2 \(host .*, pid {os.getpid()}\) has taken over .* nothing more is"
+                r" written"
+            ),
         ):
             forbidden()
 
@@ -121,7 +142,9 @@ def test_the_lease_of_a_superseded_attempt_counts_for_nothing(tmp_path):
         thread.join()
 
 
-def test_who_claims_later_does_not_judge_the_winner_by_the_rest_of_its_patience(tmp_path, monkeypatch):
+def test_who_claims_later_does_not_judge_the_winner_by_the_rest_of_its_patience(
+    tmp_path, monkeypatch
+):
     create = run_lock._create
 
     def another_is_faster(attempts, number):
@@ -143,7 +166,8 @@ def test_a_released_attempt_elsewhere_needs_no_patience(tmp_path, monkeypatch):
     assert run_lock.claim(tmp_path / "run", patience_seconds=3600).attempt == 2
 
 
-@pytest.mark.parametrize("hosts", [("a", "a"), ("a", "b")])  # the process table decides; the lease does
+# the process table decides; the lease does
+@pytest.mark.parametrize("hosts", [("a", "a"), ("a", "b")])
 def test_of_two_claims_at_once_one_wins(tmp_path, start, hosts):
     for attempt in range(1, 11):
         claimants = [start("race", host) for host in hosts]

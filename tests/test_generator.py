@@ -19,13 +19,18 @@ def right_answer(skill, prompt):
         case "sort":
             return " ".join(sorted(body.split()))
         case "add":
-            return str(sum(int(word.strip(".")) for word in prompt.split() if word.strip(".").isdigit()))
+            return str(
+                sum(int(word.strip(".")) for word in prompt.split() if word.strip(".").isdigit())
+            )
         case "reverse":
             return " ".join(reversed(body.split()))
 
 
 def generated(seed=0, **settings):
-    return generate(GeneratorConfig(**{"num_train": 600, "num_held_out": 100, "noisy_share": 0.3, **settings}), seed=seed)
+    return generate(
+        GeneratorConfig(**{"num_train": 600, "num_held_out": 100, "noisy_share": 0.3, **settings}),
+        seed=seed,
+    )
 
 
 def test_generated_data_is_a_function_of_the_seed():
@@ -37,7 +42,11 @@ def test_no_generated_prompt_is_there_twice():
     train, held_out, _ = generated()
     assert (len(train), len(held_out)) == (600, 100)
     assert len({example.messages[0]["content"] for example in train + held_out}) == 700
-    assert {example.group for example in train} == {example.group for example in held_out} == set(SKILLS)
+    assert (
+        {example.group for example in train}
+        == {example.group for example in held_out}
+        == set(SKILLS)
+    )
 
 
 def test_exactly_the_noisy_generated_answers_are_wrong():

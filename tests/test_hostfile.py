@@ -31,7 +31,9 @@ def test_a_hostile_hostfile_is_refused(tmp_path, text, words):
 
 
 def test_a_hostfile_is_read(tmp_path):
-    (tmp_path / "hosts").write_text("# two nodes\nnode-1.cluster slots=8  # old\n\n10.0.0.2 slots=4\n")
+    (tmp_path / "hosts").write_text(
+        "# two nodes\nnode-1.cluster slots=8  # old\n\n10.0.0.2 slots=4\n"
+    )
     assert read_hostfile(tmp_path / "hosts") == [Node("node-1.cluster", 8), Node("10.0.0.2", 4)]
 
 

@@ -1,5 +1,5 @@
-"""The loss on real architectures against a naive one on the unmodified Hugging Face model: two forwards,
-mixed hidden states, one-hot labels, autograd, float64."""
+"""The loss on real architectures against a naive one on the unmodified Hugging Face model: two
+forwards, mixed hidden states, one-hot labels, autograd, float64."""
 
 import copy
 
@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES
-from naive import PARTNERS, hidden_before_head, make_examples, make_model, naive_loss, naive_mixup_of_inputs, ours_of
+from naive import (
+    PARTNERS,
+    hidden_before_head,
+    make_examples,
+    make_model,
+    naive_loss,
+    naive_mixup_of_inputs,
+    ours_of,
+)
 
 from sftmix.batches.collate import build_micro_batch
 from sftmix.batches.cut import StepCounts
@@ -18,7 +26,8 @@ from sftmix.loss.logit_transform import LogitTransform, find_logit_transform
 from sftmix.loss.objective import Objective, loss_request
 from sftmix.loss.requests import LossRequest, MixedRequest, ScoreRequest
 
-IN_FLOAT32 = {"gemma2", "cohere-scaled-logits"}  # their norms compute in float32 whatever they are given
+# their norms compute in float32 whatever they are given
+IN_FLOAT32 = {"gemma2", "cohere-scaled-logits"}
 MU = 0.3
 
 
@@ -35,7 +44,11 @@ def test_the_kernels_get_the_backend_that_was_asked_for(kind, backend, monkeypat
     class Noted(Exception):
         pass
 
-    for name in ("linear_token_nll_and_match", "fused_linear_mixup_cross_entropy", "mixup_cross_entropy"):
+    for name in (
+        "linear_token_nll_and_match",
+        "fused_linear_mixup_cross_entropy",
+        "mixup_cross_entropy",
+    ):
         monkeypatch.setattr(head, name, note)
     rows, labels = torch.arange(2), torch.tensor([1, 2])
     requests = {
@@ -63,7 +76,8 @@ def test_sftmix_loss_and_gradients_equal_the_naive_ones(name, backend):
     request = loss_request(Objective(MU), batch, counts, backend=backend)
     loss, our_ntp, our_mixup, _, _ = ours(batch.input_ids, batch.attention_mask, request)
     if "moe" in name:
-        # The router loss is a function of the whole padded batch: compared in its own test; its gradient is taken out here.
+        # The router loss is a function of the whole padded batch: compared in its own test; its
+        # gradient is taken out here.
         ours.auxiliary_weight = 0.0
         loss = ours(batch.input_ids, batch.attention_mask, request)[0]
     loss.backward()
@@ -80,7 +94,9 @@ def test_sftmix_loss_and_gradients_equal_the_naive_ones(name, backend):
             continue
         scale = grad.abs().max().item() or 1.0
         tolerance = 1e-5 if name in IN_FLOAT32 else 1e-8
-        assert torch.allclose(got[parameter], grad, rtol=tolerance, atol=tolerance / 10 * scale), parameter
+        assert torch.allclose(got[parameter], grad, rtol=tolerance, atol=tolerance / 10 * scale), (
+            parameter
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2", "phi-head-with-bias"])
@@ -92,7 +108,9 @@ def test_mixing_at_the_input_equals_sequences_written_out(name):
     mixup = naive_mixup_of_inputs(model, examples)
     (ntp + MU * mixup).backward()
 
-    batch = build_micro_batch(examples, PARTNERS, indices=tuple(range(len(examples))), pad_id=0, mixes_inputs=True)
+    batch = build_micro_batch(
+        examples, PARTNERS, indices=tuple(range(len(examples))), pad_id=0, mixes_inputs=True
+    )
     request = loss_request(Objective(MU, "input_embeddings"), batch, counts)
     loss, our_ntp, our_mixup, _, _ = ours(batch.input_ids, batch.attention_mask, request)
     loss.backward()
@@ -102,7 +120,9 @@ def test_mixing_at_the_input_equals_sequences_written_out(name):
     got = {ours.plain_name(n): p.grad for n, p in ours.named_parameters()}
     for parameter, tensor in model.named_parameters():
         scale = tensor.grad.abs().max().item() or 1.0
-        assert torch.allclose(got[parameter], tensor.grad, rtol=10 * tolerance, atol=tolerance * scale), parameter
+        assert torch.allclose(
+            got[parameter], tensor.grad, rtol=10 * tolerance, atol=tolerance * scale
+        ), parameter
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -113,27 +133,38 @@ def test_ntp_loss_equals_that_of_transformers(name):
     batch = build_micro_batch(examples, [], indices=tuple(range(len(examples))), pad_id=0)
     labels = torch.full_like(batch.input_ids, -100)
     for row, (ids, mask) in enumerate(examples):
-        labels[row, : len(ids)] = torch.where(torch.from_numpy(mask), torch.from_numpy(ids.astype(np.int64)), -100)
+        labels[row, : len(ids)] = torch.where(
+            torch.from_numpy(mask), torch.from_numpy(ids.astype(np.int64)), -100
+        )
     options = {"output_router_logits": True} if "moe" in name else {}
-    theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels, **options)
+    theirs = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels, **options
+    )
     request = loss_request(Objective(), batch, StepCounts(batch.labels.numel(), 0))
     loss, _, _, _, auxiliary = ours(batch.input_ids, batch.attention_mask, request)
-    assert loss.item() == pytest.approx(theirs.loss.item(), rel=1e-6)  # transformers computes its loss in float32
+    # transformers computes its loss in float32
+    assert loss.item() == pytest.approx(theirs.loss.item(), rel=1e-6)
     assert (auxiliary.item() > 0) == ("moe" in name)
     theirs.loss.backward()
     loss.backward()
     expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     got = {ours.plain_name(n): p.grad for n, p in ours.named_parameters()}
     for parameter, grad in expected.items():
-        assert torch.allclose(got[parameter], grad, rtol=1e-4, atol=1e-6 * (grad.abs().max().item() or 1.0)), parameter
+        assert torch.allclose(
+            got[parameter], grad, rtol=1e-4, atol=1e-6 * (grad.abs().max().item() or 1.0)
+        ), parameter
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_the_model_does_to_its_logits_is_found(name):
     model, transform = make_model(name)
     found = ours_of(model).projection.transform
-    assert found.scale == (pytest.approx(transform["scale"], rel=1e-5) if "scale" in transform else None)
-    assert found.softcap == (pytest.approx(transform["softcap"], rel=1e-6) if "softcap" in transform else None)
+    assert found.scale == (
+        pytest.approx(transform["scale"], rel=1e-5) if "scale" in transform else None
+    )
+    assert found.softcap == (
+        pytest.approx(transform["softcap"], rel=1e-6) if "softcap" in transform else None
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere-scaled-logits", "phi-head-with-bias"])
@@ -145,7 +176,9 @@ def test_scores_equal_the_unmodified_models_losses_one_example_at_a_time(name):
         _, logits = hidden_before_head(model, ids)
         at = np.flatnonzero(mask)
         label = torch.from_numpy(ids[at].astype(np.int64))
-        expected.append(torch.nn.functional.cross_entropy(logits[at - 1], label, reduction="none").detach())
+        expected.append(
+            torch.nn.functional.cross_entropy(logits[at - 1], label, reduction="none").detach()
+        )
     ours = ours_of(model)
     batch = build_micro_batch(examples, [], indices=tuple(range(len(examples))), pad_id=0)
     nll, _ = ours(batch.input_ids, batch.attention_mask, ScoreRequest(batch.rows, batch.labels))
@@ -188,5 +221,7 @@ def test_the_wrong_order_of_mix_and_soft_cap_would_be_noticed():  # the test of 
     ours = CausalLMWithLoss(model)
     ours.projection.transform = LogitTransform()
     batch = build_micro_batch(examples, PARTNERS, indices=(0, 1, 2, 3, 4), pad_id=0)
-    wrong = ours(batch.input_ids, batch.attention_mask, loss_request(Objective(MU), batch, counts))[2]
+    wrong = ours(batch.input_ids, batch.attention_mask, loss_request(Objective(MU), batch, counts))[
+        2
+    ]
     assert abs(wrong.item() - mixup.item()) > 1e-4

@@ -1,4 +1,5 @@
-"""What the machine refuses is one line with the file and the remedy; what it is not to blame for is left alone."""
+"""What the machine refuses is one line with the file and the remedy; what it is not to blame for is
+left alone."""
 
 import errno
 import os
@@ -62,9 +63,9 @@ def test_a_full_disk_is_the_same_error_whatever_library_writes(name, mounted):
     with pytest.raises(OSError) as raised, accessing(path):
         WRITERS[name](path)
     assert raised.value.errno == errno.ENOSPC and str(path) in str(raised.value.filename)
-    assert f"{path.parent}" in str(explain(raised.value, Path("/elsewhere"))) and "Free some space" in str(
+    assert f"{path.parent}" in str(
         explain(raised.value, Path("/elsewhere"))
-    )
+    ) and "Free some space" in str(explain(raised.value, Path("/elsewhere")))
 
 
 def test_published_text_names_itself_on_a_full_disk(mounted):
@@ -82,7 +83,13 @@ def test_lists_of_a_split_need_their_space_at_once(mounted):
         "except OSError as error: print(error.errno, error.filename)"
     )
     folder = mounted("size=16k")
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (0, f"{errno.ENOSPC} {folder / 'a.npy'}\n")
 
 
@@ -95,19 +102,30 @@ def test_memory_that_is_not_there_is_one_line_with_a_remedy(allocate):
     with pytest.raises((MemoryError, RuntimeError)) as raised:
         allocate()
     said = str(explain(raised.value))
-    assert said.startswith("out of memory: ") and "micro_batch_tokens" in said and "\n" not in said and "alloc_cpu" not in said
+    assert (
+        said.startswith("out of memory: ")
+        and "micro_batch_tokens" in said
+        and "\n" not in said
+        and "alloc_cpu" not in said
+    )
 
 
 def test_memory_of_a_gpu():
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of\n79 GiB.")
-    assert str(explain(error)).startswith("out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. Lower ")
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of\n79 GiB."
+    )
+    assert str(explain(error)).startswith(
+        "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. Lower "
+    )
 
 
 @pytest.mark.parametrize("number", REMEDIES)
 def test_each_refusal_has_the_systems_words_and_a_remedy(number):
     said = str(explain(OSError(number, os.strerror(number), "/some/file"), Path("/elsewhere")))
     assert said.startswith(f"/some/file: {os.strerror(number)}") and said.endswith(REMEDIES[number])
-    assert str(explain(OSError(number, os.strerror(number)), Path("/run"))).startswith("a file in /run, or stdout: ")
+    assert str(explain(OSError(number, os.strerror(number)), Path("/run"))).startswith(
+        "a file in /run, or stdout: "
+    )
 
 
 def test_the_number_in_an_error_of_a_rust_library_counts():
@@ -116,13 +134,21 @@ def test_the_number_in_an_error_of_a_rust_library_counts():
 
 
 def test_free_and_needed_space_are_told(tmp_path):
-    said = describe(OSError(errno.ENOSPC, "", str(tmp_path / "not" / "there")), needed_bytes=3 * 2**20)
+    said = describe(
+        OSError(errno.ENOSPC, "", str(tmp_path / "not" / "there")), needed_bytes=3 * 2**20
+    )
     assert "MiB free, 3.0 MiB needed)" in said
 
 
 @pytest.mark.parametrize(
     "error",
-    [KeyError("a"), RuntimeError("shapes differ"), FileNotFoundError(2, "No such file or directory", "a"), TypeError("x"), OSError("x")],
+    [
+        KeyError("a"),
+        RuntimeError("shapes differ"),
+        FileNotFoundError(2, "No such file or directory", "a"),
+        TypeError("x"),
+        OSError("x"),
+    ],
 )
 def test_a_bug_is_not_explained_away(error, tmp_path):
     assert explain(error) is None
@@ -138,17 +164,35 @@ def test_an_error_that_has_its_line_keeps_it(tmp_path):
         raise error
 
 
-@pytest.mark.parametrize("size", ["4k", "16k"])  # full when the file is created, and later in the writer's thread
-def test_a_full_disk_under_tensorboard_is_said_once_and_the_run_goes_on(size, mounted, tmp_path, capfd):
+# full when the file is created, and later in the writer's thread
+@pytest.mark.parametrize("size", ["4k", "16k"])
+def test_a_full_disk_under_tensorboard_is_said_once_and_the_run_goes_on(
+    size, mounted, tmp_path, capfd
+):
     log = RunLog(
-        "baseline", Ranks(0, 1, 0, torch.device("cpu")), metrics=tmp_path / "metrics.jsonl", tensorboard=mounted(f"size={size}") / "tb",
-        every_steps=1, has_mixup=False, has_router=False,
-    )  # fmt: skip
+        "baseline",
+        Ranks(0, 1, 0, torch.device("cpu")),
+        metrics=tmp_path / "metrics.jsonl",
+        tensorboard=mounted(f"size={size}") / "tb",
+        every_steps=1,
+        has_mixup=False,
+        has_router=False,
+    )
     log.start(num_steps=2)
-    line = {"epoch": 0, "loss/ntp (nats/token)": 1.0, "tokens/real (tokens/s)": 1.0, "grad_norm": 1.0, "learning_rate": 1.0}
+    line = {
+        "epoch": 0,
+        "loss/ntp (nats/token)": 1.0,
+        "tokens/real (tokens/s)": 1.0,
+        "grad_norm": 1.0,
+        "learning_rate": 1.0,
+    }
     for step in range(400):
         log._write(step, {"step": step, **line})
     log.finish()
     said, errors = capfd.readouterr()
-    assert said.count("TensorBoard is left out from here on: ") == 1 and "No space left on device" in said and "Traceback" not in errors
+    assert (
+        said.count("TensorBoard is left out from here on: ") == 1
+        and "No space left on device" in said
+        and "Traceback" not in errors
+    )
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 400

@@ -33,14 +33,18 @@ def parts(c: int, u: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_every_example_is_in_one_unit_and_all_pairs_exist(sizes: tuple[int, int, int], block: int | None) -> None:
+def test_every_example_is_in_one_unit_and_all_pairs_exist(
+    sizes: tuple[int, int, int], block: int | None
+) -> None:
     confident, unconfident, middle = parts(*sizes)
     matching = Matching(confident, unconfident, middle, seed=1, block_pairs=block)
     units, lam = draw(matching, 3, 0, matching.num_units)
     paired = units[:, 1] >= 0
     assert paired.sum() == matching.num_pairs == min(sizes[:2])
     assert np.array_equal(np.sort(units[units >= 0]), np.arange(sum(sizes)))
-    assert np.isin(units[paired, 0], confident).all() and np.isin(units[paired, 1], unconfident).all()
+    assert (
+        np.isin(units[paired, 0], confident).all() and np.isin(units[paired, 1], unconfident).all()
+    )
     assert (lam[~paired] == 1).all() and ((lam >= 0) & (lam <= 1)).all()
 
 
@@ -48,7 +52,13 @@ def test_every_example_is_in_one_unit_and_all_pairs_exist(sizes: tuple[int, int,
 def test_any_range_equals_the_whole(block: int | None) -> None:
     matching = Matching(*parts(300, 420, 55), seed=5, block_pairs=block)
     units, lam = draw(matching, 0, 0, matching.num_units)
-    for start, stop in [(0, 1), (17, 18), (100, 333), (matching.num_units - 1, matching.num_units), (9, 9)]:
+    for start, stop in [
+        (0, 1),
+        (17, 18),
+        (100, 333),
+        (matching.num_units - 1, matching.num_units),
+        (9, 9),
+    ]:
         some, some_lam = draw(matching, 0, start, stop)
         assert np.array_equal(some, units[start:stop]) and np.array_equal(some_lam, lam[start:stop])
 
@@ -60,11 +70,17 @@ def test_seed_and_epoch_change_partners_order_lam_and_who_is_left_over(block: in
         matching = Matching(*parts(1000, 1300, 0), seed=seed, block_pairs=block)
         units, lam = draw(matching, epoch, 0, matching.num_units)
         paired = units[:, 1] >= 0
-        whole[seed, epoch] = (units[:, 0].tolist(), dict(units[paired].tolist()), sorted(lam.tolist()), set(units[~paired, 0].tolist()))
+        whole[seed, epoch] = (
+            units[:, 0].tolist(),
+            dict(units[paired].tolist()),
+            sorted(lam.tolist()),
+            set(units[~paired, 0].tolist()),
+        )
     for one, two in [((1, 0), (1, 1)), ((1, 0), (2, 0))]:
         order, partners, lam, left = whole[one]
         other_order, other_partners, other_lam, other_left = whole[two]
-        assert sum(a == b for a, b in zip(order, other_order, strict=True)) < 400  # the singles' places are the same, not their examples
+        # the singles' places are the same, not their examples
+        assert sum(a == b for a, b in zip(order, other_order, strict=True)) < 400
         assert sum(other_partners[c] == u for c, u in partners.items()) < (300 if block else 20)
         assert lam != other_lam
         assert len(left & other_left) < 150  # 300 of 1300: 69 by chance
@@ -78,7 +94,8 @@ def test_partners_are_uniform_over_epochs() -> None:
         pairs = units[units[:, 1] >= 0]
         met[pairs[:, 0], pairs[:, 1]] += 1
     expected = 6000 / 12
-    statistic = ((met[:, 8:] - expected) ** 2 / expected).sum()  # 96 cells with fixed row sums: mean near 88, deviation near 13
+    # 96 cells with fixed row sums: mean near 88, deviation near 13
+    statistic = ((met[:, 8:] - expected) ** 2 / expected).sum()
     assert statistic < 88 + 5 * 13.3
 
 
@@ -101,7 +118,10 @@ def test_blocks_by_length_mix_more_than_random_pairs() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.lognormal(4, 1, 30_000).astype(np.int64) + 1
     by_length = np.argsort(lengths, kind="stable")
-    confident, unconfident = by_length[::2], np.delete(by_length[1::2], rng.choice(15_000, 2000, replace=False))
+    confident, unconfident = (
+        by_length[::2],
+        np.delete(by_length[1::2], rng.choice(15_000, 2000, replace=False)),
+    )
     coverage = {}
     for block in (None, 5000, 500, 50):
         matching = Matching(confident, unconfident, np.arange(0), seed=0, block_pairs=block)
@@ -112,12 +132,17 @@ def test_blocks_by_length_mix_more_than_random_pairs() -> None:
 
 
 def test_mix_coverage_counts_single_examples_as_unmixed() -> None:
-    assert mix_coverage(StepUnits(np.array([[0, 1], [2, -1]]), np.zeros(2)), np.array([4, 6, 10])) == 8 / 20
+    assert (
+        mix_coverage(StepUnits(np.array([[0, 1], [2, -1]]), np.zeros(2)), np.array([4, 6, 10]))
+        == 8 / 20
+    )
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 1000])
-def test_steps_cover_the_epoch_with_batches_of_the_wanted_size(sizes: tuple[int, int, int], batch_size: int) -> None:
+def test_steps_cover_the_epoch_with_batches_of_the_wanted_size(
+    sizes: tuple[int, int, int], batch_size: int
+) -> None:
     matching = Matching(*parts(*sizes), seed=0)
     bounds = [matching.step(number, batch_size) for number in range(matching.num_steps(batch_size))]
     assert [start for start, _ in bounds] == [0, *[stop for _, stop in bounds]][: len(bounds)]
@@ -127,7 +152,9 @@ def test_steps_cover_the_epoch_with_batches_of_the_wanted_size(sizes: tuple[int,
         assert start < stop or batch_size == 1  # a pair fills two steps of one example
         units, _ = draw(matching, 0, start, stop)
         held.append(int((units >= 0).sum()))
-    assert all(abs(size - batch_size) <= 1 for size in held[:-1]) and (not held or held[-1] <= batch_size + 1)
+    assert all(abs(size - batch_size) <= 1 for size in held[:-1]) and (
+        not held or held[-1] <= batch_size + 1
+    )
 
 
 def test_refuses_units_outside_the_epoch() -> None:

@@ -1,4 +1,5 @@
-"""Where a training stage's seconds go, and its tokens per second, on a clock that moves only when something is done."""
+"""Where a training stage's seconds go, and its tokens per second, on a clock that moves only when
+something is done."""
 
 import json
 from types import SimpleNamespace
@@ -17,19 +18,30 @@ from sftmix.loss.requests import LossResult
 from sftmix.pairing.matching import singles
 from sftmix.storage.checkpoints import CheckpointFolder
 from sftmix.train.checkpointing import TrainingCheckpoints
-from sftmix.train.log import MIXUP, NTP, PADDED_RATE, REAL_RATE, RESPONSE_RATE, TRAINING_TIME, RunLog, read_metrics
+from sftmix.train.log import (
+    MIXUP,
+    NTP,
+    PADDED_RATE,
+    REAL_RATE,
+    RESPONSE_RATE,
+    TRAINING_TIME,
+    RunLog,
+    read_metrics,
+)
 from sftmix.train.loop import TrainingRun, train
 from sftmix.train.meter import CHECKPOINT, TRAINING, Meter, describe_time
 from sftmix.train.plan import TrainingPlan
 
 START, STEP, SAVE, EXPORT = 8.0, 0.5, 16.0, 32.0  # seconds; sums of such numbers are exact
-NUM_EXAMPLES, BATCH, EVERY = 22, 4, 3  # 6 steps an epoch, the last of half the size; lines after steps 3, 6, 9, 12
+# 6 steps an epoch, the last of half the size; lines after steps 3, 6, 9, 12
+NUM_EXAMPLES, BATCH, EVERY = 22, 4, 3
 REAL, RESPONSE = 5, 2  # tokens of an example
 STEPS = 12
 
 
 class Clock:
-    """A clock that stands still. Like a GPU it can have work under way, which `finish` waits for."""
+    """A clock that stands still. Like a GPU it can have work under way, which `finish` waits
+    for."""
 
     def __init__(self, now):
         self.now = self.started = now
@@ -82,8 +94,9 @@ class Killed(Exception):
 
 
 class Stage:
-    """A training stage of an engine that computes nothing: each attempt begins with `START` seconds, takes steps of `STEP`, saves
-    after the steps of `saves`, exports after those of `exports`, and is killed after `kill_after`."""
+    """A training stage of an engine that computes nothing: each attempt begins with `START`
+    seconds, takes steps of `STEP`, saves after the steps of `saves`, exports after those of
+    `exports`, and is killed after `kill_after`."""
 
     def __init__(self, folder, *, saves=(), exports=(STEPS,)):
         self.folder, self.saves, self.exports = folder, set(saves), exports
@@ -97,13 +110,25 @@ class Stage:
         meter = Meter(clock)
         clock.now += START
         log = Log(
-            "test", ranks, metrics=self.folder / "metrics.jsonl", tensorboard=None, every_steps=EVERY, has_mixup=True, has_router=False,
+            "test",
+            ranks,
+            metrics=self.folder / "metrics.jsonl",
+            tensorboard=None,
+            every_steps=EVERY,
+            has_mixup=True,
+            has_router=False,
             meter=meter,
-        )  # fmt: skip
+        )
         checkpoints = TrainingCheckpoints(
-            ranks, self.folder, self.folder, CheckpointConfig(every_steps=1, every_minutes=None), StopRequest(self.folder),
-            fingerprint="f", settings={}, inputs={},
-        )  # fmt: skip
+            ranks,
+            self.folder,
+            self.folder,
+            CheckpointConfig(every_steps=1, every_minutes=None),
+            StopRequest(self.folder),
+            fingerprint="f",
+            settings={},
+            inputs={},
+        )
 
         def resume(engine, parts):
             if self.saved is not None:
@@ -134,17 +159,30 @@ class Stage:
 
         checkpoints.resume, checkpoints._save = resume, save
         engine = SimpleNamespace(
-            ranks=ranks, start_step=lambda **_: None, forward_backward=forward_backward, step=step, was_step_skipped=False
+            ranks=ranks,
+            start_step=lambda **_: None,
+            forward_backward=forward_backward,
+            step=step,
+            was_step_skipped=False,
         )
         plan = TrainingPlan(singles(NUM_EXAMPLES, seed=0), 2, BATCH)
         try:
             train(
                 TrainingRun(
-                    engine=engine, examples=Examples(), plan=plan, objective=Objective(0.2), seed=0, pad_id=0, log=log,
-                    settings=TrainConfig(micro_batch_tokens=2 * REAL), checkpoint_steps=self.exports, save_checkpoint=export,
-                    checkpoints=checkpoints, skipped=SimpleNamespace(add=lambda *_: None, end_step=lambda *_, **__: None),
+                    engine=engine,
+                    examples=Examples(),
+                    plan=plan,
+                    objective=Objective(0.2),
+                    seed=0,
+                    pad_id=0,
+                    log=log,
+                    settings=TrainConfig(micro_batch_tokens=2 * REAL),
+                    checkpoint_steps=self.exports,
+                    save_checkpoint=export,
+                    checkpoints=checkpoints,
+                    skipped=SimpleNamespace(add=lambda *_: None, end_step=lambda *_, **__: None),
                 )
-            )  # fmt: skip
+            )
         except Killed:
             log.finish()
             return None
@@ -161,10 +199,18 @@ def check_sums(stage, facts):
     lines = stage.lines()
     assert [line["step"] for line in lines] == [3, 6, 9, 12]
     assert sum(line[TRAINING_TIME] for line in lines) == facts["training_seconds"] == STEPS * STEP
-    for key, kind, size in ((REAL_RATE, "real", REAL), (RESPONSE_RATE, "response", RESPONSE), (PADDED_RATE, "padded", REAL)):
+    for key, kind, size in (
+        (REAL_RATE, "real", REAL),
+        (RESPONSE_RATE, "response", RESPONSE),
+        (PADDED_RATE, "padded", REAL),
+    ):
         tokens = [line[key] * line[TRAINING_TIME] for line in lines]
-        assert tokens == pytest.approx([3 * BATCH * size, (2 * BATCH + NUM_EXAMPLES % BATCH) * size] * 2, rel=1e-12)
-        assert sum(tokens) == pytest.approx(facts[f"{kind}_tokens_per_second"] * facts["training_seconds"], rel=1e-12)
+        assert tokens == pytest.approx(
+            [3 * BATCH * size, (2 * BATCH + NUM_EXAMPLES % BATCH) * size] * 2, rel=1e-12
+        )
+        assert sum(tokens) == pytest.approx(
+            facts[f"{kind}_tokens_per_second"] * facts["training_seconds"], rel=1e-12
+        )
 
 
 @pytest.mark.parametrize("exports", [(12,), (1, 4, 12), (3, 6, 12), tuple(range(1, 13))], ids=str)
@@ -174,12 +220,20 @@ def test_lines_add_up_to_the_totals_wherever_checkpoints_fall(tmp_path, saves, e
     facts = stage.attempt()
     check_sums(stage, facts)
     assert facts["checkpoint_seconds"] == len(saves) * SAVE + len(exports) * EXPORT
-    assert facts["waited_seconds"] == stage.elapsed == START + facts["training_seconds"] + facts["checkpoint_seconds"]
+    assert (
+        facts["waited_seconds"]
+        == stage.elapsed
+        == START + facts["training_seconds"] + facts["checkpoint_seconds"]
+    )
 
 
 @pytest.mark.parametrize("kill_after", range(1, 12))
-@pytest.mark.parametrize("saves", [(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11), (1, 5), (2, 6, 11)], ids=str)
-def test_a_resumed_stage_has_the_lines_and_seconds_of_one_that_was_not_killed(tmp_path, saves, kill_after):
+@pytest.mark.parametrize(
+    "saves", [(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11), (1, 5), (2, 6, 11)], ids=str
+)
+def test_a_resumed_stage_has_the_lines_and_seconds_of_one_that_was_not_killed(
+    tmp_path, saves, kill_after
+):
     (tmp_path / "whole").mkdir()
     whole = Stage(tmp_path / "whole", saves=saves, exports=(4, 12))
     expected = whole.attempt()
@@ -190,10 +244,13 @@ def test_a_resumed_stage_has_the_lines_and_seconds_of_one_that_was_not_killed(tm
     facts = stage.attempt()
     check_sums(stage, facts)
     assert stage.lines() == whole.lines()
-    # Of the attempt that was killed, what its last saved state knows; of that save itself the first half.
+    # Of the attempt that was killed, what its last saved state knows; of that save itself the first
+    # half.
     lost = SAVE / 2 if is_saved else 0.0
     assert facts["checkpoint_seconds"] == expected["checkpoint_seconds"] - lost
-    assert facts["waited_seconds"] == expected["waited_seconds"] - lost + (START if is_saved else 0.0)
+    assert facts["waited_seconds"] == expected["waited_seconds"] - lost + (
+        START if is_saved else 0.0
+    )
 
 
 def test_a_stage_killed_twice_still_adds_up(tmp_path):
@@ -208,23 +265,47 @@ def test_a_stage_killed_twice_still_adds_up(tmp_path):
 def test_what_follows_the_last_step_is_no_training(tmp_path):
     clock, ranks = Clock(0.0), Ranks(0, 1, 0, torch.device("cpu"))
     log = RunLog(
-        "test", ranks, metrics=tmp_path / "m.jsonl", tensorboard=None, every_steps=2, has_mixup=False, has_router=False,
+        "test",
+        ranks,
+        metrics=tmp_path / "m.jsonl",
+        tensorboard=None,
+        every_steps=2,
+        has_mixup=False,
+        has_router=False,
         meter=Meter(clock),
-    )  # fmt: skip
+    )
     log.start(num_steps=3)
     for step in (1, 2, 3):
         clock.now += 1.0
-        log.end_step(step, counts=None, lam=np.zeros(0), learning_rate=0.1, grad_norm=1.0, is_skipped=False, epoch=0)
+        log.end_step(
+            step,
+            counts=None,
+            lam=np.zeros(0),
+            learning_rate=0.1,
+            grad_norm=1.0,
+            is_skipped=False,
+            epoch=0,
+        )
         clock.now += 4.0  # the scores of an epoch are gathered, say
     log.finish()
     lines = read_metrics(tmp_path / "m.jsonl")
-    assert sum(line[TRAINING_TIME] for line in lines) == log.meter.facts()["training_seconds"] == 11.0
+    assert (
+        sum(line[TRAINING_TIME] for line in lines) == log.meter.facts()["training_seconds"] == 11.0
+    )
     assert log.meter.facts()["waited_seconds"] == 15.0
 
 
 def log_of(rank, world_size, folder):
     ranks = Ranks(rank, world_size, 0, torch.device("cpu"))
-    return RunLog("test", ranks, metrics=folder / "m.jsonl", tensorboard=None, every_steps=2, has_mixup=False, has_router=False)
+    return RunLog(
+        "test",
+        ranks,
+        metrics=folder / "m.jsonl",
+        tensorboard=None,
+        every_steps=2,
+        has_mixup=False,
+        has_router=False,
+    )
 
 
 def test_other_ranks_share_out_what_was_counted_since_the_last_line(tmp_path):
@@ -242,7 +323,8 @@ def test_other_ranks_share_out_what_was_counted_since_the_last_line(tmp_path):
         for log in logs:
             log.take_up(1, rows, {})
         assert sum(log.meter.window_tokens["real"] for log in logs) == 21.0
-        assert {log.meter.tokens["real"] for log in logs} == {100.0}  # totals are of all ranks already
+        # totals are of all ranks already
+        assert {log.meter.tokens["real"] for log in logs} == {100.0}
 
 
 def test_seconds_go_back_to_the_activity_before():
@@ -255,27 +337,46 @@ def test_seconds_go_back_to_the_activity_before():
         raise ValueError
     clock.now += 4
     facts = meter.facts()
-    assert (facts["training_seconds"], facts["checkpoint_seconds"], facts["waited_seconds"]) == (5, 2, 7)
-    assert np.isnan(Meter(clock).facts()["real_tokens_per_second"])  # no rate where no time has passed
+    assert (facts["training_seconds"], facts["checkpoint_seconds"], facts["waited_seconds"]) == (
+        5,
+        2,
+        7,
+    )
+    # no rate where no time has passed
+    assert np.isnan(Meter(clock).facts()["real_tokens_per_second"])
 
 
 def test_the_line_on_the_screen_shows_the_times_apart():
     facts = {"training_seconds": 60.0, "checkpoint_seconds": 30.0, "waited_seconds": 105.0}
-    assert describe_time(facts) == "1.75 min: training 1.00, checkpoints and exports 0.50, start and end 0.25"
+    assert (
+        describe_time(facts)
+        == "1.75 min: training 1.00, checkpoints and exports 0.50, start and end 0.25"
+    )
 
 
 def test_a_state_with_sums_of_other_names_is_refused(tmp_path, monkeypatch):
     log = log_of(0, 1, tmp_path)
     checkpoints = TrainingCheckpoints(
-        log.ranks, tmp_path, tmp_path, CheckpointConfig(), StopRequest(tmp_path), fingerprint="f", settings={}, inputs={}
+        log.ranks,
+        tmp_path,
+        tmp_path,
+        CheckpointConfig(),
+        StopRequest(tmp_path),
+        fingerprint="f",
+        settings={},
+        inputs={},
     )
-    manifest = SimpleNamespace(facts={"numbers": {"log": [[0.0] * 14]}, "world_size": 1}, files={}, commit="abc")
+    manifest = SimpleNamespace(
+        facts={"numbers": {"log": [[0.0] * 14]}, "world_size": 1}, files={}, commit="abc"
+    )
     monkeypatch.setattr(checkpoints, "_newest", lambda: 3)
     monkeypatch.setattr(checkpoints, "_find_problem", lambda step: None)
     monkeypatch.setattr(checkpoints, "_say_differences", lambda manifest: None)
     monkeypatch.setattr(checkpoints, "_load", lambda *arguments: None)
     monkeypatch.setattr(CheckpointFolder, "read", lambda folder, step: manifest)
-    with pytest.raises(ArtifactError, match=r"saved by another version of sftmix \(commit abc\).*--restart"):
+    with pytest.raises(
+        ArtifactError, match=r"saved by another version of sftmix \(commit abc\).*--restart"
+    ):
         checkpoints.resume(None, {"log": log})
 
 
@@ -286,24 +387,50 @@ def test_curves_of_all_runs_have_the_same_tags_and_units_in_their_description(tm
         clock = Clock(0.0)
         ranks = Ranks(0, 1, 0, torch.device("cpu"))
         log = RunLog(
-            stage, ranks, metrics=tmp_path / f"{stage}.jsonl", tensorboard=tmp_path / stage, every_steps=1, has_mixup=has_mixup,
-            has_router=True, meter=Meter(clock),
-        )  # fmt: skip
+            stage,
+            ranks,
+            metrics=tmp_path / f"{stage}.jsonl",
+            tensorboard=tmp_path / stage,
+            every_steps=1,
+            has_mixup=has_mixup,
+            has_router=True,
+            meter=Meter(clock),
+        )
         for first, last in ((1, 2), (3, 3)):  # the second goes on with the same curves
             log.start(num_steps=3, after=first - 1)
             for step in range(first, last + 1):
                 clock.now += 2.0
                 log.meter.window_tokens["real"] = 10.0 * step
                 log.end_step(
-                    step, counts=None, lam=np.array([0.5]), learning_rate=0.125, grad_norm=2.0, is_skipped=False, epoch=0
-                )  # fmt: skip
+                    step,
+                    counts=None,
+                    lam=np.array([0.5]),
+                    learning_rate=0.125,
+                    grad_norm=2.0,
+                    is_skipped=False,
+                    epoch=0,
+                )
             log.finish()
         events = EventAccumulator(str(tmp_path / stage)).Reload()
-        curves[stage] = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+        curves[stage] = {
+            tag: [(event.step, event.value) for event in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"]
+        }
         assert [value for _, value in curves[stage]["tokens_per_second/real"]] == [5.0, 10.0, 15.0]
         described = {tag: events.SummaryMetadata(tag).summary_description for tag in curves[stage]}
-        assert "nats per response token" in described["loss/ntp"] and "per second of training" in described["tokens_per_second/real"]
-        assert all(described.values()) and not [tag for tag in described if stage in tag or "nats" in tag or "(" in tag]
+        assert (
+            "nats per response token" in described["loss/ntp"]
+            and "per second of training" in described["tokens_per_second/real"]
+        )
+        assert all(described.values()) and not [
+            tag for tag in described if stage in tag or "nats" in tag or "(" in tag
+        ]
         keys = set(read_metrics(tmp_path / f"{stage}.jsonl")[0]) - {"step", "epoch"}
-        assert len(keys) == len(described) and NTP in keys and (MIXUP in keys) == ("loss/mixup" in described) == has_mixup
-    assert curves["baseline"] == curves["sftmix"] and all([step for step, _ in curve] == [1, 2, 3] for curve in curves["sftmix"].values())
+        assert (
+            len(keys) == len(described)
+            and NTP in keys
+            and (MIXUP in keys) == ("loss/mixup" in described) == has_mixup
+        )
+    assert curves["baseline"] == curves["sftmix"] and all(
+        [step for step, _ in curve] == [1, 2, 3] for curve in curves["sftmix"].values()
+    )

@@ -1,4 +1,5 @@
-"""What is refused, and what is fallen back on, where nodes have disks of their own. Runs of that kind are in tests/multinode."""
+"""What is refused, and what is fallen back on, where nodes have disks of their own. Runs of that
+kind are in tests/multinode."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -18,7 +19,8 @@ from sftmix.train.checkpointing import TrainingCheckpoints
 
 @dataclass(frozen=True)
 class TwoDisks(Ranks):
-    """Rank 0 of two that share nothing. others: what rank 1 says each time that texts are gathered."""
+    """Rank 0 of two that share nothing. others: what rank 1 says each time that texts are
+    gathered."""
 
     others: tuple[str, ...] = ()
 
@@ -37,13 +39,22 @@ def two_disks(*others):
 
 def checkpoints_of(ranks, folder):
     return TrainingCheckpoints(
-        ranks, folder / "checkpoints", folder / "kept", CheckpointConfig(), None, fingerprint="f", settings={}, inputs={}
+        ranks,
+        folder / "checkpoints",
+        folder / "kept",
+        CheckpointConfig(),
+        None,
+        fingerprint="f",
+        settings={},
+        inputs={},
     )
 
 
 def save(folder, step, **facts):
     checkpoints = CheckpointFolder(folder / "checkpoints", keep_last=9)
-    manifest = artifacts.Manifest(STAGE, "f", {}, {}, {}, {"step": step, "numbers": {}, "kept": {}, **facts})
+    manifest = artifacts.Manifest(
+        STAGE, "f", {}, {}, {}, {"step": step, "numbers": {}, "kept": {}, **facts}
+    )
     checkpoints.publish(checkpoints.new_staging(step), step, manifest)
 
 
@@ -55,13 +66,18 @@ def test_a_checkpoint_counts_if_every_disk_has_its_part(tmp_path, capsys):
     for step in (1, 2, 3):
         save(tmp_path, step)
     assert checkpoints_of(two_disks(disk(2, 1)), tmp_path)._newest() == 2
-    assert (tmp_path / "checkpoints" / "step_000003.damaged").is_dir() and "not every node has its part" in capsys.readouterr().out
+    assert (
+        tmp_path / "checkpoints" / "step_000003.damaged"
+    ).is_dir() and "not every node has its part" in capsys.readouterr().out
 
 
 def test_a_node_that_had_no_part_in_what_was_saved_is_refused_by_name(tmp_path):
     save(tmp_path, 1)
     with pytest.raises(
-        ArtifactError, match=r"on node1 has no part of the training state.*Run on the same nodes, in the same order"
+        ArtifactError,
+        match=(
+            r"on node1 has no part of the training state.*Run on the same nodes, in the same order"
+        ),
     ) as raised:
         checkpoints_of(two_disks(disk(is_new=True)), tmp_path)._newest()
     assert raised.value.on_all_ranks and (tmp_path / "checkpoints" / "step_000001").is_dir()
@@ -72,11 +88,18 @@ def test_before_the_first_checkpoint_nothing_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "facts", [{"storage": [0, 1], "leader": 1}, {"storage": [], "leader": 0}, {}], ids=["other order", "was shared", "older program"]
+    "facts",
+    [{"storage": [0, 1], "leader": 1}, {"storage": [], "leader": 0}, {}],
+    ids=["other order", "was shared", "older program"],
 )
 def test_state_of_another_layout_is_refused(tmp_path, facts):
     save(tmp_path, 1, **facts)
-    with pytest.raises(ArtifactError, match=r"holds the part of other ranks, or was saved with a run\.dir that was shared otherwise"):
+    with pytest.raises(
+        ArtifactError,
+        match=(
+            r"holds the part of other ranks, or was saved with a run\.dir that was shared otherwise"
+        ),
+    ):
         checkpoints_of(two_disks(), tmp_path)._find_problem(1)
 
 
@@ -98,7 +121,10 @@ def test_a_folder_that_differs_from_the_manifest_is_not_taken_for_a_copy(tmp_pat
     (tmp_path / "data" / "a").write_text("changed")
     assert not unshared_folder._has(tmp_path / "data", manifest)
     (tmp_path / "data" / "a").write_text("content")
-    assert not unshared_folder._has(tmp_path / "data", artifacts.Manifest(**{**asdict(manifest), "fingerprint": "of other settings"}))
+    assert not unshared_folder._has(
+        tmp_path / "data",
+        artifacts.Manifest(**{**asdict(manifest), "fingerprint": "of other settings"}),
+    )
     assert unshared_folder._has(tmp_path / "data", manifest)
 
 
@@ -116,4 +142,6 @@ def test_units_from_two_disks_are_written_once_and_exactly(tmp_path):
     shards = UnitFolder(tmp_path, "f")
     unshared_folder.collect_units(WithRows(0, 2, 0, torch.device("cpu"), (0, 1)), shards, [2, 2])
     assert shards.problem(0, 2) == "not scored yet" and shards.problem(1, 2) is None
-    assert shards.read(1).nll_sum.tolist() == [0.1, 1e-300] and shards.read(1).num_misses.tolist() == [2, 0]
+    assert shards.read(1).nll_sum.tolist() == [0.1, 1e-300] and shards.read(
+        1
+    ).num_misses.tolist() == [2, 0]

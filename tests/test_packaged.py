@@ -67,7 +67,8 @@ def test_a_config_of_ones_own_is_made_of_the_packages_parts(empty_folder):
     bases = "base: [bases/paper.yaml, models/phi4.yaml, data/alpaca]\n"
     (empty_folder / "own.yaml").write_text(bases + "run: {dir: runs/x}\n")
     config = load_config("own")
-    assert (config.model.path, config.data.path) == ("my/phi", "tatsu-lab/alpaca")  # a file beside it wins
+    # a file beside it wins
+    assert (config.model.path, config.data.path) == ("my/phi", "tatsu-lab/alpaca")
     assert config.train == load_config("recipes/phi4-alpaca").train
 
 
@@ -142,12 +143,25 @@ def from_wheel(site, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def python(*arguments):
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "DS_ACCELERATOR": "cpu",
+        }
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
 
-    assert python("-c", "import sftmix; print(sftmix.__file__)").strip() == str(site / "sftmix/__init__.py")
+    assert python("-c", "import sftmix; print(sftmix.__file__)").strip() == str(
+        site / "sftmix/__init__.py"
+    )
     return python
 
 
@@ -157,7 +171,11 @@ def files_of(folder):
 
 
 def test_the_wheel_holds_configs_kernels_and_launch(site):
-    for name, inside in {"configs": "config/files", "kernels": "kernels", "launch": "cluster/launch"}.items():
+    for name, inside in {
+        "configs": "config/files",
+        "kernels": "kernels",
+        "launch": "cluster/launch",
+    }.items():
         ours, theirs = files_of(ROOT / name), files_of(site / "sftmix" / inside)
         assert ours == theirs and ours
 
@@ -168,14 +186,17 @@ def test_the_wheel_lists_and_loads_its_configs(from_wheel, site):
     for name, text in describe_configs().items():
         assert f"  {name} " in said and text in said
     code = (
-        "import json, sftmix.config.reader as f, sftmix.config.shipped as s, sftmix.config.deepspeed_json as d\n"
-        "names = [n for n in s.describe_configs() if '/' not in n or n.startswith('recipes/')]\n"
-        "configs = {n: f.load_config(n) for n in names}\n"
-        "of = lambda c: c.engine.deepspeed and d.read_deepspeed_json(c.engine.deepspeed)\n"
-        "print(json.dumps({n: of(c) for n, c in configs.items()}))"
+        "import json, sftmix.config.reader as f, sftmix.config.shipped as s,"
+        " sftmix.config.deepspeed_json as d\nnames = [n for n in s.describe_configs() if '/' not in"
+        " n or n.startswith('recipes/')]\nconfigs = {n: f.load_config(n) for n in names}\nof ="
+        " lambda c: c.engine.deepspeed and"
+        " d.read_deepspeed_json(c.engine.deepspeed)\nprint(json.dumps({n: of(c) for n, c in"
+        " configs.items()}))"
     )
     found = json.loads(from_wheel("-c", code))
-    assert found["recipes/phi4-alpaca"] == json.loads((CONFIGS / "deepspeed/zero3.json").read_text())
+    assert found["recipes/phi4-alpaca"] == json.loads(
+        (CONFIGS / "deepspeed/zero3.json").read_text()
+    )
     assert "quickstart" in found
 
 
@@ -186,5 +207,13 @@ def test_the_wheel_runs_a_stage_of_a_config_by_name(from_wheel, tmp_path):
 
 @pytest.mark.recipe
 def test_the_wheel_runs_the_whole_recipe(from_wheel, tmp_path):
-    from_wheel("-m", "sftmix.cli", "run", "quickstart", *TINY, "engine.num_processes=2", "engine.zero_stage=1")
+    from_wheel(
+        "-m",
+        "sftmix.cli",
+        "run",
+        "quickstart",
+        *TINY,
+        "engine.num_processes=2",
+        "engine.zero_stage=1",
+    )
     assert (tmp_path / "runs/quickstart/report/index.html").is_file()

@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT, match_parts, singles, split_by_confidence
+from sftmix.pairing.matching import (
+    CONFIDENT,
+    MIDDLE,
+    UNCONFIDENT,
+    match_parts,
+    singles,
+    split_by_confidence,
+)
 
 
 def ids(count):
@@ -22,11 +29,18 @@ def test_halves_are_equal_and_an_odd_one_is_left_in_the_middle(count):
     assert min(by_part[CONFIDENT]) > max(by_part[UNCONFIDENT])
 
 
-@pytest.mark.parametrize(("confident", "unconfident"), [(1 / 3, 1 / 3), (0.1, 0.6), (0.0, 0.5), (1.0, 0.0)])
+@pytest.mark.parametrize(
+    ("confident", "unconfident"), [(1 / 3, 1 / 3), (0.1, 0.6), (0.0, 0.5), (1.0, 0.0)]
+)
 def test_any_shares(confident, unconfident):
     confidence, _ = halves(30)
-    parts = split_by_confidence(ids(30), confidence, confident_share=confident, unconfident_share=unconfident)
-    assert (parts.count(CONFIDENT), parts.count(UNCONFIDENT)) == (round(30 * confident), round(30 * unconfident))
+    parts = split_by_confidence(
+        ids(30), confidence, confident_share=confident, unconfident_share=unconfident
+    )
+    assert (parts.count(CONFIDENT), parts.count(UNCONFIDENT)) == (
+        round(30 * confident),
+        round(30 * unconfident),
+    )
 
 
 def test_equal_confidences_are_split_by_id_whatever_their_order():
@@ -44,11 +58,19 @@ def test_a_confidence_that_is_not_finite_is_never_ranked(bad):
 
 
 @pytest.mark.parametrize("by_length", [False, True])
-@pytest.mark.parametrize(("confident", "unconfident"), [(0.5, 0.5), (0.2, 0.7), (0.6, 0.1), (0.0, 0.4)])
+@pytest.mark.parametrize(
+    ("confident", "unconfident"), [(0.5, 0.5), (0.2, 0.7), (0.6, 0.1), (0.0, 0.4)]
+)
 @pytest.mark.parametrize("count", [2, 7, 40, 41])
-def test_every_example_is_seen_exactly_once_in_every_epoch(count, confident, unconfident, by_length):
+def test_every_example_is_seen_exactly_once_in_every_epoch(
+    count, confident, unconfident, by_length
+):
     confidence, _ = halves(count)
-    parts = np.array(split_by_confidence(ids(count), confidence, confident_share=confident, unconfident_share=unconfident))
+    parts = np.array(
+        split_by_confidence(
+            ids(count), confidence, confident_share=confident, unconfident_share=unconfident
+        )
+    )
     lengths = np.random.default_rng(1).integers(1, 50, count)
     matching = match_parts(parts, lengths, seed=0, alpha=0.5, by_length=by_length, block_pairs=4)
     for epoch in range(3):
@@ -56,7 +78,9 @@ def test_every_example_is_seen_exactly_once_in_every_epoch(count, confident, unc
         assert sorted(drawn.units[drawn.units >= 0].tolist()) == list(range(count))
         is_pair = drawn.units[:, 1] >= 0
         assert is_pair.sum() == min((parts == CONFIDENT).sum(), (parts == UNCONFIDENT).sum())
-        assert all(parts[c] == CONFIDENT and parts[u] == UNCONFIDENT for c, u in drawn.units[is_pair])
+        assert all(
+            parts[c] == CONFIDENT and parts[u] == UNCONFIDENT for c, u in drawn.units[is_pair]
+        )
 
 
 def test_an_even_batch_of_halves_holds_as_many_confident_as_unconfident_examples():
@@ -70,7 +94,9 @@ def test_an_even_batch_of_halves_holds_as_many_confident_as_unconfident_examples
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 4.0])
 def test_lam_follows_the_beta_distribution(alpha):
     parts = np.array([CONFIDENT, UNCONFIDENT] * 4000)
-    draws = match_parts(parts, np.ones(8000, dtype=np.int64), seed=0, alpha=alpha).units(0, 0, 4000).lam
+    draws = (
+        match_parts(parts, np.ones(8000, dtype=np.int64), seed=0, alpha=alpha).units(0, 0, 4000).lam
+    )
     variance = 1 / (4 * (2 * alpha + 1))  # of Beta(alpha, alpha); its mean is 1/2
     assert abs(draws.mean() - 0.5) < 5 * np.sqrt(variance / 4000)
     assert draws.var() == pytest.approx(variance, rel=0.1)

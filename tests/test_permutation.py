@@ -10,15 +10,22 @@ from numpy.typing import NDArray
 from sftmix.pairing.permutation import permute, symmetric_beta, uniform, unpermute
 
 
-def p_value(counts: NDArray[np.float64], expected: NDArray[np.float64] | float, freedom: int | None = None) -> float:
+def p_value(
+    counts: NDArray[np.float64], expected: NDArray[np.float64] | float, freedom: int | None = None
+) -> float:
     """Chi-square test, with Wilson and Hilferty's normal approximation of the tail."""
-    statistic, k = float(((counts - expected) ** 2 / expected).sum()), counts.size - 1 if freedom is None else freedom
+    statistic, k = (
+        float(((counts - expected) ** 2 / expected).sum()),
+        counts.size - 1 if freedom is None else freedom,
+    )
     z = ((statistic / k) ** (1 / 3) - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
     return 0.5 * math.erfc(z / math.sqrt(2))
 
 
 def permutations(n: int, count: int, *key: int | str) -> NDArray[np.int64]:
-    return permute(np.tile(np.arange(n), count), n, *key, tweak=np.repeat(np.arange(count), n)).reshape(count, n)
+    return permute(
+        np.tile(np.arange(n), count), n, *key, tweak=np.repeat(np.arange(count), n)
+    ).reshape(count, n)
 
 
 def test_is_one_to_one_on_every_short_range_and_undone_by_its_inverse() -> None:
@@ -40,9 +47,13 @@ def test_is_undone_by_its_inverse_on_long_ranges(n: int) -> None:
 
 def test_any_part_in_any_shape_equals_the_whole() -> None:
     whole = permute(np.arange(100_003), 100_003, 7, 0)
-    pieces = [permute(np.arange(a, min(a + 777, 100_003)), 100_003, 7, 0) for a in range(0, 100_003, 777)]
+    pieces = [
+        permute(np.arange(a, min(a + 777, 100_003)), 100_003, 7, 0) for a in range(0, 100_003, 777)
+    ]
     assert np.array_equal(np.concatenate(pieces), whole)
-    assert np.array_equal(permute(np.arange(6).reshape(2, 3), 100_003, 7, 0), whole[:6].reshape(2, 3))
+    assert np.array_equal(
+        permute(np.arange(6).reshape(2, 3), 100_003, 7, 0), whole[:6].reshape(2, 3)
+    )
     assert permute(np.arange(0), 0, 1).size == 0
 
 
@@ -56,7 +67,9 @@ def test_known_answers_do_not_change() -> None:
     # A change here changes what every finished run would be repeated with.
     assert permute(np.arange(8), 8, "pairs", 0, 0).tolist() == KNOWN_SHORT
     assert permute(np.arange(4), 10**8, "pairs", np.int64(0), np.int32(0)).tolist() == KNOWN_LONG
-    assert symmetric_beta(np.arange(2), 0.5, "lam", 0, 0).tolist() == pytest.approx(KNOWN_BETA, rel=1e-12)
+    assert symmetric_beta(np.arange(2), 0.5, "lam", 0, 0).tolist() == pytest.approx(
+        KNOWN_BETA, rel=1e-12
+    )
 
 
 KNOWN_SHORT = [5, 1, 6, 0, 7, 3, 2, 4]
@@ -76,7 +89,9 @@ def test_all_permutations_of_few_are_equally_likely_over_keys(n: int) -> None:
 @pytest.mark.parametrize("n", [5, 7])
 def test_all_permutations_of_few_are_equally_likely_over_tweaks(n: int) -> None:
     orders = permutations(n, 300_000, "tweaks")
-    counts = np.bincount(np.unique((orders * n ** np.arange(n)).sum(axis=1), return_inverse=True)[1]).astype(float)
+    counts = np.bincount(
+        np.unique((orders * n ** np.arange(n)).sum(axis=1), return_inverse=True)[1]
+    ).astype(float)
     assert len(counts) == math.factorial(n)
     assert p_value(counts, 300_000 / len(counts)) > 1e-4
 
@@ -93,19 +108,30 @@ def test_where_neighbours_go_is_uniform_and_independent(n: int) -> None:
     position = np.zeros((bins, bins))
     np.add.at(position, (np.tile(np.arange(n), count) * bins // n, orders.ravel() * bins // n), 1)
     size = np.bincount(np.arange(n) * bins // n).astype(float)
-    # Rows and columns have fixed sums, hence (bins - 1)^2 degrees of freedom, and the variance of sampling without replacement.
+    # Rows and columns have fixed sums, hence (bins - 1)^2 degrees of freedom, and the variance of
+    # sampling without replacement.
     statistic_scale = n / (n - 1)
     expected = count * np.outer(size, size) / n
-    assert p_value(expected + (position - expected) / math.sqrt(statistic_scale), expected, (bins - 1) ** 2) > 1e-4
-    fixed = np.bincount(np.minimum((orders == np.arange(n)).sum(axis=1), 4), minlength=5).astype(float)
+    assert (
+        p_value(
+            expected + (position - expected) / math.sqrt(statistic_scale), expected, (bins - 1) ** 2
+        )
+        > 1e-4
+    )
+    fixed = np.bincount(np.minimum((orders == np.arange(n)).sum(axis=1), 4), minlength=5).astype(
+        float
+    )
     poisson = np.array([math.exp(-1) / math.factorial(k) for k in range(4)])
     assert p_value(fixed, count * np.append(poisson, 1 - poisson.sum())) > 1e-4
 
 
 def test_both_parities_occur() -> None:
-    for n in (9, 25, 49):  # odd squares: an odd base for both digits would reach even permutations only
+    # odd squares: an odd base for both digits would reach even permutations only
+    for n in (9, 25, 49):
         orders = permutations(n, 2000, "parity")
-        inversions = (orders[:, :, None] > orders[:, None, :])[:, np.triu(np.ones((n, n), dtype=bool), 1)].sum(axis=1)
+        inversions = (orders[:, :, None] > orders[:, None, :])[
+            :, np.triu(np.ones((n, n), dtype=bool), 1)
+        ].sum(axis=1)
         assert abs((inversions % 2).mean() - 0.5) < 0.05
 
 
@@ -122,15 +148,28 @@ def test_neighbouring_keys_are_unrelated(other: tuple[int | str, ...]) -> None:
 def test_uniform_numbers() -> None:
     numbers = uniform(np.arange(400_000), "u", 1)
     assert numbers.min() > 0 and numbers.max() < 1
-    assert p_value(np.bincount((numbers * 1000).astype(int), minlength=1000).astype(float), 400) > 1e-4
-    assert p_value(np.bincount((numbers[:-1] * 20).astype(int) * 20 + (numbers[1:] * 20).astype(int)).astype(float), 399_999 / 400) > 1e-4
-    assert abs(np.corrcoef(numbers, uniform(np.arange(400_000), "u", 2))[0, 1]) < 5 / math.sqrt(400_000)
+    assert (
+        p_value(np.bincount((numbers * 1000).astype(int), minlength=1000).astype(float), 400) > 1e-4
+    )
+    assert (
+        p_value(
+            np.bincount(
+                (numbers[:-1] * 20).astype(int) * 20 + (numbers[1:] * 20).astype(int)
+            ).astype(float),
+            399_999 / 400,
+        )
+        > 1e-4
+    )
+    assert abs(np.corrcoef(numbers, uniform(np.arange(400_000), "u", 2))[0, 1]) < 5 / math.sqrt(
+        400_000
+    )
 
 
 def test_beta_half_is_the_arcsine_law() -> None:
     draws = np.sort(symmetric_beta(np.arange(200_000), 0.5, 1))
     law = 2 / np.pi * np.arcsin(np.sqrt(draws))
-    assert np.abs(law - (np.arange(200_000) + 0.5) / 200_000).max() < 2.2 / math.sqrt(200_000)  # Kolmogorov-Smirnov, p about 1e-4
+    # Kolmogorov-Smirnov, p about 1e-4
+    assert np.abs(law - (np.arange(200_000) + 0.5) / 200_000).max() < 2.2 / math.sqrt(200_000)
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 0.5, 1.0, 2.0, 3.7, 50.0])
@@ -138,10 +177,17 @@ def test_beta_has_the_law_of_numpys(alpha: float) -> None:
     ours = np.sort(symmetric_beta(np.arange(200_000), alpha, "lam", 4))
     theirs = np.sort(np.random.default_rng(4).beta(alpha, alpha, 200_000))
     grid = np.sort(np.r_[ours, theirs])
-    distance = np.abs(np.searchsorted(ours, grid, "right") - np.searchsorted(theirs, grid, "right")).max() / 200_000
+    distance = (
+        np.abs(np.searchsorted(ours, grid, "right") - np.searchsorted(theirs, grid, "right")).max()
+        / 200_000
+    )
     assert distance < 2.2 * math.sqrt(2 / 200_000)
     for power in (2, 4):  # central moments: 1 / (4 (2a + 1)), and 3 / (16 (2a + 1)(2a + 3))
-        exact = 1 / (4 * (2 * alpha + 1)) if power == 2 else 3 / (16 * (2 * alpha + 1) * (2 * alpha + 3))
+        exact = (
+            1 / (4 * (2 * alpha + 1))
+            if power == 2
+            else 3 / (16 * (2 * alpha + 1) * (2 * alpha + 3))
+        )
         moments = (ours - 0.5) ** power
         assert abs(moments.mean() - exact) < 5 * moments.std() / math.sqrt(200_000) + 1e-15
     assert ours.min() >= 0 and ours.max() <= 1 and np.isfinite(ours).all()

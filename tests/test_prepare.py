@@ -1,4 +1,5 @@
-"""The data stage end to end on small files: every example that was read is accounted for, one way or another."""
+"""The data stage end to end on small files: every example that was read is accounted for, one way
+or another."""
 
 import json
 import random
@@ -40,14 +41,19 @@ def characters(tmp_path_factory):
 def config(tmp_path, characters):
     """Makes a config of rows for one file (or of other data), with the character tokenizer."""
 
-    def make(rows=None, *, name="rows.jsonl", seed=0, tokenizer=None, chat_template="alpaca", **data):
+    def make(
+        rows=None, *, name="rows.jsonl", seed=0, tokenizer=None, chat_template="alpaca", **data
+    ):
         if rows is not None:
             data["path"] = str(write(tmp_path / name, rows))
         return Config.model_validate(
             {
                 "run": {"dir": tmp_path / "run", "seed": seed},
                 "model": {"architecture": {"model_type": "llama"}},
-                "tokenizer": {**(tokenizer or {"path": characters}), "chat_template": chat_template},
+                "tokenizer": {
+                    **(tokenizer or {"path": characters}),
+                    "chat_template": chat_template,
+                },
                 "data": data,
             }
         )
@@ -65,7 +71,12 @@ def row(prompt, completion="yes", **more):
 
 
 def id_of(row):
-    return content_hash(({"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}))
+    return content_hash(
+        (
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        )
+    )
 
 
 ROWS = [row(f"Is {n} even?", ("yes", "no")[n % 2]) for n in range(40)]
@@ -89,26 +100,52 @@ class Prepared:
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs the stage into a new folder, checks the accounting identity, and reads back what was written."""
+    """Runs the stage into a new folder, checks the accounting identity, and reads back what was
+    written."""
 
     def make(config):
         folder = tmp_path / "data"
         folder.mkdir(exist_ok=True)
         summary, identity, _ = prepare(config, folder)
-        arrow = {name: TokenisedExamples(folder / f"{name}.arrow").table.to_list() for name in ("train", "held_out")}
-        listed = {name: [json.loads(line) for line in (folder / f"{name}.jsonl").open()] for name in ("dropped", "truncated")}
-        by_id = {name: {row["example_id"]: row for row in rows} for name, rows in {**arrow, **listed}.items()}
-        assert all(len(by_id[name]) == len(rows) for name, rows in {**arrow, **listed}.items()), "an id is there twice"
+        arrow = {
+            name: TokenisedExamples(folder / f"{name}.arrow").table.to_list()
+            for name in ("train", "held_out")
+        }
+        listed = {
+            name: [json.loads(line) for line in (folder / f"{name}.jsonl").open()]
+            for name in ("dropped", "truncated")
+        }
+        by_id = {
+            name: {row["example_id"]: row for row in rows}
+            for name, rows in {**arrow, **listed}.items()
+        }
+        assert all(len(by_id[name]) == len(rows) for name, rows in {**arrow, **listed}.items()), (
+            "an id is there twice"
+        )
 
         prepared = Prepared(summary, identity, **by_id)
-        assert summary.num_read == summary.num_train + summary.num_held_out + summary.dropped.total() + summary.num_left_out
-        assert (summary.num_train, summary.num_held_out) == (len(prepared.train), len(prepared.held_out))
+        assert (
+            summary.num_read
+            == summary.num_train
+            + summary.num_held_out
+            + summary.dropped.total()
+            + summary.num_left_out
+        )
+        assert (summary.num_train, summary.num_held_out) == (
+            len(prepared.train),
+            len(prepared.held_out),
+        )
         assert summary.dropped == Counter(row["reason"] for row in prepared.dropped.values())
         assert summary.num_truncated == len(prepared.truncated)
         assert summary.num_tokens == sum(row["num_tokens"] for row in prepared.train.values())
-        assert summary.num_response_tokens == sum(row["num_response_tokens"] for row in prepared.train.values())
+        assert summary.num_response_tokens == sum(
+            row["num_response_tokens"] for row in prepared.train.values()
+        )
         assert not prepared.dropped.keys() & prepared.kept.keys()
-        assert json.loads((folder / "summary.json").read_text()) == {**vars(summary), "dropped": dict(summary.dropped)}
+        assert json.loads((folder / "summary.json").read_text()) == {
+            **vars(summary),
+            "dropped": dict(summary.dropped),
+        }
         return prepared
 
     return make
@@ -121,27 +158,38 @@ def test_every_example_is_accounted_for(config, run, share, limit):
     prepared = run(config(ROWS + empty, held_out_share=share, limit=limit))
     num_kept = min(limit or 1000, len(ROWS))  # the limit counts examples that can be used
     assert prepared.summary.num_read == len(ROWS) + len(empty)
-    assert prepared.dropped.keys() == {id_of(e) for e in empty} and prepared.summary.dropped == {"empty response": 4}
+    assert prepared.dropped.keys() == {id_of(e) for e in empty} and prepared.summary.dropped == {
+        "empty response": 4
+    }
     assert prepared.summary.num_left_out == len(ROWS) - num_kept and len(prepared.kept) == num_kept
     assert (prepared.summary.num_held_out > 0) == (share > 0)
 
 
 def test_a_limit_keeps_the_ratio_of_train_to_held_out(config, run):
     rows = [row(f"{n}?") for n in range(100)]
-    prepared, everything = run(config(rows, limit=20, held_out_share=0.25)), run(config(rows, held_out_share=0.25))
+    prepared, everything = (
+        run(config(rows, limit=20, held_out_share=0.25)),
+        run(config(rows, held_out_share=0.25)),
+    )
     assert (prepared.summary.num_train, prepared.summary.num_held_out) == (15, 5)
-    assert prepared.held_out.keys() < everything.held_out.keys() and prepared.train.keys() < everything.train.keys()
+    assert (
+        prepared.held_out.keys() < everything.held_out.keys()
+        and prepared.train.keys() < everything.train.keys()
+    )
 
 
 def test_a_limit_draws_with_the_seed_and_keeps_the_order_of_the_file(config, run):
     rows = [row(f"{n}?") for n in range(100)]
-    first, again, other = (list(run(config(rows, limit=20, held_out_share=0, seed=seed)).train) for seed in (0, 0, 1))
+    first, again, other = (
+        list(run(config(rows, limit=20, held_out_share=0, seed=seed)).train) for seed in (0, 0, 1)
+    )
     assert first == again and set(first) != set(other)
     assert first == [id_of(r) for r in rows if id_of(r) in first]
 
 
 MAX_LENGTH = 60
-FREE = MAX_LENGTH - BEFORE_PROMPT - BEFORE_RESPONSE  # characters of prompt and response, with what stands behind it
+# characters of prompt and response, with what stands behind it
+FREE = MAX_LENGTH - BEFORE_PROMPT - BEFORE_RESPONSE
 OVERLONG = {
     "fits": row("p" * 5, "r" * (FREE - AFTER_RESPONSE - 5)),
     "one over": row("p" * 6, "r" * (FREE - AFTER_RESPONSE - 5)),
@@ -159,7 +207,9 @@ def ids_of(*names):
 
 def test_truncation_lists_what_is_cut_and_drops_what_has_no_response_left(config, run):
     prepared = run(config(OVERLONG_ROWS, max_length=MAX_LENGTH, held_out_share=0))
-    assert prepared.truncated.keys() == ids_of("one over", "long response", "one response token left")
+    assert prepared.truncated.keys() == ids_of(
+        "one over", "long response", "one response token left"
+    )
     assert prepared.dropped.keys() == ids_of("no response token left", "long prompt")
     assert prepared.summary.dropped == {f"no response token within {MAX_LENGTH} tokens": 2}
     for example_id, example in prepared.train.items():
@@ -168,7 +218,13 @@ def test_truncation_lists_what_is_cut_and_drops_what_has_no_response_left(config
         assert example["num_tokens"] == MAX_LENGTH or not is_truncated
     whole = OVERLONG["long response"]
     listed = prepared.truncated[id_of(whole)]
-    num_tokens = BEFORE_PROMPT + len(whole["prompt"]) + BEFORE_RESPONSE + len(whole["completion"]) + AFTER_RESPONSE
+    num_tokens = (
+        BEFORE_PROMPT
+        + len(whole["prompt"])
+        + BEFORE_RESPONSE
+        + len(whole["completion"])
+        + AFTER_RESPONSE
+    )
     assert (listed["num_tokens"], listed["kept"]) == (num_tokens, MAX_LENGTH)
     assert listed["place"].endswith(f"rows.jsonl:{OVERLONG_ROWS.index(whole) + 1}")
     assert prepared.train[id_of(OVERLONG["one response token left"])]["num_response_tokens"] == 1
@@ -183,9 +239,28 @@ def test_dropping_drops_exactly_what_is_too_long(config, run):
 
 def test_a_long_example_is_an_error_where_that_is_asked_for(config, run):
     longest = OVERLONG["one over"]
-    with pytest.raises(DataError, match=f"rows.jsonl:3: {MAX_LENGTH + 1} tokens, data.max_length is {MAX_LENGTH}"):
-        run(config([row("a"), row("b"), longest], max_length=MAX_LENGTH, overlong="error", held_out_share=0))
-    assert run(config([row("a"), row("b"), longest], max_length=MAX_LENGTH + 1, overlong="error", held_out_share=0)).summary.num_train == 3
+    with pytest.raises(
+        DataError, match=f"rows.jsonl:3: {MAX_LENGTH + 1} tokens, data.max_length is {MAX_LENGTH}"
+    ):
+        run(
+            config(
+                [row("a"), row("b"), longest],
+                max_length=MAX_LENGTH,
+                overlong="error",
+                held_out_share=0,
+            )
+        )
+    assert (
+        run(
+            config(
+                [row("a"), row("b"), longest],
+                max_length=MAX_LENGTH + 1,
+                overlong="error",
+                held_out_share=0,
+            )
+        ).summary.num_train
+        == 3
+    )
 
 
 WEIGHTS = {"half": 0.5, "once": 1, "twice": 2, "more": 2.5}
@@ -195,7 +270,12 @@ WEIGHTS = {"half": 0.5, "once": 1, "twice": 2, "more": 2.5}
 def weighted(tmp_path):
     """A source of ten rows for each weight."""
     return [
-        {"path": str(write(tmp_path / f"{name}.jsonl", [row(f"{name} {n}?") for n in range(10)])), "weight": weight}
+        {
+            "path": str(
+                write(tmp_path / f"{name}.jsonl", [row(f"{name} {n}?") for n in range(10)])
+            ),
+            "weight": weight,
+        }
         for name, weight in WEIGHTS.items()
     ]
 
@@ -233,17 +313,28 @@ def test_copies_are_numbered_and_never_on_both_sides(config, run, seed):
     numbers = defaultdict(list)
     for content, number in map(parts_of, prepared.kept):
         numbers[content].append(number)
-    assert {content: sorted(n) for content, n in numbers.items()} == {id_of(r): list(range(1, 2 + n % 4)) for n, r in enumerate(ROWS[:20])}
+    assert {content: sorted(n) for content, n in numbers.items()} == {
+        id_of(r): list(range(1, 2 + n % 4)) for n, r in enumerate(ROWS[:20])
+    }
     assert prepared.summary.num_duplicates == len(rows) - 20
-    sides = [{parts_of(example_id)[0] for example_id in part} for part in (prepared.train, prepared.held_out)]
+    sides = [
+        {parts_of(example_id)[0] for example_id in part}
+        for part in (prepared.train, prepared.held_out)
+    ]
     assert sides[0] and sides[1] and not sides[0] & sides[1]
 
 
 def test_what_is_held_out_does_not_depend_on_the_order_of_the_file_but_on_the_seed(config, run):
     rows = [*ROWS, *ROWS[:5]]
-    first, backwards, other = (run(config(r, held_out_share=0.25, seed=seed)) for r, seed in ((rows, 0), (rows[::-1], 0), (rows, 1)))
+    first, backwards, other = (
+        run(config(r, held_out_share=0.25, seed=seed))
+        for r, seed in ((rows, 0), (rows[::-1], 0), (rows, 1))
+    )
     assert first.held_out.keys() == backwards.held_out.keys() != other.held_out.keys()
-    assert len(first.held_out) >= round(0.25 * len(rows)) and first.train.keys() == backwards.train.keys()
+    assert (
+        len(first.held_out) >= round(0.25 * len(rows))
+        and first.train.keys() == backwards.train.keys()
+    )
     assert list(first.train) != list(backwards.train)  # the order of the file is kept
 
 
@@ -252,7 +343,10 @@ SAME = {"max_length": 120, "held_out_share": 0.25}
 
 
 def test_the_same_input_gives_the_same_identity(config, run):
-    assert run(config(LONG_ROWS, **SAME)).identity == run(config(LONG_ROWS, name="moved.jsonl", **SAME)).identity
+    assert (
+        run(config(LONG_ROWS, **SAME)).identity
+        == run(config(LONG_ROWS, name="moved.jsonl", **SAME)).identity
+    )
 
 
 @pytest.mark.parametrize(
@@ -277,8 +371,11 @@ def test_another_setting_or_content_gives_another_identity(config, run, change):
 
 def test_other_token_ids_of_the_same_number_give_another_identity(tmp_path, config, run):
     shifted = tmp_path / "shifted"
-    character_tokenizer(("<x>",)).save_pretrained(shifted)  # every character's id is one less: one special token, not two
-    assert run(config(ROWS, tokenizer={"path": str(shifted)})).identity != run(config(ROWS)).identity
+    # every character's id is one less: one special token, not two
+    character_tokenizer(("<x>",)).save_pretrained(shifted)
+    assert (
+        run(config(ROWS, tokenizer={"path": str(shifted)})).identity != run(config(ROWS)).identity
+    )
 
 
 def test_another_mask_over_the_same_tokens_gives_another_identity(config, run, monkeypatch):
@@ -296,7 +393,9 @@ def test_another_mask_over_the_same_tokens_gives_another_identity(config, run, m
 
 def test_another_group_gives_another_identity(config, run):
     """Evaluation reports by group, and is not run again for data of the same identity."""
-    first, second = (run(config([row(f"{n}?", group=group) for n in range(9)])) for group in ("maths", "logic"))
+    first, second = (
+        run(config([row(f"{n}?", group=group) for n in range(9)])) for group in ("maths", "logic")
+    )
     assert {example["group"] for example in first.kept.values()} == {"maths"}
     assert {example["group"] for example in second.kept.values()} == {"logic"}
     assert first.identity != second.identity
@@ -344,7 +443,12 @@ def test_the_settings_change_with_everything_that_makes_the_data(config, change)
 
 def test_the_settings_of_generated_data_change_with_the_generator_and_the_trained_tokenizer(config):
     def made(num_train=10, vocab_size=300):
-        return settings(config(generator={"num_train": num_train, "num_held_out": 2}, tokenizer={"train": {"vocab_size": vocab_size}}))
+        return settings(
+            config(
+                generator={"num_train": num_train, "num_held_out": 2},
+                tokenizer={"train": {"vocab_size": vocab_size}},
+            )
+        )
 
     assert made() == made()
     assert len({made(), made(num_train=11), made(vocab_size=301)}) == 3
@@ -359,42 +463,82 @@ def check_against_encoder(prepared, tokenizer):
         [(ids, mask)] = encoder.encode([messages], ["file:1"])
         ids, mask = ids[: example["num_tokens"]], mask[: example["num_tokens"]]
         assert example["input_ids"] == ids.tolist() and example["response_mask"] == mask.tolist()
-        assert example["num_tokens"] == len(ids) and example["num_response_tokens"] == mask.sum() > 0
+        assert (
+            example["num_tokens"] == len(ids) and example["num_response_tokens"] == mask.sum() > 0
+        )
 
 
 def test_the_arrow_files_hold_what_the_encoder_gives(tmp_path, config, run):
     rows = [row(r["prompt"], r["completion"], group=f"mod {n % 3}") for n, r in enumerate(ROWS)]
-    prepared = run(config([*rows, row("why", "r" * 500), rows[0]], held_out_share=0.25, max_length=200))
+    prepared = run(
+        config([*rows, row("why", "r" * 500), rows[0]], held_out_share=0.25, max_length=200)
+    )
     tokenizer = tokenizer_from(tmp_path / "data" / "tokenizer")
     check_against_encoder(prepared, tokenizer)
     assert prepared.train and prepared.held_out
     for n, r in enumerate(rows):
         example = prepared.kept[id_of(r)]
-        assert example["place"].endswith(f"rows.jsonl:{n + 1}") and example["group"] == f"mod {n % 3}" and not example["is_noisy"]
-        assert json.loads(example["messages"])[1] == {"role": "assistant", "content": r["completion"]}
-        learnt = [token for token, carries_loss in zip(example["input_ids"], example["response_mask"], strict=True) if carries_loss]
+        assert (
+            example["place"].endswith(f"rows.jsonl:{n + 1}")
+            and example["group"] == f"mod {n % 3}"
+            and not example["is_noisy"]
+        )
+        assert json.loads(example["messages"])[1] == {
+            "role": "assistant",
+            "content": r["completion"],
+        }
+        learnt = [
+            token
+            for token, carries_loss in zip(
+                example["input_ids"], example["response_mask"], strict=True
+            )
+            if carries_loss
+        ]
         assert tokenizer.decode(learnt) == r["completion"] + tokenizer.eos_token
 
 
 def test_rows_are_found_by_number_as_arrays(tmp_path, config, run):
     prepared = run(config(ROWS, held_out_share=0.25))
     examples = TokenisedExamples(tmp_path / "data" / "train.arrow")
-    assert examples.example_ids.to_pylist() == list(prepared.train) and len(examples) == len(prepared.train)
+    assert examples.example_ids.to_pylist() == list(prepared.train) and len(examples) == len(
+        prepared.train
+    )
     for index, example in enumerate(prepared.train.values()):
         ids, mask = examples.tokens(index)
         assert ids.dtype == np.int32 and mask.dtype == bool
         assert ids.tolist() == example["input_ids"] and mask.tolist() == example["response_mask"]
-        assert examples.num_tokens[index] == len(ids) and examples.num_response_tokens[index] == mask.sum()
+        assert (
+            examples.num_tokens[index] == len(ids)
+            and examples.num_response_tokens[index] == mask.sum()
+        )
 
 
 def test_a_conversation_learns_all_of_its_answers_and_an_empty_one_drops_it(tmp_path, config, run):
     def turns(*contents):
-        return {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]}
+        return {
+            "messages": [
+                {"role": ("user", "assistant")[n % 2], "content": text}
+                for n, text in enumerate(contents)
+            ]
+        }
 
-    prepared = run(config([turns("a", "one", "b", "two", "trailing"), turns("c", "three"), turns("d", "four", "e", " ")], held_out_share=0))
+    prepared = run(
+        config(
+            [
+                turns("a", "one", "b", "two", "trailing"),
+                turns("c", "three"),
+                turns("d", "four", "e", " "),
+            ],
+            held_out_share=0,
+        )
+    )
     tokenizer = tokenizer_from(tmp_path / "data" / "tokenizer")
     learnt = [
-        "".join(tokenizer.decode([t]) for t, m in zip(e["input_ids"], e["response_mask"], strict=True) if m)
+        "".join(
+            tokenizer.decode([t])
+            for t, m in zip(e["input_ids"], e["response_mask"], strict=True)
+            if m
+        )
         for e in prepared.train.values()
     ]
     assert learnt == ["one</s>two</s>", "three</s>"]
@@ -405,7 +549,11 @@ def test_bad_rows_of_all_files_are_listed_together(tmp_path, config, run):
     write(tmp_path / "first.jsonl", [row("a"), row(None), row("b")])
     write(tmp_path / "second.jsonl", [{"question": "q", "answer": "a"}, row("c")])
     with pytest.raises(DataError) as caught:
-        run(config(sources=[{"path": str(tmp_path / name)} for name in ("first.jsonl", "second.jsonl")]))
+        run(
+            config(
+                sources=[{"path": str(tmp_path / name)} for name in ("first.jsonl", "second.jsonl")]
+            )
+        )
     assert str(caught.value).splitlines() == [
         f"{tmp_path}/first.jsonl:2: field 'prompt' is null, expected text (format prompt)",
         f"{tmp_path}/second.jsonl:2: no field 'question' (format qa)",
@@ -417,8 +565,17 @@ def test_bad_rows_of_all_files_are_listed_together(tmp_path, config, run):
     ("rows", "message"),
     [
         ([], "the data holds no example"),
-        ([row("a")], "0 training examples are left; at least 2 are needed. 1 example read: 0 to train on, 1 held out"),
-        ([row("a"), row("b", ""), row("c", "")], "at least 2 are needed.* 2 dropped: empty response"),
+        (
+            [row("a")],
+            (
+                "0 training examples are left; at least 2 are needed. 1 example read: 0 to train"
+                " on, 1 held out"
+            ),
+        ),
+        (
+            [row("a"), row("b", ""), row("c", "")],
+            "at least 2 are needed.* 2 dropped: empty response",
+        ),
     ],
 )
 def test_too_little_data_is_refused_with_the_counts(config, run, rows, message):
@@ -426,8 +583,12 @@ def test_too_little_data_is_refused_with_the_counts(config, run, rows, message):
         run(config(rows))
 
 
-def test_a_trained_tokenizer_is_the_same_twice_and_is_saved_with_its_template(tmp_path, config, run):
-    made = config(generator={"num_train": 60, "num_held_out": 10}, tokenizer={"train": {"vocab_size": 330}})
+def test_a_trained_tokenizer_is_the_same_twice_and_is_saved_with_its_template(
+    tmp_path, config, run
+):
+    made = config(
+        generator={"num_train": 60, "num_held_out": 10}, tokenizer={"train": {"vocab_size": 330}}
+    )
     first, again = run(made), run(made)
     assert first.identity == again.identity
     tokenizer = tokenizer_from(tmp_path / "data" / "tokenizer")
@@ -440,7 +601,9 @@ def test_a_trained_tokenizer_is_the_same_twice_and_is_saved_with_its_template(tm
 
 
 def test_a_vocabulary_too_large_for_the_data_is_refused(config, run):
-    with pytest.raises(DataError, match=r"Lower tokenizer.train.vocab_size \(now 5000\), or use more data"):
+    with pytest.raises(
+        DataError, match=r"Lower tokenizer.train.vocab_size \(now 5000\), or use more data"
+    ):
         run(config(ROWS, tokenizer={"train": {"vocab_size": 5000}}))
 
 
@@ -448,15 +611,25 @@ def test_generated_data_goes_through_the_stage_with_its_noise_marked(config, run
     settings = {"num_train": 50, "num_held_out": 10, "noisy_share": 0.4}
     train, held_out, noisy = generate(GeneratorConfig(**settings), seed=3)
     prepared = run(config(generator=settings, seed=3))
-    assert list(prepared.train) == [e.example_id for e in train] and list(prepared.held_out) == [e.example_id for e in held_out]
-    assert {example_id for example_id, example in prepared.kept.items() if example["is_noisy"]} == noisy
-    assert len(noisy) > 0 and [e["group"] for e in prepared.train.values()] == [e.group for e in train]
+    assert list(prepared.train) == [e.example_id for e in train] and list(prepared.held_out) == [
+        e.example_id for e in held_out
+    ]
+    assert {
+        example_id for example_id, example in prepared.kept.items() if example["is_noisy"]
+    } == noisy
+    assert len(noisy) > 0 and [e["group"] for e in prepared.train.values()] == [
+        e.group for e in train
+    ]
 
 
-@pytest.mark.skipif(not ALPACA_DATA.is_file(), reason="shared/data/alpaca_data.json is not beside the repository")
+@pytest.mark.skipif(
+    not ALPACA_DATA.is_file(), reason="shared/data/alpaca_data.json is not beside the repository"
+)
 def test_all_of_the_real_alpaca_file_is_accounted_for(config, run):
     """The limit comes after reading and checking, so the counts are those of the whole file."""
-    prepared = run(config(path=str(ALPACA_DATA), limit=1000, tokenizer={"train": {"vocab_size": 2000}}))
+    prepared = run(
+        config(path=str(ALPACA_DATA), limit=1000, tokenizer={"train": {"vocab_size": 2000}})
+    )
     assert prepared.summary.num_read == 52_002
     assert prepared.summary.dropped == {"empty response": 28}
     assert prepared.summary.num_left_out == 52_002 - 28 - 1000

@@ -1,4 +1,5 @@
-"""Rows of every kind of file. What is wrong is named by file and line, and nothing is skipped in silence."""
+"""Rows of every kind of file. What is wrong is named by file and line, and nothing is skipped in
+silence."""
 
 import gzip
 import json
@@ -16,7 +17,11 @@ from sftmix.errors import DataError
 
 GOOD = b'{"a": "x"}'
 DEEP = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress}
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+}
 
 
 def write(folder, name, content):
@@ -54,7 +59,10 @@ def test_a_bad_line_is_named_and_the_lines_around_it_are_read(tmp_path, case):
     line, message = BAD_LINES[case]
     path = write(tmp_path, "rows.jsonl", b"\n".join([GOOD, line, GOOD]))
     bad = BadRows()
-    assert [place for place, _ in read_rows(DataSource(path=str(path)), bad)] == [f"{path}:1", f"{path}:3"]
+    assert [place for place, _ in read_rows(DataSource(path=str(path)), bad)] == [
+        f"{path}:1",
+        f"{path}:3",
+    ]
     assert bad.count == 1 and bad.listed[0].startswith(f"{path}:2: ") and message in bad.listed[0]
     with pytest.raises(DataError, match="1 bad row\\."):
         bad.raise_if_any()
@@ -69,8 +77,14 @@ def test_a_last_line_that_is_cut_off_is_named(tmp_path):
 def test_half_a_surrogate_pair_is_named(tmp_path):
     row = '{"prompt": "p", "completion": "%s"}\n'
     path = write(tmp_path, "rows.jsonl", (row % "\\ud83d\\ude00" + row % "half: \\ud83d").encode())
-    config = {"run": {"dir": tmp_path}, "model": {"architecture": {"model_type": "llama"}}, "tokenizer": {"path": "none"}}
-    with pytest.raises(DataError, match=r"rows.jsonl:2: the text holds half of a surrogate pair(.|\n)*1 bad row\."):
+    config = {
+        "run": {"dir": tmp_path},
+        "model": {"architecture": {"model_type": "llama"}},
+        "tokenizer": {"path": "none"},
+    }
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:2: the text holds half of a surrogate pair(.|\n)*1 bad row\."
+    ):
         prepare(Config.model_validate({**config, "data": {"path": str(path)}}), tmp_path)
 
 
@@ -79,7 +93,9 @@ def test_of_25_bad_lines_20_are_listed_and_all_are_counted(tmp_path):
     with pytest.raises(DataError, match="not one JSON object") as caught:
         read(path)
     lines = str(caught.value).splitlines()
-    assert [line.split(": ")[0] for line in lines[:MAX_LISTED]] == [f"{path}:{n}" for n in range(1, 21)]
+    assert [line.split(": ")[0] for line in lines[:MAX_LISTED]] == [
+        f"{path}:{n}" for n in range(1, 21)
+    ]
     assert lines[MAX_LISTED] == "... and 5 more"
     assert lines[MAX_LISTED + 1].startswith("25 bad rows") and len(lines) == MAX_LISTED + 2
 
@@ -96,9 +112,19 @@ def test_of_25_bad_lines_20_are_listed_and_all_are_counted(tmp_path):
         (b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD, ["1", "2"]),
         (b"\xef\xbb\xbf[\n" + GOOD + b",\n" + GOOD + b"]", ["2", "3"]),
     ],
-    ids=["lines", "array", "array over lines", "Windows line ends", "blank lines", "BOM and lines", "BOM and array"],
+    ids=[
+        "lines",
+        "array",
+        "array over lines",
+        "Windows line ends",
+        "blank lines",
+        "BOM and lines",
+        "BOM and array",
+    ],
 )
-def test_lines_and_arrays_are_told_apart_by_content_and_not_by_name(tmp_path, name, content, places):
+def test_lines_and_arrays_are_told_apart_by_content_and_not_by_name(
+    tmp_path, name, content, places
+):
     path = write(tmp_path, name, content)
     assert read(path) == [(place, {"a": "x"}) for place in places]
 
@@ -116,7 +142,10 @@ def test_an_empty_array_holds_no_rows(tmp_path):
 def test_an_element_that_is_no_object_is_named_and_the_others_are_read(tmp_path, element):
     path = write(tmp_path, "rows.json", b"[\n" + GOOD + b",\n" + element + b",\n" + GOOD + b"\n]")
     bad = BadRows()
-    assert [place for place, _ in read_rows(DataSource(path=str(path)), bad)] == [f"{path}:2", f"{path}:4"]
+    assert [place for place, _ in read_rows(DataSource(path=str(path)), bad)] == [
+        f"{path}:2",
+        f"{path}:4",
+    ]
     assert bad.count == 1 and bad.listed[0].startswith(f"{path}:3: expected a JSON object, found ")
 
 
@@ -136,7 +165,10 @@ def test_an_element_that_is_no_object_is_named_and_the_others_are_read(tmp_path,
         (b",\n", "rows.json:3: the array does not end with `]`. Is the file cut off"),
         (b"\n]\n" + GOOD, "rows.json:3: text after the end of the array"),
     ],
-    ids="malformed NaN key-twice NUL bad-UTF-8 deep no-comma two-commas cut-in-text cut-after-element cut-after-comma text-behind".split(),
+    ids=(
+        "malformed NaN key-twice NUL bad-UTF-8 deep no-comma two-commas cut-in-text"
+        " cut-after-element cut-after-comma text-behind".split()
+    ),
 )
 def test_a_broken_array_is_refused_at_its_line(tmp_path, rest, message):
     path = write(tmp_path, "rows.json", b"[\n" + GOOD + rest)  # the first element is on line 2
@@ -170,7 +202,9 @@ BROKEN = {
     "cut in the middle": lambda content: content[: len(content) // 2],
     "cut at the end": lambda content: content[:-1],
     "overwritten near its start": lambda content: content[:20] + b"\xff" * 40 + content[60:],
-    "overwritten in the middle": lambda content: content[: len(content) // 2] + b"\xff" * 40 + content[len(content) // 2 + 40 :],
+    "overwritten in the middle": lambda content: (
+        content[: len(content) // 2] + b"\xff" * 40 + content[len(content) // 2 + 40 :]
+    ),
 }
 
 
@@ -224,7 +258,10 @@ def parquet(tmp_path):
 
 def test_parquet_rows_are_numbered_from_one(parquet):
     rows = read(parquet)
-    assert len(rows) == 2000 and rows[0] == ("row 1", {"messages": [{"role": "user", "content": "0?"}], "a": "text 0"})
+    assert len(rows) == 2000 and rows[0] == (
+        "row 1",
+        {"messages": [{"role": "user", "content": "0?"}], "a": "text 0"},
+    )
     assert rows[-1][0] == "row 2000" and rows[-1][1]["a"] == "text 1999"
 
 
@@ -250,7 +287,10 @@ def saved(tmp_path):
     import datasets
 
     datasets.disable_progress_bars()
-    train, test = (datasets.Dataset.from_list([{"a": f"{name} {n}"} for n in range(3)]) for name in ("train", "test"))
+    train, test = (
+        datasets.Dataset.from_list([{"a": f"{name} {n}"} for n in range(3)])
+        for name in ("train", "test")
+    )
     train.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "many")
     return tmp_path
@@ -260,7 +300,9 @@ def test_a_saved_dataset_and_the_chosen_split_of_a_saved_dict_are_read(saved):
     train = [(f"row {n + 1}", {"a": f"train {n}"}) for n in range(3)]
     assert read(saved / "one") == train
     assert read(saved / "many") == train  # the default split
-    assert read(saved / "many", split="test") == [(f"row {n + 1}", {"a": f"test {n}"}) for n in range(3)]
+    assert read(saved / "many", split="test") == [
+        (f"row {n + 1}", {"a": f"test {n}"}) for n in range(3)
+    ]
 
 
 def test_a_missing_split_is_refused_with_those_there_are(saved):
@@ -270,7 +312,11 @@ def test_a_missing_split_is_refused_with_those_there_are(saved):
 
 @pytest.mark.parametrize(
     ("file", "content"),
-    [("data-00000-of-00001.arrow", b"not Arrow"), ("state.json", b"{"), ("dataset_info.json", b"{")],
+    [
+        ("data-00000-of-00001.arrow", b"not Arrow"),
+        ("state.json", b"{"),
+        ("dataset_info.json", b"{"),
+    ],
 )
 def test_a_damaged_saved_dataset_is_refused(saved, file, content):
     write(saved / "one", file, content)
@@ -286,12 +332,20 @@ def test_a_folder_that_is_no_saved_dataset_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["rows.txt", "rows", "rows.gz", "rows.jsonl.bak", "rows.txt.xz"])
 def test_an_unknown_kind_of_file_is_refused_with_the_known_ones(tmp_path, name):
-    with pytest.raises(DataError, match=r"unknown kind of file. Expected .json, .jsonl, .csv .* or .parquet"):
+    with pytest.raises(
+        DataError, match=r"unknown kind of file. Expected .json, .jsonl, .csv .* or .parquet"
+    ):
         read(write(tmp_path, name, GOOD))
 
 
-@pytest.mark.parametrize("path", ["./rows", "rows.jsonl", "data/rows.parquet", "rows.json.zst", "far/too/deep", "~/rows"])
-@pytest.mark.parametrize("use", [check_source, source_identity, lambda source: read(source.path)], ids=["check", "identity", "read"])
+@pytest.mark.parametrize(
+    "path", ["./rows", "rows.jsonl", "data/rows.parquet", "rows.json.zst", "far/too/deep", "~/rows"]
+)
+@pytest.mark.parametrize(
+    "use",
+    [check_source, source_identity, lambda source: read(source.path)],
+    ids=["check", "identity", "read"],
+)
 def test_a_missing_path_is_refused(tmp_path, monkeypatch, path, use):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=f"{path} does not exist"):
@@ -303,13 +357,19 @@ def test_a_hub_dataset_is_read_by_its_split_and_a_silent_hub_is_named(tmp_path, 
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [{"a": name}, {"a": split}])
-    assert read("owner/name", split="test") == [("row 1", {"a": "owner/name"}), ("row 2", {"a": "test"})]
+    assert read("owner/name", split="test") == [
+        ("row 1", {"a": "owner/name"}),
+        ("row 2", {"a": "test"}),
+    ]
 
     def unreachable(name, split):
         raise ConnectionError
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match=r"owner/name is no local file, and the Hub does not give it \(ConnectionError\)"):
+    with pytest.raises(
+        DataError,
+        match=r"owner/name is no local file, and the Hub does not give it \(ConnectionError\)",
+    ):
         read("owner/name")
 
 

@@ -1,4 +1,5 @@
-"""The whole recipe through the command line, on real files and processes. The specification of the pipeline."""
+"""The whole recipe through the command line, on real files and processes. The specification of the
+pipeline."""
 
 import json
 import re
@@ -23,7 +24,16 @@ from sftmix.train.log import MIXUP, NTP, read_metrics
 pytestmark = pytest.mark.recipe
 QUICKSTART = "configs/quickstart.yaml"
 STAGES = ["data", "reference", "score", "split", "baseline", "train", "evaluate", "report"]
-FOLDERS = ["data", "reference", "confidence", "pairing", "baseline", "sftmix", "evaluation", "report"]
+FOLDERS = [
+    "data",
+    "reference",
+    "confidence",
+    "pairing",
+    "baseline",
+    "sftmix",
+    "evaluation",
+    "report",
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +62,37 @@ def test_every_stage_publishes_a_folder_that_verifies(finished):
     assert stages_run(output) == (STAGES, [])
     for name in FOLDERS:
         verify(folder / name)
-    assert (folder / "config.yaml").is_file() and any((folder / "logs" / "tensorboard").rglob("events.*"))
+    assert (folder / "config.yaml").is_file() and any(
+        (folder / "logs" / "tensorboard").rglob("events.*")
+    )
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
 
 
 def test_the_table_and_the_path_of_the_report_are_printed_last(finished):
     folder, output = finished
     tail = output[output.index("SFTMix beside next-token prediction") :]
-    for word in ("NTP baseline", "SFTMix", "loss", "ppl", "exact", "tokens/s", "minutes", "report:"):
+    for word in (
+        "NTP baseline",
+        "SFTMix",
+        "loss",
+        "ppl",
+        "exact",
+        "tokens/s",
+        "minutes",
+        "report:",
+    ):
         assert word in tail
-    assert len(re.findall(r"^  [\d.]+ min: training [\d.]+, checkpoints and exports [\d.]+, start and end [\d.]+$", output, re.M)) == 3
+    assert (
+        len(
+            re.findall(
+                r"^  [\d.]+ min: training [\d.]+, checkpoints and exports [\d.]+, start and end"
+                r" [\d.]+$",
+                output,
+                re.M,
+            )
+        )
+        == 3
+    )
     assert (folder / "report" / "index.html").is_file()
 
 
@@ -70,8 +101,13 @@ def test_a_run_ends_with_the_model_and_with_commands_that_work(finished, tmp_pat
     lines = output.splitlines()
     at = next(n for n, line in enumerate(lines) if line.startswith("model:"))
     model, baseline, report, export, board = lines[at:]
-    assert model.split()[1] == str(folder / "sftmix/model") and baseline.split()[0] == str(folder / "baseline/model")
-    assert all(Path(line.split()[place]).exists() for line, place in ((model, 1), (baseline, 0), (report, 1)))
+    assert model.split()[1] == str(folder / "sftmix/model") and baseline.split()[0] == str(
+        folder / "baseline/model"
+    )
+    assert all(
+        Path(line.split()[place]).exists()
+        for line, place in ((model, 1), (baseline, 0), (report, 1))
+    )
     words = shlex.split(export.removeprefix("next:"))
     assert Path(words[0]).name == "sftmix"
     sftmix(*words[1:-1], str(tmp_path / "my-model"))
@@ -97,13 +133,17 @@ def test_perplexities_equal_a_plain_loop_over_the_saved_checkpoints(finished):
     table = pq.read_table(folder / "confidence" / "perplexity.parquet").to_pandas()
     for checkpoint in sorted((folder / "reference" / "checkpoints").iterdir()):
         model = AutoModelForCausalLM.from_pretrained(checkpoint)
-        scores = table[table["checkpoint"] == int(checkpoint.name.removeprefix("step_"))].set_index("example_id")
+        scores = table[table["checkpoint"] == int(checkpoint.name.removeprefix("step_"))].set_index(
+            "example_id"
+        )
         for row in rows.select(range(0, 61, 7)):
             ids = torch.tensor(row["input_ids"])[None]
             labels = torch.where(torch.tensor(row["response_mask"])[None], ids, -100)
             with torch.no_grad():
                 loss = model(input_ids=ids, labels=labels).loss
-            assert scores.loc[row["example_id"], "perplexity"] == pytest.approx(loss.exp().item(), rel=1e-5)
+            assert scores.loc[row["example_id"], "perplexity"] == pytest.approx(
+                loss.exp().item(), rel=1e-5
+            )
 
 
 def test_metrics_have_losses_rates_and_lam(finished):
@@ -111,13 +151,26 @@ def test_metrics_have_losses_rates_and_lam(finished):
     lines = read_metrics(folder / "sftmix" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     expected = {
-        "step", "epoch", NTP, MIXUP, "mixup/lam (mean)", "grad_norm", "learning_rate",
-        "tokens/real (tokens/s)", "tokens/response (tokens/s)", "tokens/padded (tokens/s)", "steps/skipped (steps)",
+        "step",
+        "epoch",
+        NTP,
+        MIXUP,
+        "mixup/lam (mean)",
+        "grad_norm",
+        "learning_rate",
+        "tokens/real (tokens/s)",
+        "tokens/response (tokens/s)",
+        "tokens/padded (tokens/s)",
+        "steps/skipped (steps)",
         "time/training (s)",
-    }  # fmt: skip
+    }
     assert set(lines[0]) == expected
     for line in lines:
-        assert line["tokens/response (tokens/s)"] < line["tokens/real (tokens/s)"] <= line["tokens/padded (tokens/s)"]
+        assert (
+            line["tokens/response (tokens/s)"]
+            < line["tokens/real (tokens/s)"]
+            <= line["tokens/padded (tokens/s)"]
+        )
     assert MIXUP not in read_metrics(folder / "baseline" / "metrics.jsonl")[0]
 
 
@@ -129,11 +182,19 @@ def test_exported_models_load_with_plain_transformers_and_stop(finished):
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
         assert tokenizer.eos_token_id in model.generation_config.eos_token_id
         inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "Add 1 and 2."}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            [{"role": "user", "content": "Add 1 and 2."}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
         )
-        assert model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+        assert (
+            model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1]
+            > inputs["input_ids"].shape[1]
+        )
         card = (folder / name / "model" / "README.md").read_text()
-        assert card.startswith("---\nlibrary_name: transformers") and ("lam ~ Beta" in card) == (name == "sftmix")
+        assert card.startswith("---\nlibrary_name: transformers") and ("lam ~ Beta" in card) == (
+            name == "sftmix"
+        )
 
 
 def test_exact_match_is_what_greedy_generation_writes(finished):
@@ -146,7 +207,9 @@ def test_exact_match_is_what_greedy_generation_writes(finished):
     for row in datasets.Dataset.from_file(str(folder / "data" / "held_out.arrow")):
         ids, mask = torch.tensor(row["input_ids"]), torch.tensor(row["response_mask"])
         prompt, response = ids[: mask.int().argmax()], ids[mask]
-        written = model.generate(prompt[None], max_new_tokens=len(response), do_sample=False, pad_token_id=3)[0, len(prompt) :]
+        written = model.generate(
+            prompt[None], max_new_tokens=len(response), do_sample=False, pad_token_id=3
+        )[0, len(prompt) :]
         assert torch.equal(written, response) == scores.loc[row["example_id"], "is_exact"]
 
 
@@ -177,7 +240,11 @@ def test_a_stage_runs_the_earlier_ones_that_are_missing_and_no_later_one(copy_of
 def test_a_changed_setting_runs_again_only_what_depends_on_it(copy_of, override, again):
     key, value = override.split("=")
     before = sftmix("run", QUICKSTART, *TINY, f"run.dir={copy_of}", override, check=False)
-    assert before.returncode == 2 and f"{key}: " in before.stderr and f" before, {value} now" in before.stderr
+    assert (
+        before.returncode == 2
+        and f"{key}: " in before.stderr
+        and f" before, {value} now" in before.stderr
+    )
     assert stages_run(before.stdout) == ([], []) and "--force" in before.stderr
     output = sftmix("run", QUICKSTART, *TINY, f"run.dir={copy_of}", override, "--force").stdout
     assert stages_run(output) == (again, [stage for stage in STAGES if stage not in again])
@@ -187,78 +254,180 @@ def test_damaged_output_is_refused_and_named(copy_of):
     file = copy_of / "confidence" / "confidence.parquet"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     done = sftmix("run", QUICKSTART, *TINY, f"run.dir={copy_of}", check=False)
-    assert done.returncode == 2 and "confidence.parquet differs from what was written" in done.stderr
+    assert (
+        done.returncode == 2 and "confidence.parquet differs from what was written" in done.stderr
+    )
 
 
 def test_mixup_weight_zero_is_plain_sft_to_the_last_bit(copy_of):
     sftmix("train", QUICKSTART, *TINY, f"run.dir={copy_of}", "mixup.weight=0", "--force")
-    ours, plain = (copy_of / name / "model" / "model.safetensors" for name in ("sftmix", "baseline"))
+    ours, plain = (
+        copy_of / name / "model" / "model.safetensors" for name in ("sftmix", "baseline")
+    )
     assert ours.read_bytes() == plain.read_bytes()
-    losses = [[line[NTP] for line in read_metrics(copy_of / name / "metrics.jsonl")] for name in ("sftmix", "baseline")]
+    losses = [
+        [line[NTP] for line in read_metrics(copy_of / name / "metrics.jsonl")]
+        for name in ("sftmix", "baseline")
+    ]
     assert losses[0] == losses[1]
 
 
-def test_mixing_at_the_input_embeddings_trains_another_model_with_the_same_ntp_at_first(finished, copy_of):
-    sftmix("train", QUICKSTART, *TINY, f"run.dir={copy_of}", "mixup.site=input_embeddings", "--force")
-    lines, at_head = (read_metrics(folder / "sftmix" / "metrics.jsonl") for folder in (copy_of, finished[0]))
-    assert lines[0][NTP] == pytest.approx(at_head[0][NTP], rel=1e-2) and lines[0][MIXUP] != at_head[0][MIXUP]
+def test_mixing_at_the_input_embeddings_trains_another_model_with_the_same_ntp_at_first(
+    finished, copy_of
+):
+    sftmix(
+        "train", QUICKSTART, *TINY, f"run.dir={copy_of}", "mixup.site=input_embeddings", "--force"
+    )
+    lines, at_head = (
+        read_metrics(folder / "sftmix" / "metrics.jsonl") for folder in (copy_of, finished[0])
+    )
+    assert (
+        lines[0][NTP] == pytest.approx(at_head[0][NTP], rel=1e-2)
+        and lines[0][MIXUP] != at_head[0][MIXUP]
+    )
     assert lines[-1][MIXUP] < lines[0][MIXUP]
-    assert "interpolated at the input embeddings" in (copy_of / "sftmix" / "model" / "README.md").read_text()
+    assert (
+        "interpolated at the input embeddings"
+        in (copy_of / "sftmix" / "model" / "README.md").read_text()
+    )
 
 
 def test_other_splits_and_matching_by_length(copy_of):
-    options = [QUICKSTART, *TINY, f"run.dir={copy_of}", "split.column=variability", "split.highest_is_confident=false"]
-    options += ["split.stratify_by=group", "split.confident_share=0.3", "split.unconfident_share=0.3"]
+    options = [
+        QUICKSTART,
+        *TINY,
+        f"run.dir={copy_of}",
+        "split.column=variability",
+        "split.highest_is_confident=false",
+    ]
+    options += [
+        "split.stratify_by=group",
+        "split.confident_share=0.3",
+        "split.unconfident_share=0.3",
+    ]
     output = sftmix("split", *options, "--force").stdout
-    random, by_length = map(float, re.search(r"mix coverage.*?([\d.]+)% random, ([\d.]+)% length", output).groups())
+    random, by_length = map(
+        float, re.search(r"mix coverage.*?([\d.]+)% random, ([\d.]+)% length", output).groups()
+    )
     assert by_length >= random > 0
-    scores = pq.read_table(copy_of / "confidence" / "confidence.parquet").to_pandas().set_index("example_id")["variability"]
-    parts = pq.read_table(copy_of / "pairing" / "split.parquet").to_pandas().set_index("example_id")["part"]
-    groups = TokenisedExamples(copy_of / "data" / "train.arrow").table.to_pandas().set_index("example_id")["group"]
+    scores = (
+        pq.read_table(copy_of / "confidence" / "confidence.parquet")
+        .to_pandas()
+        .set_index("example_id")["variability"]
+    )
+    parts = (
+        pq.read_table(copy_of / "pairing" / "split.parquet")
+        .to_pandas()
+        .set_index("example_id")["part"]
+    )
+    groups = (
+        TokenisedExamples(copy_of / "data" / "train.arrow")
+        .table.to_pandas()
+        .set_index("example_id")["group"]
+    )
     for group in set(groups):
         inside = parts[groups == group]
-        assert (inside == "confident").sum() == (inside == "unconfident").sum() == int(0.3 * len(inside))
-        assert scores[inside[inside == "confident"].index].max() <= scores[inside[inside == "unconfident"].index].min()
-    sftmix("train", *options, "mixup.matching=length", "--force")  # does not need the baseline, which is of the other split
-    refused = sftmix("split", QUICKSTART, *TINY, f"run.dir={copy_of}", "split.column=quality", "--force", check=False)
+        assert (
+            (inside == "confident").sum()
+            == (inside == "unconfident").sum()
+            == int(0.3 * len(inside))
+        )
+        assert (
+            scores[inside[inside == "confident"].index].max()
+            <= scores[inside[inside == "unconfident"].index].min()
+        )
+    # does not need the baseline, which is of the other split
+    sftmix("train", *options, "mixup.matching=length", "--force")
+    refused = sftmix(
+        "split",
+        QUICKSTART,
+        *TINY,
+        f"run.dir={copy_of}",
+        "split.column=quality",
+        "--force",
+        check=False,
+    )
     assert refused.returncode == 2 and "no column 'quality'" in refused.stderr
 
 
 def test_mixup_changes_the_model(finished):  # the test of the test
-    ours, plain = (finished[0] / name / "model" / "model.safetensors" for name in ("sftmix", "baseline"))
+    ours, plain = (
+        finished[0] / name / "model" / "model.safetensors" for name in ("sftmix", "baseline")
+    )
     assert ours.read_bytes() != plain.read_bytes()
 
 
 LAUNCHERS = {
     "sftmix": lambda arguments: ["-m", "sftmix.cli", "train", *arguments, "engine.num_processes=2"],
-    "deepspeed": lambda arguments: ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29871", "launch/run.py",
-                                    *arguments, "--stage", "train"],
-    "torchrun": lambda arguments: ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29872", "launch/run.py",
-                                   *arguments, "--stage", "train"],
-}  # fmt: skip
+    "deepspeed": lambda arguments: [
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        "29871",
+        "launch/run.py",
+        *arguments,
+        "--stage",
+        "train",
+    ],
+    "torchrun": lambda arguments: [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29872",
+        "launch/run.py",
+        *arguments,
+        "--stage",
+        "train",
+    ],
+}
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_of_any_launcher_train_as_one_does(finished, copy_of, launcher):
     import os
 
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
     arguments = [QUICKSTART, *TINY, f"run.dir={copy_of}", "--force"]
     command = [sys.executable, *LAUNCHERS[launcher](arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     manifest = json.loads((copy_of / "sftmix" / "manifest.json").read_text())
     assert manifest["facts"]["world_size"] == 2
-    one, two = (read_metrics(folder / "sftmix" / "metrics.jsonl") for folder in (finished[0], copy_of))
+    one, two = (
+        read_metrics(folder / "sftmix" / "metrics.jsonl") for folder in (finished[0], copy_of)
+    )
     for a, b in zip(one, two, strict=True):
-        assert (b[NTP], b[MIXUP], b["grad_norm"]) == pytest.approx((a[NTP], a[MIXUP], a["grad_norm"]), rel=2e-4)
+        assert (b[NTP], b[MIXUP], b["grad_norm"]) == pytest.approx(
+            (a[NTP], a[MIXUP], a["grad_norm"]), rel=2e-4
+        )
 
 
 def test_no_baseline_and_no_held_out_examples(tmp_path):
     sources = tmp_path / "data.jsonl"
-    rows = [{"question": f"Q{n} <script>alert({n})</script>?", "answer": f"answer {n % 7} & more"} for n in range(40)]
+    rows = [
+        {"question": f"Q{n} <script>alert({n})</script>?", "answer": f"answer {n % 7} & more"}
+        for n in range(40)
+    ]
     sources.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    overrides = [*TINY, f"data.path={sources}", "data.generator=", "tokenizer.train={vocab_size: 320}", "data.held_out_share=0"]
+    overrides = [
+        *TINY,
+        f"data.path={sources}",
+        "data.generator=",
+        "tokenizer.train={vocab_size: 320}",
+        "data.held_out_share=0",
+    ]
     overrides += ["baseline.enabled=false"]
     done = sftmix("run", QUICKSTART, *overrides, f"run.dir={tmp_path / 'run'}")
     assert stages_run(done.stdout)[0] == [stage for stage in STAGES if stage != "baseline"]
@@ -269,8 +438,19 @@ def test_no_baseline_and_no_held_out_examples(tmp_path):
 
 
 def test_inspect_shows_tokens_and_touches_nothing(tmp_path):
-    done = sftmix("inspect", QUICKSTART, *TINY, f"run.dir={tmp_path / 'run'}", "--num", "2", "data.max_length=24")
-    assert "% truncated to 24 tokens" in done.stdout and len(re.findall(r"loss on \d+ of \d+ tokens", done.stdout)) == 2
+    done = sftmix(
+        "inspect",
+        QUICKSTART,
+        *TINY,
+        f"run.dir={tmp_path / 'run'}",
+        "--num",
+        "2",
+        "data.max_length=24",
+    )
+    assert (
+        "% truncated to 24 tokens" in done.stdout
+        and len(re.findall(r"loss on \d+ of \d+ tokens", done.stdout)) == 2
+    )
     assert done.stdout.count("<<\n") == 2  # marks stand in for colours where there is no terminal
     assert not (tmp_path / "run").exists()
 
@@ -278,9 +458,15 @@ def test_inspect_shows_tokens_and_touches_nothing(tmp_path):
 def test_export_copies_a_verified_model(finished, tmp_path):
     folder, _ = finished
     target = tmp_path / "model"
-    sftmix("export", QUICKSTART, *TINY, f"run.dir={folder}", "--to", str(target), "--which", "baseline")
-    assert (target / "model.safetensors").read_bytes() == (folder / "baseline" / "model" / "model.safetensors").read_bytes()
-    again = sftmix("export", QUICKSTART, *TINY, f"run.dir={folder}", "--to", str(target), check=False)
+    sftmix(
+        "export", QUICKSTART, *TINY, f"run.dir={folder}", "--to", str(target), "--which", "baseline"
+    )
+    assert (target / "model.safetensors").read_bytes() == (
+        folder / "baseline" / "model" / "model.safetensors"
+    ).read_bytes()
+    again = sftmix(
+        "export", QUICKSTART, *TINY, f"run.dir={folder}", "--to", str(target), check=False
+    )
     assert again.returncode == 2 and "not an empty folder" in again.stderr
 
 
@@ -288,7 +474,13 @@ def test_adapters_are_trained_merged_scored_and_exported(finished, tmp_path):
     from peft import AutoPeftModelForCausalLM
 
     folder, start = tmp_path / "run", finished[0] / "baseline" / "model"
-    options = [*TINY, f"model.path={start}", "model.architecture=", "model.lora={rank: 4}", "train.learning_rate=0.01"]
+    options = [
+        *TINY,
+        f"model.path={start}",
+        "model.architecture=",
+        "model.lora={rank: 4}",
+        "train.learning_rate=0.01",
+    ]
     options += ["baseline.enabled=false", "tokenizer.train=", f"run.dir={folder}"]
     output = sftmix("run", QUICKSTART, *options).stdout
     assert "score" in stages_run(output)[0] and not (folder / "reference" / "adapter").exists()
@@ -304,26 +496,63 @@ def test_adapters_are_trained_merged_scored_and_exported(finished, tmp_path):
                 AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"),
             )
         )
-    assert torch.allclose(merged, adapted, rtol=1e-4, atol=1e-5) and (merged - before).abs().max() > 1e-2
-    base, checkpoint = (AutoModelForCausalLM.from_pretrained(f) for f in (start, next((folder / "reference/checkpoints").iterdir())))
+    assert (
+        torch.allclose(merged, adapted, rtol=1e-4, atol=1e-5)
+        and (merged - before).abs().max() > 1e-2
+    )
+    base, checkpoint = (
+        AutoModelForCausalLM.from_pretrained(f)
+        for f in (start, next((folder / "reference/checkpoints").iterdir()))
+    )
     same = {n for n, p in base.named_parameters() if torch.equal(p, checkpoint.get_parameter(n))}
     assert same == {n for n, _ in base.named_parameters() if "proj" not in n}
     facts = json.loads((folder / "sftmix" / "manifest.json").read_text())["facts"]
-    assert facts["num_trained_parameters"] == 4 * (4 * (32 + 32) + 3 * (32 + 48)) < facts["num_parameters"]
-    assert f"{facts['num_trained_parameters']:,} of them trained" in (folder / "report" / "index.html").read_text()
+    assert (
+        facts["num_trained_parameters"]
+        == 4 * (4 * (32 + 32) + 3 * (32 + 48))
+        < facts["num_parameters"]
+    )
+    assert (
+        f"{facts['num_trained_parameters']:,} of them trained"
+        in (folder / "report" / "index.html").read_text()
+    )
     for name, words in (("merged", "merged into the weights"), ("adapter", "library_name: peft")):
         assert words in (tmp_path / name / "README.md").read_text()
     whole = [*TINY, f"run.dir={finished[0]}"]
-    refused = sftmix("export", QUICKSTART, *whole, "--to", str(tmp_path / "none"), "--adapter", check=False)
-    assert refused.returncode == 2 and "holds no adapter, since all weights were trained" in refused.stderr
+    refused = sftmix(
+        "export", QUICKSTART, *whole, "--to", str(tmp_path / "none"), "--adapter", check=False
+    )
+    assert (
+        refused.returncode == 2
+        and "holds no adapter, since all weights were trained" in refused.stderr
+    )
 
 
 def test_a_trained_model_can_be_the_start_and_a_smaller_one_the_reference(finished, tmp_path):
     start = finished[0] / "sftmix" / "model"
-    reference = "reference.model={architecture: {model_type: gpt2, n_embd: 16, n_layer: 1, n_head: 2, n_positions: 128}}"
-    overrides = [*TINY, f"model.path={start}", "model.architecture=", "tokenizer.train=", "data.generator={num_train: 24, num_held_out: 4}"]
-    sftmix("run", QUICKSTART, *overrides, reference, "baseline.enabled=false", "data.max_length=100", f"run.dir={tmp_path / 'run'}")
-    config = json.loads((tmp_path / "run" / "reference" / "checkpoints" / "step_000001" / "config.json").read_text())
+    reference = (
+        "reference.model={architecture: {model_type: gpt2, n_embd: 16, n_layer: 1, n_head: 2,"
+        " n_positions: 128}}"
+    )
+    overrides = [
+        *TINY,
+        f"model.path={start}",
+        "model.architecture=",
+        "tokenizer.train=",
+        "data.generator={num_train: 24, num_held_out: 4}",
+    ]
+    sftmix(
+        "run",
+        QUICKSTART,
+        *overrides,
+        reference,
+        "baseline.enabled=false",
+        "data.max_length=100",
+        f"run.dir={tmp_path / 'run'}",
+    )
+    config = json.loads(
+        (tmp_path / "run" / "reference" / "checkpoints" / "step_000001" / "config.json").read_text()
+    )
     assert config["model_type"] == "gpt2"
 
 
@@ -342,14 +571,31 @@ def test_low_precision_trains(tmp_path, precision):
     if precision == "fp16" and not has_fp16():
         pytest.skip("this machine does not compute in fp16")
     sftmix("data", QUICKSTART, *TINY, f"run.dir={tmp_path}", f"engine.precision={precision}")
-    sftmix("reference", QUICKSTART, *TINY, f"run.dir={tmp_path}", f"engine.precision={precision}", "engine.activation_checkpointing=true")
+    sftmix(
+        "reference",
+        QUICKSTART,
+        *TINY,
+        f"run.dir={tmp_path}",
+        f"engine.precision={precision}",
+        "engine.activation_checkpointing=true",
+    )
     lines = read_metrics(tmp_path / "reference" / "metrics.jsonl")
-    assert lines[-1][NTP] < lines[0][NTP] and all(line["grad_norm"] is not None for line in lines if line["steps/skipped (steps)"] == 0)
+    assert lines[-1][NTP] < lines[0][NTP] and all(
+        line["grad_norm"] is not None for line in lines if line["steps/skipped (steps)"] == 0
+    )
 
 
 def test_stage_0_with_low_precision_is_refused(tmp_path):
     sftmix("data", QUICKSTART, *TINY, f"run.dir={tmp_path}", "engine.precision=bf16")
-    done = sftmix("reference", QUICKSTART, *TINY, f"run.dir={tmp_path}", "engine.precision=bf16", "engine.zero_stage=0", check=False)
+    done = sftmix(
+        "reference",
+        QUICKSTART,
+        *TINY,
+        f"run.dir={tmp_path}",
+        "engine.precision=bf16",
+        "engine.zero_stage=0",
+        check=False,
+    )
     assert done.returncode == 2 and "Use engine.zero_stage=1" in done.stderr
 
 
@@ -358,13 +604,22 @@ CONFIGS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").glob
 
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c != QUICKSTART])
 def test_every_config_runs_when_shrunk(config, tmp_path):
-    sftmix("run", config, *TINY, f"run.dir={tmp_path / 'run'}", "baseline.enabled=false", "reference.num_checkpoints=1")
+    sftmix(
+        "run",
+        config,
+        *TINY,
+        f"run.dir={tmp_path / 'run'}",
+        "baseline.enabled=false",
+        "reference.num_checkpoints=1",
+    )
     verify(tmp_path / "run" / "report")
 
 
 def readme_commands():
     """Returns the lines of the README's shell blocks that call the project's commands."""
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    blocks = re.findall(
+        r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S
+    )
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line.startswith(("sftmix ", "deepspeed ", "torchrun "))]
 
@@ -375,7 +630,8 @@ def test_the_readme_names_commands():
 
 @pytest.mark.parametrize("line", readme_commands())
 def test_the_readmes_commands_are_understood(line, tmp_path):
-    """Parses each command, loads its config with its overrides, and looks up the script that a launcher would start."""
+    """Parses each command, loads its config with its overrides, and looks up the script that a
+    launcher would start."""
     from sftmix.cli import _parser
     from sftmix.config.reader import load_config
     from sftmix.config.shipped import packaged
@@ -396,13 +652,20 @@ def test_the_readmes_commands_are_understood(line, tmp_path):
 
 
 def test_pages_name_only_files_that_exist():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]:
         for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 def test_the_probe_of_stages_would_notice_a_missing_one():  # the test of the test
-    assert stages_run("[1/8] data: 0.1 s\n[2/8] reference: up to date\n") == (["data"], ["reference"])
+    assert stages_run("[1/8] data: 0.1 s\n[2/8] reference: up to date\n") == (
+        ["data"],
+        ["reference"],
+    )
 
 
 def test_the_shared_folder_of_configs_is_found():

@@ -8,8 +8,14 @@ from graphlib import TopologicalSorter
 import pytest
 from processes import ROOT
 
-FILES = sorted(p for folder in ("sftmix", "kernels", "launch") for p in (ROOT / folder).rglob("*.py") if not p.is_symlink())
-FILES = [p for p in FILES if not {"kernels", "launch"} & set(p.relative_to(ROOT).parts[1:])]  # they are links there
+FILES = sorted(
+    p
+    for folder in ("sftmix", "kernels", "launch")
+    for p in (ROOT / folder).rglob("*.py")
+    if not p.is_symlink()
+)
+# they are links there
+FILES = [p for p in FILES if not {"kernels", "launch"} & set(p.relative_to(ROOT).parts[1:])]
 
 
 def imports(path):
@@ -25,7 +31,8 @@ def room(path):
     return path.relative_to(ROOT).with_suffix("").as_posix()
 
 
-# The import law: a room may import itself, the kernels, and the rooms in the lines above its own. docs/architecture.md draws it.
+# The import law: a room may import itself, the kernels, and the rooms in the lines above its own.
+# docs/architecture.md draws it.
 LAW = (
     {"errors"},
     {"config", "storage"},
@@ -45,13 +52,15 @@ OURS = [p for p in FILES if p.is_relative_to(ROOT / "sftmix") and p != ROOT / "s
 
 
 def room_of(module):
-    """Returns the room of `sftmix.room.file`; None for the package itself, the kernels, and what is not ours."""
+    """Returns the room of `sftmix.room.file`; None for the package itself, the kernels, and what is
+    not ours."""
     parts = module.split(".")
     return parts[1] if parts[0] == "sftmix" and len(parts) > 1 and parts[1] != "kernels" else None
 
 
 def modules_of(path):
-    """Returns the modules of ours that a file imports, `from sftmix.room import file` as `sftmix.room.file`."""
+    """Returns the modules of ours that a file imports, `from sftmix.room import file` as
+    `sftmix.room.file`."""
     found = set()
     for module, name in imports(path):
         inner = ROOT / module.replace(".", "/") / f"{name}.py"
@@ -60,7 +69,9 @@ def modules_of(path):
 
 
 def test_every_entry_of_the_package_is_a_room_or_a_link():
-    entries = {p.name.removesuffix(".py") for p in (ROOT / "sftmix").iterdir() if p.name != "__pycache__"}
+    entries = {
+        p.name.removesuffix(".py") for p in (ROOT / "sftmix").iterdir() if p.name != "__pycache__"
+    }
     assert entries == {*ROOMS, "__init__", "kernels"} and len(entries) <= 18
 
 
@@ -77,20 +88,33 @@ def test_no_files_import_each_other_in_a_circle():
     TopologicalSorter(graph).prepare()  # raises CycleError with the circle
 
 
-@pytest.mark.parametrize("path", [p for p in OURS if not room(p).startswith("sftmix/engine/")], ids=room)
+@pytest.mark.parametrize(
+    "path", [p for p in OURS if not room(p).startswith("sftmix/engine/")], ids=room
+)
 def test_only_the_engine_knows_deepspeed_and_ranks(path):
     for module, name in imports(path):
-        assert not module.startswith(("deepspeed", "torch.distributed")) and (module, name) != ("torch", "distributed"), module
+        assert not module.startswith(("deepspeed", "torch.distributed")) and (module, name) != (
+            "torch",
+            "distributed",
+        ), module
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in OURS if room(p).split("/")[1] in ("errors", "storage", "cluster", "liveness", "pairing")], ids=room
+    "path",
+    [
+        p
+        for p in OURS
+        if room(p).split("/")[1] in ("errors", "storage", "cluster", "liveness", "pairing")
+    ],
+    ids=room,
 )
 def test_what_no_model_is_needed_for_does_not_load_torch(path):
     assert not [module for module, _ in imports(path) if module.split(".")[0] == "torch"]
 
 
-@pytest.mark.parametrize("path", [p for p in OURS if not room(p).startswith("sftmix/pipeline/")], ids=room)
+@pytest.mark.parametrize(
+    "path", [p for p in OURS if not room(p).startswith("sftmix/pipeline/")], ids=room
+)
 def test_only_the_pipeline_knows_the_stage_context(path):
     assert not [name for _, name in imports(path) if name == "StageContext"]
 
@@ -99,16 +123,24 @@ def test_only_the_pipeline_knows_the_stage_context(path):
 def test_kernels_need_torch_and_triton_only(path):
     for module, _ in imports(path):
         top = module.split(".")[0]
-        assert top in ("torch", "triton", "typing", "dataclasses", "functools", "__future__", "collections", "math") or module.startswith(
-            "sftmix.kernels."
-        ), module
+        assert top in (
+            "torch",
+            "triton",
+            "typing",
+            "dataclasses",
+            "functools",
+            "__future__",
+            "collections",
+            "math",
+        ) or module.startswith("sftmix.kernels."), module
 
 
 @pytest.mark.parametrize("name", ["kernels", "launch"])
 def test_top_level_room_is_no_regular_package(name):
     assert not (ROOT / name / "__init__.py").exists(), (
-        f"{name}/__init__.py would make `import {name}` succeed whenever the repository root is on sys.path. "
-        "transformers probes for the Hugging Face package `kernels` and would find ours."
+        f"{name}/__init__.py would make `import {name}` succeed whenever the repository root is on"
+        " sys.path. transformers probes for the Hugging Face package `kernels` and would find"
+        " ours."
     )
     link = ROOT / "sftmix" / {"launch": "cluster/launch"}.get(name, name)
     assert link.is_symlink() and link.resolve() == ROOT / name
@@ -116,16 +148,28 @@ def test_top_level_room_is_no_regular_package(name):
 
 def loaded_by(statement):
     code = f"{statement}; import sys; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"
+    )
     return set(done.stdout.split())
 
 
 def test_kernels_import_without_deepspeed_and_transformers():
-    loaded = loaded_by("import sftmix.kernels.fused_linear_mixup_cross_entropy, sftmix.kernels.linear_token_nll")
+    loaded = loaded_by(
+        "import sftmix.kernels.fused_linear_mixup_cross_entropy, sftmix.kernels.linear_token_nll"
+    )
     assert "torch" in loaded and not {"deepspeed", "transformers", "datasets", "pydantic"} & loaded
 
 
-BANNED = ("pickle.load", "yaml.load(", "shell=True", "weights_only=False", "_object(", "except Exception", "except:")
+BANNED = (
+    "pickle.load",
+    "yaml.load(",
+    "shell=True",
+    "weights_only=False",
+    "_object(",
+    "except Exception",
+    "except:",
+)
 
 
 @pytest.mark.parametrize("path", FILES, ids=room)

@@ -16,7 +16,8 @@ from sftmix.storage import artifacts
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A config whose data stage has run; returns (config, ids of its training examples, fingerprints of its table)."""
+    """A config whose data stage has run; returns (config, ids of its training examples,
+    fingerprints of its table)."""
     from sftmix.batches.examples import TokenisedExamples
     from sftmix.engine.precision import resolve_precision
 
@@ -25,7 +26,14 @@ def run(tmp_path_factory):
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     content = {
         "run": {"dir": str(folder / "run")},
-        "model": {"architecture": {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "max_position_embeddings": 256}},
+        "model": {
+            "architecture": {
+                "model_type": "llama",
+                "hidden_size": 8,
+                "num_attention_heads": 2,
+                "max_position_embeddings": 256,
+            }
+        },
         "tokenizer": {"train": {"vocab_size": 330}},
         "data": {"path": str(folder / "rows.jsonl"), "max_length": 256},
         "confidence": {"mode": "live", "compare": ["online"]},
@@ -38,7 +46,13 @@ def run(tmp_path_factory):
 
 
 def fitting(folder, ids, fingerprints):
-    return table(folder, ids=ids, counts=[2] * len(ids), sums={5: np.arange(len(ids)) / 9}, fingerprints=fingerprints)
+    return table(
+        folder,
+        ids=ids,
+        counts=[2] * len(ids),
+        sums={5: np.arange(len(ids)) / 9},
+        fingerprints=fingerprints,
+    )
 
 
 def command(capsys, *arguments):
@@ -55,12 +69,25 @@ def test_check_ends_with_0_where_the_table_fits_and_with_2_where_not(run, tmp_pa
     assert code == 0 and f"{good} fits the {len(ids)} training examples" in out
     other = fitting(tmp_path / "other", ids, {**fingerprints, "template": "p"})
     code, _, err = command(capsys, "check", other, config)
-    assert code == 2 and "template is 'p' in the table" in err and "confidence.allow_differences=[template]" in err
-    code, out, _ = command(capsys, "check", other, config, "confidence.allow_differences=[template]")
+    assert (
+        code == 2
+        and "template is 'p' in the table" in err
+        and "confidence.allow_differences=[template]" in err
+    )
+    code, out, _ = command(
+        capsys, "check", other, config, "confidence.allow_differences=[template]"
+    )
     assert code == 0
-    code, _, err = command(capsys, "check", fitting(tmp_path / "more", [*ids, "x"], fingerprints), config)
+    code, _, err = command(
+        capsys, "check", fitting(tmp_path / "more", [*ids, "x"], fingerprints), config
+    )
     report = config.parent / "run" / "scores_that_do_not_fit.jsonl"
-    assert code == 2 and "1 score has no example (first 'x')" in err and str(report) in err and report.is_file()
+    assert (
+        code == 2
+        and "1 score has no example (first 'x')" in err
+        and str(report) in err
+        and report.is_file()
+    )
 
 
 def test_check_needs_the_data_stage_of_this_very_config(run, tmp_path, capsys):
@@ -82,7 +109,9 @@ def test_check_says_that_the_data_stage_has_left_no_fingerprints(run, tmp_path, 
     del content["facts"]["fingerprints"]
     manifest.write_text(json.dumps(content))
     try:
-        code, _, err = command(capsys, "check", fitting(tmp_path / "good", ids, fingerprints), config)
+        code, _, err = command(
+            capsys, "check", fitting(tmp_path / "good", ids, fingerprints), config
+        )
     finally:
         manifest.write_text(before)
     assert code == 2 and "manifest.json has no fingerprints" in err and "--force" in err
@@ -95,7 +124,11 @@ def test_tables_are_shown_merged_and_exported_from_the_command_line(tmp_path, ca
     code, out, _ = command(capsys, "show", tmp_path / "merged", "--num", 1)
     assert code == 0 and "6 examples" in out and "most confident:" in out
     code, out, _ = command(capsys, "export", tmp_path / "merged", "--to", tmp_path / "hub")
-    assert code == 0 and out.strip() == str(tmp_path / "hub") and (tmp_path / "hub" / "README.md").is_file()
+    assert (
+        code == 0
+        and out.strip() == str(tmp_path / "hub")
+        and (tmp_path / "hub" / "README.md").is_file()
+    )
     code, _, err = command(capsys, "merge", a, a, "--to", tmp_path / "new")
     assert code == 2 and err.startswith("sftmix: error: scores merge")
 
@@ -127,9 +160,10 @@ def test_overrides_of_check_may_stand_behind_an_option(run, tmp_path, capsys):
 def test_help_and_show_do_not_load_torch(tmp_path):
     folder = table(tmp_path / "t")
     script = (
-        "import sys, sftmix.cli\ntry:\n    sftmix.cli.main(['scores', '--help'])\nexcept SystemExit:\n    pass\n"
-        "first = set(sys.modules)\nassert 'numpy' not in first and 'pyarrow' not in first\n"
-        "assert sftmix.cli.main(['scores', 'show', sys.argv[1]]) == 0\n"
-        "assert 'pyarrow' in sys.modules and not {'torch', 'transformers', 'datasets', 'pydantic'} & set(sys.modules)\n"
+        "import sys, sftmix.cli\ntry:\n    sftmix.cli.main(['scores', '--help'])\nexcept"
+        " SystemExit:\n    pass\nfirst = set(sys.modules)\nassert 'numpy' not in first and"
+        " 'pyarrow' not in first\nassert sftmix.cli.main(['scores', 'show', sys.argv[1]]) =="
+        " 0\nassert 'pyarrow' in sys.modules and not {'torch', 'transformers', 'datasets',"
+        " 'pydantic'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script, str(folder)], check=True, capture_output=True)

@@ -17,7 +17,10 @@ NAMES = ("confidence", "perplexity")
 
 
 def expected_columns(folder, name):
-    return {key: [None if v != v else v for v in values] for key, values in pq.read_table(folder / f"{name}.parquet").to_pydict().items()}
+    return {
+        key: [None if v != v else v for v in values]
+        for key, values in pq.read_table(folder / f"{name}.parquet").to_pydict().items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +31,27 @@ def exported(tmp_path_factory):
 
 
 def without_nan(columns):
-    return {key: [None if v is None or v != v else v for v in values] for key, values in columns.items()}
+    return {
+        key: [None if v is None or v != v else v for v in values] for key, values in columns.items()
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_opens_in_pandas(name, exported):
     import pandas
 
-    assert without_nan(pandas.read_parquet(exported / f"{name}.parquet").to_dict("list")) == expected_columns(exported, name)
+    assert without_nan(
+        pandas.read_parquet(exported / f"{name}.parquet").to_dict("list")
+    ) == expected_columns(exported, name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_opens_in_polars(name, exported):
     import polars
 
-    assert without_nan(polars.read_parquet(exported / f"{name}.parquet").to_dict(as_series=False)) == expected_columns(exported, name)
+    assert without_nan(
+        polars.read_parquet(exported / f"{name}.parquet").to_dict(as_series=False)
+    ) == expected_columns(exported, name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,10 +59,14 @@ def test_it_opens_in_duckdb(name, exported):
     import duckdb
 
     with duckdb.connect() as connection:
-        found = connection.execute("select * from read_parquet(?)", [str(exported / f"{name}.parquet")])
+        found = connection.execute(
+            "select * from read_parquet(?)", [str(exported / f"{name}.parquet")]
+        )
         columns = [column[0] for column in found.description]
         rows = found.fetchall()
-    assert without_nan(dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))) == expected_columns(exported, name)
+    assert without_nan(
+        dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))
+    ) == expected_columns(exported, name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -65,13 +78,32 @@ def test_an_exported_folder_opens_in_datasets_under_the_names_of_its_card(name, 
 
 
 def test_an_exported_folder_has_a_card_that_names_configs_and_making(exported):
-    assert sorted(path.name for path in exported.iterdir()) == ["README.md", "confidence.parquet", "perplexity.parquet"]
+    assert sorted(path.name for path in exported.iterdir()) == [
+        "README.md",
+        "confidence.parquet",
+        "perplexity.parquet",
+    ]
     _, front, text = (exported / "README.md").read_text().split("---\n", 2)
-    configs = {entry["config_name"]: entry["data_files"] for entry in yaml.safe_load(front)["configs"]}
+    configs = {
+        entry["config_name"]: entry["data_files"] for entry in yaml.safe_load(front)["configs"]
+    }
     assert configs == {"confidence": "confidence.parquet", "perplexity": "perplexity.parquet"}
-    for part in ("owner/small at abc", "10, 20, 30", "rows.jsonl", "tokenizer: t", "max_length: 64", "torch 2; commit c", "rank: 2."):
+    for part in (
+        "owner/small at abc",
+        "10, 20, 30",
+        "rows.jsonl",
+        "tokenizer: t",
+        "max_length: 64",
+        "torch 2; commit c",
+        "rank: 2.",
+    ):
         assert part in text
-    assert fit_scores(read_scores(exported), IDS, FINGERPRINTS, allow_not_finite=True).tolist() == [0, 1, 2, 3]
+    assert fit_scores(read_scores(exported), IDS, FINGERPRINTS, allow_not_finite=True).tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
 
 
 def test_a_table_that_is_not_whole_is_not_exported(tmp_path):
@@ -85,25 +117,43 @@ def test_a_table_that_is_not_whole_is_not_exported(tmp_path):
 
 def test_show_names_making_quantiles_extremes_and_what_is_not_finite(tmp_path):
     ids = [f"id-{n}" for n in range(12)]
-    sums = {10: np.log(np.array([*range(1, 12), NAN])), 20: np.log(np.array([*range(1, 12), 1.0]))}  # confidence -1 to -11
+    # confidence -1 to -11
+    sums = {10: np.log(np.array([*range(1, 12), NAN])), 20: np.log(np.array([*range(1, 12), 1.0]))}
     lines = show_scores(str(table(tmp_path / "t", ids=ids, counts=[1] * 12, sums=sums)), num=2)
-    assert lines[0].endswith("12 examples") and "checkpoints: 10, 20" in lines and "models: owner/small at abc" in lines
+    assert (
+        lines[0].endswith("12 examples")
+        and "checkpoints: 10, 20" in lines
+        and "models: owner/small at abc" in lines
+    )
     row = next(line for line in lines if line.startswith("confidence ")).split()[1:]
     assert [float(value) for value in row] == pytest.approx([-11, -10.5, -8.5, -6, -3.5, -1.5, -1])
     most, least = lines.index("most confident:"), lines.index("least confident:")
-    assert [line.split()[0] for line in lines[most + 1 : most + 3]] == ["id-0", "id-1"] and lines[most + 3] == ""
-    assert [line.split()[0] for line in lines[least + 1 : least + 3]] == ["id-10", "id-9"] and lines[least + 3] == ""
+    assert [line.split()[0] for line in lines[most + 1 : most + 3]] == ["id-0", "id-1"] and lines[
+        most + 3
+    ] == ""
+    assert [line.split()[0] for line in lines[least + 1 : least + 3]] == [
+        "id-10",
+        "id-9",
+    ] and lines[least + 3] == ""
     assert lines[-1] == "not finite: 1 (first 'id-11')"
 
 
 def test_show_takes_a_table_where_nothing_is_finite_and_one_of_ones_own(tmp_path):
     nothing = show_scores(str(table(tmp_path / "t", sums={10: np.full(4, NAN)})))
     assert "confidence      no finite value" in nothing and "not finite: 4" in nothing[-1]
-    lines = show_scores(str(own_table(tmp_path / "own.parquet", quality=[3, 1, 2])), num=1, column="quality")
-    assert "the column 'quality' is taken for the confidence, no sftmix metadata" in lines and "  a  3" in lines and "  b  1" in lines
+    lines = show_scores(
+        str(own_table(tmp_path / "own.parquet", quality=[3, 1, 2])), num=1, column="quality"
+    )
+    assert (
+        "the column 'quality' is taken for the confidence, no sftmix metadata" in lines
+        and "  a  3" in lines
+        and "  b  1" in lines
+    )
 
 
-def test_the_page_about_tables_shows_code_that_runs_and_commands_that_are_known(tmp_path, monkeypatch):
+def test_the_page_about_tables_shows_code_that_runs_and_commands_that_are_known(
+    tmp_path, monkeypatch
+):
     from sftmix.cli import _parser
 
     page = (ROOT / "docs" / "scores.md").read_text()
@@ -114,17 +164,36 @@ def test_the_page_about_tables_shows_code_that_runs_and_commands_that_are_known(
     exec(code, seen)
     assert [row[0] for row in seen["hardest"]][:3] == ["c", "d", "a"] and len(seen["frame"]) == 4
     commands = re.findall(r"^    sftmix (scores .*?)(?:  #.*)?$", page, re.M)
-    assert {_parser().parse_args(line.split()).scores_command for line in commands} == {"show", "check", "merge", "export"}
+    assert {_parser().parse_args(line.split()).scores_command for line in commands} == {
+        "show",
+        "check",
+        "merge",
+        "export",
+    }
 
 
 def test_a_table_on_the_hub_is_downloaded_file_by_file(exported, monkeypatch):
     asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: asked.append((args, options)) or str(exported))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda *args, **options: asked.append((args, options)) or str(exported),
+    )
     found = read_scores("owner/scores", "v1")
-    assert asked == [(("owner/scores",), {"repo_type": "dataset", "revision": "v1", "allow_patterns": ["confidence.parquet"]})]
-    assert found.metadata is not None and found.metadata.mode == "checkpoints" and found.example_ids.to_pylist() == IDS
+    assert asked == [
+        (
+            ("owner/scores",),
+            {"repo_type": "dataset", "revision": "v1", "allow_patterns": ["confidence.parquet"]},
+        )
+    ]
+    assert (
+        found.metadata is not None
+        and found.metadata.mode == "checkpoints"
+        and found.example_ids.to_pylist() == IDS
+    )
     assert found.perplexity_path == exported / "perplexity.parquet"
-    assert asked[1][1]["allow_patterns"] == ["perplexity.parquet"] and asked[1][1]["revision"] == "v1"
+    assert (
+        asked[1][1]["allow_patterns"] == ["perplexity.parquet"] and asked[1][1]["revision"] == "v1"
+    )
 
 
 def test_a_dataset_on_the_hub_without_a_table_is_refused(tmp_path, monkeypatch):
@@ -133,10 +202,16 @@ def test_a_dataset_on_the_hub_without_a_table_is_refused(tmp_path, monkeypatch):
         read_scores("owner/other")
 
 
-@pytest.mark.parametrize("name", ["owner/none", "no name"])  # offline, and no name that the Hub could have
+# offline, and no name that the Hub could have
+@pytest.mark.parametrize("name", ["owner/none", "no name"])
 def test_a_name_that_the_hub_does_not_give_is_refused(name, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ArtifactError, match=f"{name} is no local folder, and the Hub does not give .*at revision v1.*Check the name"):
+    with pytest.raises(
+        ArtifactError,
+        match=(
+            f"{name} is no local folder, and the Hub does not give .*at revision v1.*Check the name"
+        ),
+    ):
         read_scores(name, "v1")

@@ -27,6 +27,12 @@ def test_the_oldest_versions_are_the_lower_bounds_of_setup_py(monkeypatch):
 
 def test_triton_is_for_the_tests_alone(monkeypatch):
     given = given_to_setup(monkeypatch)
-    named = {name: [Requirement(text).name for text in texts] for name, texts in given["extras_require"].items()}
-    assert "triton" not in [Requirement(text).name for text in given["install_requires"]] + named["lora"]
+    named = {
+        name: [Requirement(text).name for text in texts]
+        for name, texts in given["extras_require"].items()
+    }
+    assert (
+        "triton"
+        not in [Requirement(text).name for text in given["install_requires"]] + named["lora"]
+    )
     assert "triton" in named["dev"]

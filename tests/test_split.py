@@ -31,7 +31,9 @@ VALUES = {
     "many equal": lambda rng, n: rng.integers(0, 4, n).astype(float),
     "all equal": lambda rng, n: np.full(n, -1.5),
     "both zeros": lambda rng, n: rng.choice([0.0, -0.0], n),
-    "tiny steps": lambda rng, n: np.nextafter(1.0, 2.0) * np.ones(n) + 2.0**-52 * rng.integers(0, 3, n),
+    "tiny steps": lambda rng, n: (
+        np.nextafter(1.0, 2.0) * np.ones(n) + 2.0**-52 * rng.integers(0, 3, n)
+    ),
     "whole numbers": lambda rng, n: rng.integers(-3, 3, n) + 2**53,
 }
 
@@ -41,14 +43,23 @@ def sample_rows(request, monkeypatch):
     monkeypatch.setattr(split, "SAMPLE_ROWS", request.param)
 
 
-@pytest.mark.parametrize("shares", [(0.5, 0.5), (1 / 3, 1 / 3), (0.25, 0.6), (0.0, 0.4), (1.0, 0.0)])
+@pytest.mark.parametrize(
+    "shares", [(0.5, 0.5), (1 / 3, 1 / 3), (0.25, 0.6), (0.0, 0.4), (1.0, 0.0)]
+)
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("count", [2, 3, 1001])
 def test_equals_a_sort_in_memory(tmp_path, sample_rows, count, values, shares):
     numbers = VALUES[values](np.random.default_rng(1), count)
     ids = write(tmp_path / "in.parquet", numbers)
-    sizes = split_table([tmp_path / "in.parquet"], tmp_path / "out.parquet", confident_share=shares[0], unconfident_share=shares[1])
-    expected = split_by_confidence(ids, np.asarray(numbers), confident_share=shares[0], unconfident_share=shares[1])
+    sizes = split_table(
+        [tmp_path / "in.parquet"],
+        tmp_path / "out.parquet",
+        confident_share=shares[0],
+        unconfident_share=shares[1],
+    )
+    expected = split_by_confidence(
+        ids, np.asarray(numbers), confident_share=shares[0], unconfident_share=shares[1]
+    )
     assert parts_of(tmp_path / "out.parquet") == (ids, expected)
     assert sizes == {part: expected.count(part) for part in (CONFIDENT, MIDDLE, UNCONFIDENT)}
 
@@ -62,18 +73,25 @@ def test_shares_are_taken_within_each_stratum(tmp_path, sample_rows):
     got = dict(zip(*parts_of(tmp_path / "out.parquet"), strict=True))
     for stratum in set(strata):
         rows = [n for n in range(1000) if strata[n] == stratum]
-        assert [got[ids[n]] for n in rows] == split_by_confidence([ids[n] for n in rows], numbers[rows])
+        assert [got[ids[n]] for n in rows] == split_by_confidence(
+            [ids[n] for n in rows], numbers[rows]
+        )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_value_that_is_not_finite_is_refused_by_id(tmp_path, bad):
     ids = write(tmp_path / "in.parquet", np.array([0.0, 1.0, bad, 2.0, bad]))
-    with pytest.raises(NotFiniteError, match=f"2 examples is missing or not finite; first: {ids[2]}, {ids[4]}"):
+    with pytest.raises(
+        NotFiniteError, match=f"2 examples is missing or not finite; first: {ids[2]}, {ids[4]}"
+    ):
         split_table([tmp_path / "in.parquet"], tmp_path / "out.parquet")
 
 
 def test_an_id_that_occurs_twice_at_a_cut_is_refused(tmp_path):
-    pq.write_table(pa.table({"example_id": ["a", "b", "b", "c"], "confidence": [1.0] * 4}), tmp_path / "in.parquet")
+    pq.write_table(
+        pa.table({"example_id": ["a", "b", "b", "c"], "confidence": [1.0] * 4}),
+        tmp_path / "in.parquet",
+    )
     with pytest.raises(ValueError, match="example_id 'b' occurs 2 times"):
         split_table([tmp_path / "in.parquet"], tmp_path / "out.parquet")
 

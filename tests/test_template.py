@@ -1,4 +1,5 @@
-"""Token ids and masks under three real chat templates, counted by hand: every character is a token."""
+"""Token ids and masks under three real chat templates, counted by hand: every character is a
+token."""
 
 import numpy as np
 import pytest
@@ -8,22 +9,24 @@ from sftmix.data.template import ALPACA, CHATML, ChatEncoder, choose_template
 from sftmix.errors import ConfigError, DataError
 
 CHATML_WITH_DEFAULT_SYSTEM = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{"
+    " '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] +"
+    " '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{"
+    " '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA3 = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}"
-    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content ="
+    " '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim"
+    " + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif"
+    " %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{"
+    " '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 MISTRAL = (
-    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token}}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0"
+    " % 2 == 0) %}{{ raise_exception('Conversation roles must alternate"
+    " user/assistant/user/assistant/...') }}{% endif %}{% if message['role'] == 'user' %}{{ '[INST]"
+    " ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' +"
+    " message['content'] + eos_token}}{% endif %}{% endfor %}"
 )
 
 TWO_TURNS = (
@@ -46,7 +49,9 @@ def pieces(tokenizer, encoded):
     """Returns runs of (carries loss, text)."""
     ids, mask = encoded
     runs = []
-    for token, carries_loss in zip(tokenizer.convert_ids_to_tokens(ids.tolist()), mask.tolist(), strict=True):
+    for token, carries_loss in zip(
+        tokenizer.convert_ids_to_tokens(ids.tolist()), mask.tolist(), strict=True
+    ):
         if runs and runs[-1][0] == carries_loss:
             runs[-1][1] += token
         else:
@@ -61,14 +66,21 @@ HEADER = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eo
 def test_chatml():
     tokenizer, encoded = encode(CHATML_WITH_DEFAULT_SYSTEM, TWO_TURNS, IM)
     assert pieces(tokenizer, encoded) == [
-        (False, "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
+        (
+            False,
+            (
+                "<|im_start|>system\nBe"
+                " kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+            ),
+        ),
         (True, "Yes.<|im_end|>"),
         (False, "\n<|im_start|>user\nSo?<|im_end|>\n<|im_start|>assistant\n"),
         (True, "No<|im_end|>"),
         (False, "\n"),
     ]
     ids, mask = encoded
-    # system 1+7+8+1+1, user 1+5+2+1+1, assistant 1+10 | 4+1 | 1, user 1+5+3+1+1, assistant 1+10 | 2+1 | 1
+    # system 1+7+8+1+1, user 1+5+2+1+1, assistant 1+10 | 4+1 | 1, user 1+5+3+1+1, assistant 1+10 |
+    # 2+1 | 1
     assert len(ids) == 18 + 10 + 11 + 5 + 1 + 11 + 11 + 3 + 1
     assert np.flatnonzero(mask).tolist() == [*range(39, 44), *range(67, 70)]
     start, end = 3, 4  # after <unk>, <s>, </s>
@@ -77,14 +89,19 @@ def test_chatml():
 
 
 def test_llama3():
-    tokenizer, encoded = encode(LLAMA3, TWO_TURNS, HEADER, bos="<|begin_of_text|>", eos="<|eot_id|>")
+    tokenizer, encoded = encode(
+        LLAMA3, TWO_TURNS, HEADER, bos="<|begin_of_text|>", eos="<|eot_id|>"
+    )
     assert pieces(tokenizer, encoded) == [
         (
             False,
             "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         ),
         (True, "Yes.<|eot_id|>"),
-        (False, "<|start_header_id|>user<|end_header_id|>\n\nSo?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
+        (
+            False,
+            "<|start_header_id|>user<|end_header_id|>\n\nSo?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
         (True, "No<|eot_id|>"),
     ]
     ids, mask = encoded
@@ -122,11 +139,13 @@ def test_a_batch_gives_what_its_members_give_alone():
         assert np.array_equal(ids, alone) and np.array_equal(mask, alone_mask)
 
 
-COUNTS_MESSAGES = "{{ messages | length }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+COUNTS_MESSAGES = (
+    "{{ messages | length }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+)
 DROPS_OLD_ANSWERS = (  # as templates of reasoning models do with earlier thoughts
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ':' }}"
-    "{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ':' }}{% if loop.last or m['role'] =="
+    " 'user' %}{{ m['content'] }}{% endif %}{{ '<|im_end|>' }}{% endfor %}{% if"
+    " add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
 )
 
 
@@ -135,17 +154,29 @@ DROPS_OLD_ANSWERS = (  # as templates of reasoning models do with earlier though
     [
         (DROPS_OLD_ANSWERS, "renders the text up to turn 2 differently"),
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "no end-of-turn token"),
-        ("{% for m in messages %}{{ m['role'] }}{{ eos_token }}{% endfor %}", "does not render the assistant's text"),
-        ("{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% endfor %}", "nothing before the response"),
+        (
+            "{% for m in messages %}{{ m['role'] }}{{ eos_token }}{% endfor %}",
+            "does not render the assistant's text",
+        ),
+        (
+            (
+                "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] + eos_token"
+                " }}{% endfor %}"
+            ),
+            "nothing before the response",
+        ),
         (COUNTS_MESSAGES, "renders the prompt before turn 2 differently"),
         ("{{ raise_exception('only haiku') }}", "refuses the conversation: only haiku"),
         ("{{ ''.__class__.__mro__ }}", "refuses the conversation"),
-        ("{{ 1 / (messages | length - messages | length) }}", "refuses the conversation: division by zero"),
+        (
+            "{{ 1 / (messages | length - messages | length) }}",
+            "refuses the conversation: division by zero",
+        ),
         ("{{ messages[0]['content'].no_such_method() }}", "refuses the conversation"),
         ("{{ messages[0] + 1 }}", "refuses the conversation"),
         ("{% include 'other' %}", "refuses the conversation"),
     ],
-)  # fmt: skip
+)
 def test_a_template_that_hides_the_response_is_refused(template, message):
     with pytest.raises(DataError, match=message) as caught:
         encode(template, TWO_TURNS, IM)
@@ -159,11 +190,17 @@ def test_a_token_over_the_border_of_the_response_drops_the_example_with_a_reason
     # "b c" is one token, and its middle is the border between prompt and response.
     vocabulary = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3, ":": 4, "c": 5, ":c": 6}
     backend = Tokenizer(models.BPE(vocabulary, [(":", "c")], unk_token="<unk>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}{{ ':' }}{% else %}{{ eos_token }}{% endif %}{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"
     )
-    conversations = [tuple({"role": r, "content": c} for r, c in (("user", "a"), ("assistant", answer))) for answer in ("c", "b")]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}{{ ':' }}{% else %}{{"
+        " eos_token }}{% endif %}{% endfor %}"
+    )
+    conversations = [
+        tuple({"role": r, "content": c} for r, c in (("user", "a"), ("assistant", answer)))
+        for answer in ("c", "b")
+    ]
     crossing, clean = ChatEncoder(tokenizer).encode(conversations, ["x", "y"])
     assert crossing == "a token reaches over the border between prompt and response"
     assert clean[1].tolist() == [False, False, True, True]
@@ -180,15 +217,21 @@ def test_named_template_comes_before_the_tokenizers_own_and_that_before_the_defa
         choose_template("chatlm", None)
 
 
-@pytest.mark.parametrize("template", ["{{ missing.key.of }}", "{{ 1 / 0 }}", "{{ messages[7]['content'] }}"])
+@pytest.mark.parametrize(
+    "template", ["{{ missing.key.of }}", "{{ 1 / 0 }}", "{{ messages[7]['content'] }}"]
+)
 def test_a_template_that_fails_on_the_texts_of_a_new_tokenizer_is_refused(template):
     from sftmix.data.tokenizer import render_for_training
 
-    with pytest.raises(DataError, match="training examples: the chat template refuses the conversation"):
+    with pytest.raises(
+        DataError, match="training examples: the chat template refuses the conversation"
+    ):
         render_for_training(TWO_TURNS if isinstance(TWO_TURNS[0], tuple) else [TWO_TURNS], template)
 
 
 def test_an_unknown_filter_is_found_before_any_data_is_read(tmp_path):
     (tmp_path / "a.jinja").write_text("\n{{ messages | nofilter }}")
-    with pytest.raises(ConfigError, match="a.jinja:2: not a Jinja template: No filter named 'nofilter'"):
+    with pytest.raises(
+        ConfigError, match="a.jinja:2: not a Jinja template: No filter named 'nofilter'"
+    ):
         choose_template(str(tmp_path / "a.jinja"), None)

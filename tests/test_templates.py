@@ -1,5 +1,5 @@
-"""The files for batch systems: what they start is a command of ours, nothing in them is run that was not meant to be, and signals and
-exit codes go through."""
+"""The files for batch systems: what they start is a command of ours, nothing in them is run that
+was not meant to be, and signals and exit codes go through."""
 
 import os
 import re
@@ -21,11 +21,23 @@ from sftmix.errors import ConfigError
 
 GIVEN = {
     "slurm": {"nodes": "2", "gpus": "4", "time": "24:00:00", "partition": "a100"},
-    "kubernetes": {"nodes": "2", "gpus": "4", "image": "registry.example/sftmix:1", "claim": "runs", "folder": "/shared/sftmix"},
+    "kubernetes": {
+        "nodes": "2",
+        "gpus": "4",
+        "image": "registry.example/sftmix:1",
+        "claim": "runs",
+        "folder": "/shared/sftmix",
+    },
     "skypilot": {"nodes": "2", "gpus": "4", "accelerator": "H100"},
     "pdsh": {"hostfile": "/etc/hosts-of-the-run"},
 }
-ARGUMENTS = ["configs/quickstart.yaml", 'run.dir=it\'s $(touch hacked) `touch hacked`;"x" # %n', "a={b: [1, 2]}", "--stage", "score"]
+ARGUMENTS = [
+    "configs/quickstart.yaml",
+    'run.dir=it\'s $(touch hacked) `touch hacked`;"x" # %n',
+    "a={b: [1, 2]}",
+    "--stage",
+    "score",
+]
 
 
 def rendered(template, **more):
@@ -43,7 +55,9 @@ def scripts_of(template, text):
 
 
 def test_every_template_is_known_and_there():
-    assert set(TEMPLATES) == set(FILES) == set(VALUES) and {path.name for path in FOLDER.iterdir()} == set(FILES.values())
+    assert set(TEMPLATES) == set(FILES) == set(VALUES) and {
+        path.name for path in FOLDER.iterdir()
+    } == set(FILES.values())
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -60,12 +74,20 @@ def test_bash_can_read_it_and_our_parser_takes_the_command(template, tmp_path):
                 options = words[words.index("sftmix.cli") + 1 :]
                 found.append(
                     _parser().parse_args(
-                        [word.replace("$JOB_COMPLETION_INDEX", "1").replace("$SKYPILOT_NODE_RANK", "1") for word in options]
+                        [
+                            word.replace("$JOB_COMPLETION_INDEX", "1").replace(
+                                "$SKYPILOT_NODE_RANK", "1"
+                            )
+                            for word in options
+                        ]
                     )
                 )
     launch = found[-1]
     assert (
-        [*launch.overrides] == ARGUMENTS[1:3] and launch.config == ARGUMENTS[0] and launch.stage == "score" and launch.hostfile is not None
+        [*launch.overrides] == ARGUMENTS[1:3]
+        and launch.config == ARGUMENTS[0]
+        and launch.stage == "score"
+        and launch.hostfile is not None
     )
     assert launch.launcher == {"slurm": "slurm", "pdsh": "pdsh"}.get(template, "ssh")
     assert launch.node_rank == (1 if template in ("kubernetes", "skypilot") else None)
@@ -78,33 +100,66 @@ def test_the_kubernetes_job_has_as_many_pods_as_nodes_and_is_made_anew_on_75():
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
     assert spec["completionMode"] == "Indexed" and spec["completions"] == spec["parallelism"] == 2
     assert {
-        code: rule["action"] for rule in spec["podFailurePolicy"]["rules"] for code in rule.get("onExitCodes", {}).get("values", [])
+        code: rule["action"]
+        for rule in spec["podFailurePolicy"]["rules"]
+        for code in rule.get("onExitCodes", {}).get("values", [])
     } == {
         75: "Ignore",
         2: "FailJob",
     }
-    assert pod["restartPolicy"] == "Never" and pod["subdomain"] == "alpaca"  # without either no pod failure policy, no names
-    assert service["spec"]["selector"].items() <= job["spec"]["template"]["metadata"]["labels"].items()
+    # without either no pod failure policy, no names
+    assert pod["restartPolicy"] == "Never" and pod["subdomain"] == "alpaca"
+    assert (
+        service["spec"]["selector"].items() <= job["spec"]["template"]["metadata"]["labels"].items()
+    )
     container = pod["containers"][0]
-    assert container["resources"]["limits"] == {"nvidia.com/gpu": "4"} and container["name"] == "sftmix"
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert (
+        container["resources"]["limits"] == {"nvidia.com/gpu": "4"}
+        and container["name"] == "sftmix"
+    )
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
 
 
 def test_the_slurm_directives_stand_before_the_first_command():
     lines = rendered("slurm").splitlines()
     directives = [line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")]
-    assert {"nodes=2", "ntasks-per-node=4", "gpus-per-node=4", "time=24:00:00", "signal=B:USR1@600", "requeue", "open-mode=append"} <= set(
-        directives
+    assert {
+        "nodes=2",
+        "ntasks-per-node=4",
+        "gpus-per-node=4",
+        "time=24:00:00",
+        "signal=B:USR1@600",
+        "requeue",
+        "open-mode=append",
+    } <= set(directives)
+    assert "partition=a100" in directives and not any(
+        line.startswith(("account", "qos")) for line in directives
     )
-    assert "partition=a100" in directives and not any(line.startswith(("account", "qos")) for line in directives)
     last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
     assert all(line.startswith("#") for line in lines[: last + 1])
 
 
-HOSTILE = ["", "x\ny", "$(touch hacked)", "a;b", "a b", "-x", "'", '"', "1\n#SBATCH --uid=0", "{a: b}", "a: b", "\u00fc"]
+HOSTILE = [
+    "",
+    "x\ny",
+    "$(touch hacked)",
+    "a;b",
+    "a b",
+    "-x",
+    "'",
+    '"',
+    "1\n#SBATCH --uid=0",
+    "{a: b}",
+    "a: b",
+    "\u00fc",
+]
 
 
-@pytest.mark.parametrize(("template", "name"), [(template, name) for template in TEMPLATES for name in VALUES[template]])
+@pytest.mark.parametrize(
+    ("template", "name"), [(template, name) for template in TEMPLATES for name in VALUES[template]]
+)
 def test_hostile_values_are_refused(template, name):
     for value in HOSTILE:
         if value == VALUES[template][name].default:
@@ -127,16 +182,27 @@ def test_hostile_values_are_refused(template, name):
 def test_what_is_missing_or_wrong_is_said(template, more, words):
     from sftmix.pipeline.launching import launch_on_nodes
 
-    options = _parser().parse_args(["launch", "configs/quickstart.yaml", *more[2:], "--template", template, *more[:2]])
+    options = _parser().parse_args(
+        ["launch", "configs/quickstart.yaml", *more[2:], "--template", template, *more[:2]]
+    )
     with pytest.raises(ConfigError, match=words):
         launch_on_nodes(options)
 
 
 def test_the_command_prints_it():
-    done = sftmix("launch", "configs/quickstart.yaml", "train.epochs=2", "--template", "pdsh", "--set", "hostfile=/h")
+    done = sftmix(
+        "launch",
+        "configs/quickstart.yaml",
+        "train.epochs=2",
+        "--template",
+        "pdsh",
+        "--set",
+        "hostfile=/h",
+    )
     assert (
         done.stdout.startswith("#!/bin/bash\n")
-        and "launch configs/quickstart.yaml train.epochs=2 --hostfile /h --launcher pdsh" in done.stdout
+        and "launch configs/quickstart.yaml train.epochs=2 --hostfile /h --launcher pdsh"
+        in done.stdout
     )
 
 
@@ -161,7 +227,21 @@ def test_the_help_of_set_shows_what_it_takes(capsys):
         main(["launch", "--help"])
     shown = re.search(r"its values, as (.*?) or (\S+)", " ".join(capsys.readouterr().out.split()))
     for words in (shown[1].split(), [shown[2]]):
-        assert main(["launch", "quickstart", "--template", "slurm", "--set", *words, "--set", "time=1:00"]) == 0
+        assert (
+            main(
+                [
+                    "launch",
+                    "quickstart",
+                    "--template",
+                    "slurm",
+                    "--set",
+                    *words,
+                    "--set",
+                    "time=1:00",
+                ]
+            )
+            == 0
+        )
         assert "--nodes=2\n" in capsys.readouterr().out
 
 
@@ -192,12 +272,24 @@ sys.exit(int(os.environ["CODE"]))
 
 @pytest.mark.parametrize(
     ("code", "sent", "is_requeued"),
-    [(0, None, False), (75, None, True), (1, None, False), (75, signal.SIGUSR1, True), (75, signal.SIGTERM, False), (137, None, False)],
+    [
+        (0, None, False),
+        (75, None, True),
+        (1, None, False),
+        (75, signal.SIGUSR1, True),
+        (75, signal.SIGTERM, False),
+        (137, None, False),
+    ],
 )
 def test_the_slurm_script_hands_signals_on_and_requeues_on_75(tmp_path, code, sent, is_requeued):
     commands = tmp_path / "bin"
     script(commands, "python", PYTHON)
-    script(commands, "scontrol", "import sys\nprint('n1\\nn2' if sys.argv[1] == 'show' else 'scontrol ' + ' '.join(sys.argv[1:]))\n")
+    script(
+        commands,
+        "scontrol",
+        "import sys\nprint('n1\\nn2' if sys.argv[1] == 'show' else 'scontrol ' + '"
+        " '.join(sys.argv[1:]))\n",
+    )
     text = rendered("slurm", python=str(commands / "python"), folder=str(tmp_path))
     environment = {
         "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
@@ -208,7 +300,12 @@ def test_the_slurm_script_hands_signals_on_and_requeues_on_75(tmp_path, code, se
     environment |= {"WAIT": "1", "LATE": "1"} if sent else {}
     (tmp_path / "job.sh").write_text(text)
     process = subprocess.Popen(
-        ["bash", "job.sh"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["bash", "job.sh"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     first = process.stdout.readline()
     if sent:

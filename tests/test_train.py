@@ -12,7 +12,12 @@ from sftmix.train.plan import TrainingPlan, choose_checkpoint_steps, learning_ra
 
 def rates(num_steps, **settings):
     train = TrainConfig(learning_rate=1.0, **settings)
-    return np.array([learning_rate_at(step, num_steps=num_steps, settings=train) for step in range(1, num_steps + 1)])
+    return np.array(
+        [
+            learning_rate_at(step, num_steps=num_steps, settings=train)
+            for step in range(1, num_steps + 1)
+        ]
+    )
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -23,7 +28,8 @@ def test_rates_rise_to_the_peak_and_never_after(schedule, num_steps):
     assert curve[warmup - 1] == pytest.approx(1.0) == curve.max() and (curve >= 0).all()
     assert (np.diff(curve[:warmup]) > 0).all() and (np.diff(curve[warmup - 1 :]) <= 0).all()
     if num_steps > warmup:
-        assert 0 < curve[-1] <= (1.0 if schedule == "constant" or num_steps - warmup == 1 else 0.6)  # the last step still learns
+        # the last step still learns
+        assert 0 < curve[-1] <= (1.0 if schedule == "constant" or num_steps - warmup == 1 else 0.6)
 
 
 def test_without_warm_up_the_first_step_is_on_the_schedule():
@@ -60,7 +66,9 @@ def test_activation_checkpointing_is_switched_on_without_a_warning_of_transforme
         enable_activation_checkpointing(model)
     layers = model.model.layers
     assert all(layer.gradient_checkpointing for layer in layers)
-    assert all(layer._gradient_checkpointing_func.keywords == {"use_reentrant": False} for layer in layers)
+    assert all(
+        layer._gradient_checkpointing_func.keywords == {"use_reentrant": False} for layer in layers
+    )
 
 
 def test_an_older_transformers_is_called_by_its_own_name():

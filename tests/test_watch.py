@@ -34,9 +34,23 @@ class Run:
     def start(self, rank, world, *options, before=()):
         with (self.folder / "stderr").open("a") as stderr:
             self.ranks[rank] = subprocess.Popen(
-                [*before, sys.executable, str(WORKER), str(self.folder), str(rank), str(world), self.port, TOKEN, *QUICK, *options],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
-            )  # fmt: skip
+                [
+                    *before,
+                    sys.executable,
+                    str(WORKER),
+                    str(self.folder),
+                    str(rank),
+                    str(world),
+                    self.port,
+                    TOKEN,
+                    *QUICK,
+                    *options,
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
         self.port, pid = self.ranks[rank].stdout.readline().split()
         self.pids[rank] = int(pid)
         self.started.append(processes.Process(int(pid), processes.start_time(int(pid))))
@@ -92,7 +106,10 @@ def test_a_killed_rank_is_named_and_all_end(run, victim):
     run.in_training(3)
     run.ranks[victim].send_signal(signal.SIGKILL)
     assert run.codes() == [-9 if rank == victim else 1 for rank in range(3)]
-    assert re.match(rf"rank {victim} \(.*, pid {run.pids[victim]}\) died in train, step {victim + 10}\.", only_error(run))
+    assert re.match(
+        rf"rank {victim} \(.*, pid {run.pids[victim]}\) died in train, step {victim + 10}\.",
+        only_error(run),
+    )
     for rank in {0, 1, 2} - {victim}:
         assert "MainThread" in run.stacks(rank) or "watch_worker.py" in run.stacks(rank)
 
@@ -112,7 +129,10 @@ def test_a_stopped_rank_is_named_and_killed(run, victim):
     run.in_training(3)
     run.ranks[victim].send_signal(signal.SIGSTOP)
     assert run.codes() == [-9 if rank == victim else 1 for rank in range(3)]
-    assert re.match(rf"rank {victim} \(.*\) has not answered for 2 s in train, step {victim + 10}\.", only_error(run))
+    assert re.match(
+        rf"rank {victim} \(.*\) has not answered for 2 s in train, step {victim + 10}\.",
+        only_error(run),
+    )
     assert "watch_worker.py" in run.stacks(victim)
 
 
@@ -122,7 +142,8 @@ def test_a_rank_that_holds_the_gil_shows_where(run, victim):
     run.tell(victim, "gil", answers=False)
     assert run.codes() == [-9 if rank == victim else 1 for rank in range(2)]
     assert f"rank {victim} " in only_error(run)
-    assert run.stacks(victim).count("in hold_the_gil") == 2  # by itself when it was late, and for the rank that judged
+    # by itself when it was late, and for the rank that judged
+    assert run.stacks(victim).count("in hold_the_gil") == 2
 
 
 def test_a_rank_elsewhere_that_holds_the_gil_is_killed_by_its_neighbour(run):
@@ -152,12 +173,16 @@ def test_what_a_rank_raises_is_told_once(run, culprit):
     run.tell(culprit, "code 7")
     run.tell(culprit, "fail ValueError: no such row", answers=False)
     assert run.codes() == [7, 7, 7]
-    assert re.fullmatch(rf"rank {culprit} \(.*\) failed in train, step {culprit + 10}: ValueError: no such row", only_error(run))
+    assert re.fullmatch(
+        rf"rank {culprit} \(.*\) failed in train, step {culprit + 10}: ValueError: no such row",
+        only_error(run),
+    )
 
 
 def test_what_others_raise_when_a_rank_dies_is_not_the_cause(run):
     run.in_training(3)
-    run.tell(2, "fail Connection closed by peer", answers=False)  # the same happens before the news of the death is there
+    # the same happens before the news of the death is there
+    run.tell(2, "fail Connection closed by peer", answers=False)
     run.tell(0, "fail Connection closed by peer", answers=False)
     run.ranks[1].send_signal(signal.SIGKILL)
     assert run.codes() == [1, -9, 1]
@@ -175,7 +200,9 @@ def test_a_failing_on_beat_is_a_failure_of_its_rank(run):
     run.in_training(2)
     run.tell(0, "break", answers=False)
     assert run.codes() == [1, 1]
-    assert re.match(r"rank 0 .* failed in train, step 10: OSError: the lease cannot be written", only_error(run))
+    assert re.match(
+        r"rank 0 .* failed in train, step 10: OSError: the lease cannot be written", only_error(run)
+    )
 
 
 def test_a_forked_child_does_not_keep_a_dead_rank_alive(run):
@@ -219,7 +246,9 @@ def test_a_position_is_as_exact_as_it_is_known():
 def test_no_progress(run):
     run.in_training(2, "stall_seconds=1")
     assert run.codes() == [1, 1]
-    assert only_error(run).startswith("no progress for 1 s (rank 0 in train, step 10, rank 1 in train, step 11). Stacks: ")
+    assert only_error(run).startswith(
+        "no progress for 1 s (rank 0 in train, step 10, rank 1 in train, step 11). Stacks: "
+    )
     assert "watch_worker.py" in run.stacks(0)
     assert "watch_worker.py" in run.stacks(1)
 
@@ -235,16 +264,24 @@ def test_normal_ends_in_any_order_are_silent(run, order):
 
 
 def test_a_late_rank_below_the_limit_is_no_alarm(run):
-    """A hundred ranks, as connections of this test, each silent once for up to 0.75 of the limit."""
+    """A hundred ranks, as connections of this test, each silent once for up to 0.75 of the
+    limit."""
     run.start(0, 101, "silent_seconds=4")
     generator = random.Random(0)
     ranks, due = {}, {}
     for rank in range(1, 101):
         ranks[rank] = socket.create_connection(("127.0.0.1", int(run.port)))
-        say(ranks[rank], {"token": TOKEN, "member": {"rank": rank, "host": "test", "pid": 1, "start": None, "place": {}}})
+        say(
+            ranks[rank],
+            {
+                "token": TOKEN,
+                "member": {"rank": rank, "host": "test", "pid": 1, "start": None, "place": {}},
+            },
+        )
         due[rank] = time.monotonic() + generator.uniform(0.5, 3.0)
     for rank in sorted(due, key=due.__getitem__):
-        time.sleep(max(0.0, due[rank] - time.monotonic()))  # the lateness that is the subject of this test
+        # the lateness that is the subject of this test
+        time.sleep(max(0.0, due[rank] - time.monotonic()))
         say(ranks[rank], {"beat": ["train", 1, 1]})
         say(ranks[rank], {"bye": True})
     run.tell(0, "close", answers=False)
@@ -314,7 +351,12 @@ def test_a_rank_that_comes_and_goes_in_one_breath_is_no_alarm(run):
     run.start(0, 2)
     with socket.create_connection(("127.0.0.1", int(run.port))) as rank:
         member = {"rank": 1, "host": "test", "pid": 1, "start": None, "place": {}}
-        rank.sendall(b"".join(json.dumps(m).encode() + b"\n" for m in ({"token": TOKEN, "member": member}, {"bye": True})))
+        rank.sendall(
+            b"".join(
+                json.dumps(m).encode() + b"\n"
+                for m in ({"token": TOKEN, "member": member}, {"bye": True})
+            )
+        )
         while received(rank):
             pass
     run.tell(0, "at train 1")
@@ -326,8 +368,22 @@ def test_a_rank_that_comes_and_goes_in_one_breath_is_no_alarm(run):
 def test_lines_in_pieces_are_put_together(run):
     run.start(0, 2)
     with socket.create_connection(("127.0.0.1", int(run.port))) as rank:
-        text = json.dumps({"token": TOKEN, "member": {"rank": 1, "host": "test", "pid": 1, "start": None, "place": {}}}) + "\n"
-        for piece in (text[:10], text[10:50], text[50:] + '{"beat": ["tr', 'ain", 5, 5]}\n{"by', 'e": true}\n'):
+        text = (
+            json.dumps(
+                {
+                    "token": TOKEN,
+                    "member": {"rank": 1, "host": "test", "pid": 1, "start": None, "place": {}},
+                }
+            )
+            + "\n"
+        )
+        for piece in (
+            text[:10],
+            text[10:50],
+            text[50:] + '{"beat": ["tr',
+            'ain", 5, 5]}\n{"by',
+            'e": true}\n',
+        ):
             rank.sendall(piece.encode())
             time.sleep(0.05)
         assert received(rank)
@@ -353,11 +409,18 @@ def test_a_killed_launcher_takes_a_rank_with_it_that_holds_the_gil(run):
 
 
 def test_a_killed_launcher_of_the_launcher_is_named(run):
-    run.start(0, 1, before=[sys.executable, "-c", START, "sftmix", sys.executable, "-c", START, "deepspeed"])
+    run.start(
+        0,
+        1,
+        before=[sys.executable, "-c", START, "sftmix", sys.executable, "-c", START, "deepspeed"],
+    )
     (rank,) = run.started
     run.ranks[0].kill()
     wait_until(lambda: not rank.is_running)
-    assert re.match(rf"the launcher of rank 0 .* is gone \(pid {run.ranks[0].pid}: .* sftmix .*start it again", only_error(run))
+    assert re.match(
+        rf"the launcher of rank 0 .* is gone \(pid {run.ranks[0].pid}: .* sftmix .*start it again",
+        only_error(run),
+    )
 
 
 def test_a_shell_that_ends_is_no_launcher_that_died(run):
@@ -408,7 +471,9 @@ def wait_until(condition):
         time.sleep(0.01)
 
 
-def test_ranks_of_two_hosts_that_no_longer_reach_each_other_both_say_so_and_each_side_once(tmp_path, capfd):
+def test_ranks_of_two_hosts_that_no_longer_reach_each_other_both_say_so_and_each_side_once(
+    tmp_path, capfd
+):
     words = [LastWords(tmp_path, rank, "token") for rank in range(3)]
     try:
         words[1].print_once("rank 0 is silent", cut_off=0)  # where nobody may see it
@@ -420,4 +485,9 @@ def test_ranks_of_two_hosts_that_no_longer_reach_each_other_both_say_so_and_each
         for each in words:
             each.forget()
     said = capfd.readouterr().err
-    assert said.count("rank 0 is silent") == said.count("rank 1 is silent") == said.count("another cause") == 1
+    assert (
+        said.count("rank 0 is silent")
+        == said.count("rank 1 is silent")
+        == said.count("another cause")
+        == 1
+    )

@@ -20,4 +20,6 @@ def test_counts_agree_with_their_nouns(number, words, expected):
 
 def test_the_data_stage_speaks_of_one_example():
     lines = Summary(num_read=1, num_train=1, num_duplicates=1).lines()
-    assert lines[0].startswith("1 example read: 1 to train on") and lines[1].startswith("1 has the same content")
+    assert lines[0].startswith("1 example read: 1 to train on") and lines[1].startswith(
+        "1 has the same content"
+    )

@@ -20,11 +20,12 @@ from sftmix.pairing.matching import StepUnits
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """input_ids, attention_mask: (B, S) int64. rows: (T,) int64, flat positions b * S + s whose hidden state
-    predicts a response token; partners' rows need not be neighbours. labels: (T,) int64, the tokens predicted.
-    owner: (T,) int64, which of the B examples a row belongs to. pairs: (M, 2) int64 indices into the T rows.
-    lam: (M,) float32. indices: dataset index of each example; empty in a micro-batch that only keeps step.
-    mixed_inputs: the third sequences, where mixing happens at the input embeddings."""
+    """input_ids, attention_mask: (B, S) int64. rows: (T,) int64, flat positions b * S + s whose
+    hidden state predicts a response token; partners' rows need not be neighbours. labels: (T,)
+    int64, the tokens predicted. owner: (T,) int64, which of the B examples a row belongs to. pairs:
+    (M, 2) int64 indices into the T rows. lam: (M,) float32. indices: dataset index of each example;
+    empty in a micro-batch that only keeps step. mixed_inputs: the third sequences, where mixing
+    happens at the input embeddings."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -41,7 +42,8 @@ class MicroBatch:
         return int(self.attention_mask.sum()) if self.indices else 0
 
     def sum_by_example(self, values: Tensor) -> Tensor:
-        """Returns (B,) float64 sums of (T,) values over each example's response tokens, where the values are."""
+        """Returns (B,) float64 sums of (T,) values over each example's response tokens, where the
+        values are."""
         owner = self.owner.to(values.device, non_blocking=True)
         sums = torch.zeros(len(self.indices), dtype=torch.float64, device=values.device)
         return sums.index_add_(0, owner, values.double())
@@ -54,9 +56,16 @@ class MicroBatch:
         return MicroBatch(**moved, indices=self.indices, mixed_inputs=mixed_inputs)
 
 
-def collate(examples: TokenisedExamples, plan: StepUnits, units: Units, *, pad_id: int, mixes_inputs: bool = False) -> MicroBatch:
-    """Returns the tensors of one micro-batch; for no units, one padding token that carries no loss. `mixes_inputs` adds
-    the sequences of mixed input embeddings."""
+def collate(
+    examples: TokenisedExamples,
+    plan: StepUnits,
+    units: Units,
+    *,
+    pad_id: int,
+    mixes_inputs: bool = False,
+) -> MicroBatch:
+    """Returns the tensors of one micro-batch; for no units, one padding token that carries no loss.
+    `mixes_inputs` adds the sequences of mixed input embeddings."""
     indices: list[int] = []
     partners: list[tuple[int, int, float]] = []  # places in `indices` of a pair, and its lam
     for unit in units:
@@ -66,7 +75,9 @@ def collate(examples: TokenisedExamples, plan: StepUnits, units: Units, *, pad_i
             indices.append(int(second))
             partners.append((len(indices) - 2, len(indices) - 1, float(plan.lam[unit])))
     tokens = [examples.tokens(i) for i in indices]
-    return build_micro_batch(tokens, partners, indices=tuple(indices), pad_id=pad_id, mixes_inputs=mixes_inputs)
+    return build_micro_batch(
+        tokens, partners, indices=tuple(indices), pad_id=pad_id, mixes_inputs=mixes_inputs
+    )
 
 
 def build_micro_batch(
@@ -77,7 +88,8 @@ def build_micro_batch(
     pad_id: int,
     mixes_inputs: bool = False,
 ) -> MicroBatch:
-    """Returns a micro-batch of (ids, response mask) examples; `partners` lists (confident, unconfident, lam)."""
+    """Returns a micro-batch of (ids, response mask) examples; `partners` lists (confident,
+    unconfident, lam)."""
     width = max((len(ids) for ids, _ in tokens), default=1)
     input_ids = np.full((max(1, len(tokens)), width), pad_id, dtype=np.int64)
     attention = np.zeros_like(input_ids)
@@ -101,7 +113,11 @@ def build_micro_batch(
         lam.append(np.full(len(mixed), share, dtype=np.float32))
 
     def joined(parts: list[NDArray[np.int64]]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64)) if parts else torch.zeros(0, dtype=torch.int64)
+        return (
+            torch.from_numpy(np.concatenate(parts).astype(np.int64))
+            if parts
+            else torch.zeros(0, dtype=torch.int64)
+        )
 
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),

@@ -1,8 +1,8 @@
 """How a step's examples are cut up over ranks and micro-batches.
 
-The cut is a pure function of the plan, the lengths and the number of ranks, known to every rank. Token counts of the whole
-step need no communication, and all ranks run the same number of micro-batches, empty ones where a rank has nothing left, so
-that no collective ever depends on data.
+The cut is a pure function of the plan, the lengths and the number of ranks, known to every rank.
+Token counts of the whole step need no communication, and all ranks run the same number of
+micro-batches, empty ones where a rank has nothing left, so that no collective ever depends on data.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ Units = NDArray[np.int64]  # positions of units in a StepUnits
 
 
 def count_step(plan: StepUnits, units: Units, num_response_tokens: NDArray[np.int64]) -> StepCounts:
-    """Returns the counts of a step. A pair mixes min(N^c, N^u) positions, aligned from the first response token.
+    """Returns the counts of a step. A pair mixes min(N^c, N^u) positions, aligned from the first
+    response token.
 
-    The first token of a sequence is predicted by nothing; no template begins with a response, so none is lost.
+    The first token of a sequence is predicted by nothing; no template begins with a response, so
+    none is lost.
     """
     members = plan.units[units]
     is_pair = members[:, 1] >= 0
@@ -41,16 +43,28 @@ def count_step(plan: StepUnits, units: Units, num_response_tokens: NDArray[np.in
     )
 
 
-def cut_step(plan: StepUnits, units: Units, num_tokens: NDArray[np.int64], *, micro_batch_tokens: int, num_ranks: int) -> list[list[Units]]:
-    """Returns the micro-batches of every rank: lists of units, the same number of lists for each rank.
+def cut_step(
+    plan: StepUnits,
+    units: Units,
+    num_tokens: NDArray[np.int64],
+    *,
+    micro_batch_tokens: int,
+    num_ranks: int,
+) -> list[list[Units]]:
+    """Returns the micro-batches of every rank: lists of units, the same number of lists for each
+    rank.
 
     Units of like length share a micro-batch; its padded size (examples times longest) stays within
-    `micro_batch_tokens` unless a single unit exceeds it. A pair is never cut. Where there are too few
-    micro-batches to go round, the largest are halved; what is still missing is empty.
+    `micro_batch_tokens` unless a single unit exceeds it. A pair is never cut. Where there are too
+    few micro-batches to go round, the largest are halved; what is still missing is empty.
     """
     members = plan.units[units]
     size = 1 + (members[:, 1] >= 0)
-    longest = np.where(size == 2, np.maximum(num_tokens[members[:, 0]], num_tokens[members[:, 1]]), num_tokens[members[:, 0]])
+    longest = np.where(
+        size == 2,
+        np.maximum(num_tokens[members[:, 0]], num_tokens[members[:, 1]]),
+        num_tokens[members[:, 0]],
+    )
 
     pieces: list[list[int]] = []
     num_examples = 0
@@ -73,11 +87,14 @@ def cut_step(plan: StepUnits, units: Units, num_tokens: NDArray[np.int64], *, mi
         half = len(widest) // 2
         pieces[pieces.index(widest) : pieces.index(widest) + 1] = [widest[:half], widest[half:]]
 
-    # Longest first, each to the rank with the least work that still has room: the ranks wait for the slowest.
+    # Longest first, each to the rank with the least work that still has room: the ranks wait for
+    # the slowest.
     ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
     load = [0] * num_ranks
     for piece in sorted(pieces, key=cost, reverse=True):
-        rank = min((r for r in range(num_ranks) if len(ranks[r]) < per_rank), key=lambda r: (load[r], r))
+        rank = min(
+            (r for r in range(num_ranks) if len(ranks[r]) < per_rank), key=lambda r: (load[r], r)
+        )
         ranks[rank].append(piece)
         load[rank] += cost(piece)
     return [[units[piece] if piece else units[:0] for piece in rank] for rank in ranks]

@@ -14,15 +14,20 @@ from sftmix.errors import ArtifactError, DataError, counted
 
 
 class TokenisedExamples:
-    """The rows of one Arrow file of the data stage, memory-mapped; only the lengths become arrays, when they are asked for."""
+    """The rows of one Arrow file of the data stage, memory-mapped; only the lengths become arrays,
+    when they are asked for."""
 
     def __init__(self, path: Path):
         import datasets
 
         if not path.is_file():
-            raise ArtifactError(f"{path} is missing. Run the data stage first (`sftmix data CONFIG`).")
+            raise ArtifactError(
+                f"{path} is missing. Run the data stage first (`sftmix data CONFIG`)."
+            )
         self.table = datasets.Dataset.from_file(str(path), in_memory=False)
-        self._tokens = self.table.select_columns(["input_ids", "response_mask"]).with_format("numpy")
+        self._tokens = self.table.select_columns(["input_ids", "response_mask"]).with_format(
+            "numpy"
+        )
         self.example_ids: pa.ChunkedArray = self.table.data.table["example_id"]
 
     def __len__(self) -> int:
@@ -43,7 +48,8 @@ class TokenisedExamples:
         return self.column("num_response_tokens").astype(np.int64)
 
     def check_single_spans(self) -> None:
-        """Raises DataError for an example whose response tokens are not one span, as in a conversation of several turns."""
+        """Raises DataError for an example whose response tokens are not one span, as in a
+        conversation of several turns."""
         masks = self.table.data.table.column("response_mask").combine_chunks()
         flat = masks.values.to_numpy(zero_copy_only=False)
         starts = np.diff(flat.astype(np.int8), prepend=0) == 1
@@ -52,12 +58,15 @@ class TokenisedExamples:
         several = np.flatnonzero(spans > 1)
         if len(several):
             raise DataError(
-                "mixup.site is input_embeddings, which aligns one response per example, and "
-                f"{counted(len(several), 'example has', 'examples have')} several (of {len(self):,}), "
-                f"first {self.example_ids[int(several[0])].as_py()}. Use mixup.site=head, or data with a single turn."
+                "mixup.site is input_embeddings, which aligns one response per example, and"
+                f" {counted(len(several), 'example has', 'examples have')} several (of"
+                f" {len(self):,}), first {self.example_ids[int(several[0])].as_py()}. Use"
+                " mixup.site=head, or data with a single turn."
             )
 
     def tokens(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Returns the (S,) token ids and the (S,) response mask of one example."""
         row = self._tokens[int(index)]
-        return np.asarray(row["input_ids"], dtype=np.int32), np.asarray(row["response_mask"], dtype=bool)
+        return np.asarray(row["input_ids"], dtype=np.int32), np.asarray(
+            row["response_mask"], dtype=bool
+        )

@@ -1,7 +1,8 @@
 """Which rank is this process, in the words of whatever launcher started it.
 
-torchrun and DeepSpeed set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. mpirun of OpenMPI and srun set names of their
-own, and no address: `translate` completes them. All else in sftmix reads RANK and its companions.
+torchrun and DeepSpeed set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. mpirun of
+OpenMPI and srun set names of their own, and no address: `translate` completes them. All else in
+sftmix reads RANK and its companions.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from sftmix.cluster.hostfile import is_host_name
 from sftmix.errors import ConfigError
 
 DEFAULT_PORT = 29500  # of deepspeed and torchrun
-CARRIED = "SFTMIX_SET_"  # in front of a variable that a launcher would have garbled under its own name
+# in front of a variable that a launcher would have garbled under its own name
+CARRIED = "SFTMIX_SET_"
 
 
 @dataclass(frozen=True)
 class Place:
-    """launcher: who says so. rank, world_size: of all processes; local_*: on this machine, None where the launcher does not say."""
+    """launcher: who says so. rank, world_size: of all processes; local_*: on this machine, None
+    where the launcher does not say."""
 
     launcher: str
     rank: int
@@ -35,10 +38,12 @@ class Place:
 
 
 def place_of(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """Returns where this process stands among those that a launcher started; None where it was started alone.
+    """Returns where this process stands among those that a launcher started; None where it was
+    started alone.
 
-    RANK counts before mpirun's names, and those before srun's: mpirun starts its helpers by srun, and either may start torchrun.
-    The batch script of a SLURM job is no task of a step, whatever SLURM_NTASKS says of the job.
+    RANK counts before mpirun's names, and those before srun's: mpirun starts its helpers by srun,
+    and either may start torchrun. The batch script of a SLURM job is no task of a step, whatever
+    SLURM_NTASKS says of the job.
     """
     if "RANK" in environment:
         local_size = _number(environment, "LOCAL_WORLD_SIZE", _number(environment, "LOCAL_SIZE"))
@@ -52,7 +57,9 @@ def place_of(environment: Mapping[str, str] = os.environ) -> Place | None:
         size = _number(environment, "SLURM_STEP_NUM_TASKS", _number(environment, "SLURM_NTASKS", 1))
         assert size is not None, "a default was given"
         if size > 1:
-            rank, local_rank = (_needed(environment, name) for name in ("SLURM_PROCID", "SLURM_LOCALID"))
+            rank, local_rank = (
+                _needed(environment, name) for name in ("SLURM_PROCID", "SLURM_LOCALID")
+            )
             return Place("srun", rank, size, local_rank, _tasks_here(environment))
     return None
 
@@ -64,8 +71,9 @@ def rank_of(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def translate(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sets RANK and its companions from what mpirun or srun say, and LOCAL_WORLD_SIZE from DeepSpeed's LOCAL_SIZE. A process that no
-    launcher started is left as it is. Doing it again changes nothing. Raises ConfigError where the ranks could not find each other.
+    """Sets RANK and its companions from what mpirun or srun say, and LOCAL_WORLD_SIZE from
+    DeepSpeed's LOCAL_SIZE. A process that no launcher started is left as it is. Doing it again
+    changes nothing. Raises ConfigError where the ranks could not find each other.
     """
     for name in [name for name in environment if name.startswith(CARRIED)]:
         environment[name.removeprefix(CARRIED)] = environment.pop(name)
@@ -80,50 +88,84 @@ def translate(environment: MutableMapping[str, str] = os.environ) -> None:
     address = environment.get("MASTER_ADDR") or _address(place, environment)
     port = environment.get("MASTER_PORT") or str(_port(place, environment))
     environment.update(
-        RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(place.local_rank), MASTER_ADDR=address, MASTER_PORT=port
+        RANK=str(place.rank),
+        WORLD_SIZE=str(place.world_size),
+        LOCAL_RANK=str(place.local_rank),
+        MASTER_ADDR=address,
+        MASTER_PORT=port,
     )
 
 
 def _check_companions(environment: Mapping[str, str]) -> None:
-    """Raises ConfigError for a RANK whose companions are missing or contradict it, as a left-over of another job."""
+    """Raises ConfigError for a RANK whose companions are missing or contradict it, as a left-over
+    of another job."""
     remedy = (
-        "Unset RANK to run without a launcher (`env -u RANK sftmix ...`), or start the ranks with torchrun, deepspeed or "
-        "`sftmix launch`, which set all of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."
+        "Unset RANK to run without a launcher (`env -u RANK sftmix ...`), or start the ranks with"
+        " torchrun, deepspeed or `sftmix launch`, which set all of RANK, WORLD_SIZE, LOCAL_RANK,"
+        " MASTER_ADDR and MASTER_PORT."
     )
-    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    missing = [
+        name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)
+    ]
     if missing:
-        raise ConfigError(f"RANK is set, and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not. {remedy}")
-    rank, world_size, port = (_needed(environment, name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+        raise ConfigError(
+            f"RANK is set, and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not."
+            f" {remedy}"
+        )
+    rank, world_size, port = (
+        _needed(environment, name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")
+    )
     if rank >= world_size:
-        raise ConfigError(f"RANK is {rank} and WORLD_SIZE is {world_size}: ranks are numbered from 0 to WORLD_SIZE - 1. {remedy}")
+        raise ConfigError(
+            f"RANK is {rank} and WORLD_SIZE is {world_size}: ranks are numbered from 0 to"
+            f" WORLD_SIZE - 1. {remedy}"
+        )
     if not 0 < port < 65536:
-        raise ConfigError(f"MASTER_PORT is {port}, expected a port from 1 to 65535. Correct it, or unset RANK.")
+        raise ConfigError(
+            f"MASTER_PORT is {port}, expected a port from 1 to 65535. Correct it, or unset RANK."
+        )
 
 
 def first_host(nodes: str) -> str:
-    """Returns the first host of a SLURM node list: `gpu003` of `gpu[003-010,20],login1`. Raises ConfigError for what is none."""
+    """Returns the first host of a SLURM node list: `gpu003` of `gpu[003-010,20],login1`. Raises
+    ConfigError for what is none."""
     first = re.match(r"(?:[^,\[\]]|\[[^\[\]]*\])+(?=,|$)", nodes)
     host = re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0]) if first else ""
     if not is_host_name(host):
-        raise ConfigError(f"SLURM names the nodes {nodes[:80]!r}, expected a list such as gpu[003-010]. Set MASTER_ADDR to the first node.")
+        raise ConfigError(
+            f"SLURM names the nodes {nodes[:80]!r}, expected a list such as gpu[003-010]. Set"
+            " MASTER_ADDR to the first node."
+        )
     return host
 
 
 def _address(place: Place, environment: Mapping[str, str]) -> str:
     if place.local_size == place.world_size:
         return "127.0.0.1"
-    nodes = next((environment[name] for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if environment.get(name)), None)
+    nodes = next(
+        (
+            environment[name]
+            for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")
+            if environment.get(name)
+        ),
+        None,
+    )
     if place.launcher == "srun" and nodes is not None:
         return first_host(nodes)
-    example = " (mpirun -x MASTER_ADDR=node-1, or a line of .deepspeed_env)" if place.launcher == "mpirun" else ""
+    example = (
+        " (mpirun -x MASTER_ADDR=node-1, or a line of .deepspeed_env)"
+        if place.launcher == "mpirun"
+        else ""
+    )
     raise ConfigError(
-        f"rank {place.rank} of {place.world_size} was started by {place.launcher}, which does not say where the ranks meet. "
-        f"Set MASTER_ADDR to the first node{example}."
+        f"rank {place.rank} of {place.world_size} was started by {place.launcher}, which does not"
+        f" say where the ranks meet. Set MASTER_ADDR to the first node{example}."
     )
 
 
 def _port(place: Place, environment: Mapping[str, str]) -> int:
-    """Returns a port that all ranks come to by themselves; jobs and steps that share a node get others."""
+    """Returns a port that all ranks come to by themselves; jobs and steps that share a node get
+    others."""
     if place.launcher != "srun":
         return DEFAULT_PORT
     job, step = _number(environment, "SLURM_JOB_ID", 0), _number(environment, "SLURM_STEP_ID", 0)
@@ -131,13 +173,20 @@ def _port(place: Place, environment: Mapping[str, str]) -> int:
     return 10000 + (job * 31 + step) % 20000  # below the ports that the kernel hands out by itself
 
 
-def _many(launcher: str, rank: int, world_size: int, local_rank: int, local_size: int) -> Place | None:
+def _many(
+    launcher: str, rank: int, world_size: int, local_rank: int, local_size: int
+) -> Place | None:
     return Place(launcher, rank, world_size, local_rank, local_size) if world_size > 1 else None
 
 
 def _tasks_here(environment: Mapping[str, str]) -> int | None:
-    """Returns the tasks of this node, from `4(x2),3`: four on each of two nodes, three on the next."""
-    text = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""
+    """Returns the tasks of this node, from `4(x2),3`: four on each of two nodes, three on the
+    next."""
+    text = (
+        environment.get("SLURM_STEP_TASKS_PER_NODE")
+        or environment.get("SLURM_TASKS_PER_NODE")
+        or ""
+    )
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", part.strip())
@@ -151,7 +200,10 @@ def _tasks_here(environment: Mapping[str, str]) -> int | None:
 def _needed(environment: Mapping[str, str], name: str) -> int:
     value = _number(environment, name)
     if value is None:
-        raise ConfigError(f"{name} is not set, though other variables of the launcher are. Set it, or set RANK and WORLD_SIZE.")
+        raise ConfigError(
+            f"{name} is not set, though other variables of the launcher are. Set it, or set RANK"
+            " and WORLD_SIZE."
+        )
     return value
 
 

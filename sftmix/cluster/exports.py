@@ -1,8 +1,10 @@
 """What of the environment here the ranks on other nodes need, and how it gets there unchanged.
 
-DeepSpeed sends variables that begin with PYTHON, UCX, MV2, MLFLOW and, where it sees CUDA, NCCL, and the lines of `.deepspeed_env`. It
-puts a value with unusual letters between double quotes and leaves what is special inside those as it is: a shell on the node would
-run `$(...)`, and mpirun and srun, which have no shell, would keep the quotes. So each value is written for the launcher that reads it.
+DeepSpeed sends variables that begin with PYTHON, UCX, MV2, MLFLOW and, where it sees CUDA, NCCL,
+and the lines of `.deepspeed_env`. It puts a value with unusual letters between double quotes and
+leaves what is special inside those as it is: a shell on the node would run `$(...)`, and mpirun and
+srun, which have no shell, would keep the quotes. So each value is written for the launcher that
+reads it.
 """
 
 from __future__ import annotations
@@ -15,13 +17,27 @@ from pathlib import Path
 from sftmix.cluster.environment import CARRIED
 from sftmix.errors import ConfigError
 
-PREFIXES = ("SFTMIX_", "NCCL_", "GLOO_", "UCX_", "FI_", "HF_", "TORCH_", "PYTORCH_", "TRITON_", "PYTHON", "CUDA_DEVICE_ORDER")
+PREFIXES = (
+    "SFTMIX_",
+    "NCCL_",
+    "GLOO_",
+    "UCX_",
+    "FI_",
+    "HF_",
+    "TORCH_",
+    "PYTORCH_",
+    "TRITON_",
+    "PYTHON",
+    "CUDA_DEVICE_ORDER",
+)
 NAMES = frozenset({"OMP_NUM_THREADS", "DS_ACCELERATOR", "TOKENIZERS_PARALLELISM"})
-SENT_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # deepspeed/launcher/runner.py, and its CUDA accelerator
+# deepspeed/launcher/runner.py, and its CUDA accelerator
+SENT_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 ENV_FILE = "DS_ENV_FILE"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN = re.compile(r"[\w@%+=:,./-]*")  # what DeepSpeed leaves without quotes
-_SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|KEY)$")  # on a command line every user of the node could read it
+# on a command line every user of the node could read it
+_SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|KEY)$")
 
 
 def is_secret(name: str) -> bool:
@@ -30,19 +46,30 @@ def is_secret(name: str) -> bool:
 
 
 def wanted(environment: Mapping[str, str], package_root: Path) -> dict[str, str]:
-    """Returns the variables that ranks on other nodes are to see, by name. package_root: the folder that holds `sftmix`.
+    """Returns the variables that ranks on other nodes are to see, by name. package_root: the folder
+    that holds `sftmix`.
 
-    The lines of the user's own `.deepspeed_env` (in the home folder, then here, as DeepSpeed reads them) come on top.
+    The lines of the user's own `.deepspeed_env` (in the home folder, then here, as DeepSpeed reads
+    them) come on top.
     """
-    found = {name: value for name, value in environment.items() if (name.startswith(PREFIXES) or name in NAMES) and not is_secret(name)}
-    found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package_root), found.get("PYTHONPATH", "")]))
+    found = {
+        name: value
+        for name, value in environment.items()
+        if (name.startswith(PREFIXES) or name in NAMES) and not is_secret(name)
+    }
+    found["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(package_root), found.get("PYTHONPATH", "")])
+    )
     name = environment.get(ENV_FILE, ".deepspeed_env")
     for path in dict.fromkeys((Path.home() / name, Path.cwd() / name)):
         if path.is_file():
             found |= _read(path)
     for name, value in found.items():
         if "\n" in value or "\r" in value:
-            raise ConfigError(f"{name} holds a line break, which no launcher takes to other nodes. Unset it, or write it in one line.")
+            raise ConfigError(
+                f"{name} holds a line break, which no launcher takes to other nodes. Unset it, or"
+                " write it in one line."
+            )
     return dict(sorted(found.items()))
 
 
@@ -53,45 +80,58 @@ def _read(path: Path) -> dict[str, str]:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         if not sign or _NAME.fullmatch(name.strip()) is None:
-            raise ConfigError(f"{path}:{number}: found {line[:80]!r}, expected NAME=VALUE. Correct the line.")
+            raise ConfigError(
+                f"{path}:{number}: found {line[:80]!r}, expected NAME=VALUE. Correct the line."
+            )
         found[name.strip()] = value.strip()
     return found
 
 
 def env_file_text(variables: Mapping[str, str], launcher: str) -> str:
-    """Returns the content of a `.deepspeed_env` that gives the ranks these values. Raises ConfigError for one that the launcher
-    cannot carry: mpirun would be given DeepSpeed's quotes as part of it."""
+    """Returns the content of a `.deepspeed_env` that gives the ranks these values. Raises
+    ConfigError for one that the launcher cannot carry: mpirun would be given DeepSpeed's quotes as
+    part of it."""
     lines = []
     for name, value in variables.items():
         if launcher == "openmpi" and _PLAIN.fullmatch(value) is None:
             raise ConfigError(
-                f"{name} is {value[:80]!r}: DeepSpeed gives mpirun such a value with quotes around it. Use letters, digits and @%+=:,./-_ "
-                "only, unset it, or take another --launcher."
+                f"{name} is {value[:80]!r}: DeepSpeed gives mpirun such a value with quotes around"
+                " it. Use letters, digits and @%+=:,./-_ only, unset it, or take another"
+                " --launcher."
             )
         if launcher == "pdsh":
-            lines.append(f"{name}={for_pdsh(value if _PLAIN.fullmatch(value) else in_double_quotes(value))}\n")
+            quoted = value if _PLAIN.fullmatch(value) else in_double_quotes(value)
+            lines.append(f"{name}={for_pdsh(quoted)}\n")
         else:
             lines.append(f"{name}={value}\n")
     return "".join(lines)
 
 
 def in_double_quotes(text: str) -> str:
-    """Returns what must stand between the double quotes that DeepSpeed adds, for the shell on the node to see `text`."""
+    """Returns what must stand between the double quotes that DeepSpeed adds, for the shell on the
+    node to see `text`."""
     return re.sub(r'([\\"$`])', r"\\\1", text)
 
 
 def for_pdsh(text: str) -> str:
-    """Returns the text as pdsh must be given it: it puts host names and numbers in place of %h, %u and %n."""
+    """Returns the text as pdsh must be given it: it puts host names and numbers in place of %h, %u
+    and %n."""
     return text.replace("%", "%%")
 
 
 def for_srun(variables: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment for srun, which hands on all of its own. What DeepSpeed would repeat on srun's command line, where a comma
-    ends a value, goes under another name; `launch_environment.translate` gives it back its own."""
+    """Returns the environment for srun, which hands on all of its own. What DeepSpeed would repeat
+    on srun's command line, where a comma ends a value, goes under another name;
+    `launch_environment.translate` gives it back its own."""
     own = {}
     for name, value in variables.items():
-        is_garbled = name.startswith(SENT_BY_DEEPSPEED) and ("," in value or _PLAIN.fullmatch(value) is None)
+        is_garbled = name.startswith(SENT_BY_DEEPSPEED) and (
+            "," in value or _PLAIN.fullmatch(value) is None
+        )
         if is_garbled and name.startswith("PYTHON"):
-            raise ConfigError(f"{name} is {value[:80]!r}: DeepSpeed garbles this for srun. Use letters, digits and @%+=:./-_ only.")
+            raise ConfigError(
+                f"{name} is {value[:80]!r}: DeepSpeed garbles this for srun. Use letters, digits"
+                " and @%+=:./-_ only."
+            )
         own[CARRIED + name if is_garbled else name] = value
     return own

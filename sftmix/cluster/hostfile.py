@@ -1,4 +1,5 @@
-"""The nodes of a run: lines of `host slots=N`, as DeepSpeed's launchers read them, and nothing that a shell or ssh could misread."""
+"""The nodes of a run: lines of `host slots=N`, as DeepSpeed's launchers read them, and nothing that
+a shell or ssh could misread."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from pathlib import Path
 
 from sftmix.errors import ConfigError
 
-_HOST = re.compile(r"[A-Za-z0-9._:-]+")  # DeepSpeed's own parser takes anything, an option of ssh too
+# DeepSpeed's own parser takes anything, an option of ssh too
+_HOST = re.compile(r"[A-Za-z0-9._:-]+")
 MAX_SLOTS = 1024
 
 
@@ -26,11 +28,14 @@ class Node:
 
 
 def read_hostfile(path: Path) -> list[Node]:
-    """Returns the nodes of a hostfile, lines of `host slots=N`. Raises ConfigError with file and line."""
+    """Returns the nodes of a hostfile, lines of `host slots=N`. Raises ConfigError with file and
+    line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--hostfile {path} cannot be read: {error}. Give a file with lines of `host slots=N`.") from None
+        raise ConfigError(
+            f"--hostfile {path} cannot be read: {error}. Give a file with lines of `host slots=N`."
+        ) from None
     nodes: dict[str, Node] = {}
     for number, line in enumerate(lines, start=1):
         text = line.split("#")[0].strip()
@@ -38,14 +43,20 @@ def read_hostfile(path: Path) -> list[Node]:
             continue
         match = re.fullmatch(r"(\S+)\s+slots=(\d{1,9})", text)
         if match is None:
-            raise ConfigError(f"{path}:{number}: found {text[:80]!r}, expected `host slots=N`. Correct the line.")
+            raise ConfigError(
+                f"{path}:{number}: found {text[:80]!r}, expected `host slots=N`. Correct the line."
+            )
         host, slots = match[1], int(match[2])
         if not is_host_name(host):
             raise ConfigError(
-                f"{path}:{number}: {host[:80]!r} is no host name: letters, digits and . _ : - only, no - in front. Correct it."
+                f"{path}:{number}: {host[:80]!r} is no host name: letters, digits and . _ : - only,"
+                " no - in front. Correct it."
             )
         if not 1 <= slots <= MAX_SLOTS:
-            raise ConfigError(f"{path}:{number}: slots={slots}, expected 1 to {MAX_SLOTS}, the GPUs of the node. Correct it.")
+            raise ConfigError(
+                f"{path}:{number}: slots={slots}, expected 1 to {MAX_SLOTS}, the GPUs of the node."
+                " Correct it."
+            )
         if host in nodes:
             raise ConfigError(f"{path}:{number}: {host} stands twice. Keep one of the lines.")
         nodes[host] = Node(host, slots)

@@ -1,7 +1,8 @@
-"""The commands that start the ranks of all nodes, for each launcher, with every word safe from the shells on its way.
+"""The commands that start the ranks of all nodes, for each launcher, with every word safe from the
+shells on its way.
 
 pdsh, openmpi, slurm   one command here: `deepspeed --launcher ...`
-ssh, torchrun          one command on each node: what `deepspeed --no_ssh` starts there, or torchrun; we take them there by ssh
+ssh, torchrun          one command on each node, started over ssh: DeepSpeed's launcher, or torchrun
 """
 
 from __future__ import annotations
@@ -23,14 +24,24 @@ from sftmix.errors import ConfigError, counted
 RUN_SCRIPT = Path(__file__).resolve().parent / "launch" / "run.py"
 ON_EACH_NODE = frozenset({"ssh", "torchrun"})  # launchers that need a command on every node
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-ALIVE = ("ServerAliveInterval=15", "ServerAliveCountMax=3")  # a node that is cut off ends its connection
-SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", *(word for option in ALIVE for word in ("-o", option)))
-_UNQUOTED = re.compile(r"[A-Za-z0-9@+=:,./_-]+")  # in paths that DeepSpeed hands to a shell as they are
+# a node that is cut off ends its connection
+ALIVE = ("ServerAliveInterval=15", "ServerAliveCountMax=3")
+SSH = (
+    "ssh",
+    "-o",
+    "BatchMode=yes",
+    "-o",
+    "ConnectTimeout=10",
+    *(word for option in ALIVE for word in ("-o", option)),
+)
+# in paths that DeepSpeed hands to a shell as they are
+_UNQUOTED = re.compile(r"[A-Za-z0-9@+=:,./_-]+")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """arguments: of launch/run.py. address, port: where the ranks meet; under slurm None where the ranks find it by themselves."""
+    """arguments: of launch/run.py. address, port: where the ranks meet; under slurm None where the
+    ranks find it by themselves."""
 
     nodes: tuple[Node, ...]
     hostfile: Path
@@ -50,50 +61,88 @@ class Plan:
 
 
 def make_plan(
-    nodes: Sequence[Node], hostfile: Path, launcher: str, arguments: Sequence[str], *, address: str | None, port: int | None
+    nodes: Sequence[Node],
+    hostfile: Path,
+    launcher: str,
+    arguments: Sequence[str],
+    *,
+    address: str | None,
+    port: int | None,
 ) -> Plan:
-    """Returns how the ranks are started. Raises ConfigError for what the launcher could not do, or would do otherwise."""
+    """Returns how the ranks are started. Raises ConfigError for what the launcher could not do, or
+    would do otherwise."""
     if launcher != "slurm":  # there the ranks read both off what srun tells them
         address, port = address or nodes[0].host, port or DEFAULT_PORT
     if len(nodes) > 1 and address in LOOPBACK:
-        raise ConfigError(f"the ranks would meet at {address}, where each node finds itself only. Name the first so that all can reach it.")
+        raise ConfigError(
+            f"the ranks would meet at {address}, where each node finds itself only. Name the first"
+            " so that all can reach it."
+        )
     if launcher == "pdsh":
         _check_for_pdsh(nodes)
     if launcher == "slurm" and len({node.slots for node in nodes}) > 1:
         found = ", ".join(f"{node.host} {node.slots}" for node in nodes)
-        raise ConfigError(f"slots are {found}; DeepSpeed tells srun one number for all. Use as many on each node, or another --launcher.")
+        raise ConfigError(
+            f"slots are {found}; DeepSpeed tells srun one number for all. Use as many on each node,"
+            " or another --launcher."
+        )
     return Plan(tuple(nodes), hostfile, launcher, tuple(arguments), address, port)
 
 
 def _check_for_pdsh(nodes: Sequence[Node]) -> None:
     for node in nodes:
         if ":" in node.host:
-            raise ConfigError(f"{node.host}: pdsh takes what is before a colon for a module. Use a name, or --launcher ssh.")
-    for what, path in (("the folder in which you are", str(Path.cwd())), ("Python", sys.executable), ("sftmix", str(RUN_SCRIPT))):
+            raise ConfigError(
+                f"{node.host}: pdsh takes what is before a colon for a module. Use a name, or"
+                " --launcher ssh."
+            )
+    for what, path in (
+        ("the folder in which you are", str(Path.cwd())),
+        ("Python", sys.executable),
+        ("sftmix", str(RUN_SCRIPT)),
+    ):
         if _UNQUOTED.fullmatch(path) is None:
             raise ConfigError(
-                f"{what}, {path!r}, has letters that a shell could misread, and DeepSpeed gives it to the nodes' shells without quotes. "
-                "Use a path of letters, digits and @+=:,./_- only, or --launcher ssh."
+                f"{what}, {path!r}, has letters that a shell could misread, and DeepSpeed gives it"
+                " to the nodes' shells without quotes. Use a path of letters, digits and @+=:,./_-"
+                " only, or --launcher ssh."
             )
 
 
 def local_command(num_ranks: int, arguments: Sequence[str], *, port: int) -> list[str]:
-    """Returns the command that starts the ranks of this machine alone. arguments: of launch/run.py."""
+    """Returns the command that starts the ranks of this machine alone. arguments: of
+    launch/run.py."""
     return [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_accelerators", str(num_ranks),
-        "--master_addr", "127.0.0.1", "--master_port", str(port), str(RUN_SCRIPT), *arguments,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--no_local_rank",
+        "--num_accelerators",
+        str(num_ranks),
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(port),
+        str(RUN_SCRIPT),
+        *arguments,
+    ]
 
 
 def runner_command(plan: Plan) -> list[str]:
-    """Returns the one command that starts all ranks: DeepSpeed's runner for pdsh, openmpi or slurm."""
+    """Returns the one command that starts all ranks: DeepSpeed's runner for pdsh, openmpi or
+    slurm."""
     assert plan.launcher not in ON_EACH_NODE, f"{plan.launcher} needs a command on each node"
-    arguments = [pdsh_argument(argument) for argument in plan.arguments] if plan.launcher == "pdsh" else list(plan.arguments)
+    arguments = (
+        [pdsh_argument(argument) for argument in plan.arguments]
+        if plan.launcher == "pdsh"
+        else list(plan.arguments)
+    )
     return [
         sys.executable, "-m", "deepspeed.launcher.runner",
         "--hostfile", str(plan.hostfile.resolve()),
         "--launcher", plan.launcher,
-        "--force_multi",  # one node too is reached as the hostfile says: DeepSpeed would take it for this machine
+        # one node too is reached as the hostfile says: DeepSpeed would take it for this machine
+        "--force_multi",
         "--no_local_rank",
         "--master_addr", plan.address or "unused",  # else DeepSpeed asks the first node over ssh
         "--master_port", str(plan.port or DEFAULT_PORT),
@@ -103,49 +152,91 @@ def runner_command(plan: Plan) -> list[str]:
 
 
 def pdsh_argument(text: str) -> str:
-    """Returns an argument so that the shell on the node sees `text`: DeepSpeed puts one with a space between double quotes, escapes
-    those inside and nothing else, and leaves all others as they are."""
+    """Returns an argument so that the shell on the node sees `text`: DeepSpeed puts one with a
+    space between double quotes, escapes those inside and nothing else, and leaves all others as
+    they are."""
     if " " in text:
         return for_pdsh(re.sub(r"([\\$`])", r"\\\1", text))
     return for_pdsh(shlex.quote(text))
 
 
 def node_command(plan: Plan, number: int) -> list[str]:
-    """Returns what runs on a node: DeepSpeed's launcher of one node, which `deepspeed --no_ssh` and pdsh start too, or torchrun."""
+    """Returns what runs on a node: DeepSpeed's launcher of one node, which `deepspeed --no_ssh` and
+    pdsh start too, or torchrun."""
     script = [str(RUN_SCRIPT), *plan.arguments]
     if plan.launcher == "torchrun":
         return [
-            sys.executable, "-u", "-m", "torch.distributed.run",
-            "--nnodes", str(len(plan.nodes)), "--nproc-per-node", str(plan.nodes[number].slots), "--node-rank", str(number),
-            "--master-addr", str(plan.address), "--master-port", str(plan.port), *script,
-        ]  # fmt: skip
+            sys.executable,
+            "-u",
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            str(len(plan.nodes)),
+            "--nproc-per-node",
+            str(plan.nodes[number].slots),
+            "--node-rank",
+            str(number),
+            "--master-addr",
+            str(plan.address),
+            "--master-port",
+            str(plan.port),
+            *script,
+        ]
     world = json.dumps({node.host: list(range(node.slots)) for node in plan.nodes})
     return [
-        sys.executable, "-u", "-m", "deepspeed.launcher.launch",
-        f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}", f"--node_rank={number}",
-        f"--master_addr={plan.address}", f"--master_port={plan.port}", "--no_local_rank", *script,
-    ]  # fmt: skip
+        sys.executable,
+        "-u",
+        "-m",
+        "deepspeed.launcher.launch",
+        f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}",
+        f"--node_rank={number}",
+        f"--master_addr={plan.address}",
+        f"--master_port={plan.port}",
+        "--no_local_rank",
+        *script,
+    ]
 
 
 def ssh_command(plan: Plan, number: int, variables: Mapping[str, str]) -> list[str]:
-    """Returns the command that starts a node's part over ssh, which hands one text to the shell there: every word is quoted."""
-    there = shlex.join(["env", *(f"{name}={value}" for name, value in variables.items()), *node_command(plan, number)])
-    return [*SSH, "--", plan.nodes[number].host, f"cd -- {shlex.quote(str(Path.cwd()))} && exec {there}"]
+    """Returns the command that starts a node's part over ssh, which hands one text to the shell
+    there: every word is quoted."""
+    there = shlex.join(
+        [
+            "env",
+            *(f"{name}={value}" for name, value in variables.items()),
+            *node_command(plan, number),
+        ]
+    )
+    return [
+        *SSH,
+        "--",
+        plan.nodes[number].host,
+        f"cd -- {shlex.quote(str(Path.cwd()))} && exec {there}",
+    ]
 
 
 def describe(plan: Plan, variables: Mapping[str, str], command: Sequence[str] | None) -> list[str]:
     """Returns lines for people: what is started here (`command`), and what each node does."""
     where = f"{plan.address}:{plan.port}" if plan.address else "the first node of SLURM's list"
-    lines = [f"{counted(len(plan.nodes), 'node')}, {counted(plan.num_ranks, 'rank')}, meeting at {where}, started by {plan.launcher}"]
+    lines = [
+        f"{counted(len(plan.nodes), 'node')}, {counted(plan.num_ranks, 'rank')}, meeting at"
+        f" {where}, started by {plan.launcher}"
+    ]
     if command is not None:
         lines += ["", "here:", f"  {shlex.join(command)}"]
-    lines += ["", "environment of all ranks:", *(f"  {name}={shlex.quote(value)}" for name, value in variables.items())]
+    lines += [
+        "",
+        "environment of all ranks:",
+        *(f"  {name}={shlex.quote(value)}" for name, value in variables.items()),
+    ]
     for number, node in enumerate(plan.nodes):
         ranks = plan.ranks_of(number)
         shown = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"
         lines += ["", f"node {number}, {node.host}: {shown}, in {Path.cwd()}"]
         if plan.launcher in ("openmpi", "slurm"):
-            lines.append(f"  {shlex.join([sys.executable, '-u', str(RUN_SCRIPT), *plan.arguments])}")
+            lines.append(
+                f"  {shlex.join([sys.executable, '-u', str(RUN_SCRIPT), *plan.arguments])}"
+            )
         else:
             lines.append(f"  {shlex.join(node_command(plan, number))}")
     return lines

@@ -1,4 +1,5 @@
-"""Starts a command once for each of several ranks on this machine, joined over the loopback interface, and waits for all."""
+"""Starts a command once for each of several ranks on this machine, joined over the loopback
+interface, and waits for all."""
 
 from __future__ import annotations
 
@@ -12,22 +13,29 @@ from dataclasses import dataclass
 
 GRACE_SECONDS = 5.0  # that the others have to end by themselves, after a rank has failed
 OF_A_LAUNCHER = frozenset(
-    "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE LOCAL_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_USE_AGENT_STORE".split()
+    "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE LOCAL_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT"
+    " TORCHELASTIC_USE_AGENT_STORE".split()
 )
 
 
 @dataclass(frozen=True)
 class RankEnd:
-    """code: what it exited with; None where it was killed, since another had failed or the time was over. output: both streams."""
+    """code: what it exited with; None where it was killed, since another had failed or the time was
+    over. output: both streams."""
 
     code: int | None
     output: str
 
 
 def run_local_ranks(
-    command: list[str], num_ranks: int, *, limit_seconds: float, environment: Mapping[str, str] | None = None
+    command: list[str],
+    num_ranks: int,
+    *,
+    limit_seconds: float,
+    environment: Mapping[str, str] | None = None,
 ) -> list[RankEnd]:
-    """Returns how each rank ended, in rank order. None is left running. environment: laid over that of this process."""
+    """Returns how each rank ended, in rank order. None is left running. environment: laid over that
+    of this process."""
     from sftmix.cluster.environment import free_port
 
     shared = {
@@ -41,12 +49,24 @@ def run_local_ranks(
     deadline = time.monotonic() + limit_seconds
     processes: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as stack:
-        outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(num_ranks)]  # a full pipe would stop a rank
+        # a full pipe would stop a rank
+        outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(num_ranks)]
         try:
             for rank, output in enumerate(outputs):
                 own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                processes.append(subprocess.Popen(command, env=own, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT))
-            while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
+                processes.append(
+                    subprocess.Popen(
+                        command,
+                        env=own,
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+            while (
+                None in (codes := [process.poll() for process in processes])
+                and time.monotonic() < deadline
+            ):
                 if any(codes):
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
                 time.sleep(0.05)
@@ -61,7 +81,8 @@ def run_local_ranks(
 
 
 def first_failure(ends: list[RankEnd]) -> str | None:
-    """Returns which rank failed, and the end of what it wrote; None where all ended well. One that was killed only follows from another."""
+    """Returns which rank failed, and the end of what it wrote; None where all ended well. One that
+    was killed only follows from another."""
     failed = [(rank, end) for rank, end in enumerate(ends) if end.code != 0]
     if not failed:
         return None

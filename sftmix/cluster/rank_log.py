@@ -1,7 +1,9 @@
-"""What a rank prints, in a file of its own as well: launchers of many nodes mix the output of ranks, and lose the last of it.
+"""What a rank prints, in a file of its own as well: launchers of many nodes mix the output of
+ranks, and lose the last of it.
 
-A process of its own copies, so that the last words of a rank that is killed are kept too. It is forked before torch is
-imported, and lives until nobody writes to it any more: the ranks of a machine end without waiting for it, except at a normal end.
+A process of its own copies, so that the last words of a rank that is killed are kept too. It is
+forked before torch is imported, and lives until nobody writes to it any more: the ranks of a
+machine end without waiting for it, except at a normal end.
 """
 
 from __future__ import annotations
@@ -27,22 +29,34 @@ def name_of(rank: int) -> str:
 
 
 def start(folder: Path, rank: int) -> None:
-    """From here on, what this process and its children print goes to `folder` too, after what earlier attempts have left there.
+    """From here on, what this process and its children print goes to `folder` too, after what
+    earlier attempts have left there.
 
-    A file that cannot be written is said on stderr, and the rank goes on. Call it before threads are started.
+    A file that cannot be written is said on stderr, and the rank goes on. Call it before threads
+    are started.
     """
     path = folder / name_of(rank)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.write(log, f"--- {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} host {socket.gethostname()} pid {os.getpid()}\n".encode())
+        os.write(
+            log,
+            f"--- {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} host {socket.gethostname()} pid"
+            f" {os.getpid()}\n".encode(),
+        )
     except OSError as error:
-        print(f"sftmix: rank {rank}: {path} cannot be written ({error.strerror}): its output is here alone", file=sys.stderr, flush=True)
+        print(
+            f"sftmix: rank {rank}: {path} cannot be written ({error.strerror}): its output is here"
+            " alone",
+            file=sys.stderr,
+            flush=True,
+        )
         return
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_COPIER)  # until it has said what it does with them
+    # until it has said what it does with them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_COPIER)
     copier = os.fork()
     if copier == 0:
         os.close(writing)
@@ -57,13 +71,15 @@ def start(folder: Path, rank: int) -> None:
 
 
 def _copy(reading: int, log: int) -> None:
-    """Copies to the log and to the stdout of this process, until nobody writes any more; never returns."""
+    """Copies to the log and to the stdout of this process, until nobody writes any more; never
+    returns."""
     for number in NOT_FOR_COPIER:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(BaseException):
         while part := os.read(reading, 1 << 16):
             for descriptor in (log, 1):
-                with contextlib.suppress(OSError):  # a full disk, a connection that has gone: the other goes on
+                # a full disk, a connection that has gone: the other goes on
+                with contextlib.suppress(OSError):
                     _write_all(descriptor, part)
     os._exit(0)
 
@@ -74,7 +90,8 @@ def _write_all(descriptor: int, part: bytes) -> None:
 
 
 def _finish(copier: int, owner: int) -> None:
-    """Waits until all is copied, where nobody else holds the pipe: in a container the end of the rank is the end of the copier."""
+    """Waits until all is copied, where nobody else holds the pipe: in a container the end of the
+    rank is the end of the copier."""
     if os.getpid() != owner:
         return
     sys.stdout.flush()

@@ -11,18 +11,24 @@ from collections.abc import Mapping, Sequence
 
 from sftmix.errors import INTERRUPTED, STOPPED
 
-GRACE_SECONDS = 60.0  # that other commands have to end, after one has: their ranks have heard of it by heartbeat
+# that other commands have to end, after one has: their ranks have heard of it by heartbeat
+GRACE_SECONDS = 60.0
 
 
 def run_commands(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> int:
-    """Runs the commands side by side, until all have ended or one has failed and the others had time to end too. Returns 0, 75 or 130 where
-    one ended with it, or another of their codes. None is left running here, not after an interrupt either."""
+    """Runs the commands side by side, until all have ended or one has failed and the others had
+    time to end too. Returns 0, 75 or 130 where one ended with it, or another of their codes. None
+    is left running here, not after an interrupt either."""
     processes: list[subprocess.Popen[bytes]] = []
     deadline = None
     try:
         for command in commands:
             # Of their own session: an interrupt from the terminal is ours to handle.
-            processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True))
+            processes.append(
+                subprocess.Popen(
+                    command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+                )
+            )
         while None in (codes := [process.poll() for process in processes]):
             if deadline is None and any(codes):
                 deadline = time.monotonic() + GRACE_SECONDS

@@ -1,4 +1,5 @@
-"""Files for batch systems, filled in from `launch/templates/`: every value is checked against what it may be, and arguments are quoted."""
+"""Files for batch systems, filled in from `launch/templates/`: every value is checked against what
+it may be, and arguments are quoted."""
 
 from __future__ import annotations
 
@@ -15,12 +16,18 @@ from sftmix.config.reader import load_config
 from sftmix.errors import ConfigError, did_you_mean
 
 FOLDER = Path(__file__).resolve().parent / "launch" / "templates"
-FILES = {"slurm": "slurm.sh", "kubernetes": "kubernetes.yaml", "skypilot": "skypilot.yaml", "pdsh": "pdsh.sh"}
+FILES = {
+    "slurm": "slurm.sh",
+    "kubernetes": "kubernetes.yaml",
+    "skypilot": "skypilot.yaml",
+    "pdsh": "pdsh.sh",
+}
 
 
 @dataclass(frozen=True)
 class Value:
-    """pattern: of the whole value. meaning: with an example. default: None where it must be given."""
+    """pattern: of the whole value. meaning: with an example. default: None where it must be
+    given."""
 
     pattern: str
     meaning: str
@@ -29,7 +36,8 @@ class Value:
 
 _COUNT = r"[1-9]\d{0,3}"
 _PATH = r"/[A-Za-z0-9@+=:,./_-]*"
-_NAME = r"[a-z]([a-z0-9-]{0,40}[a-z0-9])?"  # of a Kubernetes service: a pod's own is longer by its index
+# of a Kubernetes service: a pod's own is longer by its index
+_NAME = r"[a-z]([a-z0-9-]{0,40}[a-z0-9])?"
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}"
 _COMMON = {
     "name": Value(_NAME, "name of the job, small letters, digits and -", "sftmix"),
@@ -37,7 +45,11 @@ _COMMON = {
     "gpus": Value(_COUNT, "GPUs of each node, which is ranks"),
 }
 _PLACE = {
-    "folder": Value(_PATH, "where the command runs, on all nodes: relative paths of the config begin there", str(Path.cwd())),
+    "folder": Value(
+        _PATH,
+        "where the command runs, on all nodes: relative paths of the config begin there",
+        str(Path.cwd()),
+    ),
     "python": Value(_PATH, "the Python with sftmix, on all nodes", sys.executable),
 }
 VALUES: dict[str, dict[str, Value]] = {
@@ -46,7 +58,11 @@ VALUES: dict[str, dict[str, Value]] = {
         **_PLACE,
         "time": Value(r"(\d{1,3}-)?\d{1,4}(:[0-5]\d){0,2}", "time limit, for example 24:00:00"),
         "cpus": Value(_COUNT, "cores for each rank", "8"),
-        "warning": Value(_COUNT, "seconds before the time limit at which the run is asked to save and stop", "600"),
+        "warning": Value(
+            _COUNT,
+            "seconds before the time limit at which the run is asked to save and stop",
+            "600",
+        ),
         "partition": Value(_WORD, "SLURM partition", ""),
         "account": Value(_WORD, "SLURM account", ""),
         "qos": Value(_WORD, "SLURM quality of service", ""),
@@ -58,36 +74,56 @@ VALUES: dict[str, dict[str, Value]] = {
         "claim": Value(_NAME, "PersistentVolumeClaim, ReadWriteMany"),
         "mount": Value(_PATH, "where the claim is mounted", "/shared"),
         "warning": Value(_COUNT, "seconds that a pod has to save when it is taken away", "600"),
-        "retries": Value(_COUNT, "pods that may fail before the job does; a failure of the run counts once for each node", "6"),
+        "retries": Value(
+            _COUNT,
+            "pods that may fail before the job does; a failure of the run counts once for each"
+            " node",
+            "6",
+        ),
     },
-    "skypilot": {**_COMMON, "accelerator": Value(_WORD, "SkyPilot's name of the GPU, for example H100")},
+    "skypilot": {
+        **_COMMON,
+        "accelerator": Value(_WORD, "SkyPilot's name of the GPU, for example H100"),
+    },
     "pdsh": {**_PLACE, "hostfile": Value(_PATH, "the hostfile, on the first node")},
 }
 
 
 def print_template(options: argparse.Namespace) -> int:
-    """Prints the file. Returns 0. Raises ConfigError for options that are not a template's, and for values that are missing or wrong."""
+    """Prints the file. Returns 0. Raises ConfigError for options that are not a template's, and for
+    values that are missing or wrong."""
     for name in ("hostfile", "node_rank", "master_addr", "master_port"):
         if getattr(options, name) is not None:
-            raise ConfigError(f"--{name.replace('_', '-')} is of no use with --template {options.template}. Leave it out; see --set.")
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is of no use with --template {options.template}. Leave"
+                " it out; see --set."
+            )
     given, overrides = _pairs(options)
     load_config(options.config, overrides)
-    stage = [*(["--stage", options.stage] if options.stage else []), *(["--force"] if options.force else [])]
+    stage = [
+        *(["--stage", options.stage] if options.stage else []),
+        *(["--force"] if options.force else []),
+    ]
     arguments = [options.config, *overrides, *stage, *(["--restart"] if options.restart else [])]
-    print(render(options.template, given, arguments, doctor_arguments=[options.config, *overrides]), end="")
+    print(
+        render(options.template, given, arguments, doctor_arguments=[options.config, *overrides]),
+        end="",
+    )
     return 0
 
 
 def _pairs(options: argparse.Namespace) -> tuple[dict[str, str], list[str]]:
     """Returns the values of --set, and the overrides of the config.
 
-    `--set nodes=2 gpus=8` leaves the second pair among the overrides; no key of a config has a value's name.
+    `--set nodes=2 gpus=8` leaves the second pair among the overrides; no key of a config has a
+    value's name.
     """
     names = "|".join(VALUES[options.template])
     behind = [text for text in options.overrides if re.match(f"({names})=", text)]
     given: dict[str, str] = {}
     for text in [*options.set, *behind]:
-        for pair in re.split(rf",\s*(?=(?:{names})=|$)", text):  # a comma before anything else is the value's own
+        # a comma before anything else is the value's own
+        for pair in re.split(rf",\s*(?=(?:{names})=|$)", text):
             name, sign, value = pair.partition("=")
             if pair and not sign:
                 raise ConfigError(f"--set {text[:80]!r}: expected NAME=VALUE, for example nodes=2.")
@@ -96,26 +132,42 @@ def _pairs(options: argparse.Namespace) -> tuple[dict[str, str], list[str]]:
     return given, [text for text in options.overrides if text not in behind]
 
 
-def render(template: str, given: Mapping[str, str], arguments: Sequence[str], *, doctor_arguments: Sequence[str] = ()) -> str:
-    """Returns the file. arguments: of `sftmix launch`, the config first. Raises ConfigError for values that are missing or wrong."""
+def render(
+    template: str,
+    given: Mapping[str, str],
+    arguments: Sequence[str],
+    *,
+    doctor_arguments: Sequence[str] = (),
+) -> str:
+    """Returns the file. arguments: of `sftmix launch`, the config first. Raises ConfigError for
+    values that are missing or wrong."""
     known = VALUES[template]
     for name in given:
         if name not in known:
             raise ConfigError(
-                f"--set {name[:80]}: {template} has no such value. " + did_you_mean(name, known, f"It has {', '.join(known)}.")
+                f"--set {name[:80]}: {template} has no such value. "
+                + did_you_mean(name, known, f"It has {', '.join(known)}.")
             )
     values = {name: given.get(name, value.default) for name, value in known.items()}
-    missing = [f"--set {name}=... ({known[name].meaning})" for name, value in values.items() if value is None]
+    missing = [
+        f"--set {name}=... ({known[name].meaning})"
+        for name, value in values.items()
+        if value is None
+    ]
     if missing:
         raise ConfigError(f"--template {template} also needs {', '.join(missing)}.")
     filled = {name: value for name, value in values.items() if value is not None}
     for name, value in filled.items():
         if value != known[name].default and re.fullmatch(known[name].pattern, value) is None:
-            raise ConfigError(f"--set {name}={value[:80]!r} cannot be: {known[name].meaning}, matching {known[name].pattern}. Correct it.")
+            raise ConfigError(
+                f"--set {name}={value[:80]!r} cannot be: {known[name].meaning}, matching"
+                f" {known[name].pattern}. Correct it."
+            )
     for argument in arguments:
         if not argument.isprintable():
             raise ConfigError(
-                f"{argument[:80]!r} holds a line break or another letter that cannot be printed. Write it into the config file."
+                f"{argument[:80]!r} holds a line break or another letter that cannot be printed."
+                " Write it into the config file."
             )
     for name in ("folder", "python"):  # defaults, which no pattern has seen
         if name in filled:
@@ -123,9 +175,16 @@ def render(template: str, given: Mapping[str, str], arguments: Sequence[str], *,
     filled |= {
         "arguments": shlex.join(arguments),
         "doctor_arguments": shlex.join(doctor_arguments),
-        "options": "".join(f"#SBATCH --{name}={filled[name]}\n" for name in ("partition", "account", "qos") if filled.get(name)),
+        "options": "".join(
+            f"#SBATCH --{name}={filled[name]}\n"
+            for name in ("partition", "account", "qos")
+            if filled.get(name)
+        ),
     }
     if template == "kubernetes":
-        hosts = (f"    {filled['name']}-{number}.{filled['name']} slots={filled['gpus']}" for number in range(int(filled["nodes"])))
+        hosts = (
+            f"    {filled['name']}-{number}.{filled['name']} slots={filled['gpus']}"
+            for number in range(int(filled["nodes"]))
+        )
         filled["hosts"] = "\n".join(hosts)
     return Template((FOLDER / FILES[template]).read_text(encoding="utf-8")).substitute(filled)

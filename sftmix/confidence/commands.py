@@ -19,19 +19,24 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs one command of `sftmix scores` with its parsed options, and prints what it returns. Raises SftmixError."""
+    """Runs one command of `sftmix scores` with its parsed options, and prints what it returns.
+    Raises SftmixError."""
     match options.scores_command:
         case "show":
             lines = show_scores(options.table, num=options.num, column=options.column)
         case "merge":
-            lines = [f"{options.to}: " + line for line in merge_scores(options.tables, options.to).lines()]
+            lines = [
+                f"{options.to}: " + line
+                for line in merge_scores(options.tables, options.to).lines()
+            ]
         case _:
             lines = [str(export_scores(options.table, options.to))]
     print("\n".join(lines))
 
 
 def show_scores(source: str, *, num: int = 5, column: str | None = None) -> list[str]:
-    """Returns lines that say what a table holds, with the `num` most and least confident examples."""
+    """Returns lines that say what a table holds, with the `num` most and least confident
+    examples."""
     table = read_scores(source, column=column)
     values, variability = table.values, table.confidence["variability"].to_numpy()
     ranks = table.confidence["rank"].to_numpy()
@@ -39,19 +44,35 @@ def show_scores(source: str, *, num: int = 5, column: str | None = None) -> list
     if table.metadata is not None:
         lines += describe(table.metadata)
     if table.metadata is None or table.column != "confidence":
-        lines.append(f"the column {table.column!r} is taken for the confidence" + (", no sftmix metadata" if not table.metadata else ""))
+        lines.append(
+            f"the column {table.column!r} is taken for the confidence"
+            + (", no sftmix metadata" if not table.metadata else "")
+        )
     lines += ["", f"{'quantile':<14}" + "".join(f"{q:>12.0%}" for q in QUANTILES)]
     figures = {table.column: values}
     figures.setdefault("variability", variability)
     for name, column_values in figures.items():
         finite = column_values[np.isfinite(column_values)]
-        found = "".join(f"{value:>12.4g}" for value in np.quantile(finite, QUANTILES)) if len(finite) else "  no finite value"
+        found = (
+            "".join(f"{value:>12.4g}" for value in np.quantile(finite, QUANTILES))
+            if len(finite)
+            else "  no finite value"
+        )
         lines.append(f"{name:<14}{found}")
-    rows = np.argsort(ranks)[: int(np.isfinite(ranks).sum())]  # NaN, where there is no rank, comes last
-    for title, chosen in (("most confident", rows[: max(0, num)]), ("least confident", rows[::-1][: max(0, num)])):
+    # NaN, where there is no rank, comes last
+    rows = np.argsort(ranks)[: int(np.isfinite(ranks).sum())]
+    for title, chosen in (
+        ("most confident", rows[: max(0, num)]),
+        ("least confident", rows[::-1][: max(0, num)]),
+    ):
         lines += ["", f"{title}:", *(f"  {_id(table, row)}  {values[row]:.6g}" for row in chosen)]
     bad = np.flatnonzero(~np.isfinite(values))
-    return [*lines, "", f"not finite: {len(bad):,}" + (f" ({named([_id(table, row) for row in bad[:MAX_NAMED]])})" if len(bad) else "")]
+    return [
+        *lines,
+        "",
+        f"not finite: {len(bad):,}"
+        + (f" ({named([_id(table, row) for row in bad[:MAX_NAMED]])})" if len(bad) else ""),
+    ]
 
 
 def describe(metadata: ScoreMetadata) -> list[str]:
@@ -59,7 +80,10 @@ def describe(metadata: ScoreMetadata) -> list[str]:
     models = []
     for model in metadata.models:
         revision = f" at {model['revision']}" if model.get("revision") else ""
-        start = model.get("path") or f"random weights ({(model.get('architecture') or {}).get('model_type')})"
+        start = (
+            model.get("path")
+            or f"random weights ({(model.get('architecture') or {}).get('model_type')})"
+        )
         models.append(f"{start}{revision}")
     return [
         f"mode: {metadata.mode}",
@@ -67,7 +91,11 @@ def describe(metadata: ScoreMetadata) -> list[str]:
         f"checkpoints: {', '.join(map(str, metadata.checkpoints))}",
         f"dataset: {', '.join(metadata.dataset)}",
         *(f"{key}: {value}" for key, value in metadata.fingerprints.items()),
-        f"made by: {', '.join(f'{name} {version}' for name, version in metadata.versions.items())}; commit {metadata.commit or 'unknown'}",
+        (
+            "made by:"
+            f" {', '.join(f'{name} {version}' for name, version in metadata.versions.items())};"
+            f" commit {metadata.commit or 'unknown'}"
+        ),
     ]
 
 
@@ -81,7 +109,9 @@ def export_scores(source: str, to: Path) -> Path:
     assert table.metadata is not None, f"{source} was read without naming a column"
     files = ((table.path, CONFIDENCE), (table.perplexity_path, PERPLEXITY))
     num_not_finite = int((~np.isfinite(table.values)).sum())
-    text = dataset_card(table.metadata, num_examples=len(table.confidence), num_not_finite=num_not_finite)
+    text = dataset_card(
+        table.metadata, num_examples=len(table.confidence), num_not_finite=num_not_finite
+    )
     staging = to.with_name(f".{to.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -93,12 +123,16 @@ def export_scores(source: str, to: Path) -> Path:
 
 
 def dataset_card(metadata: ScoreMetadata, *, num_examples: int, num_not_finite: int) -> str:
-    """Returns README.md of an exported table: what the Hub reads, how it was made, how to use it."""
+    """Returns README.md of an exported table: what the Hub reads, how it was made, how to use
+    it."""
     configs = [
         {"config_name": "confidence", "data_files": CONFIDENCE, "default": True},
         {"config_name": "perplexity", "data_files": PERPLEXITY},
     ]
-    front = yaml.safe_dump({"pretty_name": "SFTMix confidence scores", "tags": ["sftmix"], "configs": configs}, sort_keys=False).strip()
+    front = yaml.safe_dump(
+        {"pretty_name": "SFTMix confidence scores", "tags": ["sftmix"], "configs": configs},
+        sort_keys=False,
+    ).strip()
     made = "\n".join(f"- {line}" for line in describe(metadata))
     return f"""---
 {front}
@@ -106,16 +140,17 @@ def dataset_card(metadata: ScoreMetadata, *, num_examples: int, num_not_finite: 
 
 # SFTMix confidence scores
 
-Confidence of {counted(num_examples, "instruction-response example")} under {counted(len(metadata.checkpoints), "checkpoint")}
-([SFTMix](https://arxiv.org/abs/2410.05248)): minus the mean, over the checkpoints, of the perplexity of the response.
-Examples without a finite confidence, and so without a rank: {num_not_finite:,}. No text is in here, only ids.
+Confidence of {counted(num_examples, "instruction-response example")} under
+{counted(len(metadata.checkpoints), "checkpoint")} ([SFTMix](https://arxiv.org/abs/2410.05248)):
+minus the mean, over the checkpoints, of the perplexity of the response. Examples without a finite
+confidence, and so without a rank: {num_not_finite:,}. No text is in here, only ids.
 
 ## Columns
 
-- `{CONFIDENCE}`, one row per example: `example_id`, `confidence`, `variability` (standard deviation of the perplexity), `minimum`,
-  `maximum` (of the perplexity), `rank` (1 is the most confident).
-- `{PERPLEXITY}`, one row per checkpoint and example: `example_id`, `checkpoint`, `nll_sum` (nats over the response tokens),
-  `num_response_tokens`, `perplexity`.
+- `{CONFIDENCE}`, one row per example: `example_id`, `confidence`, `variability` (standard deviation
+  of the perplexity), `minimum`, `maximum` (of the perplexity), `rank` (1 is the most confident).
+- `{PERPLEXITY}`, one row per checkpoint and example: `example_id`, `checkpoint`, `nll_sum` (nats
+  over the response tokens), `num_response_tokens`, `perplexity`.
 
 ## How it was made
 
@@ -129,8 +164,9 @@ from datasets import load_dataset
 scores = load_dataset("OWNER/NAME", "confidence", split="train")  # or "perplexity"
 ```
 
-In a run of sftmix over the same data, instead of training a reference model: `sftmix run CONFIG confidence.scores=OWNER/NAME`. Whether it
-fits: `sftmix scores check OWNER/NAME CONFIG`.
+In a run of sftmix over the same data, instead of training a reference model:
+`sftmix run CONFIG confidence.scores=OWNER/NAME`. Whether it fits:
+`sftmix scores check OWNER/NAME CONFIG`.
 """
 
 

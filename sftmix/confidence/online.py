@@ -1,4 +1,5 @@
-"""Online scores: the token losses of a training run's own forwards, collected per example and epoch."""
+"""Online scores: the token losses of a training run's own forwards, collected per example and
+epoch."""
 
 from __future__ import annotations
 
@@ -14,13 +15,14 @@ from sftmix.loss.requests import LossResult
 class OnlineScores:
     """Scores of a training run without a pass of their own.
 
-    The losses stay on the device and are summed over the ranks once per epoch. An example's score is from the moment in the epoch at
-    which it was seen, before the step that learnt from it.
+    The losses stay on the device and are summed over the ranks once per epoch. An example's score
+    is from the moment in the epoch at which it was seen, before the step that learnt from it.
     """
 
     def __init__(self, ranks: Ranks, num_examples: int):
         self._ranks = ranks
-        self._sums = torch.zeros(2, num_examples, dtype=torch.float64, device=ranks.device)  # nats; times seen
+        # nats; times seen
+        self._sums = torch.zeros(2, num_examples, dtype=torch.float64, device=ranks.device)
         self.nll_sum: dict[int, NDArray[np.float64]] = {}  # last step of the epoch -> (N,) nats
 
     def add(self, batch: MicroBatch, loss: LossResult) -> None:
@@ -28,21 +30,34 @@ class OnlineScores:
         if batch.indices:
             indices = torch.tensor(batch.indices).to(self._sums.device, non_blocking=True)
             self._sums[0].index_add_(0, indices, batch.sum_by_example(loss.token_nll))
-            self._sums[1].index_add_(0, indices, torch.ones(len(indices), dtype=torch.float64, device=self._sums.device))
+            self._sums[1].index_add_(
+                0, indices, torch.ones(len(indices), dtype=torch.float64, device=self._sums.device)
+            )
 
     def progress(self) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
-        """Returns what is collected so far, to be taken up from: see `sftmix/train/checkpointing.py`. All ranks call it."""
+        """Returns what is collected so far, to be taken up from: see
+        `sftmix/train/checkpointing.py`. All ranks call it."""
         sums = self._ranks.sum(self._sums.clone()).cpu().numpy()
-        return {}, {"sums": sums, **{f"epoch_{step:06d}": values for step, values in self.nll_sum.items()}}
+        return {}, {
+            "sums": sums,
+            **{f"epoch_{step:06d}": values for step, values in self.nll_sum.items()},
+        }
 
-    def take_up(self, step: int, numbers: list[dict[str, float]], arrays: dict[str, NDArray[np.float64]]) -> None:
-        """Goes on from what `progress` returned. Each example is seen by one rank, so the sums are the same on any number of ranks."""
-        self.nll_sum = {int(name[6:]): values for name, values in arrays.items() if name.startswith("epoch_")}
+    def take_up(
+        self, step: int, numbers: list[dict[str, float]], arrays: dict[str, NDArray[np.float64]]
+    ) -> None:
+        """Goes on from what `progress` returned. Each example is seen by one rank, so the sums are
+        the same on any number of ranks."""
+        self.nll_sum = {
+            int(name[6:]): values for name, values in arrays.items() if name.startswith("epoch_")
+        }
         self._sums = torch.from_numpy(arrays["sums"] * self._ranks.is_main).to(self._ranks.device)
 
     def end_epoch(self, step: int) -> None:
         """Closes an epoch whose last step is `step`. All ranks call it."""
         nll_sum, seen = self._ranks.sum(self._sums).cpu().numpy()
-        assert (seen == 1).all(), "an epoch that shows an example twice, or not at all, cannot score it"
+        assert (seen == 1).all(), (
+            "an epoch that shows an example twice, or not at all, cannot score it"
+        )
         self.nll_sum[step] = nll_sum.copy()
         self._sums.zero_()

@@ -1,9 +1,10 @@
 """Response losses of every example under one model, shared out over the ranks in units of work.
 
-A unit is a fixed range of examples; inside it examples are sorted by length and cut into micro-batches. Neither
-depends on the number of ranks, so that the scores do not either. Where every rank holds the whole model a rank takes the next unit
-when it is free. Where ZeRO-3 shards the model every forward gathers weights from all ranks: they take units in turns and run
-the same number of forwards, empty ones where a rank has run out.
+A unit is a fixed range of examples; inside it examples are sorted by length and cut into
+micro-batches. Neither depends on the number of ranks, so that the scores do not either. Where every
+rank holds the whole model a rank takes the next unit when it is free. Where ZeRO-3 shards the model
+every forward gathers weights from all ranks: they take units in turns and run the same number of
+forwards, empty ones where a rank has run out.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from sftmix.storage import faults
 
 @dataclass(frozen=True)
 class Scores:
-    """One entry per example, in dataset order. nll_sum: nats over the response tokens, end-of-turn tokens included.
-    is_exact: would greedy decoding have written exactly this response, ended where it ends."""
+    """One entry per example, in dataset order. nll_sum: nats over the response tokens, end-of-turn
+    tokens included. is_exact: would greedy decoding have written exactly this response, ended where
+    it ends."""
 
     nll_sum: NDArray[np.float64]
     num_response_tokens: NDArray[np.int64]
@@ -39,7 +41,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class WorkPlan:
-    """How a data set is cut into work. unit_examples: examples of a unit; micro_batch_tokens: padded tokens of a forward."""
+    """How a data set is cut into work. unit_examples: examples of a unit; micro_batch_tokens:
+    padded tokens of a forward."""
 
     num_tokens: NDArray[np.int64]
     unit_examples: int
@@ -51,34 +54,53 @@ class WorkPlan:
 
     def examples(self, unit: int) -> range:
         """Returns the dataset indices of a unit."""
-        return range(unit * self.unit_examples, min((unit + 1) * self.unit_examples, len(self.num_tokens)))
+        return range(
+            unit * self.unit_examples, min((unit + 1) * self.unit_examples, len(self.num_tokens))
+        )
 
     def micro_batches(self, unit: int) -> list[NDArray[np.int64]]:
         """Returns the dataset indices of each of a unit's micro-batches."""
         start = self.examples(unit).start
         lengths = self.num_tokens[start : start + self.unit_examples]
-        return [start + piece for piece in cut_by_length(lengths, micro_batch_tokens=self.micro_batch_tokens)]
+        return [
+            start + piece
+            for piece in cut_by_length(lengths, micro_batch_tokens=self.micro_batch_tokens)
+        ]
 
 
-def score_examples(engine: Engine, examples: TokenisedExamples, plan: WorkPlan, *, pad_id: int, title: str) -> Scores:
+def score_examples(
+    engine: Engine, examples: TokenisedExamples, plan: WorkPlan, *, pad_id: int, title: str
+) -> Scores:
     """Returns the scores of all examples, on every rank. All ranks call it."""
     rows = [torch.zeros(0, 3, dtype=torch.float64)]
 
     def keep(unit: int, scores: UnitScores) -> None:
         indices = np.asarray(plan.examples(unit), dtype=np.float64)
-        rows.append(torch.from_numpy(np.stack([indices, scores.nll_sum, scores.num_misses], axis=1)))
+        rows.append(
+            torch.from_numpy(np.stack([indices, scores.nll_sum, scores.num_misses], axis=1))
+        )
 
-    score_units(engine, examples, plan, list(range(plan.num_units)), keep, pad_id=pad_id, title=title)
+    score_units(
+        engine, examples, plan, list(range(plan.num_units)), keep, pad_id=pad_id, title=title
+    )
     table = engine.ranks.gather_rows(torch.cat(rows)).numpy()
     table = table[np.argsort(table[:, 0])]
-    assert np.array_equal(table[:, 0], np.arange(len(examples))), "an example was scored twice or not at all"
+    assert np.array_equal(table[:, 0], np.arange(len(examples))), (
+        "an example was scored twice or not at all"
+    )
     return Scores(table[:, 1], examples.num_response_tokens, table[:, 2] == 0)
 
 
 def score_missing_units(
-    engine: Engine, examples: TokenisedExamples, plan: WorkPlan, shards: UnitFolder, units: list[int], **shown: Any
+    engine: Engine,
+    examples: TokenisedExamples,
+    plan: WorkPlan,
+    shards: UnitFolder,
+    units: list[int],
+    **shown: Any,
 ) -> None:
-    """Scores `units`, the same list on all ranks, and publishes each as a shard when it is done. All ranks call it."""
+    """Scores `units`, the same list on all ranks, and publishes each as a shard when it is done.
+    All ranks call it."""
     score_units(engine, examples, plan, units, shards.write, **shown)
     engine.ranks.barrier()
 
@@ -93,9 +115,12 @@ def score_units(
     pad_id: int,
     title: str,
 ) -> None:
-    """Scores every unit of `units` on one rank, which calls `finished(unit, scores)`. All ranks call it."""
+    """Scores every unit of `units` on one rank, which calls `finished(unit, scores)`. All ranks
+    call it."""
     shown = _Progress(engine.ranks, plan, units, title)
-    turns = _in_turns(engine.ranks, plan, units) if engine.is_sharded else _as_free(engine.ranks, units)
+    turns = (
+        _in_turns(engine.ranks, plan, units) if engine.is_sharded else _as_free(engine.ranks, units)
+    )
     for unit, num_forwards in turns:
         pieces = plan.micro_batches(unit) if unit is not None else []
         parts = [_score_piece(engine, examples, piece, pad_id) for piece in pieces]
@@ -110,8 +135,12 @@ def score_units(
     shown.stop()
 
 
-def _score_piece(engine: Engine, examples: TokenisedExamples, piece: NDArray[np.int64], pad_id: int) -> tuple[NDArray[np.float64], ...]:
-    batch = build_micro_batch([examples.tokens(i) for i in piece], [], indices=tuple(piece.tolist()), pad_id=pad_id)
+def _score_piece(
+    engine: Engine, examples: TokenisedExamples, piece: NDArray[np.int64], pad_id: int
+) -> tuple[NDArray[np.float64], ...]:
+    batch = build_micro_batch(
+        [examples.tokens(i) for i in piece], [], indices=tuple(piece.tolist()), pad_id=pad_id
+    )
     faults.point("score.forward")
     nll, match = engine.score(batch)
     return tuple(batch.sum_by_example(values).numpy() for values in (nll, ~match))
@@ -125,25 +154,33 @@ def _as_free(ranks: Ranks, units: list[int]) -> Iterator[tuple[int | None, int]]
 
 
 def _in_turns(ranks: Ranks, plan: WorkPlan, units: list[int]) -> Iterator[tuple[int | None, int]]:
-    """Yields this rank's unit of every turn, or None, and the number of forwards that all ranks run in it."""
+    """Yields this rank's unit of every turn, or None, and the number of forwards that all ranks run
+    in it."""
     for start in range(0, len(units), ranks.world_size):
         turn = units[start : start + ranks.world_size]
         num_forwards = max(len(plan.micro_batches(unit)) for unit in turn)
         yield (turn[ranks.rank] if ranks.rank < len(turn) else None), num_forwards
 
 
-def cut_by_length(num_tokens: NDArray[np.int64], *, micro_batch_tokens: int) -> list[NDArray[np.int64]]:
-    """Returns index arrays, longest examples first, each within the padded token budget unless it holds one example."""
+def cut_by_length(
+    num_tokens: NDArray[np.int64], *, micro_batch_tokens: int
+) -> list[NDArray[np.int64]]:
+    """Returns index arrays, longest examples first, each within the padded token budget unless it
+    holds one example."""
     pieces: list[list[int]] = []
     for index in np.argsort(-num_tokens, kind="stable"):
-        if not pieces or (len(pieces[-1]) + 1) * int(num_tokens[pieces[-1][0]]) > micro_batch_tokens:
+        if (
+            not pieces
+            or (len(pieces[-1]) + 1) * int(num_tokens[pieces[-1][0]]) > micro_batch_tokens
+        ):
             pieces.append([])
         pieces[-1].append(int(index))
     return [np.array(piece, dtype=np.int64) for piece in pieces]
 
 
 class _Progress:
-    """Examples/s, tokens/s and the time left, of all ranks as far as rank 0 can tell: by units of its own."""
+    """Examples/s, tokens/s and the time left, of all ranks as far as rank 0 can tell: by units of
+    its own."""
 
     def __init__(self, ranks: Ranks, plan: WorkPlan, units: list[int], title: str):
         self._plan, self._is_main, self._title = plan, ranks.is_main, title
@@ -172,7 +209,11 @@ class _Progress:
         elif now - self._last_line > 30:
             self._last_line = now
             left = seconds * (self._total - done) / max(1, done)
-            print(f"{self._title}: about {done:,} of {self._total:,} examples, {rates}, {left / 60:.1f} min left", flush=True)
+            print(
+                f"{self._title}: about {done:,} of {self._total:,} examples, {rates},"
+                f" {left / 60:.1f} min left",
+                flush=True,
+            )
 
     def stop(self) -> None:
         if self._bar is not None:

@@ -1,10 +1,11 @@
 """The score tables as an artifact: written once, read by any run, refused where they do not fit.
 
-    perplexity.parquet   one row per checkpoint and example, checkpoints ascending, examples in the data's order
+    perplexity.parquet   one row per checkpoint and example, in the order of checkpoints and data
     confidence.parquet   one row per example, in the data's order
     not_finite.jsonl     infinite or NaN perplexities, where there are any
 
-Columns: PERPLEXITY_SCHEMA and CONFIDENCE_SCHEMA. Both files carry `ScoreMetadata` as JSON in their schema's metadata.
+Columns: PERPLEXITY_SCHEMA and CONFIDENCE_SCHEMA. Both files carry `ScoreMetadata` as JSON in their
+schema's metadata.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sftmix.confidence.definition import CONFIDENCE_SCHEMA, PERPLEXITY_SCHEMA, aggregate, confidence_ranks, perplexity
+from sftmix.confidence.definition import (
+    CONFIDENCE_SCHEMA,
+    PERPLEXITY_SCHEMA,
+    aggregate,
+    confidence_ranks,
+    perplexity,
+)
 from sftmix.confidence.table_files import (
     CONFIDENCE,
     NOT_FINITE,
@@ -40,14 +47,23 @@ from sftmix.storage.failures import accessing
 FORMAT = 1  # of the two tables
 KEY = b"sftmix"
 MAX_NAMED = 20  # ids in one message
-_KINDS = {"format": int, "mode": str, "models": list, "checkpoints": list, "fingerprints": dict, "dataset": list, "versions": dict}
+_KINDS = {
+    "format": int,
+    "mode": str,
+    "models": list,
+    "checkpoints": list,
+    "fingerprints": dict,
+    "dataset": list,
+    "versions": dict,
+}
 
 
 @dataclass(frozen=True)
 class ScoreMetadata:
-    """mode: checkpoints, live, online or models. models: what was scored with (path, revision, architecture).
-    checkpoints: steps of the reference run, or the models' numbers. fingerprints: tokenizer, template, mask_policy, max_length,
-    dtype, data. dataset: names of the sources. versions, commit: of the packages and the code that scored."""
+    """mode: checkpoints, live, online or models. models: what was scored with (path, revision,
+    architecture). checkpoints: steps of the reference run, or the models' numbers. fingerprints:
+    tokenizer, template, mask_policy, max_length, dtype, data. dataset: names of the sources.
+    versions, commit: of the packages and the code that scored."""
 
     mode: str
     models: list[dict[str, Any]]
@@ -64,25 +80,34 @@ class ScoreMetadata:
 
     @classmethod
     def of_file(cls, path: Path) -> ScoreMetadata | None:
-        """Returns what a Parquet file says of itself; None if it was not written by sftmix. Raises ArtifactError."""
+        """Returns what a Parquet file says of itself; None if it was not written by sftmix. Raises
+        ArtifactError."""
         content = (read_schema(path).metadata or {}).get(KEY)
         if content is None:
             return None
         try:
             found = json.loads(content)
         except ValueError as error:
-            raise ArtifactError(f"{path}: its sftmix metadata is not JSON ({error}). Get the table again.") from None
+            raise ArtifactError(
+                f"{path}: its sftmix metadata is not JSON ({error}). Get the table again."
+            ) from None
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             version = found.get("format") if isinstance(found, dict) else found
-            raise ArtifactError(f"{path}: the format of its sftmix metadata is {version!r}; this version reads {FORMAT}. Update sftmix.")
+            raise ArtifactError(
+                f"{path}: the format of its sftmix metadata is {version!r}; this version reads"
+                f" {FORMAT}. Update sftmix."
+            )
         names = {field.name for field in fields(cls)}
-        wrong = sorted(names ^ set(found)) or [name for name, kind in _KINDS.items() if not isinstance(found[name], kind)]
+        wrong = sorted(names ^ set(found)) or [
+            name for name, kind in _KINDS.items() if not isinstance(found[name], kind)
+        ]
         for name, kind in (("checkpoints", int), ("models", dict)) if not wrong else ():
             if not found[name] or not all(isinstance(item, kind) for item in found[name]):
                 wrong.append(name)
         if wrong:
             raise ArtifactError(
-                f"{path}: in its sftmix metadata, {', '.join(wrong)} is missing, unknown, empty or of a wrong type. Get it again."
+                f"{path}: in its sftmix metadata, {', '.join(wrong)} is missing, unknown, empty or"
+                " of a wrong type. Get it again."
             )
         return cls(**found)
 
@@ -92,7 +117,8 @@ MEANING = "minus the perplexity of a response; -1 is the highest possible"
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """mean_confidence: over the finite ones, NaN for none. not_finite: the first 20 ids; all are in not_finite.jsonl."""
+    """mean_confidence: over the finite ones, NaN for none. not_finite: the first 20 ids; all are in
+    not_finite.jsonl."""
 
     num_examples: int
     num_checkpoints: int
@@ -102,11 +128,15 @@ class ScoreSummary:
 
     def lines(self) -> list[str]:
         """Returns what is shown on screen."""
-        sizes = f"{counted(self.num_examples, 'example')}, {counted(self.num_checkpoints, 'checkpoint')}"
+        sizes = (
+            f"{counted(self.num_examples, 'example')},"
+            f" {counted(self.num_checkpoints, 'checkpoint')}"
+        )
         lines = [f"{sizes}, mean confidence {self.mean_confidence:.4g} ({MEANING})"]
         if self.num_not_finite:
             lines.append(
-                f"{counted(self.num_not_finite, 'has', 'have')} no finite confidence ({NOT_FINITE}), first: {', '.join(self.not_finite)}"
+                f"{counted(self.num_not_finite, 'has', 'have')} no finite confidence"
+                f" ({NOT_FINITE}), first: {', '.join(self.not_finite)}"
             )
         return lines
 
@@ -121,16 +151,30 @@ def write_scores(
 ) -> ScoreSummary:
     """Writes both tables into an existing folder; the caller publishes it.
 
-    num_response_tokens: (N,) int64, at least 1. nll_sum: each checkpoint of the metadata to (N,) float64 sums in nats.
+    num_response_tokens: (N,) int64, at least 1. nll_sum: each checkpoint of the metadata to (N,)
+    float64 sums in nats.
     """
     ids, num_examples = string_column(example_ids), len(example_ids)
-    assert sorted(nll_sum) == sorted(metadata.checkpoints), f"{sorted(nll_sum)=} {metadata.checkpoints=}"
-    assert all(len(sums) == num_examples == len(num_response_tokens) for sums in nll_sum.values()), "one sum per example"
-    assert (num_response_tokens > 0).all() and pc.count_distinct(ids).as_py() == num_examples, "ids are unique, responses not empty"
+    assert sorted(nll_sum) == sorted(metadata.checkpoints), (
+        f"{sorted(nll_sum)=} {metadata.checkpoints=}"
+    )
+    assert all(
+        len(sums) == num_examples == len(num_response_tokens) for sums in nll_sum.values()
+    ), "one sum per example"
+    assert (num_response_tokens > 0).all() and pc.count_distinct(ids).as_py() == num_examples, (
+        "ids are unique, responses not empty"
+    )
     # Ids do not repeat inside a row group: a dictionary of them would only cost.
-    written: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["checkpoint"], "write_page_checksum": True}
+    written: dict[str, Any] = {
+        "compression": "zstd",
+        "use_dictionary": ["checkpoint"],
+        "write_page_checksum": True,
+    }
     schema = metadata.to_schema(PERPLEXITY_SCHEMA)
-    with accessing(folder / PERPLEXITY), pq.ParquetWriter(folder / PERPLEXITY, schema, **written) as writer:
+    with (
+        accessing(folder / PERPLEXITY),
+        pq.ParquetWriter(folder / PERPLEXITY, schema, **written) as writer,
+    ):
         for step in sorted(nll_sum):
             all_sums = nll_sum[step]
             for start in range(0, num_examples, ROWS_PER_GROUP):
@@ -138,7 +182,9 @@ def write_scores(
                 sums = np.asarray(all_sums[start : start + ROWS_PER_GROUP], dtype=np.float64)
                 steps = np.full(len(counts), step, dtype=np.int64)
                 part = ids.slice(start, len(counts))
-                writer.write_table(pa.table([part, steps, sums, counts, perplexity(sums, counts)], schema=schema))
+                writer.write_table(
+                    pa.table([part, steps, sums, counts, perplexity(sums, counts)], schema=schema)
+                )
     scores = aggregate(nll_sum, num_response_tokens)
     ranks = confidence_ranks(ids, scores.confidence)
     columns = [ids, scores.confidence, scores.variability, scores.minimum, scores.maximum, ranks]
@@ -147,10 +193,19 @@ def write_scores(
         pq.write_table(table, folder / CONFIDENCE, row_group_size=ROWS_PER_GROUP, **written)
     bad = np.flatnonzero(~np.isfinite(scores.confidence))
     if len(bad):
-        write_jsonl(folder / NOT_FINITE, _not_finite(bad, ids, scores.confidence, num_response_tokens, nll_sum))
+        write_jsonl(
+            folder / NOT_FINITE,
+            _not_finite(bad, ids, scores.confidence, num_response_tokens, nll_sum),
+        )
     finite = scores.confidence[np.isfinite(scores.confidence)]
     mean = float(finite.mean()) if len(finite) else float("nan")
-    return ScoreSummary(num_examples, len(nll_sum), mean, len(bad), [ids[int(row)].as_py() for row in bad[:MAX_NAMED]])
+    return ScoreSummary(
+        num_examples,
+        len(nll_sum),
+        mean,
+        len(bad),
+        [ids[int(row)].as_py() for row in bad[:MAX_NAMED]],
+    )
 
 
 def _not_finite(
@@ -160,18 +215,28 @@ def _not_finite(
     num_response_tokens: NDArray[np.int64],
     nll_sum: Mapping[int, NDArray[np.float64]],
 ) -> Iterator[dict[str, Any]]:
-    """Yields a line for every infinite or NaN perplexity. Where only the sum over the checkpoints exceeds float64: no checkpoint."""
-    values = {step: perplexity(nll_sum[step][rows], num_response_tokens[rows]) for step in sorted(nll_sum)}
+    """Yields a line for every infinite or NaN perplexity. Where only the sum over the checkpoints
+    exceeds float64: no checkpoint."""
+    values = {
+        step: perplexity(nll_sum[step][rows], num_response_tokens[rows]) for step in sorted(nll_sum)
+    }
     for place, row in enumerate(rows):
-        bad: dict[int | None, float] = {step: found[place] for step, found in values.items() if not np.isfinite(found[place])}
+        bad: dict[int | None, float] = {
+            step: found[place] for step, found in values.items() if not np.isfinite(found[place])
+        }
         for step, value in (bad or {None: -confidence[row]}).items():
-            yield {"example_id": ids[int(row)].as_py(), "checkpoint": step, "perplexity": str(value)}  # JSON has no infinity
+            yield {
+                "example_id": ids[int(row)].as_py(),
+                "checkpoint": step,
+                "perplexity": str(value),
+            }  # JSON has no infinity
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """A table that was found; its columns are read when asked for. source: as the user named it. path: of the file with one row
-    per example. metadata: None for a table from elsewhere. column: what is taken for the confidence."""
+    """A table that was found; its columns are read when asked for. source: as the user named it.
+    path: of the file with one row per example. metadata: None for a table from elsewhere. column:
+    what is taken for the confidence."""
 
     source: str
     path: Path
@@ -181,16 +246,23 @@ class ScoreTable:
 
     @cached_property
     def example_ids(self) -> pa.ChunkedArray:
-        """(N,) strings. Raises ArtifactError for a row without one, and for an id that stands twice."""
+        """(N,) strings. Raises ArtifactError for a row without one, and for an id that stands
+        twice."""
         ids = read_column(self.path, "example_id", pa.string())
         if ids.null_count:
             rows = counted(ids.null_count, "row has", "rows have")
-            raise ArtifactError(f"{self.path}: {rows} no example_id. Every row needs one; fill or remove such rows.")
+            raise ArtifactError(
+                f"{self.path}: {rows} no example_id. Every row needs one; fill or remove such rows."
+            )
         if pc.count_distinct(ids).as_py() < len(ids):
             times = pc.value_counts(ids)
-            twice = [str(pair["values"]) for pair in times.filter(pc.greater(times.field("counts"), 1)).to_pylist()]
+            twice = [
+                str(pair["values"])
+                for pair in times.filter(pc.greater(times.field("counts"), 1)).to_pylist()
+            ]
             raise ArtifactError(
-                f"{self.path}: {counted(len(twice), 'id stands', 'ids stand')} in several rows ({named(twice)}). Keep one row of each."
+                f"{self.path}: {counted(len(twice), 'id stands', 'ids stand')} in several rows"
+                f" ({named(twice)}). Keep one row of each."
             )
         return ids
 
@@ -201,51 +273,79 @@ class ScoreTable:
 
     @cached_property
     def confidence(self) -> pa.Table:
-        """The columns of CONFIDENCE_SCHEMA. Where another column stands for the confidence, the rank is its own, and what is not
-        known is null."""
+        """The columns of CONFIDENCE_SCHEMA. Where another column stands for the confidence, the
+        rank is its own, and what is not known is null."""
         is_ours = self.metadata is not None and self.column == "confidence"
         has = set(read_schema(self.path).names) if self.column == "confidence" else set()
         columns: dict[str, Any] = {"example_id": self.example_ids, "confidence": self.values}
         for name in ("variability", "minimum", "maximum"):
             is_there = is_ours or name in has
-            columns[name] = read_column(self.path, name, pa.float64()) if is_there else pa.nulls(len(self.values), pa.float64())
-        rank = read_column(self.path, "rank", pa.int64()) if is_ours else confidence_ranks(self.example_ids, self.values)
-        schema = self.metadata.to_schema(CONFIDENCE_SCHEMA) if is_ours and self.metadata else CONFIDENCE_SCHEMA
+            columns[name] = (
+                read_column(self.path, name, pa.float64())
+                if is_there
+                else pa.nulls(len(self.values), pa.float64())
+            )
+        rank = (
+            read_column(self.path, "rank", pa.int64())
+            if is_ours
+            else confidence_ranks(self.example_ids, self.values)
+        )
+        schema = (
+            self.metadata.to_schema(CONFIDENCE_SCHEMA)
+            if is_ours and self.metadata
+            else CONFIDENCE_SCHEMA
+        )
         return pa.table([*columns.values(), rank], schema=schema)
 
     @cached_property
     def perplexity_path(self) -> Path:
-        """Where the other file is, with one row per checkpoint and example. Raises ArtifactError where it does not belong to this one."""
+        """Where the other file is, with one row per checkpoint and example. Raises ArtifactError
+        where it does not belong to this one."""
         path = locate(self.source, self.revision, PERPLEXITY)
         metadata = ScoreMetadata.of_file(path)
         if metadata is None or metadata != self.metadata:
-            raise ArtifactError(f"{path} was not written together with {self.path} (their metadata differ). Get the table again.")
-        num_rows, expected = pq.read_metadata(path).num_rows, len(self.example_ids) * len(metadata.checkpoints)
+            raise ArtifactError(
+                f"{path} was not written together with {self.path} (their metadata differ). Get the"
+                " table again."
+            )
+        num_rows, expected = (
+            pq.read_metadata(path).num_rows,
+            len(self.example_ids) * len(metadata.checkpoints),
+        )
         if num_rows != expected:
             raise ArtifactError(
-                f"{path} has {counted(num_rows, 'row')}; {counted(len(self.example_ids), 'example')} under "
-                f"{counted(len(metadata.checkpoints), 'checkpoint')} "
-                f"are {expected:,}. Get the table again."
+                f"{path} has {counted(num_rows, 'row')};"
+                f" {counted(len(self.example_ids), 'example')} under"
+                f" {counted(len(metadata.checkpoints), 'checkpoint')} are {expected:,}. Get the"
+                " table again."
             )
         return path
 
 
-def read_scores(source: str | Path, revision: str | None = None, *, column: str | None = None) -> ScoreTable:
-    """Returns the table of a folder, of a Hub dataset (at `revision`), or of a Parquet file. A manifest in the folder is verified.
+def read_scores(
+    source: str | Path, revision: str | None = None, *, column: str | None = None
+) -> ScoreTable:
+    """Returns the table of a folder, of a Hub dataset (at `revision`), or of a Parquet file. A
+    manifest in the folder is verified.
 
-    `column` is taken for the confidence (higher is more confident); it must be named for a table without sftmix metadata.
-    Raises ArtifactError for a table that is not there, damaged, or of another make.
+    `column` is taken for the confidence (higher is more confident); it must be named for a table
+    without sftmix metadata. Raises ArtifactError for a table that is not there, damaged, or of
+    another make.
     """
     if revision is not None and Path(source).exists():
-        raise ArtifactError(f"{source} is on this machine, and revision {revision!r} belongs to a table on the Hub. Leave it out.")
+        raise ArtifactError(
+            f"{source} is on this machine, and revision {revision!r} belongs to a table on the Hub."
+            " Leave it out."
+        )
     if Path(source).is_dir() and (Path(source) / artifacts.MANIFEST).is_file():
         artifacts.verify(Path(source))
     path = locate(str(source), revision, CONFIDENCE)
     metadata = ScoreMetadata.of_file(path)
     if metadata is None and column is None:
         raise ArtifactError(
-            f"{path} has no sftmix metadata, so nothing says what its scores were made with. If it is a table of your own, name the "
-            "column to take for the confidence (`confidence.scores_column=quality`)."
+            f"{path} has no sftmix metadata, so nothing says what its scores were made with. If it"
+            " is a table of your own, name the column to take for the confidence"
+            " (`confidence.scores_column=quality`)."
         )
     return ScoreTable(str(source), path, metadata, column or "confidence", revision)
 
@@ -261,51 +361,87 @@ def fit_scores(
 ) -> NDArray[np.int64]:
     """Returns the row of the table for each example, (N,) int64, in the order of `example_ids`.
 
-    fingerprints: of the data, as in ScoreMetadata; `data` itself is not compared, its ids are. A table without metadata cannot be
-    compared; that is printed. Raises ArtifactError for other fingerprints that are not in `allow_differences`, for missing or
-    surplus ids, and for confidences that are not finite unless allowed. `report_to` takes all ids of which a message names 20.
+    fingerprints: of the data, as in ScoreMetadata; `data` itself is not compared, its ids are. A
+    table without metadata cannot be compared; that is printed. Raises ArtifactError for other
+    fingerprints that are not in `allow_differences`, for missing or surplus ids, and for
+    confidences that are not finite unless allowed. `report_to` takes all ids of which a message
+    names 20.
     """
     if report_to is not None:
         report_to.unlink(missing_ok=True)  # of an earlier attempt
     if table.metadata is None:
-        print(f"  {table.source} has no sftmix metadata: only its ids are compared with the data, not how it was made")
+        print(
+            f"  {table.source} has no sftmix metadata: only its ids are compared with the data, not"
+            " how it was made"
+        )
     else:
         theirs = table.metadata.fingerprints
-        differ = [key for key in sorted({*theirs, *fingerprints} - {"data"}) if theirs.get(key) != fingerprints.get(key)]
+        differ = [
+            key
+            for key in sorted({*theirs, *fingerprints} - {"data"})
+            if theirs.get(key) != fingerprints.get(key)
+        ]
         refused = [key for key in differ if key not in allow_differences]
         if refused:
-            found = "; ".join(f"{key} is {theirs.get(key)!r} in the table, {fingerprints.get(key)!r} for the data" for key in refused)
+            found = "; ".join(
+                f"{key} is {theirs.get(key)!r} in the table, {fingerprints.get(key)!r} for the data"
+                for key in refused
+            )
             raise ArtifactError(
-                f"{table.source} was made with other settings than this data: {found}. Score this data itself (`sftmix score CONFIG`), "
-                f"or take the table all the same with confidence.allow_differences=[{','.join([*allow_differences, *refused])}]."
+                f"{table.source} was made with other settings than this data: {found}. Score this"
+                " data itself (`sftmix score CONFIG`), or take the table all the same with"
+                f" confidence.allow_differences=[{','.join([*allow_differences, *refused])}]."
             )
     rows = match_rows(table, example_ids, report_to=report_to)
     bad = rows[~np.isfinite(table.values[rows])]
     if len(bad) and not allow_not_finite:
-        records = [{"example_id": table.example_ids[int(row)].as_py(), table.column: str(table.values[row])} for row in bad]
+        records = [
+            {
+                "example_id": table.example_ids[int(row)].as_py(),
+                table.column: str(table.values[row]),
+            }
+            for row in bad
+        ]
         where = _report(report_to, ({**record, "problem": "not finite"} for record in records))
         raise ArtifactError(
-            f"{table.source}: the {table.column} of {counted(len(bad), 'example')} is infinite, NaN or null "
-            f"({named([str(record['example_id']) for record in records])}){where}. They cannot be ranked: score them again, or remove "
-            "these examples from the data and the table."
+            f"{table.source}: the {table.column} of {counted(len(bad), 'example')} is infinite, NaN"
+            f" or null ({named([str(record['example_id']) for record in records])}){where}. They"
+            " cannot be ranked: score them again, or remove these examples from the data and the"
+            " table."
         )
     return rows
 
 
-def match_rows(table: ScoreTable, example_ids: Sequence[str] | pa.ChunkedArray, *, report_to: Path | None = None) -> NDArray[np.int64]:
-    """Returns the row of each id, (N,) int64. Raises ArtifactError for ids that the table lacks or adds."""
+def match_rows(
+    table: ScoreTable,
+    example_ids: Sequence[str] | pa.ChunkedArray,
+    *,
+    report_to: Path | None = None,
+) -> NDArray[np.int64]:
+    """Returns the row of each id, (N,) int64. Raises ArtifactError for ids that the table lacks or
+    adds."""
     wanted, ids = string_column(example_ids), table.example_ids
-    rows: NDArray[np.int64] = pc.index_in(wanted, value_set=ids).fill_null(-1).to_numpy().astype(np.int64)
+    rows: NDArray[np.int64] = (
+        pc.index_in(wanted, value_set=ids).fill_null(-1).to_numpy().astype(np.int64)
+    )
     is_used = np.zeros(len(ids), dtype=bool)
     is_used[rows[rows >= 0]] = True
-    missing, surplus = wanted.filter(pa.array(rows < 0)).to_pylist(), ids.filter(pa.array(~is_used)).to_pylist()
+    missing, surplus = (
+        wanted.filter(pa.array(rows < 0)).to_pylist(),
+        ids.filter(pa.array(~is_used)).to_pylist(),
+    )
     if missing or surplus:
         problems = (("missing", missing), ("surplus", surplus))
-        where = _report(report_to, ({"example_id": i, "problem": problem} for problem, found in problems for i in found))
+        where = _report(
+            report_to,
+            ({"example_id": i, "problem": problem} for problem, found in problems for i in found),
+        )
         raise ArtifactError(
-            f"{table.source} does not fit the data: {counted(len(missing), 'example has', 'examples have')} no score ({named(missing)}), "
-            f"{counted(len(surplus), 'score has', 'scores have')} no example ({named(surplus)}){where}. "
-            "Score this data itself (`sftmix score CONFIG`), or use the data that the table was made from."
+            f"{table.source} does not fit the data:"
+            f" {counted(len(missing), 'example has', 'examples have')} no score ({named(missing)}),"
+            f" {counted(len(surplus), 'score has', 'scores have')} no example"
+            f" ({named(surplus)}){where}. Score this data itself (`sftmix score CONFIG`), or use"
+            " the data that the table was made from."
         )
     return rows
 
@@ -334,7 +470,8 @@ def _floats(column: pa.ChunkedArray) -> NDArray[np.float64]:
 
 
 def read_confidence(path: Path, example_ids: pa.ChunkedArray) -> NDArray[np.float64]:
-    """Returns the (N,) confidences of a table of this run, in the order of `example_ids`; infinite and NaN ones as they are.
+    """Returns the (N,) confidences of a table of this run, in the order of `example_ids`; infinite
+    and NaN ones as they are.
 
     Raises ArtifactError where the table lacks or adds an example, or cannot be read.
     """

@@ -1,4 +1,5 @@
-"""The files of a score table: where they are, and their columns, checked as they are read. Knows nothing of what they mean."""
+"""The files of a score table: where they are, and their columns, checked as they are read. Knows
+nothing of what they mean."""
 
 from __future__ import annotations
 
@@ -11,41 +12,62 @@ import pyarrow.parquet as pq
 from sftmix.errors import ArtifactError, ConfigError
 
 PERPLEXITY, CONFIDENCE, NOT_FINITE = "perplexity.parquet", "confidence.parquet", "not_finite.jsonl"
-ROWS_PER_GROUP = 1 << 17  # a few MiB: what is held in memory beside the sums while a table is written
+# a few MiB: what is held in memory beside the sums while a table is written
+ROWS_PER_GROUP = 1 << 17
 UNREADABLE = (pa.ArrowException, OSError)  # a file that is cut off, damaged, or no Parquet
 
 
 def locate(source: str, revision: str | None, name: str) -> Path:
-    """Returns the path of one of the two files of a table. Raises ArtifactError where it is not there."""
+    """Returns the path of one of the two files of a table. Raises ArtifactError where it is not
+    there."""
     path = Path(source)
     if path.is_file():
         if name != CONFIDENCE:
-            raise ArtifactError(f"{source} is one file; this needs the folder with {PERPLEXITY} and {CONFIDENCE}. Give the folder.")
+            raise ArtifactError(
+                f"{source} is one file; this needs the folder with {PERPLEXITY} and {CONFIDENCE}."
+                " Give the folder."
+            )
         return path
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix == ".parquet"
+    looks_local = (
+        source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix == ".parquet"
+    )
     if not path.is_dir() and looks_local:
-        raise ArtifactError(f"{source} does not exist. Give a folder with {CONFIDENCE}, a Parquet file, or a Hub name (`owner/name`).")
+        raise ArtifactError(
+            f"{source} does not exist. Give a folder with {CONFIDENCE}, a Parquet file, or a Hub"
+            " name (`owner/name`)."
+        )
     folder = path if path.is_dir() else download(source, revision, name)
     if not (folder / name).is_file():
         inner = path / "confidence" / name
-        hint = f"Give {inner.parent}." if inner.is_file() else "Give a folder that `sftmix score` or `sftmix scores` wrote."
+        hint = (
+            f"Give {inner.parent}."
+            if inner.is_file()
+            else "Give a folder that `sftmix score` or `sftmix scores` wrote."
+        )
         raise ArtifactError(f"{source} holds no {name}. {hint}")
     return folder / name
 
 
 def refuse_existing(to: Path) -> None:
-    """Raises ConfigError for a target of `--to` that exists: nothing of a user's is ever replaced."""
+    """Raises ConfigError for a target of `--to` that exists: nothing of a user's is ever
+    replaced."""
     if to.exists():
         raise ConfigError(f"--to: {to} exists. Name a new folder.")
 
 
 def download(name: str, revision: str | None, file: str) -> Path:
-    """Returns a local folder with one file of a dataset repository on the Hub, if it is there. Nothing is unpickled or run."""
+    """Returns a local folder with one file of a dataset repository on the Hub, if it is there.
+    Nothing is unpickled or run."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=[file]))
-    except (OSError, ValueError) as error:  # the Hub's own errors, no connection; a name that cannot be one
+        return Path(
+            snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=[file])
+        )
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # the Hub's own errors, no connection; a name that cannot be one
         raise ArtifactError(
             f"{name} is no local folder, and the Hub does not give a dataset of this name"
             f"{f' at revision {revision}' if revision else ''} ({type(error).__name__}). "
@@ -62,18 +84,29 @@ def read_schema(path: Path) -> pa.Schema:
 
 
 def read_column(path: Path, name: str, kind: pa.DataType) -> pa.ChunkedArray:
-    """Returns one column as strings, float64 or int64. Raises ArtifactError for a missing one, another type, and damaged pages."""
+    """Returns one column as strings, float64 or int64. Raises ArtifactError for a missing one,
+    another type, and damaged pages."""
     schema = read_schema(path)
     if schema.names.count(name) != 1:
         found = "twice" if name in schema.names else "not"
-        raise ArtifactError(f"{path}: the column {name!r} is {found} there; it has {', '.join(schema.names)}. Name one that it has once.")
+        raise ArtifactError(
+            f"{path}: the column {name!r} is {found} there; it has {', '.join(schema.names)}. Name"
+            " one that it has once."
+        )
     is_text, is_whole = pa.types.is_string(kind), pa.types.is_integer(kind)
     given = schema.field(name).type
     value_type = given.value_type if pa.types.is_dictionary(given) else given
-    fits = _is_text(value_type) if is_text else pa.types.is_integer(given) or (not is_whole and _is_number(given))
+    fits = (
+        _is_text(value_type)
+        if is_text
+        else pa.types.is_integer(given) or (not is_whole and _is_number(given))
+    )
     if not fits:
         expected = "text" if is_text else "whole numbers" if is_whole else "numbers"
-        raise ArtifactError(f"{path}: the column {name!r} holds {given}; expected {expected}. Convert it, or name another column.")
+        raise ArtifactError(
+            f"{path}: the column {name!r} holds {given}; expected {expected}. Convert it, or name"
+            " another column."
+        )
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             column = file.read(columns=[name]).column(name).cast(kind, safe=is_text or is_whole)
@@ -81,26 +114,34 @@ def read_column(path: Path, name: str, kind: pa.DataType) -> pa.ChunkedArray:
         column.validate(full=True)  # text that is not UTF-8
     except UNREADABLE as error:
         raise unreadable(path, error) from None
-    if len(column) != num_rows:  # the header of a page is in no checksum, and what is not known as a page is passed over
+    # the header of a page is in no checksum, and what is not known as a page is passed over
+    if len(column) != num_rows:
         raise unreadable(path, f"{len(column)} of {num_rows} rows are in the column {name!r}.")
     return column
 
 
 def unreadable(path: Path, error: Exception | str) -> ArtifactError:
     """Returns the error of a file whose content cannot be trusted."""
-    return ArtifactError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())} Get the table again.")
+    return ArtifactError(
+        f"{path}: cannot be read as Parquet: {' '.join(str(error).split())} Get the table again."
+    )
 
 
 def string_column(values: Sequence[str] | pa.ChunkedArray) -> pa.ChunkedArray:
     """Returns strings as a column, in pieces: one Arrow array of strings ends at 2 GiB."""
     if isinstance(values, pa.ChunkedArray):
         return values
-    parts = [pa.array(values[start : start + ROWS_PER_GROUP], pa.string()) for start in range(0, len(values), ROWS_PER_GROUP)]
+    parts = [
+        pa.array(values[start : start + ROWS_PER_GROUP], pa.string())
+        for start in range(0, len(values), ROWS_PER_GROUP)
+    ]
     return pa.chunked_array(parts, pa.string())
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
 
 
 def _is_number(kind: pa.DataType) -> bool:

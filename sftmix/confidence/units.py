@@ -1,8 +1,9 @@
 """Scores on their way: one file per unit of work, each there whole or not at all.
 
-A unit is a fixed range of examples under one checkpoint, whatever the number of ranks. Its scores are written to a
-temporary file, flushed, renamed, and then vouched for by a manifest with size and SHA-256, written the same way.
-A shard without a manifest that fits does not exist: after a kill at any point, what is missing is scored again and nothing else.
+A unit is a fixed range of examples under one checkpoint, whatever the number of ranks. Its scores
+are written to a temporary file, flushed, renamed, and then vouched for by a manifest with size and
+SHA-256, written the same way. A shard without a manifest that fits does not exist: after a kill at
+any point, what is missing is scored again and nothing else.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ SCHEMA = pa.schema([("nll_sum", pa.float64()), ("num_misses", pa.int64())])
 
 @dataclass(frozen=True)
 class UnitScores:
-    """Of the examples of one unit, in dataset order. nll_sum: (n,) float64, nats over the response tokens.
-    num_misses: (n,) int64, response tokens that greedy decoding would have chosen otherwise."""
+    """Of the examples of one unit, in dataset order. nll_sum: (n,) float64, nats over the response
+    tokens. num_misses: (n,) int64, response tokens that greedy decoding would have chosen
+    otherwise."""
 
     nll_sum: NDArray[np.float64]
     num_misses: NDArray[np.int64]
@@ -37,7 +39,8 @@ class UnitScores:
 
 @dataclass(frozen=True)
 class UnitFolder:
-    """The shards of one checkpoint. fingerprint: of all that the scores depend on; shards with another are not ours."""
+    """The shards of one checkpoint. fingerprint: of all that the scores depend on; shards with
+    another are not ours."""
 
     folder: Path
     fingerprint: str
@@ -80,9 +83,16 @@ class UnitFolder:
         if manifest is None:
             return "not scored yet"
         data = self._data(unit)
-        if manifest.get("fingerprint") != self.fingerprint or manifest.get("num_examples") != num_examples:
+        if (
+            manifest.get("fingerprint") != self.fingerprint
+            or manifest.get("num_examples") != num_examples
+        ):
             return "made from something else"
-        if not data.is_file() or data.stat().st_size != manifest["size"] or sha256_of_file(data) != manifest["sha256"]:
+        if (
+            not data.is_file()
+            or data.stat().st_size != manifest["size"]
+            or sha256_of_file(data) != manifest["sha256"]
+        ):
             return "damaged"
         return None
 
@@ -94,8 +104,8 @@ class UnitFolder:
         return content if isinstance(content, dict) else None
 
     def pending(self, sizes: list[int]) -> list[int]:
-        """Returns the units that must be scored, of which `sizes` are the numbers of examples. What is damaged is set aside
-        under another name and said."""
+        """Returns the units that must be scored, of which `sizes` are the numbers of examples. What
+        is damaged is set aside under another name and said."""
         units = []
         for unit, size in enumerate(sizes):
             problem = self.problem(unit, size)
@@ -104,7 +114,10 @@ class UnitFolder:
             if problem == "damaged" and self._data(unit).exists():
                 aside = self._data(unit).with_suffix(".damaged")
                 self._data(unit).replace(aside)
-                print(f"  {self._data(unit)} is damaged: set aside as {aside.name}, and scored again", flush=True)
+                print(
+                    f"  {self._data(unit)} is damaged: set aside as {aside.name}, and scored again",
+                    flush=True,
+                )
             units.append(unit)
         return units
 

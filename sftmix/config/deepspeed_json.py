@@ -1,7 +1,7 @@
 """The DeepSpeed config of a run: a JSON file that the field's people know, completed from the YAML.
 
-DeepSpeed takes unknown top-level keys in silence (`zero_optimisation` runs stage 0), so they are refused
-here; and a value that contradicts the YAML is refused with both values named.
+DeepSpeed takes unknown top-level keys in silence (`zero_optimisation` runs stage 0), so they are
+refused here; and a value that contradicts the YAML is refused with both values named.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from sftmix.errors import ConfigError, did_you_mean
 # https://www.deepspeed.ai/docs/config-json/, as of DeepSpeed 0.19
 KNOWN_KEYS = frozenset(
     """
-    activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile
-    csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc
-    dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
-    gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline
-    prescale_gradients scheduler seq_parallel_communication_data_type sequence_parallel_size steps_per_print
-    tensor_parallel tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
-    use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb weight_quantization
-    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+    activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger
+    communication_data_type compile csv_monitor data_efficiency data_types dataloader_drop_last
+    datastates_ckpt disable_allgather disable_python_gc dump_state expert_parallel
+    flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
+    gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation
+    memory_breakdown optimizer pipeline prescale_gradients scheduler
+    seq_parallel_communication_data_type sequence_parallel_size steps_per_print tensor_parallel
+    tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
+    use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb
+    weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    zero_optimization
     """.split()
 )
 
@@ -44,7 +47,8 @@ OWNED_BY_SFTMIX = {
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
     """Returns the content of a file, or of one of the package (`deepspeed/zero3.json`).
 
-    Raises ConfigError where it is missing, no JSON object, or has a duplicate or unknown top-level key."""
+    Raises ConfigError where it is missing, no JSON object, or has a duplicate or unknown top-level
+    key."""
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
@@ -55,9 +59,13 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         return seen
 
     try:
-        content = json.loads(find_config(path).read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+        content = json.loads(
+            find_config(path).read_text(encoding="utf-8"), object_pairs_hook=no_duplicates
+        )
     except OSError as error:
-        raise ConfigError(f"engine.deepspeed: {path}: {error.strerror}. Give the path of a DeepSpeed JSON file.") from None
+        raise ConfigError(
+            f"engine.deepspeed: {path}: {error.strerror}. Give the path of a DeepSpeed JSON file."
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid JSON: {error}. Mend the file.") from None
     if not isinstance(content, dict):
@@ -65,15 +73,20 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     for key in content:
         if key not in KNOWN_KEYS:
             remedy = did_you_mean(key, KNOWN_KEYS, "Remove it.")
-            raise ConfigError(f"{path}: `{key}` is no key of DeepSpeed, which would ignore it in silence. {remedy}")
+            raise ConfigError(
+                f"{path}: `{key}` is no key of DeepSpeed, which would ignore it in silence."
+                f" {remedy}"
+            )
     return content
 
 
-def deepspeed_config(config: Config, *, precision: str, world_size: int, max_grad_norm: float) -> dict[str, Any]:
+def deepspeed_config(
+    config: Config, *, precision: str, world_size: int, max_grad_norm: float
+) -> dict[str, Any]:
     """Returns the complete config for `deepspeed.initialize`.
 
-    precision: "bf16", "fp16" or "fp32", already resolved. The batch sizes are nominal: the batch plan
-    decides how many micro-batches a step has, and the engine scales the loss itself.
+    precision: "bf16", "fp16" or "fp32", already resolved. The batch sizes are nominal: the batch
+    plan decides how many micro-batches a step has, and the engine scales the loss itself.
     """
     path = config.engine.deepspeed
     content = read_deepspeed_json(path) if path else {}
@@ -81,15 +94,39 @@ def deepspeed_config(config: Config, *, precision: str, world_size: int, max_gra
 
     for key, owner in OWNED_BY_SFTMIX.items():
         if content.pop(key, "auto") != "auto":
-            raise ConfigError(f'{where}: `{key}` is set here, but the YAML decides it ({owner}). Remove it, or write "auto".')
+            raise ConfigError(
+                f"{where}: `{key}` is set here, but the YAML decides it ({owner}). Remove it, or"
+                ' write "auto".'
+            )
     zero = _section(content, "zero_optimization", where)
-    _agree(zero, "stage", config.engine.zero_stage, f"{where}: zero_optimization.stage", "engine.zero_stage")
-    _agree(content, "gradient_clipping", max_grad_norm, f"{where}: gradient_clipping", "train.max_grad_norm")
+    _agree(
+        zero,
+        "stage",
+        config.engine.zero_stage,
+        f"{where}: zero_optimization.stage",
+        "engine.zero_stage",
+    )
+    _agree(
+        content,
+        "gradient_clipping",
+        max_grad_norm,
+        f"{where}: gradient_clipping",
+        "train.max_grad_norm",
+    )
     if "bfloat16" in content:
-        raise ConfigError(f"{where}: `bfloat16` is an old name, which DeepSpeed ignores beside `bf16`. Rename it to `bf16`.")
+        raise ConfigError(
+            f"{where}: `bfloat16` is an old name, which DeepSpeed ignores beside `bf16`. Rename it"
+            " to `bf16`."
+        )
     for name in ("bf16", "fp16"):
         section = _section(content, name, where)
-        _agree(section, "enabled", precision == name, f"{where}: {name}.enabled", f"engine.precision ({precision})")
+        _agree(
+            section,
+            "enabled",
+            precision == name,
+            f"{where}: {name}.enabled",
+            f"engine.precision ({precision})",
+        )
 
     # Gradients of the micro-batches are summed in float32 whatever the weights' dtype.
     _section(content, "data_types", where).setdefault("grad_accum_dtype", "fp32")
@@ -110,5 +147,8 @@ def _section(content: dict[str, Any], key: str, where: str) -> dict[str, Any]:
 def _agree(section: dict[str, Any], key: str, ours: Any, theirs_name: str, ours_name: str) -> None:
     theirs = section.get(key, "auto")
     if theirs != "auto" and (theirs != ours or isinstance(theirs, bool) != isinstance(ours, bool)):
-        raise ConfigError(f'{theirs_name} is {theirs!r}, but {ours_name} is {ours!r}. Make them equal, or write "auto" in the JSON.')
+        raise ConfigError(
+            f"{theirs_name} is {theirs!r}, but {ours_name} is {ours!r}. Make them equal, or write"
+            ' "auto" in the JSON.'
+        )
     section[key] = ours

@@ -15,19 +15,29 @@ Places = dict[KeyPath, str]  # key -> "file:line", or "override `...`"
 
 
 def explain(detail: Any, path: Path, places: Places) -> str:
-    """Returns one line for a mistake that pydantic found. detail: of `ValidationError.errors()`. path: of the config file."""
+    """Returns one line for a mistake that pydantic found. detail: of `ValidationError.errors()`.
+    path: of the config file."""
     location: KeyPath = tuple(detail["loc"])
-    place = next((places[location[:n]] for n in range(len(location), 0, -1) if location[:n] in places), str(path))
+    place = next(
+        (places[location[:n]] for n in range(len(location), 0, -1) if location[:n] in places),
+        str(path),
+    )
     name = dotted(location)
     match detail["type"]:
         case "extra_forbidden" if name == "base":
-            return f"{place}: `base` belongs into a file, where it names the files that it builds on. Remove it here."
+            return (
+                f"{place}: `base` belongs into a file, where it names the files that it builds on."
+                " Remove it here."
+            )
         case "extra_forbidden":
             known = _fields_at(location[:-1]) + (["base"] if len(location) == 1 else [])
             remedy = did_you_mean(str(location[-1]), known, f"Known keys here: {', '.join(known)}.")
             return f"{place}: `{name}` is an unknown key. {remedy}"
         case "missing":
-            return f"{place}: `{name}` is missing. Add it to the file, or give `{name}=...` on the command line."
+            return (
+                f"{place}: `{name}` is missing. Add it to the file, or give `{name}=...` on the"
+                " command line."
+            )
         case "value_error":
             where = f"`{name}`: " if name else ""
             return f"{place}: {where}{detail['ctx']['error']}."
@@ -43,7 +53,9 @@ def _fields_at(location: KeyPath) -> list[str]:
             continue
         annotation = model.model_fields[key].annotation
         candidates = [annotation, *get_args(annotation)]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+        model = next(
+            (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model
+        )
     return list(model.model_fields)
 
 

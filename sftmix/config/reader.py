@@ -1,7 +1,8 @@
-"""Read a YAML config with its bases and overrides. Every mistake is one line with file, line and remedy.
+"""Read a YAML config with its bases and overrides. Every mistake is one line with file, line and
+remedy.
 
-A file may name others to build on, `base: other.yaml` or a list of them, by paths relative to itself.
-They are merged in order, the file itself last (docs/recipes.md).
+A file may name others to build on, `base: other.yaml` or a list of them, by paths relative to
+itself. They are merged in order, the file itself last (docs/recipes.md).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ RUN_CONFIG = "config.yaml"  # in a run folder: the resolved config of what it ho
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which knows no Python types, with numbers such as 2e-6, which YAML 1.1 takes for text."""
+    """The safe loader, which knows no Python types, with numbers such as 2e-6, which YAML 1.1 takes
+    for text."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -32,16 +34,23 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, values: Mapping[str, Any] | None = None) -> Config:
-    """Returns the checked config of a YAML file merged over its bases, with `key.sub=value` overrides applied on top.
-    path: of the file, of a run folder, whose own config counts then, or the name of a config of the package.
-    values: what a command sets by itself, by dotted key, after the overrides.
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, values: Mapping[str, Any] | None = None
+) -> Config:
+    """Returns the checked config of a YAML file merged over its bases, with `key.sub=value`
+    overrides applied on top. path: of the file, of a run folder, whose own config counts then, or
+    the name of a config of the package. values: what a command sets by itself, by dotted key, after
+    the overrides.
 
-    Raises ConfigError for a missing file, YAML that does not parse, bases that name each other, a duplicate or
-    unknown key, a wrong type or value, and settings that contradict each other.
+    Raises ConfigError for a missing file, YAML that does not parse, bases that name each other, a
+    duplicate or unknown key, a wrong type or value, and settings that contradict each other.
     """
     folder = Path(path)
     is_run_folder = (folder / RUN_CONFIG).is_file()
@@ -58,15 +67,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, values: Mapp
         return Config.model_validate(raw)
     except ValidationError as error:
         # What `reference.train` inherits from `train` is reported where it stands.
-        inherited = {("train", *d["loc"][2:]) for d in error.errors() if d["loc"][:2] == ("reference", "train")}
+        inherited = {
+            ("train", *d["loc"][2:])
+            for d in error.errors()
+            if d["loc"][:2] == ("reference", "train")
+        }
         at_home = {d["loc"] for d in error.errors()} & inherited
-        details = [d for d in error.errors() if d["loc"][:2] != ("reference", "train") or ("train", *d["loc"][2:]) not in at_home]
+        details = [
+            d
+            for d in error.errors()
+            if d["loc"][:2] != ("reference", "train") or ("train", *d["loc"][2:]) not in at_home
+        ]
         raise ConfigError("\n".join(explain(detail, path, places) for detail in details)) from None
 
 
 def dump_config(config: Config) -> str:
     """Returns the resolved config as YAML; loading it again gives an equal config."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(
+        config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True
+    )
 
 
 def _read_with_bases(path: Path) -> tuple[dict[str, Any], Places]:
@@ -80,13 +99,23 @@ def _read_with_bases(path: Path) -> tuple[dict[str, Any], Places]:
     return merged, places
 
 
-def _layers(path: Path, chain: tuple[Path, ...], seen: set[Path]) -> list[tuple[dict[str, Any], Places]]:
-    """Returns the content of a file after that of its bases; a file that several name comes once, where it is named first."""
+def _layers(
+    path: Path, chain: tuple[Path, ...], seen: set[Path]
+) -> list[tuple[dict[str, Any], Places]]:
+    """Returns the content of a file after that of its bases; a file that several name comes once,
+    where it is named first."""
     raw, places = _read_yaml(path)
     base, place = raw.pop("base", []), places.get(("base",), "")
     names = [base] if isinstance(base, str) else base
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names) or (place and not names):
-        raise ConfigError(f"{place}: `base` is {base!r}; expected the path of a YAML file, relative to this one, or a list of them.")
+    if (
+        not isinstance(names, list)
+        or not all(isinstance(name, str) and name for name in names)
+        or (place and not names)
+    ):
+        raise ConfigError(
+            f"{place}: `base` is {base!r}; expected the path of a YAML file, relative to this one,"
+            " or a list of them."
+        )
     for inside in [key for key in places if key[0] == "base"]:
         del places[inside]
     chain = (*chain, path)
@@ -96,7 +125,9 @@ def _layers(path: Path, chain: tuple[Path, ...], seen: set[Path]) -> list[tuple[
         if not file.is_file():
             file = packaged(name) or file
         if not file.is_file():
-            raise ConfigError(f"{place}: `base` names {name}, but there is no file {file}. {nearest_config(file)}")
+            raise ConfigError(
+                f"{place}: `base` names {name}, but there is no file {file}. {nearest_config(file)}"
+            )
         ring = [known.resolve() for known in chain]
         if file.resolve() in ring:
             circle = " -> ".join(map(str, [*chain[ring.index(file.resolve()) :], file]))
@@ -113,8 +144,15 @@ def _beside(path: Path, name: str) -> Path:
     return short if short.resolve() == joined.resolve() else joined
 
 
-def _lay_over(below: dict[str, Any], places: Places, above: dict[str, Any], above_places: Places, prefix: KeyPath) -> None:
-    """Changes `below` and its places: mappings merge key by key, anything else replaces, null takes away what is below."""
+def _lay_over(
+    below: dict[str, Any],
+    places: Places,
+    above: dict[str, Any],
+    above_places: Places,
+    prefix: KeyPath,
+) -> None:
+    """Changes `below` and its places: mappings merge key by key, anything else replaces, null takes
+    away what is below."""
     for name, value in above.items():
         key = (*prefix, name)
         if isinstance(value, dict):
@@ -126,11 +164,14 @@ def _lay_over(below: dict[str, Any], places: Places, above: dict[str, Any], abov
             _lay_over(below[name], places, value, above_places, key)
             continue
         _forget(places, key)
-        if value is None and name in below and "architecture" not in prefix:  # in there, null is a value of transformers
+        # in there, null is a value of transformers
+        if value is None and name in below and "architecture" not in prefix:
             del below[name]
             continue
         below[name] = value
-        places.update({inside: place for inside, place in above_places.items() if inside[: len(key)] == key})
+        places.update(
+            {inside: place for inside, place in above_places.items() if inside[: len(key)] == key}
+        )
 
 
 def _forget(places: Places, key: KeyPath) -> None:
@@ -148,11 +189,19 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Places]:
         if node is not None:
             _record_places(node, (), path, places)
         raw = _Loader(text).get_single_data()
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:  # ValueError: no UTF-8, no date, too many digits
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+        OSError,
+    ) as error:  # ValueError: no UTF-8, no date, too many digits
         text = " ".join(str(error).split()).replace('"<unicode string>"', str(path))
         raise ConfigError(f"{path}: not valid YAML: {text}") from None
     if not isinstance(raw, dict) or node is None:
-        raise ConfigError(f"{path}: expected sections such as `run:`, `model:` and `data:`, found {type(raw).__name__}.")
+        raise ConfigError(
+            f"{path}: expected sections such as `run:`, `model:` and `data:`, found"
+            f" {type(raw).__name__}."
+        )
     return raw, places
 
 
@@ -161,10 +210,16 @@ def _record_places(node: yaml.Node, prefix: KeyPath, path: Path, places: Places)
         for key_node, value_node in node.value:
             place = f"{path}:{key_node.start_mark.line + 1}"
             if not isinstance(key_node, yaml.ScalarNode):
-                raise ConfigError(f"{place}: a key is a list or a mapping, expected a word such as `run`. Correct it.")
+                raise ConfigError(
+                    f"{place}: a key is a list or a mapping, expected a word such as `run`."
+                    " Correct it."
+                )
             key = (*prefix, key_node.value)
             if key in places:
-                raise ConfigError(f"{place}: `{dotted(key)}` stands twice (first at {places[key]}). Keep one of them.")
+                raise ConfigError(
+                    f"{place}: `{dotted(key)}` stands twice (first at {places[key]}). Keep one of"
+                    " them."
+                )
             places[key] = place
             _record_places(value_node, key, path, places)
     elif isinstance(node, yaml.SequenceNode):
@@ -176,11 +231,15 @@ def _record_places(node: yaml.Node, prefix: KeyPath, path: Path, places: Places)
 def _apply_override(raw: dict[str, Any], places: Places, override: str) -> None:
     name, equals, value = override.partition("=")
     if not equals or not name:
-        raise ConfigError(f"override `{override}`: expected `key.sub=value`, for example `train.epochs=1`.")
+        raise ConfigError(
+            f"override `{override}`: expected `key.sub=value`, for example `train.epochs=1`."
+        )
     try:
         parsed = _Loader(value).get_single_data() if value else None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"override `{override}`: the value is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"override `{override}`: the value is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
     _set(raw, places, name, parsed, f"override `{override}`")
 
 
@@ -191,7 +250,9 @@ def _set(raw: dict[str, Any], places: Places, name: str, value: Any, place: str)
     for depth, key in enumerate(keys[:-1]):
         if not isinstance(section.get(key), dict):
             if section.get(key) is not None:
-                raise ConfigError(f"{place}: `{'.'.join(keys[: depth + 1])}` is a value, not a section.")
+                raise ConfigError(
+                    f"{place}: `{'.'.join(keys[: depth + 1])}` is a value, not a section."
+                )
             section[key] = {}
         section = section[key]
     section[keys[-1]] = value
@@ -204,5 +265,9 @@ def _set(raw: dict[str, Any], places: Places, name: str, value: Any, place: str)
 def _inherit_train(raw: dict[str, Any]) -> None:
     """`reference.train` names only what differs from `train`."""
     reference = raw.get("reference")
-    if isinstance(reference, dict) and isinstance(reference.get("train"), dict) and isinstance(raw.get("train", {}), dict):
+    if (
+        isinstance(reference, dict)
+        and isinstance(reference.get("train"), dict)
+        and isinstance(raw.get("train", {}), dict)
+    ):
         reference["train"] = {**raw.get("train", {}), **reference["train"]}

@@ -1,7 +1,8 @@
 """The one schema. A run is described by one YAML file, checked here before anything is started.
 
-Every field is named, typed and described below; an unknown key is refused. `sftmix run CONFIG key=value`
-overrides single fields by their dotted name. Reading the file is in `sftmix/config/reader.py`.
+Every field is named, typed and described below; an unknown key is refused. `sftmix run CONFIG
+key=value` overrides single fields by their dotted name. Reading the file is in
+`sftmix/config/reader.py`.
 """
 
 from __future__ import annotations
@@ -27,98 +28,171 @@ DecayRate = Annotated[Float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), validate_default=True
+    )
 
 
 class RunConfig(Section):
     dir: Path = Field(description="Run folder: everything that the run makes goes here.")
-    seed: Int = Field(0, ge=0, lt=2**63, description="Seeds initial weights, data order, pairs and lam.")
+    seed: Int = Field(
+        0, ge=0, lt=2**63, description="Seeds initial weights, data order, pairs and lam."
+    )
 
 
 def _module_names(value: Any) -> Any:
-    is_list = isinstance(value, list) and value and all(isinstance(name, str) and name for name in value)
+    is_list = (
+        isinstance(value, list) and value and all(isinstance(name, str) and name for name in value)
+    )
     if value != "all-linear" and not is_list:
-        raise PydanticCustomError("module_names", "expected `all-linear` or a list of names of modules, for example [q_proj, v_proj]")
+        raise PydanticCustomError(
+            "module_names",
+            "expected `all-linear` or a list of names of modules, for example [q_proj, v_proj]",
+        )
     return value
 
 
 class LoraConfig(Section):
-    rank: Int = Field(16, ge=1, description="Inner size of an adapter: its product B A has this rank.")
+    rank: Int = Field(
+        16, ge=1, description="Inner size of an adapter: its product B A has this rank."
+    )
     alpha: Float = Field(32.0, gt=0, description="The product is scaled by alpha / rank.")
-    dropout: DecayRate = Field(0.0, description="Share of an adapter's inputs that is set to zero in training.")
-    target_modules: Annotated[Literal["all-linear"] | list[str], PlainValidator(_module_names)] = Field(
-        "all-linear", description="Ends of names of linear modules (`[q_proj, v_proj]`); default: every linear module but the head."
+    dropout: DecayRate = Field(
+        0.0, description="Share of an adapter's inputs that is set to zero in training."
+    )
+    target_modules: Annotated[Literal["all-linear"] | list[str], PlainValidator(_module_names)] = (
+        Field(
+            "all-linear",
+            description=(
+                "Ends of names of linear modules (`[q_proj, v_proj]`); default: every linear module"
+                " but the head."
+            ),
+        )
     )
 
 
 class ModelConfig(Section):
-    path: str | None = Field(None, description="Folder or Hub name of a Hugging Face causal language model.")
+    path: str | None = Field(
+        None, description="Folder or Hub name of a Hugging Face causal language model."
+    )
     architecture: dict[str, Any] | None = Field(
         None,
-        description="Instead of a path: a Hugging Face config (`model_type: llama`, sizes) with random weights. "
-        "`vocab_size` and token ids are filled in from the tokenizer where they are not given.",
+        description=(
+            "Instead of a path: a Hugging Face config (`model_type: llama`, sizes) with random"
+            " weights. `vocab_size` and token ids are filled in from the tokenizer where they are"
+            " not given."
+        ),
     )
     revision: str | None = Field(None, description="Commit, tag or branch on the Hub.")
-    trust_remote_code: bool = Field(False, description="Run model code that comes with the weights. Off unless you trust it.")
-    attn_implementation: str | None = Field(None, description="Attention of transformers: sdpa, eager, flash_attention_2, ...")
-    lora: LoraConfig | None = Field(None, description="Train low-rank adapters beside frozen weights; default: train all weights.")
+    trust_remote_code: bool = Field(
+        False, description="Run model code that comes with the weights. Off unless you trust it."
+    )
+    attn_implementation: str | None = Field(
+        None, description="Attention of transformers: sdpa, eager, flash_attention_2, ..."
+    )
+    lora: LoraConfig | None = Field(
+        None,
+        description="Train low-rank adapters beside frozen weights; default: train all weights.",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
         if (self.path is None) == (self.architecture is None):
-            raise ValueError("give exactly one of `path` (weights) and `architecture` (random weights)")
+            raise ValueError(
+                "give exactly one of `path` (weights) and `architecture` (random weights)"
+            )
         if self.architecture is not None and "model_type" not in self.architecture:
             raise ValueError("`architecture` needs a `model_type`, for example `llama`")
         return self
 
 
 class TokenizerTrainConfig(Section):
-    vocab_size: Int = Field(4000, ge=300, description="Pieces of the SentencePiece model, the 256 byte pieces included.")
+    vocab_size: Int = Field(
+        4000, ge=300, description="Pieces of the SentencePiece model, the 256 byte pieces included."
+    )
     model_type: Literal["bpe"] = Field("bpe", description="SentencePiece algorithm.")
 
 
 class TokenizerConfig(Section):
     path: str | None = Field(None, description="Folder or Hub name; default: the model's.")
-    train: TokenizerTrainConfig | None = Field(None, description="Train a SentencePiece tokenizer on the training data instead.")
+    train: TokenizerTrainConfig | None = Field(
+        None, description="Train a SentencePiece tokenizer on the training data instead."
+    )
     chat_template: str | None = Field(
         None,
-        description="Name of a built-in template (`alpaca`, `chatml`) or a Jinja file; default: the tokenizer's own, "
-        "or `alpaca` where it has none.",
+        description=(
+            "Name of a built-in template (`alpaca`, `chatml`) or a Jinja file; default: the"
+            " tokenizer's own, or `alpaca` where it has none."
+        ),
     )
 
 
 class DataSource(Section):
-    path: str = Field(description="File (.json, .jsonl, .csv, .parquet; also .gz, .xz, .zst), saved `datasets` folder, or Hub name.")
-    format: str = Field("auto", description="auto, alpaca, prompt, qa, dolly, messages or sharegpt.")
-    columns: dict[str, str] = Field(default_factory=dict, description="Column of the file for each field of the format.")
+    path: str = Field(
+        description=(
+            "File (.json, .jsonl, .csv, .parquet; also .gz, .xz, .zst), saved `datasets` folder, or"
+            " Hub name."
+        )
+    )
+    format: str = Field(
+        "auto", description="auto, alpaca, prompt, qa, dolly, messages or sharegpt."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Column of the file for each field of the format."
+    )
     split: str = Field("train", description="Split of a Hub dataset or a saved DatasetDict.")
-    weight: Float = Field(1.0, gt=0, description="Share of this source's examples that is used; 2.0 uses each twice.")
+    weight: Float = Field(
+        1.0, gt=0, description="Share of this source's examples that is used; 2.0 uses each twice."
+    )
 
 
 class GeneratorConfig(Section):
-    num_train: Int = Field(3000, ge=4, le=40_000, description="Training examples; there are about 59,000 distinct ones.")
+    num_train: Int = Field(
+        3000,
+        ge=4,
+        le=40_000,
+        description="Training examples; there are about 59,000 distinct ones.",
+    )
     num_held_out: Int = Field(300, ge=2, le=10_000, description="Held-out examples, never noisy.")
     noisy_share: Share = Field(0.15, description="Share of training examples with a wrong answer.")
 
 
 class DataConfig(Section):
-    path: str | None = Field(None, description="One source; shorthand for `sources` with one entry.")
-    sources: list[DataSource] = Field(default_factory=list, description="Several sources, mixed by weight.")
-    generator: GeneratorConfig | None = Field(None, description="Instead of a source: generated toy skills (no download).")
+    path: str | None = Field(
+        None, description="One source; shorthand for `sources` with one entry."
+    )
+    sources: list[DataSource] = Field(
+        default_factory=list, description="Several sources, mixed by weight."
+    )
+    generator: GeneratorConfig | None = Field(
+        None, description="Instead of a source: generated toy skills (no download)."
+    )
     format: str = Field("auto", description="Format of `path`.")
     columns: dict[str, str] = Field(default_factory=dict, description="Column mapping of `path`.")
-    limit: Int | None = Field(None, ge=2, description="Use this many examples, drawn with the seed, instead of all.")
-    held_out_share: Share = Field(0.02, description="Share of the examples kept for held-out evaluation.")
-    max_length: Int = Field(2048, ge=4, description="Tokens per example; the rest is cut off and listed.")
-    overlong: Literal["truncate", "drop", "error"] = Field("truncate", description="What to do with a longer example.")
+    limit: Int | None = Field(
+        None, ge=2, description="Use this many examples, drawn with the seed, instead of all."
+    )
+    held_out_share: Share = Field(
+        0.02, description="Share of the examples kept for held-out evaluation."
+    )
+    max_length: Int = Field(
+        2048, ge=4, description="Tokens per example; the rest is cut off and listed."
+    )
+    overlong: Literal["truncate", "drop", "error"] = Field(
+        "truncate", description="What to do with a longer example."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
         given = [name for name in ("path", "sources", "generator") if getattr(self, name)]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of `path`, `sources` and `generator`; found {given or 'none'}")
+            raise ValueError(
+                f"give exactly one of `path`, `sources` and `generator`; found {given or 'none'}"
+            )
         if self.path is None and (self.columns or self.format != "auto"):
-            raise ValueError("`format` and `columns` belong to `path`; with `sources`, give them to each source")
+            raise ValueError(
+                "`format` and `columns` belong to `path`; with `sources`, give them to each source"
+            )
         return self
 
     @property
@@ -130,22 +204,43 @@ class DataConfig(Section):
 
 class TrainConfig(Section):
     epochs: Int = Field(3, ge=1, le=100_000, description="Passes over the training examples.")
-    batch_size: Int = Field(32, ge=1, description="Examples per optimiser step, over all ranks and micro-batches.")
-    micro_batch_tokens: Int = Field(8192, ge=1, description="Token budget of one forward, padding included.")
+    batch_size: Int = Field(
+        32, ge=1, description="Examples per optimiser step, over all ranks and micro-batches."
+    )
+    micro_batch_tokens: Int = Field(
+        8192, ge=1, description="Token budget of one forward, padding included."
+    )
     learning_rate: Float = Field(2e-6, gt=0, description="Peak learning rate of AdamW.")
-    weight_decay: Float = Field(0.1, ge=0, description="Applied to matrices; not to biases and norm weights.")
-    adam_betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.999), description="Decay rates of AdamW's moments.")
+    weight_decay: Float = Field(
+        0.1, ge=0, description="Applied to matrices; not to biases and norm weights."
+    )
+    adam_betas: tuple[DecayRate, DecayRate] = Field(
+        (0.9, 0.999), description="Decay rates of AdamW's moments."
+    )
     adam_eps: Float = Field(1e-8, gt=0, description="Added to AdamW's denominator.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="After the warm-up.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="After the warm-up."
+    )
     warmup_ratio: Share = Field(0.1, description="Share of the steps with rising learning rate.")
-    max_grad_norm: Float = Field(1.0, ge=0, description="Clips the global gradient norm; 0 switches clipping off.")
+    max_grad_norm: Float = Field(
+        1.0, ge=0, description="Clips the global gradient norm; 0 switches clipping off."
+    )
 
 
 class ReferenceConfig(Section):
-    model: ModelConfig | None = Field(None, description="Reference model; default: the target's. A smaller one will do.")
-    train: TrainConfig | None = Field(None, description="Fields given here replace those of `train`.")
+    model: ModelConfig | None = Field(
+        None, description="Reference model; default: the target's. A smaller one will do."
+    )
+    train: TrainConfig | None = Field(
+        None, description="Fields given here replace those of `train`."
+    )
     num_checkpoints: Int | None = Field(
-        None, ge=1, description="Evenly spaced checkpoints; default: the end of every epoch, or 3 if there are fewer than 3 epochs."
+        None,
+        ge=1,
+        description=(
+            "Evenly spaced checkpoints; default: the end of every epoch, or 3 if there are fewer"
+            " than 3 epochs."
+        ),
     )
 
 
@@ -155,28 +250,63 @@ ScoreMode = Literal["checkpoints", "live", "online"]
 class ConfidenceConfig(Section):
     mode: ScoreMode = Field(
         "checkpoints",
-        description="Where perplexities come from. checkpoints: every saved checkpoint of the reference run over all training examples "
-        "(the paper). live: the same passes inside the reference run, nothing saved. online: the losses of the reference run's own "
-        "forwards, one per epoch, no pass at all.",
+        description=(
+            "Where perplexities come from. checkpoints: every saved checkpoint of the reference run"
+            " over all training examples (the paper). live: the same passes inside the reference"
+            " run, nothing saved. online: the losses of the reference run's own forwards, one per"
+            " epoch, no pass at all."
+        ),
     )
-    compare: list[ScoreMode] = Field(default_factory=list, description="Further modes, scored too; the report shows how far they agree.")
+    compare: list[ScoreMode] = Field(
+        default_factory=list,
+        description="Further modes, scored too; the report shows how far they agree.",
+    )
     online_from_epoch: Int = Field(
         1,
         ge=1,
-        description="First epoch of the reference run that online scores count. In the first epoch of a model with random weights a loss "
-        "says more about when an example was seen than about the example: 2 there.",
+        description=(
+            "First epoch of the reference run that online scores count. In the first epoch of a"
+            " model with random weights a loss says more about when an example was seen than about"
+            " the example: 2 there."
+        ),
     )
-    models: list[ModelConfig] = Field(default_factory=list, description="Score with these models instead; there is no reference run then.")
-    scores: str | None = Field(None, description="Use this published score table (folder or Hub name) instead; nothing is scored.")
-    scores_revision: str | None = Field(None, description="Commit, tag or branch of a table on the Hub.")
-    scores_column: str | None = Field(None, description="Column of the table to take for the confidence; higher is more confident.")
-    allow_differences: list[Literal["tokenizer", "template", "mask_policy", "max_length", "dtype"]] = Field(
-        default_factory=list, description="In what a table from elsewhere may differ from this data."
+    models: list[ModelConfig] = Field(
+        default_factory=list,
+        description="Score with these models instead; there is no reference run then.",
     )
-    micro_batch_tokens: Int = Field(16384, ge=1, description="Token budget of one forward, padding included.")
-    unit_examples: Int = Field(1024, ge=1, description="Examples of one unit of work, which one rank scores and publishes as a whole.")
+    scores: str | None = Field(
+        None,
+        description=(
+            "Use this published score table (folder or Hub name) instead; nothing is scored."
+        ),
+    )
+    scores_revision: str | None = Field(
+        None, description="Commit, tag or branch of a table on the Hub."
+    )
+    scores_column: str | None = Field(
+        None,
+        description="Column of the table to take for the confidence; higher is more confident.",
+    )
+    allow_differences: list[
+        Literal["tokenizer", "template", "mask_policy", "max_length", "dtype"]
+    ] = Field(
+        default_factory=list,
+        description="In what a table from elsewhere may differ from this data.",
+    )
+    micro_batch_tokens: Int = Field(
+        16384, ge=1, description="Token budget of one forward, padding included."
+    )
+    unit_examples: Int = Field(
+        1024,
+        ge=1,
+        description="Examples of one unit of work, which one rank scores and publishes as a whole.",
+    )
     sharding: Literal["auto", "replicated", "zero3"] = Field(
-        "auto", description="replicated: every rank holds the whole model; zero3: sharded over the ranks; auto: by its size."
+        "auto",
+        description=(
+            "replicated: every rank holds the whole model; zero3: sharded over the ranks; auto: by"
+            " its size."
+        ),
     )
 
     @model_validator(mode="after")
@@ -184,15 +314,27 @@ class ConfidenceConfig(Section):
         if self.models and self.scores:
             raise ValueError("give `models` or `scores`, not both")
         if (self.models or self.scores) and (self.compare or self.mode != "checkpoints"):
-            raise ValueError("`mode` and `compare` are about the reference run, and with `models` or `scores` there is none")
+            raise ValueError(
+                "`mode` and `compare` are about the reference run, and with `models` or `scores`"
+                " there is none"
+            )
         if any(model.lora is not None for model in self.models):
-            raise ValueError("`lora` belongs to a model that is trained, and `models` are only scored with")
+            raise ValueError(
+                "`lora` belongs to a model that is trained, and `models` are only scored with"
+            )
         if self.mode in self.compare or len(set(self.compare)) < len(self.compare):
             raise ValueError("`compare` names modes other than `mode`, each once")
         if self.online_from_epoch > 1 and "online" not in self.modes:
-            raise ValueError("`online_from_epoch` belongs to the mode online, which is neither `mode` nor in `compare`")
-        if self.scores is None and (self.scores_revision or self.scores_column or self.allow_differences):
-            raise ValueError("`scores_revision`, `scores_column` and `allow_differences` belong to `scores`")
+            raise ValueError(
+                "`online_from_epoch` belongs to the mode online, which is neither `mode` nor in"
+                " `compare`"
+            )
+        if self.scores is None and (
+            self.scores_revision or self.scores_column or self.allow_differences
+        ):
+            raise ValueError(
+                "`scores_revision`, `scores_column` and `allow_differences` belong to `scores`"
+            )
         return self
 
     @property
@@ -206,11 +348,25 @@ class ConfidenceConfig(Section):
 
 
 class SplitConfig(Section):
-    confident_share: Share = Field(0.5, description="Most confident share of the examples (D^c of the paper).")
-    unconfident_share: Share = Field(0.5, description="Least confident share (D^u). What is left between trains with NTP alone.")
-    column: str = Field("confidence", description="Column of the score table to rank by: confidence, variability, or your own.")
-    highest_is_confident: bool = Field(True, description="Are the highest values the confident ones?")
-    stratify_by: str | None = Field(None, description="Take the shares within each value of this column of the data, for example `group`.")
+    confident_share: Share = Field(
+        0.5, description="Most confident share of the examples (D^c of the paper)."
+    )
+    unconfident_share: Share = Field(
+        0.5, description="Least confident share (D^u). What is left between trains with NTP alone."
+    )
+    column: str = Field(
+        "confidence",
+        description="Column of the score table to rank by: confidence, variability, or your own.",
+    )
+    highest_is_confident: bool = Field(
+        True, description="Are the highest values the confident ones?"
+    )
+    stratify_by: str | None = Field(
+        None,
+        description=(
+            "Take the shares within each value of this column of the data, for example `group`."
+        ),
+    )
 
     @model_validator(mode="after")
     def _disjoint(self) -> SplitConfig:
@@ -221,41 +377,73 @@ class SplitConfig(Section):
 
 class MixupConfig(Section):
     weight: Float = Field(0.2, ge=0, description="mu: factor of the Mixup loss. 0 is plain SFT.")
-    alpha: Float = Field(0.5, gt=0, description="lam is drawn from Beta(alpha, alpha), once per pair and epoch.")
-    matching: Literal["random", "length"] = Field(
-        "random", description="Partners: any (the paper), or of like response length, so that less of the longer one is left unmixed."
+    alpha: Float = Field(
+        0.5, gt=0, description="lam is drawn from Beta(alpha, alpha), once per pair and epoch."
     )
-    length_block: Int = Field(256, ge=1, description="With matching by length: pairs among which partners are drawn.")
+    matching: Literal["random", "length"] = Field(
+        "random",
+        description=(
+            "Partners: any (the paper), or of like response length, so that less of the longer one"
+            " is left unmixed."
+        ),
+    )
+    length_block: Int = Field(
+        256, ge=1, description="With matching by length: pairs among which partners are drawn."
+    )
     site: Literal["head", "input_embeddings"] = Field(
-        "head", description="Where pairs are interpolated: before the head (the method), or at the input (an ablation: a third forward)."
+        "head",
+        description=(
+            "Where pairs are interpolated: before the head (the method), or at the input (an"
+            " ablation: a third forward)."
+        ),
     )
 
 
 class BaselineConfig(Section):
-    enabled: bool = Field(True, description="Also train the target with NTP alone, in the same data order.")
+    enabled: bool = Field(
+        True, description="Also train the target with NTP alone, in the same data order."
+    )
 
 
 class EngineConfig(Section):
-    num_processes: Int = Field(1, ge=1, le=1024, description="Processes that `sftmix run` starts on this machine, one per GPU.")
+    num_processes: Int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Processes that `sftmix run` starts on this machine, one per GPU.",
+    )
     num_threads: Int | None = Field(
         None,
         ge=1,
-        description="CPU threads of each rank. Default: OMP_NUM_THREADS, or the machine's cores over its ranks. On CPUs, results are "
-        "equal to the last bit only where the threads are.",
+        description=(
+            "CPU threads of each rank. Default: OMP_NUM_THREADS, or the machine's cores over its"
+            " ranks. On CPUs, results are equal to the last bit only where the threads are."
+        ),
     )
     zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_bool)] = Field(
-        3, description="What DeepSpeed shards over the ranks: 1 optimiser, 2 + gradients, 3 + weights."
+        3,
+        description=(
+            "What DeepSpeed shards over the ranks: 1 optimiser, 2 + gradients, 3 + weights."
+        ),
     )
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: bf16 on GPUs that have it, fp32 on CPUs.")
-    activation_checkpointing: bool = Field(False, description="Recompute activations in the backward: less memory, more time.")
-    deepspeed: Path | None = Field(None, description="A DeepSpeed JSON file to build on; must not contradict this file.")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="auto: bf16 on GPUs that have it, fp32 on CPUs."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward: less memory, more time."
+    )
+    deepspeed: Path | None = Field(
+        None, description="A DeepSpeed JSON file to build on; must not contradict this file."
+    )
     kernel_backend: Literal["auto", "torch", "triton", "reference"] = Field(
         "auto", description="Implementation of the loss; auto: triton on GPUs, torch elsewhere."
     )
 
 
 class EvaluationConfig(Section):
-    micro_batch_tokens: Int = Field(16384, ge=1, description="Token budget of one forward, padding included.")
+    micro_batch_tokens: Int = Field(
+        16384, ge=1, description="Token budget of one forward, padding included."
+    )
 
 
 class LogConfig(Section):
@@ -264,21 +452,46 @@ class LogConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every_steps: Int | None = Field(None, ge=1, description="Save the training state after every so many optimiser steps.")
-    every_minutes: Float | None = Field(30.0, gt=0, description="Save it when so much time has passed since the last save.")
+    every_steps: Int | None = Field(
+        None, ge=1, description="Save the training state after every so many optimiser steps."
+    )
+    every_minutes: Float | None = Field(
+        30.0, gt=0, description="Save it when so much time has passed since the last save."
+    )
     keep_last: Int = Field(2, ge=1, description="Newest checkpoints that stay.")
-    keep_every: Int | None = Field(None, ge=1, description="Checkpoints whose step is a multiple of this stay too.")
-    asynchronous: bool = Field(False, description="Copy the state to memory and write it while training goes on.")
+    keep_every: Int | None = Field(
+        None, ge=1, description="Checkpoints whose step is a multiple of this stay too."
+    )
+    asynchronous: bool = Field(
+        False, description="Copy the state to memory and write it while training goes on."
+    )
 
 
 class LimitsConfig(Section):
-    skipped_steps: Int = Field(5, ge=1, description="Steps in a row without a finite gradient before training ends; fp16: at least 20.")
-    wall_clock_minutes: Float | None = Field(None, gt=0, description="After this time, save, and exit with code 75.")
-    join_minutes: Float = Field(
-        120.0, gt=0, le=1e6, description="How long ranks wait for each other at the start; rank 0 may prepare the data."
+    skipped_steps: Int = Field(
+        5,
+        ge=1,
+        description=(
+            "Steps in a row without a finite gradient before training ends; fp16: at least 20."
+        ),
     )
-    silent_seconds: Float = Field(20.0, gt=1, description="A rank from which nothing is heard for so long is given up, and all stop.")
-    stall_minutes: Float = Field(30.0, gt=0, description="If no rank gets on for so long, all write their stacks and stop.")
+    wall_clock_minutes: Float | None = Field(
+        None, gt=0, description="After this time, save, and exit with code 75."
+    )
+    join_minutes: Float = Field(
+        120.0,
+        gt=0,
+        le=1e6,
+        description="How long ranks wait for each other at the start; rank 0 may prepare the data.",
+    )
+    silent_seconds: Float = Field(
+        20.0,
+        gt=1,
+        description="A rank from which nothing is heard for so long is given up, and all stop.",
+    )
+    stall_minutes: Float = Field(
+        30.0, gt=0, description="If no rank gets on for so long, all write their stacks and stop."
+    )
 
 
 class Config(Section):
@@ -305,14 +518,23 @@ class Config(Section):
         if self.tokenizer.path and self.tokenizer.train:
             raise ValueError("`tokenizer`: give `path` or `train`, not both")
         if not (self.tokenizer.path or self.tokenizer.train or self.model.path):
-            raise ValueError("`tokenizer`: a model with random weights needs `tokenizer.path` or `tokenizer.train`")
+            raise ValueError(
+                "`tokenizer`: a model with random weights needs `tokenizer.path` or"
+                " `tokenizer.train`"
+            )
         return self
 
     @model_validator(mode="after")
     def _online_has_epochs(self) -> Config:
-        if "online" in self.confidence.modes and self.confidence.online_from_epoch > self.reference_train.epochs:
+        if (
+            "online" in self.confidence.modes
+            and self.confidence.online_from_epoch > self.reference_train.epochs
+        ):
             given, epochs = self.confidence.online_from_epoch, self.reference_train.epochs
-            raise ValueError(f"`confidence.online_from_epoch` is {given}, and the last epoch of the reference run is {epochs}")
+            raise ValueError(
+                f"`confidence.online_from_epoch` is {given}, and the last epoch of the reference"
+                f" run is {epochs}"
+            )
         return self
 
     @property

@@ -7,8 +7,8 @@
     messages   messages: [{role, content}, ...]                 (OpenAI)
     sharegpt   conversations: [{from, value}, ...]
 
-The format is detected from the columns of a source's first row, or named in the config, where `columns`
-maps a field of the format to the column of the file.
+The format is detected from the columns of a source's first row, or named in the config, where
+`columns` maps a field of the format to the column of the file.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation. example_id: hash of the messages, stable over files, order and versions;
-    a second example of the same content has `-2` behind it. place: where it was read. group: optional
+    """One conversation. example_id: hash of the messages, stable over files, order and versions; a
+    second example of the same content has `-2` behind it. place: where it was read. group: optional
     label (a skill, a topic) by which evaluation reports."""
 
     example_id: str
@@ -58,14 +58,18 @@ def detect_format(row: dict[str, Any], place: str, columns: dict[str, str]) -> s
     for name, (required, _, _) in FORMATS.items():
         if all(columns.get(field, field) in row for field in required):
             return name
-    expected = "; ".join(f"{name}: {', '.join(required)}" for name, (required, _, _) in FORMATS.items())
+    expected = "; ".join(
+        f"{name}: {', '.join(required)}" for name, (required, _, _) in FORMATS.items()
+    )
     raise DataError(
         f"{place}: no known format has the columns {sorted(row)}. Expected one of: {expected}. "
         "Name the format with `data.format` and map its fields with `data.columns`."
     )
 
 
-def to_messages(row: dict[str, Any], format_name: str, columns: dict[str, str]) -> tuple[tuple[Message, ...], str | None]:
+def to_messages(
+    row: dict[str, Any], format_name: str, columns: dict[str, str]
+) -> tuple[tuple[Message, ...], str | None]:
     """Returns the messages and the group of a row. Raises BadRow with what is wrong."""
     required, optional, convert = FORMATS[format_name]
     fields: dict[str, Any] = {}
@@ -87,9 +91,12 @@ def to_messages(row: dict[str, Any], format_name: str, columns: dict[str, str]) 
 
 
 def check_format(format_name: str, columns: dict[str, str]) -> None:
-    """Raises DataError for an unknown format, or a mapping of fields that the format does not have."""
+    """Raises DataError for an unknown format, or a mapping of fields that the format does not
+    have."""
     if format_name == "auto":
-        known = {field for required, optional, _ in FORMATS.values() for field in (*required, *optional)} | {"group"}
+        known = {
+            field for required, optional, _ in FORMATS.values() for field in (*required, *optional)
+        } | {"group"}
     elif format_name in FORMATS:
         required, optional, _ = FORMATS[format_name]
         known = {*required, *optional, "group"}
@@ -97,7 +104,10 @@ def check_format(format_name: str, columns: dict[str, str]) -> None:
         raise DataError(f"data.format is {format_name!r}; expected auto, {', '.join(FORMATS)}.")
     unknown = sorted(set(columns) - known)
     if unknown:
-        raise DataError(f"data.columns maps {unknown}, which format {format_name!r} does not have; it has {sorted(known)}.")
+        raise DataError(
+            f"data.columns maps {unknown}, which format {format_name!r} does not have; it has"
+            f" {sorted(known)}."
+        )
 
 
 def _text(fields: dict[str, Any], name: str, *, optional: bool = False) -> str:
@@ -105,7 +115,9 @@ def _text(fields: dict[str, Any], name: str, *, optional: bool = False) -> str:
     if optional and value is None:
         return ""
     if not isinstance(value, str):
-        raise BadRow(f"field {name!r} is {'null' if value is None else type(value).__name__}, expected text")
+        raise BadRow(
+            f"field {name!r} is {'null' if value is None else type(value).__name__}, expected text"
+        )
     return value
 
 
@@ -114,7 +126,11 @@ def _instruction(fields: dict[str, Any], extra: str, answer: str) -> list[Messag
     system = _text(fields, "system", optional=True)
     prompt = f"{instruction}\n\n{context}" if context.strip() else instruction
     head = [{"role": "system", "content": system}] if system.strip() else []
-    return [*head, {"role": "user", "content": prompt}, {"role": "assistant", "content": _text(fields, answer)}]
+    return [
+        *head,
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": _text(fields, answer)},
+    ]
 
 
 def _exchange(fields: dict[str, Any], question: str, answer: str) -> list[Message]:
@@ -124,20 +140,32 @@ def _exchange(fields: dict[str, Any], question: str, answer: str) -> list[Messag
     ]
 
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 def _turns(fields: dict[str, Any], name: str, role_key: str, content_key: str) -> list[Message]:
     turns = fields[name]
     if not isinstance(turns, list) or not turns:
-        raise BadRow(f"field {name!r} is {type(turns).__name__ if turns != [] else 'empty'}, expected a list of turns")
+        raise BadRow(
+            f"field {name!r} is {type(turns).__name__ if turns != [] else 'empty'}, expected a list"
+            " of turns"
+        )
     messages = []
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict) or role_key not in turn or content_key not in turn:
             raise BadRow(f"turn {number} of {name!r} has no {role_key!r} and {content_key!r}")
         role, content = _ROLES.get(str(turn[role_key])), turn[content_key]
         if role is None:
-            raise BadRow(f"turn {number} of {name!r} has the role {turn[role_key]!r}, expected one of {sorted(_ROLES)}")
+            raise BadRow(
+                f"turn {number} of {name!r} has the role {turn[role_key]!r}, expected one of"
+                f" {sorted(_ROLES)}"
+            )
         if not isinstance(content, str):
             raise BadRow(f"turn {number} of {name!r} is {type(content).__name__}, expected text")
         messages.append({"role": role, "content": content})
@@ -149,11 +177,21 @@ def _turns(fields: dict[str, Any], name: str, role_key: str, content_key: str) -
 
 
 # name -> (required fields, optional fields, conversion); the order is the order of detection
-FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[dict[str, Any]], list[Message]]]] = {
+FORMATS: dict[
+    str, tuple[tuple[str, ...], tuple[str, ...], Callable[[dict[str, Any]], list[Message]]]
+] = {
     "messages": (("messages",), (), lambda f: _turns(f, "messages", "role", "content")),
     "sharegpt": (("conversations",), (), lambda f: _turns(f, "conversations", "from", "value")),
-    "alpaca": (("instruction", "output"), ("input", "system"), lambda f: _instruction(f, "input", "output")),
-    "dolly": (("instruction", "response"), ("context",), lambda f: _instruction(f, "context", "response")),
+    "alpaca": (
+        ("instruction", "output"),
+        ("input", "system"),
+        lambda f: _instruction(f, "input", "output"),
+    ),
+    "dolly": (
+        ("instruction", "response"),
+        ("context",),
+        lambda f: _instruction(f, "context", "response"),
+    ),
     "prompt": (("prompt", "completion"), (), lambda f: _exchange(f, "prompt", "completion")),
     "qa": (("question", "answer"), (), lambda f: _exchange(f, "question", "answer")),
 }

@@ -1,7 +1,8 @@
 """The embedded default: instruction data of our own, made from a seed.
 
-Six skills of different difficulty, part of the training answers wrong on purpose, so that confidence has
-something to find. Held-out examples are never noisy, and none of their prompts is in the training part.
+Six skills of different difficulty, part of the training answers wrong on purpose, so that
+confidence has something to find. Held-out examples are never noisy, and none of their prompts is in
+the training part.
 """
 
 from __future__ import annotations
@@ -12,11 +13,26 @@ from collections.abc import Callable
 from sftmix.config.schema import GeneratorConfig
 from sftmix.data.formats import Example, content_hash
 
-WORDS = "amber basil cedar delta ember fjord grove haven indigo jade kelp lotus maple nectar olive pearl".split()
+WORDS = (
+    "amber basil cedar delta ember fjord grove haven indigo jade kelp lotus maple nectar olive"
+    " pearl".split()
+)
 OPPOSITES = {
-    "hot": "cold", "big": "small", "fast": "slow", "light": "dark", "early": "late", "full": "empty", "soft": "hard",
-    "wet": "dry", "young": "old", "high": "low", "rich": "poor", "near": "far", "loud": "quiet", "thick": "thin",
-}  # fmt: skip
+    "hot": "cold",
+    "big": "small",
+    "fast": "slow",
+    "light": "dark",
+    "early": "late",
+    "full": "empty",
+    "soft": "hard",
+    "wet": "dry",
+    "young": "old",
+    "high": "low",
+    "rich": "poor",
+    "near": "far",
+    "loud": "quiet",
+    "thick": "thin",
+}
 
 
 def _copy(rng: random.Random) -> tuple[str, str]:
@@ -61,8 +77,11 @@ SKILLS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
 }
 
 
-def generate(settings: GeneratorConfig, *, seed: int) -> tuple[list[Example], list[Example], set[str]]:
-    """Returns the training and the held-out examples, and the ids of the training examples whose answer is wrong.
+def generate(
+    settings: GeneratorConfig, *, seed: int
+) -> tuple[list[Example], list[Example], set[str]]:
+    """Returns the training and the held-out examples, and the ids of the training examples whose
+    answer is wrong.
 
     A pure function of its arguments: the same on every machine.
     """
@@ -77,14 +96,17 @@ def generate(settings: GeneratorConfig, *, seed: int) -> tuple[list[Example], li
                 seen.add(prompt)
                 return skill, prompt, answer
 
-    held_out = [_example(*draw(), f"generated:held-out {n}") for n in range(1, settings.num_held_out + 1)]
+    held_out = [
+        _example(*draw(), f"generated:held-out {n}") for n in range(1, settings.num_held_out + 1)
+    ]
     train: list[Example] = []
     noisy: set[str] = set()
     for number in range(1, settings.num_train + 1):
         skill, prompt, answer = draw()
         if rng.random() < settings.noisy_share:
             wrong = answer
-            while wrong == answer:  # an answer of the same skill to another prompt: wrong, but of the right kind
+            # an answer of the same skill to another prompt: wrong, but of the right kind
+            while wrong == answer:
                 wrong = SKILLS[skill](rng)[1]
             example = _example(skill, prompt, wrong, f"generated:train {number}")
             noisy.add(example.example_id)

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 
 def inspect(config: Config, *, num_examples: int) -> None:
-    """Prints the counts of the data stage, the share of truncated examples, and examples token by token.
+    """Prints the counts of the data stage, the share of truncated examples, and examples token by
+    token.
 
-    Runs the data stage into a temporary folder, so nothing of the run folder is touched. Raises what it raises.
+    Runs the data stage into a temporary folder, so nothing of the run folder is touched. Raises
+    what it raises.
     """
     from rich.console import Console
 
@@ -33,29 +35,53 @@ def inspect(config: Config, *, num_examples: int) -> None:
         for line in summary.lines():
             console.print(line)
         total = summary.num_train + summary.num_held_out
-        console.print(f"{summary.num_truncated / total:.1%} truncated to {counted(config.data.max_length, 'token')}")
+        console.print(
+            f"{summary.num_truncated / total:.1%} truncated to"
+            f" {counted(config.data.max_length, 'token')}"
+        )
         tokenizer = tokenizer_from(folder / "tokenizer")
         examples = TokenisedExamples(folder / "train.arrow")
         longest = int(examples.num_tokens.max())
-        console.print(f"tokens per example: median {int(np.median(examples.num_tokens))}, longest {longest}")
-        console.print("\ntokens that carry loss are [bold green]green[/] (>> << without colours); | separates tokens")
+        console.print(
+            f"tokens per example: median {int(np.median(examples.num_tokens))}, longest {longest}"
+        )
+        console.print(
+            "\ntokens that carry loss are [bold green]green[/] (>> << without colours); | separates"
+            " tokens"
+        )
         for index in range(min(num_examples, len(examples))):
             ids, mask = examples.tokens(index)
             place = examples.table[index]["place"]
             share = f"loss on {int(mask.sum())} of {counted(len(ids), 'token')}"
-            console.print(f"\n{examples.example_ids[int(index)].as_py()}  {place}  {share}", style="bold")
-            console.print(coloured(tokenizer, ids.tolist(), mask.tolist(), with_marks=not console.is_terminal))
+            console.print(
+                f"\n{examples.example_ids[int(index)].as_py()}  {place}  {share}", style="bold"
+            )
+            console.print(
+                coloured(tokenizer, ids.tolist(), mask.tolist(), with_marks=not console.is_terminal)
+            )
 
 
-def coloured(tokenizer: PreTrainedTokenizerBase, ids: list[int], mask: list[bool], *, with_marks: bool = False) -> Text:
-    """Returns the tokens as rich text, green where they carry loss (and between >> and << `with_marks`); whitespace
-    is made visible."""
+def coloured(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    mask: list[bool],
+    *,
+    with_marks: bool = False,
+) -> Text:
+    """Returns the tokens as rich text, green where they carry loss (and between >> and <<
+    `with_marks`); whitespace is made visible."""
     from rich.text import Text
 
     text = Text()
     was_trained = False
     for token, carries_loss in zip(tokenizer.convert_ids_to_tokens(ids), mask, strict=True):
-        shown = str(token).replace("\u2581", "\u00b7").replace("\n", "\u21b5").replace("\u0120", "\u00b7").replace("\u010a", "\u21b5")
+        shown = (
+            str(token)
+            .replace("\u2581", "\u00b7")
+            .replace("\n", "\u21b5")
+            .replace("\u0120", "\u00b7")
+            .replace("\u010a", "\u21b5")
+        )
         shown = shown.replace("<0x0A>", "\u21b5")
         if with_marks and carries_loss != was_trained:
             text.append(">>" if carries_loss else "<<")

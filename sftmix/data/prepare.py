@@ -4,10 +4,11 @@ Writes into its folder
 
     train.arrow, held_out.arrow   one row per example: ids, tokens, response mask, messages
     tokenizer/                    the tokenizer with the chat template of the run
-    dropped.jsonl, truncated.jsonl   example_id, place and reason of everything that is not there whole
+    dropped.jsonl, truncated.jsonl   example_id, place and reason of what is not there whole
     summary.json                  the counts, as printed
 
-Every example that was read is in exactly one of: train, held out, dropped, left out by `data.limit`.
+Every example that was read is in exactly one of: train, held out, dropped, left out by
+`data.limit`.
 """
 
 from __future__ import annotations
@@ -25,9 +26,22 @@ import pyarrow as pa
 
 from sftmix.config.schema import Config, DataSource
 from sftmix.data import generator, readers
-from sftmix.data.formats import BadRow, Example, check_format, content_hash, detect_format, to_messages
+from sftmix.data.formats import (
+    BadRow,
+    Example,
+    check_format,
+    content_hash,
+    detect_format,
+    to_messages,
+)
 from sftmix.data.template import MASK_POLICY, ChatEncoder, choose_template
-from sftmix.data.tokenizer import load_tokenizer, render_for_training, tokenizer_identity, train_tokenizer, with_template
+from sftmix.data.tokenizer import (
+    load_tokenizer,
+    render_for_training,
+    tokenizer_identity,
+    train_tokenizer,
+    with_template,
+)
 from sftmix.errors import DataError, counted
 from sftmix.storage.failures import accessing
 from sftmix.storage.files import write_json
@@ -49,7 +63,8 @@ SCHEMA = pa.schema(
         ("messages", pa.string()),  # JSON
     ]
 )
-ENCODE_BATCH = 1000  # conversations at a time: bounds memory, and keeps the tokenizer's threads busy
+# conversations at a time: bounds memory, and keeps the tokenizer's threads busy
+ENCODE_BATCH = 1000
 
 
 @dataclass
@@ -68,8 +83,14 @@ class Summary:
 
     def lines(self) -> list[str]:
         """Returns what is shown on screen, once."""
-        shares = f"{self.num_response_tokens / max(1, self.num_tokens):.0%} of {self.num_tokens:,} training tokens carry loss"
-        lines = [f"{counted(self.num_read, 'example')} read: {self.num_train:,} to train on, {self.num_held_out:,} held out; {shares}"]
+        shares = (
+            f"{self.num_response_tokens / max(1, self.num_tokens):.0%} of {self.num_tokens:,}"
+            " training tokens carry loss"
+        )
+        lines = [
+            f"{counted(self.num_read, 'example')} read: {self.num_train:,} to train on,"
+            f" {self.num_held_out:,} held out; {shares}"
+        ]
         if self.num_left_out:
             lines.append(f"{self.num_left_out:,} left out by data.limit and source weights")
         if self.num_duplicates:
@@ -80,7 +101,9 @@ class Summary:
             )
             lines.append(f"{copies} (ids end in -2, -3, ...)")
         if self.num_truncated:
-            lines.append(f"{self.num_truncated:,} truncated to data.max_length (data/truncated.jsonl)")
+            lines.append(
+                f"{self.num_truncated:,} truncated to data.max_length (data/truncated.jsonl)"
+            )
         for reason, count in sorted(self.dropped.items()):
             lines.append(f"{count:,} dropped: {reason} (data/dropped.jsonl)")
         return lines
@@ -97,21 +120,27 @@ def data_settings(config: Config) -> dict[str, Any]:
 
 
 def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]:
-    """Runs the data stage into `folder`. Returns the counts, a hash of the encoded content, and the fingerprints that go
-    with scores of these examples.
+    """Runs the data stage into `folder`. Returns the counts, a hash of the encoded content, and the
+    fingerprints that go with scores of these examples.
 
-    Raises DataError for bad rows (all of them listed), a template that does not fit, or too little data.
+    Raises DataError for bad rows (all of them listed), a template that does not fit, or too little
+    data.
     """
     summary = Summary()
     train, held_out, noisy = _read(config, summary)
-    with accessing(folder / "dropped.jsonl"), (folder / "dropped.jsonl").open("w", encoding="utf-8") as dropped_file:
+    with (
+        accessing(folder / "dropped.jsonl"),
+        (folder / "dropped.jsonl").open("w", encoding="utf-8") as dropped_file,
+    ):
 
         def drop(example: Example, reason: str) -> None:
             summary.dropped[reason] += 1
             record = {"example_id": example.example_id, "place": example.place, "reason": reason}
             dropped_file.write(json.dumps(record) + "\n")
 
-        train, held_out = ([e for e in part if _has_response(e, drop)] for part in (train, held_out))
+        train, held_out = (
+            [e for e in part if _has_response(e, drop)] for part in (train, held_out)
+        )
         if config.data.limit is not None:
             train, held_out = _limit(train, held_out, config, summary)
         tokenizer = _tokenizer(config, train, folder)
@@ -132,14 +161,17 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
                 setattr(summary, f"num_{name}", counts["examples"])
                 summary.num_truncated += counts["truncated"]
                 if name == "train":
-                    summary.num_tokens, summary.num_response_tokens = counts["tokens"], counts["response_tokens"]
+                    summary.num_tokens, summary.num_response_tokens = (
+                        counts["tokens"],
+                        counts["response_tokens"],
+                    )
     with accessing(folder / "tokenizer"):
         tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "summary.json", {**vars(summary), "dropped": dict(summary.dropped)})
     if summary.num_train < 2:
         raise DataError(
-            f"{counted(summary.num_train, 'training example is', 'training examples are')} left; at least 2 are needed. "
-            + " ".join(summary.lines())
+            f"{counted(summary.num_train, 'training example is', 'training examples are')} left; at"
+            " least 2 are needed. " + " ".join(summary.lines())
         )
     return summary, identity.hexdigest(), {**fingerprints, "data": identity.hexdigest()}
 
@@ -150,7 +182,11 @@ def _read(config: Config, summary: Summary) -> tuple[list[Example], list[Example
         summary.num_read = len(train) + len(held_out)
         return train, held_out, noisy
     bad = readers.BadRows()
-    examples = [e for source in config.data.all_sources for e in _weighted(source, _read_source(source, bad, summary), config, summary)]
+    examples = [
+        e
+        for source in config.data.all_sources
+        for e in _weighted(source, _read_source(source, bad, summary), config, summary)
+    ]
     bad.raise_if_any()
     if not examples:
         raise DataError("the data holds no example. Check data.path.")
@@ -159,11 +195,18 @@ def _read(config: Config, summary: Summary) -> tuple[list[Example], list[Example
         times[example.example_id] += 1
         if times[example.example_id] > 1:
             summary.num_duplicates += 1
-            examples[position] = replace(example, example_id=f"{example.example_id}-{times[example.example_id]}")
-    # By a hash of content, so that an example's part does not depend on the others, and copies are never in both.
+            examples[position] = replace(
+                example, example_id=f"{example.example_id}-{times[example.example_id]}"
+            )
+    # By a hash of content, so that an example's part does not depend on the others, and copies are
+    # never in both.
     share = config.data.held_out_share
     draw = {e.content_id: _uniform(config.run.seed, "held-out", e.content_id) for e in examples}
-    threshold = sorted(draw[e.content_id] for e in examples)[max(1, round(share * len(examples))) - 1] if share else -1.0
+    threshold = (
+        sorted(draw[e.content_id] for e in examples)[max(1, round(share * len(examples))) - 1]
+        if share
+        else -1.0
+    )
     held_out = [e for e in examples if draw[e.content_id] <= threshold]
     return [e for e in examples if draw[e.content_id] > threshold], held_out, set()
 
@@ -185,28 +228,41 @@ def _read_source(source: DataSource, bad: readers.BadRows, summary: Summary) -> 
     return examples
 
 
-def _weighted(source: DataSource, examples: list[Example], config: Config, summary: Summary) -> list[Example]:
-    """Returns the examples `weight` times: whole copies, and a seeded draw for the fraction that is left."""
+def _weighted(
+    source: DataSource, examples: list[Example], config: Config, summary: Summary
+) -> list[Example]:
+    """Returns the examples `weight` times: whole copies, and a seeded draw for the fraction that is
+    left."""
     whole, fraction = divmod(source.weight, 1)
     count = round(fraction * len(examples))
-    by_draw = sorted(range(len(examples)), key=lambda n: _uniform(config.run.seed, source.path, examples[n].example_id, n))
+    by_draw = sorted(
+        range(len(examples)),
+        key=lambda n: _uniform(config.run.seed, source.path, examples[n].example_id, n),
+    )
     drawn = [examples[n] for n in sorted(by_draw[:count])]
     summary.num_read += (int(whole) - 1) * len(examples) + count if whole else 0
     summary.num_left_out += 0 if whole else len(examples) - count
     return examples * int(whole) + drawn
 
 
-def _limit(train: list[Example], held_out: list[Example], config: Config, summary: Summary) -> tuple[list[Example], list[Example]]:
-    """Keeps `data.limit` examples in all, at the same ratio of train to held out, in the order they were read."""
+def _limit(
+    train: list[Example], held_out: list[Example], config: Config, summary: Summary
+) -> tuple[list[Example], list[Example]]:
+    """Keeps `data.limit` examples in all, at the same ratio of train to held out, in the order they
+    were read."""
     limit, total = config.data.limit, len(train) + len(held_out)
     assert limit is not None, "called with a limit only"
     if total <= limit:
         return train, held_out
     summary.num_left_out += total - limit
-    num_held_out = min(len(held_out), max(1, round(limit * len(held_out) / total))) if held_out else 0
+    num_held_out = (
+        min(len(held_out), max(1, round(limit * len(held_out) / total))) if held_out else 0
+    )
     kept = []
     for part, count in ((train, limit - num_held_out), (held_out, num_held_out)):
-        chosen = sorted(range(len(part)), key=lambda n: _uniform(config.run.seed, "limit", part[n].example_id))[:count]
+        chosen = sorted(
+            range(len(part)), key=lambda n: _uniform(config.run.seed, "limit", part[n].example_id)
+        )[:count]
         kept.append([part[n] for n in sorted(chosen)])
     return kept[0], kept[1]
 
@@ -234,11 +290,17 @@ def _tokenizer(config: Config, train: list[Example], folder: Path) -> PreTrained
 Row = dict[str, Any]
 
 
-def _encode(part: list[Example], encoder: ChatEncoder, config: Config, drop: Any, truncated_file: Any) -> Iterator[Row]:
+def _encode(
+    part: list[Example], encoder: ChatEncoder, config: Config, drop: Any, truncated_file: Any
+) -> Iterator[Row]:
     limit = config.data.max_length
     for start in range(0, len(part), ENCODE_BATCH):
         batch = part[start : start + ENCODE_BATCH]
-        for example, encoded in zip(batch, encoder.encode([e.messages for e in batch], [e.place for e in batch]), strict=True):
+        for example, encoded in zip(
+            batch,
+            encoder.encode([e.messages for e in batch], [e.place for e in batch]),
+            strict=True,
+        ):
             if isinstance(encoded, str):
                 drop(example, encoded)
                 continue
@@ -248,13 +310,18 @@ def _encode(part: list[Example], encoder: ChatEncoder, config: Config, drop: Any
                 match config.data.overlong:
                     case "error":
                         raise DataError(
-                            f"{example.place}: {counted(len(ids), 'token')}, data.max_length is {limit}. Raise it, or set data.overlong to "
-                            "truncate or drop."
+                            f"{example.place}: {counted(len(ids), 'token')}, data.max_length is"
+                            f" {limit}. Raise it, or set data.overlong to truncate or drop."
                         )
                     case "drop":
                         drop(example, f"longer than {counted(limit, 'token')}")
                         continue
-                record = {"example_id": example.example_id, "place": example.place, "num_tokens": len(ids), "kept": limit}
+                record = {
+                    "example_id": example.example_id,
+                    "place": example.place,
+                    "num_tokens": len(ids),
+                    "kept": limit,
+                }
                 if not mask[:limit].any():
                     drop(example, f"no response token within {counted(limit, 'token')}")
                     continue
@@ -265,7 +332,11 @@ def _encode(part: list[Example], encoder: ChatEncoder, config: Config, drop: Any
 
 def _write_arrow(path: Path, rows: Iterator[Row], noisy: set[str], identity: Any) -> Counter[str]:
     counts: Counter[str] = Counter(examples=0, truncated=0, tokens=0, response_tokens=0)
-    with accessing(path), pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+    with (
+        accessing(path),
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_stream(sink, SCHEMA) as writer,
+    ):
         columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
 
         def flush() -> None:
@@ -278,12 +349,25 @@ def _write_arrow(path: Path, rows: Iterator[Row], noisy: set[str], identity: Any
             identity.update(repr((path.name, example.example_id, example.group, len(ids))).encode())
             identity.update(ids.tobytes() + np.packbits(mask).tobytes())
             values = (
-                example.example_id, ids, mask, len(ids), int(mask.sum()), row["is_truncated"],
-                example.example_id in noisy, example.group, example.place, json.dumps(example.messages, ensure_ascii=False),
-            )  # fmt: skip
+                example.example_id,
+                ids,
+                mask,
+                len(ids),
+                int(mask.sum()),
+                row["is_truncated"],
+                example.example_id in noisy,
+                example.group,
+                example.place,
+                json.dumps(example.messages, ensure_ascii=False),
+            )
             for name, value in zip(SCHEMA.names, values, strict=True):
                 columns[name].append(value)
-            counts.update(examples=1, truncated=int(row["is_truncated"]), tokens=len(ids), response_tokens=int(mask.sum()))
+            counts.update(
+                examples=1,
+                truncated=int(row["is_truncated"]),
+                tokens=len(ids),
+                response_tokens=int(mask.sum()),
+            )
             if len(columns["example_id"]) >= ENCODE_BATCH:
                 flush()
         flush()

@@ -1,8 +1,8 @@
 """Rows of files, each with its place (`file:line`), checked one by one.
 
-JSON and CSV are parsed here and not by `datasets`, which takes missing keys, nulls, mixed types and two
-objects on a line in silence and names no line in its errors. Parquet, saved datasets and the Hub, which
-carry a schema, are read with `datasets`.
+JSON and CSV are parsed here and not by `datasets`, which takes missing keys, nulls, mixed types and
+two objects on a line in silence and names no line in its errors. Parquet, saved datasets and the
+Hub, which carry a schema, are read with `datasets`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ Row = dict[str, Any]
 COMPRESSED = (".gz", ".xz", ".zst")
 TEXT_FORMATS = (".json", ".jsonl", ".csv")
 MAX_LISTED = 20  # bad rows in one message
-UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)  # a file that is cut off, damaged, or of another kind
+# a file that is cut off, damaged, or of another kind
+UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
 
 class BadRows:
@@ -47,7 +48,9 @@ class BadRows:
             return
         more = f"\n... and {self.count - MAX_LISTED} more" if self.count > MAX_LISTED else ""
         found = counted(self.count, "bad row. Fix or remove it;", "bad rows. Fix or remove them;")
-        raise DataError("\n".join(self.listed) + more + f"\n{found} bad rows are never skipped silently.")
+        raise DataError(
+            "\n".join(self.listed) + more + f"\n{found} bad rows are never skipped silently."
+        )
 
 
 def read_rows(source: DataSource, bad: BadRows) -> Iterator[tuple[str, Row]]:
@@ -71,12 +74,19 @@ def read_rows(source: DataSource, bad: BadRows) -> Iterator[tuple[str, Row]]:
 
 
 def source_identity(source: DataSource) -> str:
-    """Returns a hash that changes with the content of the source: of the bytes of its files, or of the Hub revision."""
+    """Returns a hash that changes with the content of the source: of the bytes of its files, or of
+    the Hub revision."""
     path = Path(source.path)
     if path.is_file():
         return sha256_of_file(path)
     if path.is_dir():
-        return fingerprint({p.relative_to(path).as_posix(): sha256_of_file(p) for p in sorted(path.rglob("*")) if p.is_file()})
+        return fingerprint(
+            {
+                p.relative_to(path).as_posix(): sha256_of_file(p)
+                for p in sorted(path.rglob("*"))
+                if p.is_file()
+            }
+        )
     _check_hub_name(source)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -88,7 +98,8 @@ def source_identity(source: DataSource) -> str:
 
 
 def check_source(source: DataSource) -> None:
-    """Raises DataError for a local path that does not exist or is of an unknown kind. Reads nothing."""
+    """Raises DataError for a local path that does not exist or is of an unknown kind. Reads
+    nothing."""
     path = Path(source.path)
     if path.is_file():
         _kind(path)
@@ -101,7 +112,10 @@ def _kind(path: Path) -> str:
     endings = [s for s in path.suffixes if s not in COMPRESSED]
     kind = endings[-1] if endings else ""
     if kind not in (*TEXT_FORMATS, ".parquet"):
-        raise DataError(f"{path}: unknown kind of file. Expected {', '.join(TEXT_FORMATS)} (also {', '.join(COMPRESSED)}) or .parquet.")
+        raise DataError(
+            f"{path}: unknown kind of file. Expected {', '.join(TEXT_FORMATS)} (also"
+            f" {', '.join(COMPRESSED)}) or .parquet."
+        )
     return kind
 
 
@@ -113,7 +127,8 @@ def _open(path: Path) -> IO[bytes]:
     if path.suffix == ".zst":
         import pyarrow
 
-        # Not the package zstandard: it takes the end of a file that was cut off for the end of its content.
+        # Not the package zstandard: it takes the end of a file that was cut off for the end of its
+        # content.
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
     return path.open("rb")
 
@@ -122,13 +137,20 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[tuple[str, Row]]:
     try:
         with _open(path) as file:
             start = file.peek(1)[:1] if hasattr(file, "peek") else b""
-            content = file.read() if start in (b"[", b"", b" ", b"\n", b"\t", b"\r", b"\xef") else None
+            content = (
+                file.read() if start in (b"[", b"", b" ", b"\n", b"\t", b"\r", b"\xef") else None
+            )
             if content is not None and content.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"[":
                 yield from _read_json_array(path, content, bad)
             else:
-                yield from _read_json_lines(path, io.BytesIO(content) if content is not None else file, bad)
+                yield from _read_json_lines(
+                    path, io.BytesIO(content) if content is not None else file, bad
+                )
     except UNREADABLE as error:
-        raise DataError(f"{path}: cannot be read: {error}. Check that the file is whole and of the kind its name says.") from None
+        raise DataError(
+            f"{path}: cannot be read: {error}. Check that the file is whole and of the kind its"
+            " name says."
+        ) from None
 
 
 def _read_json_lines(path: Path, file: IO[bytes], bad: BadRows) -> Iterator[tuple[str, Row]]:
@@ -141,7 +163,9 @@ def _read_json_lines(path: Path, file: IO[bytes], bad: BadRows) -> Iterator[tupl
 
 def _parse(line: bytes, place: str, bad: BadRows) -> Row | None:
     try:
-        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+        row = json.loads(
+            line.decode("utf-8-sig"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants
+        )
     except UnicodeDecodeError as error:
         bad.add(place, f"not UTF-8 at byte {error.start} of the line")
     except json.JSONDecodeError as error:
@@ -164,7 +188,9 @@ def _read_json_array(path: Path, content: bytes, bad: BadRows) -> Iterator[tuple
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8 at byte {error.start} of the file. Save it as UTF-8.") from None
+        raise DataError(
+            f"{path}:{line}: not UTF-8 at byte {error.start} of the file. Save it as UTF-8."
+        ) from None
     decoder = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
     position, line, counted = text.index("[") + 1, 1, 0
     expect_item, has_items = True, False
@@ -181,13 +207,18 @@ def _read_json_array(path: Path, content: bytes, bad: BadRows) -> Iterator[tuple
             return
         if not expect_item:
             if text[position] != ",":
-                raise DataError(f"{place}: expected `,` or `]` after an element, found {text[position]!r}.")
+                raise DataError(
+                    f"{place}: expected `,` or `]` after an element, found {text[position]!r}."
+                )
             position, expect_item = position + 1, True
             continue
         try:
             row, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}). Mend the file.") from None
+            raise DataError(
+                f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}). Mend"
+                " the file."
+            ) from None
         except (ValueError, RecursionError) as error:
             raise DataError(f"{place}: {error}. Mend the file.") from None
         expect_item, has_items = False, True
@@ -225,7 +256,10 @@ def _read_csv(path: Path, bad: BadRows) -> Iterator[tuple[str, Row]]:
             names = list(reader.fieldnames or [])
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
-                raise DataError(f"{path}:1: the header names {', '.join(map(repr, twice))} twice. Rename one of the columns.")
+                raise DataError(
+                    f"{path}:1: the header names {', '.join(map(repr, twice))} twice. Rename one of"
+                    " the columns."
+                )
             for row in reader:
                 place = f"{path}:{reader.line_num}"
                 if None in row:
@@ -237,7 +271,10 @@ def _read_csv(path: Path, bad: BadRows) -> Iterator[tuple[str, Row]]:
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path}:{line}: not valid CSV in UTF-8: {error}. Mend the file.") from None
     except UNREADABLE as error:
-        raise DataError(f"{path}: cannot be read: {error}. Check that the file is whole and of the kind its name says.") from None
+        raise DataError(
+            f"{path}: cannot be read: {error}. Check that the file is whole and of the kind its"
+            " name says."
+        ) from None
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
@@ -259,20 +296,37 @@ def _read_saved_dataset(path: Path, source: DataSource) -> Iterator[tuple[str, R
 
     try:
         loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:  # JSON and Arrow errors are ValueErrors
-        raise DataError(f"{path}: not a folder written by `datasets.save_to_disk`: {error}. Save it again.") from None
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:  # JSON and Arrow errors are ValueErrors
+        raise DataError(
+            f"{path}: not a folder written by `datasets.save_to_disk`: {error}. Save it again."
+        ) from None
     if isinstance(loaded, datasets.DatasetDict):
         if source.split not in loaded:
-            raise DataError(f"{path}: no split {source.split!r}; it has {sorted(loaded)}. Set `split` of the source (data.sources).")
+            raise DataError(
+                f"{path}: no split {source.split!r}; it has {sorted(loaded)}. Set `split` of the"
+                " source (data.sources)."
+            )
         loaded = loaded[source.split]
     yield from ((f"{path}:row {number}", row) for number, row in enumerate(loaded, start=1))
 
 
 def _check_hub_name(source: DataSource) -> None:
     name = source.path
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in (*TEXT_FORMATS, *COMPRESSED, ".parquet")
+    looks_local = (
+        name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or Path(name).suffix in (*TEXT_FORMATS, *COMPRESSED, ".parquet")
+    )
     if looks_local:
-        raise DataError(f"data: {name} does not exist. Give the path of a file or folder, or a Hub name such as `owner/name`.")
+        raise DataError(
+            f"data: {name} does not exist. Give the path of a file or folder, or a Hub name such as"
+            " `owner/name`."
+        )
 
 
 def _read_hub(source: DataSource) -> Iterator[tuple[str, Row]]:
@@ -288,6 +342,7 @@ def _read_hub(source: DataSource) -> Iterator[tuple[str, Row]]:
 
 def _not_reachable(source: DataSource, error: Exception) -> DataError:
     return DataError(
-        f"data: {source.path} is no local file, and the Hub does not give it ({type(error).__name__}). "
-        "Check the name and the connection, or download it and give its path."
+        f"data: {source.path} is no local file, and the Hub does not give it"
+        f" ({type(error).__name__}). Check the name and the connection, or download it and give its"
+        " path."
     )

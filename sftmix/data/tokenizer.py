@@ -25,7 +25,8 @@ TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer named in the config, with the chat template chosen. Raises ConfigError."""
+    """Returns the tokenizer named in the config, with the chat template chosen. Raises
+    ConfigError."""
     source = config.tokenizer_source
     assert source is not None, "the config trains its tokenizer"
     tokenizer = tokenizer_from(
@@ -37,26 +38,34 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_from(source: str | Path, **options: object) -> PreTrainedTokenizerBase:
-    """Returns the fast tokenizer of a folder or Hub name. Raises ConfigError where there is none."""
+    """Returns the fast tokenizer of a folder or Hub name. Raises ConfigError where there is
+    none."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source), use_fast=True, **options)
     except BaseException as error:
-        if not isinstance(error, (*NOT_LOADED, StrictDataclassError)) and type(error) is not Exception:  # of the package tokenizers
+        if (
+            not isinstance(error, (*NOT_LOADED, StrictDataclassError))
+            and type(error) is not Exception
+        ):  # of the package tokenizers
             raise
         raise ConfigError(
-            f"tokenizer: {source} cannot be loaded: {why_not_loaded(source, error)} "
-            "Give a folder with tokenizer files in tokenizer.path, or train one with tokenizer.train."
+            f"tokenizer: {source} cannot be loaded: {why_not_loaded(source, error)} Give a folder"
+            " with tokenizer files in tokenizer.path, or train one with tokenizer.train."
         ) from None
     if not tokenizer.is_fast:
-        raise ConfigError(f"tokenizer: {source} has no fast version, which the response mask needs (character offsets).")
+        raise ConfigError(
+            f"tokenizer: {source} has no fast version, which the response mask needs (character"
+            " offsets)."
+        )
     return tokenizer
 
 
 def why_not_loaded(source: str | Path, error: BaseException) -> str:
-    """Returns why transformers could not load a folder, as a sentence: its file that is no JSON object, else what the error says."""
+    """Returns why transformers could not load a folder, as a sentence: its file that is no JSON
+    object, else what the error says."""
     for path in sorted(Path(source).glob("*.json")) if Path(source).is_dir() else []:
         try:
             is_object = isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
@@ -70,29 +79,40 @@ def why_not_loaded(source: str | Path, error: BaseException) -> str:
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, named: str | None) -> PreTrainedTokenizerBase:
-    """Sets the chat template of the run, and a padding token where there is none. Returns the tokenizer."""
+    """Sets the chat template of the run, and a padding token where there is none. Returns the
+    tokenizer."""
     tokenizer.chat_template = choose_template(named, tokenizer.chat_template)
     if tokenizer.eos_token is None:
-        raise ConfigError("tokenizer: it has no end-of-sequence token, so no response could ever end. Set eos_token in its files.")
+        raise ConfigError(
+            "tokenizer: it has no end-of-sequence token, so no response could ever end. Set"
+            " eos_token in its files."
+        )
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token  # padding is masked out everywhere
+        # padding is masked out everywhere
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
 
 
 def render_for_training(conversations: list[tuple[Message, ...]], template: str) -> list[str]:
-    """Returns the conversations as the template writes them, without special tokens: what a tokenizer should learn from."""
+    """Returns the conversations as the template writes them, without special tokens: what a
+    tokenizer should learn from."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     with rendering("training examples"):
-        rendered: Any = render_jinja_template([list(c) for c in conversations], chat_template=template, bos_token="", eos_token="")
+        rendered: Any = render_jinja_template(
+            [list(c) for c in conversations], chat_template=template, bos_token="", eos_token=""
+        )
     return list(rendered[0])
 
 
-def train_tokenizer(texts: Iterable[str], settings: TokenizerTrainConfig, folder: Path) -> PreTrainedTokenizerBase:
-    """Trains a SentencePiece model with byte fallback (nothing is ever unknown) and returns it as a Llama tokenizer.
+def train_tokenizer(
+    texts: Iterable[str], settings: TokenizerTrainConfig, folder: Path
+) -> PreTrainedTokenizerBase:
+    """Trains a SentencePiece model with byte fallback (nothing is ever unknown) and returns it as a
+    Llama tokenizer.
 
-    `folder` receives the SentencePiece model as `tokenizer.model`. Raises DataError where the data is too
-    small for the vocabulary.
+    `folder` receives the SentencePiece model as `tokenizer.model`. Raises DataError where the data
+    is too small for the vocabulary.
     """
     import sentencepiece
     from transformers import LlamaTokenizer
@@ -135,7 +155,8 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizerTrainConfig, folder
 
 
 def tokenizer_identity(config: Config) -> str:
-    """Returns a hash that changes with the tokenizer's files, or with the settings it is trained by, and the template."""
+    """Returns a hash that changes with the tokenizer's files, or with the settings it is trained
+    by, and the template."""
     template = fingerprint(choose_template(config.tokenizer.chat_template, "own"))
     source = config.tokenizer_source
     if source is None:
@@ -144,5 +165,12 @@ def tokenizer_identity(config: Config) -> str:
     folder = Path(source)
     if not folder.is_dir():
         return fingerprint([source, config.model.revision, template])
-    files = sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if "safetensors" not in path.name})
+    files = sorted(
+        {
+            path
+            for pattern in TOKENIZER_FILES
+            for path in folder.glob(pattern)
+            if "safetensors" not in path.name
+        }
+    )
     return fingerprint([{path.name: sha256_of_file(path) for path in files}, template])

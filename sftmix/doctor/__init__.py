@@ -1,1 +1,2 @@
-"""`sftmix doctor`: what would make a run fail or compute wrong numbers, on this machine and on others."""
+"""`sftmix doctor`: what would make a run fail or compute wrong numbers, on this machine and on
+others."""

@@ -27,28 +27,40 @@ Look = tuple[str, Callable[[], list[Finding]]]
 
 
 def examine_machine(options: argparse.Namespace) -> int:
-    """Returns 0 where nothing is bad, 2 where the config is, which `sftmix run` refuses with the same
-    code, else 1. Raises ConfigError for a hostfile that cannot be used."""
+    """Returns 0 where nothing is bad, 2 where the config is, which `sftmix run` refuses with the
+    same code, else 1. Raises ConfigError for a hostfile that cannot be used."""
     _choose_accelerator()
-    with redirect_stdout(sys.stderr) if options.json else nullcontext():  # what libraries print is no JSON
+    # what libraries print is no JSON
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():
         report, findings = _examine_all(options)
     counts = count(findings)
     if options.json:
-        print(json.dumps({**report, "counts": counts, "findings": [asdict(finding) for finding in findings]}, default=str))
+        print(
+            json.dumps(
+                {**report, "counts": counts, "findings": [asdict(finding) for finding in findings]},
+                default=str,
+            )
+        )
     else:
-        print(f"{counts['ok']} ok, {counted(counts['warning'], 'warning')}, {counts['bad']} bad, {counts['skipped']} skipped")
+        print(
+            f"{counts['ok']} ok, {counted(counts['warning'], 'warning')}, {counts['bad']} bad,"
+            f" {counts['skipped']} skipped"
+        )
     if any(finding.facts.get(REFUSED) for finding in findings):
         return 2
     return 1 if counts["bad"] else 0
 
 
 def _examine_all(options: argparse.Namespace) -> tuple[dict[str, Any], list[Finding]]:
-    """Returns the report of this machine, with which those of other nodes are compared, and all findings."""
+    """Returns the report of this machine, with which those of other nodes are compared, and all
+    findings."""
     findings: list[Finding] = []
     known = read_hostfile(options.hostfile) if options.hostfile is not None else []
     config = _load(options, findings)
     num_nodes = options.nodes or max(1, len(known))
-    local_ranks = max((node.slots for node in known), default=config.engine.num_processes if config else 1)
+    local_ranks = max(
+        (node.slots for node in known), default=config.engine.num_processes if config else 1
+    )
     num_ranks = options.ranks or sum(node.slots for node in known) or local_ranks
     if options.ranks:
         local_ranks = -(-num_ranks // num_nodes)
@@ -78,7 +90,12 @@ def _examine_all(options: argparse.Namespace) -> tuple[dict[str, Any], list[Find
 
 
 def _items(
-    config: Config | None, need: Need | None, cards: list[gpus.Gpu], *, num_nodes: int, options: argparse.Namespace
+    config: Config | None,
+    need: Need | None,
+    cards: list[gpus.Gpu],
+    *,
+    num_nodes: int,
+    options: argparse.Namespace,
 ) -> Iterator[Look]:
     """Yields the items in order, each with the function that looks at it."""
     yield "versions", versions.check_versions
@@ -96,9 +113,17 @@ def _items(
         yield "file system", lambda: storage.check_file_system(folder)
         yield "other runs", lambda: storage.check_writer(folder)
     if config is not None and need is not None:
-        count = f"{config.checkpoint.keep_last} + 1 checkpoints of {counted(need.num_trained_parameters, 'parameter')}"
+        count = (
+            f"{config.checkpoint.keep_last} + 1 checkpoints of"
+            f" {counted(need.num_trained_parameters, 'parameter')}"
+        )
         meaning = f"{count}, {counted(need.num_exports, 'exported model')}"
-        yield "free space", lambda: storage.check_space(config.run.dir, needed_bytes=need.disk_bytes, meaning=meaning)
+        yield (
+            "free space",
+            lambda: storage.check_space(
+                config.run.dir, needed_bytes=need.disk_bytes, meaning=meaning
+            ),
+        )
     yield "memory", lambda: memory.check_machine(need, has_gpu=bool(cards))
     yield "GPU memory", lambda: memory.check_gpus(need, cards)
     yield gpus.ITEM, lambda: gpus.check_health(cards)
@@ -139,8 +164,11 @@ def _load(options: argparse.Namespace, findings: list[Finding]) -> Config | None
     return loaded[0] if loaded else None
 
 
-def _need(config: Config | None, num_ranks: int, local_ranks: int, findings: list[Finding]) -> Need | None:
-    """Returns the need of the config's model; a model that cannot be looked at becomes a finding."""
+def _need(
+    config: Config | None, num_ranks: int, local_ranks: int, findings: list[Finding]
+) -> Need | None:
+    """Returns the need of the config's model; a model that cannot be looked at becomes a
+    finding."""
     if config is None:
         return None
     need = Need(config, num_ranks, local_ranks)
@@ -148,7 +176,8 @@ def _need(config: Config | None, num_ranks: int, local_ranks: int, findings: lis
     def look() -> list[Finding]:
         words = f"{need.described}, {need.bytes_per_weight} bytes each"
         parts = [name for name, is_moved in need.offload.items() if is_moved]
-        return [Finding("model", "ok", f"{words}, {counted(num_ranks, 'rank')}{', offloaded: ' + ', '.join(parts) if parts else ''}.")]
+        offloaded = ", offloaded: " + ", ".join(parts) if parts else ""
+        return [Finding("model", "ok", f"{words}, {counted(num_ranks, 'rank')}{offloaded}.")]
 
     found = examine("model", look)
     findings += found
@@ -177,7 +206,8 @@ def _torch_cuda() -> str | None:
 
 @contextmanager
 def _beside_run_folder(config: Config | None) -> Iterator[Path | None]:
-    """Yields a file in the run folder, or where it will be, for other nodes to look for; it is removed at the end."""
+    """Yields a file in the run folder, or where it will be, for other nodes to look for; it is
+    removed at the end."""
     path = None
     if config is not None:
         folder = storage.nearest_folder(config.run.dir)
@@ -193,8 +223,19 @@ def _beside_run_folder(config: Config | None) -> Iterator[Path | None]:
                 path.unlink()
 
 
-def _arguments(options: argparse.Namespace, probe: Path | None, *, num_nodes: int, num_ranks: int) -> list[str]:
+def _arguments(
+    options: argparse.Namespace, probe: Path | None, *, num_nodes: int, num_ranks: int
+) -> list[str]:
     """Returns the arguments of the doctor on another node."""
     config: list[Any] = [options.config, *options.overrides] if options.config is not None else []
     looks = ["--look-for", str(probe)] if probe is not None else []
-    return ["--json", "--quick", "--nodes", str(num_nodes), "--ranks", str(num_ranks), *looks, *config]
+    return [
+        "--json",
+        "--quick",
+        "--nodes",
+        str(num_nodes),
+        "--ranks",
+        str(num_ranks),
+        *looks,
+        *config,
+    ]

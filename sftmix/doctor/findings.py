@@ -12,17 +12,28 @@ from sftmix.errors import SftmixError
 Verdict = Literal["ok", "warning", "bad", "skipped"]
 VERDICTS: tuple[Verdict, ...] = ("ok", "warning", "bad", "skipped")
 
-# Whatever an examination may meet on a machine that is not as it should be. It becomes a finding: the other items are still examined.
+# Whatever an examination may meet on a machine that is not as it should be. It becomes a finding:
+# the other items are still examined.
 FAILURES = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, OSError, RuntimeError, SftmixError,
-    TypeError, ValueError, subprocess.SubprocessError,
-)  # fmt: skip
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SftmixError,
+    TypeError,
+    ValueError,
+    subprocess.SubprocessError,
+)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """found: what was found, and what was expected where that differs. remedy: what to do; empty where there is nothing to do.
-    facts: the numbers behind it, for `--json`."""
+    """found: what was found, and what was expected where that differs. remedy: what to do; empty
+    where there is nothing to do. facts: the numbers behind it, for `--json`."""
 
     item: str
     verdict: Verdict
@@ -31,25 +42,42 @@ class Finding:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def line(self, width: int = 18) -> str:
-        return f"{self.verdict:<8} {self.item:<{width}} {' '.join(f'{self.found} {self.remedy}'.split())}"
+        return (
+            f"{self.verdict:<8} {self.item:<{width}}"
+            f" {' '.join(f'{self.found} {self.remedy}'.split())}"
+        )
 
 
 def examine(item: str, look: Callable[[], list[Finding]]) -> list[Finding]:
-    """Returns what an item's function finds. Its own failure is a finding too: what could not be examined is not known to be well."""
+    """Returns what an item's function finds. Its own failure is a finding too: what could not be
+    examined is not known to be well."""
     try:
         return look()
     except FAILURES as error:
         text = " ".join(str(error).split())[:500]
         if isinstance(error, SftmixError):
             return [Finding(item, "bad", text)]
-        return [Finding(item, "bad", f"could not be examined: {type(error).__name__}: {text}.", "Look into that first.")]
+        return [
+            Finding(
+                item,
+                "bad",
+                f"could not be examined: {type(error).__name__}: {text}.",
+                "Look into that first.",
+            )
+        ]
 
 
 def count(findings: list[Finding]) -> dict[Verdict, int]:
     """Returns how many findings there are of each verdict."""
-    return {verdict: sum(finding.verdict == verdict for finding in findings) for verdict in VERDICTS}
+    return {
+        verdict: sum(finding.verdict == verdict for finding in findings) for verdict in VERDICTS
+    }
 
 
 def gib(num_bytes: float) -> str:
     """Returns a size for people."""
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.1f} MiB"
+    return (
+        f"{num_bytes / 2**30:.1f} GiB"
+        if num_bytes >= 2**30 / 10
+        else f"{num_bytes / 2**20:.1f} MiB"
+    )

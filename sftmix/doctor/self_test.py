@@ -1,9 +1,10 @@
-"""What `sftmix doctor` runs on every rank: do ZeRO-3's gradients equal those of one process, and how fast are the collectives?
+"""What `sftmix doctor` runs on every rank: do ZeRO-3's gradients equal those of one process, and
+how fast are the collectives?
 
     python -m sftmix.doctor.self_test FOLDER gradients collectives
 
-The small model and its loss are those of a run; one process computes them by plain autograd, from the textbook formula.
-Rank 0 writes FOLDER/result.json.
+The small model and its loss are those of a run; one process computes them by plain autograd, from
+the textbook formula. Rank 0 writes FOLDER/result.json.
 """
 
 from __future__ import annotations
@@ -35,13 +36,23 @@ from sftmix.loss.objective import Objective
 RESULT = "result.json"
 VOCABULARY, MIXUP_WEIGHT, LEARNING_RATE = 256, 0.2, 1e-2
 ARCHITECTURE = {
-    "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "max_position_embeddings": 64, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-# With the default threshold so small a model's weights would stay whole on every rank, and nothing would be gathered.
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# With the default threshold so small a model's weights would stay whole on every rank, and nothing
+# would be gathered.
 DEEPSPEED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 MICRO_BATCHES = 2  # of each rank in the step
-SIZES = {"cpu": (2**20, 2**23, 2**25), "cuda": (2**20, 2**24, 2**27, 2**29)}  # bytes of the whole tensor
+# bytes of the whole tensor
+SIZES = {"cpu": (2**20, 2**23, 2**25), "cuda": (2**20, 2**24, 2**27, 2**29)}
 ROUNDS = 5
 BUDGET_SECONDS = 8.0  # after which larger tensors are left out
 
@@ -49,14 +60,20 @@ Pair = tuple[list[tuple[Any, Any]], float]
 
 
 def draw_pairs(count: int) -> list[Pair]:
-    """Returns pairs of (ids, response mask) examples of unlike lengths, each with its lam; the same on every rank."""
+    """Returns pairs of (ids, response mask) examples of unlike lengths, each with its lam; the same
+    on every rank."""
     generator = np.random.default_rng(0)
     pairs: list[Pair] = []
     for _ in range(count):
         members = []
         for length in generator.integers(6, 40, 2):
             responses = int(generator.integers(1, length - 2))
-            members.append((generator.integers(3, VOCABULARY, length).astype(np.int32), np.arange(length) >= length - responses))
+            members.append(
+                (
+                    generator.integers(3, VOCABULARY, length).astype(np.int32),
+                    np.arange(length) >= length - responses,
+                )
+            )
         pairs.append((members, float(generator.uniform(0.05, 0.95))))
     return pairs
 
@@ -85,8 +102,8 @@ def textbook_loss(model: Any, pairs: list[Pair], counts: StepCounts) -> Tensor:
 
 
 def compare_gradients(ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """Returns the largest differences to one process: of a gradient, relative to the largest element of its tensor; and of a
-    weight after the step, absolute. All ranks call it."""
+    """Returns the largest differences to one process: of a gradient, relative to the largest
+    element of its tensor; and of a weight after the step, absolute. All ranks call it."""
     started = time.monotonic()
     json_path = folder / f"deepspeed.{ranks.rank}.json"
     json_path.write_text(json.dumps(DEEPSPEED))
@@ -96,9 +113,15 @@ def compare_gradients(ranks: Ranks, folder: Path) -> dict[str, Any]:
             "model": {"architecture": ARCHITECTURE},
             "tokenizer": {"train": {}},
             "data": {"generator": {}},
-            # A larger eps: an update is otherwise the gradient's sign, and a rounding error of a gradient near 0 would show whole.
+            # A larger eps: an update is otherwise the gradient's sign, and a rounding error of a
+            # gradient near 0 would show whole.
             "train": {"learning_rate": LEARNING_RATE, "adam_eps": 1e-3},
-            "engine": {"zero_stage": 3, "precision": "fp32", "kernel_backend": "torch", "deepspeed": str(json_path)},
+            "engine": {
+                "zero_stage": 3,
+                "precision": "fp32",
+                "kernel_backend": "torch",
+                "deepspeed": str(json_path),
+            },
         }
     )
     engine = Engine(config, config.model, ranks, None, train=config.train)
@@ -108,10 +131,16 @@ def compare_gradients(ranks: Ranks, folder: Path) -> dict[str, Any]:
     own = pairs[ranks.rank :: ranks.world_size]
     engine.start_step(seed=0, step=1)
     for number, pair in enumerate(own, start=1):
-        engine.forward_backward(batch_of(pair), counts, Objective(MIXUP_WEIGHT), is_last=number == len(own))
-    gradients = {name: gradient.detach().float().cpu() for name, gradient in engine.named_gradients()}
+        engine.forward_backward(
+            batch_of(pair), counts, Objective(MIXUP_WEIGHT), is_last=number == len(own)
+        )
+    gradients = {
+        name: gradient.detach().float().cpu() for name, gradient in engine.named_gradients()
+    }
     engine.step(learning_rate=LEARNING_RATE)
-    weights = {name: tensor.detach().float().cpu().clone() for name, tensor in engine.named_tensors()}
+    weights = {
+        name: tensor.detach().float().cpu().clone() for name, tensor in engine.named_tensors()
+    }
     found: dict[str, Any] = {"seconds": 0.0}
     if ranks.is_main:
         found = compare_to_one_process(config, pairs, counts, gradients, weights)
@@ -120,22 +149,43 @@ def compare_gradients(ranks: Ranks, folder: Path) -> dict[str, Any]:
 
 
 def compare_to_one_process(
-    config: Config, pairs: list[Pair], counts: StepCounts, gradients: dict[str, Tensor], weights: dict[str, Tensor]
+    config: Config,
+    pairs: list[Pair],
+    counts: StepCounts,
+    gradients: dict[str, Tensor],
+    weights: dict[str, Tensor],
 ) -> dict[str, Any]:
     train = config.train
-    model = load_source(config.model, hf_config(config.model), dtype=torch.float32, seed=config.run.seed)
+    model = load_source(
+        config.model, hf_config(config.model), dtype=torch.float32, seed=config.run.seed
+    )
     textbook_loss(model, pairs, counts).backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    assert set(expected) == set(gradients), f"the models differ in {sorted(set(expected) ^ set(gradients))[:4]}"
-    differences = {name: _largest(gradients[name] - expected[name]) / _largest(expected[name]) for name in expected}
+    assert set(expected) == set(gradients), (
+        f"the models differ in {sorted(set(expected) ^ set(gradients))[:4]}"
+    )
+    differences = {
+        name: _largest(gradients[name] - expected[name]) / _largest(expected[name])
+        for name in expected
+    }
     torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": train.weight_decay},
+        {
+            "params": [p for p in model.parameters() if p.ndim >= 2],
+            "weight_decay": train.weight_decay,
+        },
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
     torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=train.adam_betas, eps=train.adam_eps).step()
-    moved = max(_largest(weights[name] - parameter.detach()) for name, parameter in model.named_parameters())
-    worst = max(differences, key=lambda name: float("inf") if differences[name] != differences[name] else differences[name])
+    moved = max(
+        _largest(weights[name] - parameter.detach()) for name, parameter in model.named_parameters()
+    )
+    worst = max(
+        differences,
+        key=lambda name: (
+            float("inf") if differences[name] != differences[name] else differences[name]
+        ),
+    )
     return {"gradient": differences[worst], "tensor": worst, "weight": moved}
 
 
@@ -144,14 +194,21 @@ def _largest(tensor: Tensor) -> float:
 
 
 def time_collectives(ranks: Ranks) -> list[dict[str, Any]]:
-    """Returns for each size the seconds of an all-gather and of a reduce-scatter, medians. All ranks call it."""
+    """Returns for each size the seconds of an all-gather and of a reduce-scatter, medians. All
+    ranks call it."""
     started, found = time.monotonic(), []
     for size in SIZES[ranks.device.type]:
         part = size // 4 // ranks.world_size
-        whole, share = torch.ones(part * ranks.world_size, device=ranks.device), torch.ones(part, device=ranks.device)
+        whole, share = (
+            torch.ones(part * ranks.world_size, device=ranks.device),
+            torch.ones(part, device=ranks.device),
+        )
         gather = partial(ranks.all_gather_into, whole, share)
         reduce = partial(ranks.reduce_scatter_into, share, whole)
-        seconds = {"all_gather": _median_seconds(ranks, gather), "reduce_scatter": _median_seconds(ranks, reduce)}
+        seconds = {
+            "all_gather": _median_seconds(ranks, gather),
+            "reduce_scatter": _median_seconds(ranks, reduce),
+        }
         found.append({"bytes": 4 * whole.numel(), **seconds})
         if ranks.same_as_main(time.monotonic() - started > BUDGET_SECONDS):
             break

@@ -1,4 +1,5 @@
-"""DeepSpeed's private state: the one file that touches it. Versions that it does not know are refused.
+"""DeepSpeed's private state: the one file that touches it. Versions that it does not know are
+refused.
 
 Each function says which behaviour of DeepSpeed makes it necessary.
 """
@@ -22,10 +23,12 @@ KNOWN = "0.19."  # versions whose private state is known; setup.py has the same 
 
 
 def import_deepspeed():  # type: ignore[no-untyped-def]
-    """Returns the deepspeed module, with its start-up messages reduced to warnings. Raises ConfigError for an unknown version."""
+    """Returns the deepspeed module, with its start-up messages reduced to warnings. Raises
+    ConfigError for an unknown version."""
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed; once per call would drown all else.
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed; once per call would
+    # drown all else.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -36,23 +39,25 @@ def import_deepspeed():  # type: ignore[no-untyped-def]
 
     if not deepspeed.__version__.startswith(KNOWN):
         raise ConfigError(
-            f"DeepSpeed {deepspeed.__version__} is installed; sftmix knows the private state of {KNOWN}x. "
-            f"Install one of these: pip install 'deepspeed=={KNOWN}*'."
+            f"DeepSpeed {deepspeed.__version__} is installed; sftmix knows the private state of"
+            f" {KNOWN}x. Install one of these: pip install 'deepspeed=={KNOWN}*'."
         )
     logger.setLevel(logging.WARNING)
     return deepspeed
 
 
 def release_leftovers(module: torch.nn.Module) -> None:
-    """Lets go of what DeepSpeed 0.19 keeps of a destroyed engine to the end of the process: the model, by two names that hold all else with
-    it (ZeRO-3: this rank's share of the weights), and the group of ranks that `zero_hpz_partition_size` made, because of which it
-    would refuse to make it for the next engine. All ranks call it."""
+    """Lets go of what DeepSpeed 0.19 keeps of a destroyed engine to the end of the process: the
+    model, by two names that hold all else with it (ZeRO-3: this rank's share of the weights), and
+    the group of ranks that `zero_hpz_partition_size` made, because of which it would refuse to make
+    it for the next engine. All ranks call it."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.utils import groups
 
     FWD_MODULE_STACK[:] = [entered for entered in FWD_MODULE_STACK if entered is not module]
-    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release  # private: its name is mangled
+    # private: its name is mangled
+    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
     for wrapped in inspect.getclosurevars(cached).nonlocals.values():
         if hasattr(wrapped, "cache_clear"):
             wrapped.cache_clear()  # its keys are modules
@@ -63,9 +68,10 @@ def release_leftovers(module: torch.nn.Module) -> None:
 
 
 def build_no_extension() -> None:
-    """Switches off the C++ extension for shared-memory reductions, which DeepSpeed would build on CPUs at the first start.
-    gloo does the same without a compiler, without a lock file that a killed build leaves behind for every later start to
-    wait on, and without leftovers in /dev/shm."""
+    """Switches off the C++ extension for shared-memory reductions, which DeepSpeed would build on
+    CPUs at the first start. gloo does the same without a compiler, without a lock file that a
+    killed build leaves behind for every later start to wait on, and without leftovers in
+    /dev/shm."""
     import deepspeed
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
@@ -73,7 +79,8 @@ def build_no_extension() -> None:
 
 
 def forget_groups() -> None:
-    """Lets go of the process groups that DeepSpeed keeps in a module: what holds a group keeps its threads."""
+    """Lets go of the process groups that DeepSpeed keeps in a module: what holds a group keeps its
+    threads."""
     from deepspeed.utils import groups
 
     for name, value in list(vars(groups).items()):
@@ -82,8 +89,9 @@ def forget_groups() -> None:
 
 
 def use_state_files(engine: Any, files: Any, *, writes_shared: bool = False) -> None:
-    """Lets a DeepSpeed engine write and read its checkpoints through `files`, a `CheckpointEngine`. writes_shared: this rank
-    also writes what DeepSpeed lets rank 0 write for all (the weights, below ZeRO-3)."""
+    """Lets a DeepSpeed engine write and read its checkpoints through `files`, a `CheckpointEngine`.
+    writes_shared: this rank also writes what DeepSpeed lets rank 0 write for all (the weights,
+    below ZeRO-3)."""
     _require(engine, "checkpoint_engine", "save_non_zero_checkpoint")
     engine.checkpoint_engine = files
     if writes_shared:
@@ -92,7 +100,8 @@ def use_state_files(engine: Any, files: Any, *, writes_shared: bool = False) -> 
 
 @contextlib.contextmanager
 def loading_universal(engine: Any, is_universal: bool) -> Iterator[None]:
-    """Lets a DeepSpeed engine take a checkpoint for a universal one, or for an ordinary one, inside."""
+    """Lets a DeepSpeed engine take a checkpoint for a universal one, or for an ordinary one,
+    inside."""
     _require(engine._config, "load_universal_checkpoint")
     engine._config.load_universal_checkpoint = is_universal
     try:
@@ -102,14 +111,19 @@ def loading_universal(engine: Any, is_universal: bool) -> Iterator[None]:
 
 
 def _require(thing: Any, *names: str) -> None:
-    """Raises RuntimeError where DeepSpeed has renamed an attribute: setting a new one would change nothing, without a word."""
+    """Raises RuntimeError where DeepSpeed has renamed an attribute: setting a new one would change
+    nothing, without a word."""
     for name in names:
         if not hasattr(thing, name):
-            raise RuntimeError(f"{type(thing).__name__} of DeepSpeed has no attribute {name}: it is another version than {KNOWN}x")
+            raise RuntimeError(
+                f"{type(thing).__name__} of DeepSpeed has no attribute {name}: it is another"
+                f" version than {KNOWN}x"
+            )
 
 
 def check_zero_section(section: dict[str, Any], where: str) -> None:
-    """Raises ConfigError for a key or value that DeepSpeed's own schema of `zero_optimization` refuses."""
+    """Raises ConfigError for a key or value that DeepSpeed's own schema of `zero_optimization`
+    refuses."""
     import_deepspeed()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
@@ -120,6 +134,10 @@ def check_zero_section(section: dict[str, Any], where: str) -> None:
         detail = error.errors()[0]
         name = ".".join(["zero_optimization", *map(str, detail["loc"])])
         if detail["type"] == "extra_forbidden":
-            remedy = did_you_mean(str(detail["loc"][-1]), DeepSpeedZeroConfig.model_fields, "Remove it.")
+            remedy = did_you_mean(
+                str(detail["loc"][-1]), DeepSpeedZeroConfig.model_fields, "Remove it."
+            )
             raise ConfigError(f"{where}: `{name}` is no key of DeepSpeed. {remedy}") from None
-        raise ConfigError(f"{where}: `{name}` is {detail['input']!r}: {detail['msg'].lower()}. Correct the value.") from None
+        raise ConfigError(
+            f"{where}: `{name}` is {detail['input']!r}: {detail['msg'].lower()}. Correct the value."
+        ) from None

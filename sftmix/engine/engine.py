@@ -1,8 +1,8 @@
 """One model on DeepSpeed: the door through which every stage trains, scores and saves.
 
 Two leaks of the distributed world are sealed here, once. DeepSpeed divides a loss by its number of
-micro-batches, and averages gradients over ranks; our losses are already shares of a mean over the whole
-optimiser step, so the engine asks for no division and multiplies by the number of ranks.
+micro-batches, and averages gradients over ranks; our losses are already shares of a mean over the
+whole optimiser step, so the engine asks for no division and multiplies by the number of ranks.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """A model in training (`train` given) or for scoring only. Every method is called by all ranks together, but for
-    `score` where the model is not sharded. `is_sharded`: for scoring only, whether ZeRO-3 shards the model; default:
-    as `engine.zero_stage` says. progress: told of every step and micro-batch."""
+    """A model in training (`train` given) or for scoring only. Every method is called by all ranks
+    together, but for `score` where the model is not sharded. `is_sharded`: for scoring only,
+    whether ZeRO-3 shards the model; default: as `engine.zero_stage` says. progress: told of every
+    step and micro-batch."""
 
     def __init__(
         self,
@@ -73,7 +74,9 @@ class Engine:
         deepspeed = import_deepspeed()
         self.ranks = ranks
         self._progress = progress or Progress()
-        self.backend = None if config.engine.kernel_backend == "auto" else config.engine.kernel_backend
+        self.backend = (
+            None if config.engine.kernel_backend == "auto" else config.engine.kernel_backend
+        )
         precision = resolve_precision(config.engine.precision)
         check_device_computes_in(precision)
         self._dtype = DTYPES[precision]
@@ -81,7 +84,8 @@ class Engine:
         self._model_config = model
         self._is_dropped = False
         self._frozen_checksum = ""  # computed when it is first asked for: the weights do not change
-        self.has_adapters = train is not None and model.lora is not None  # a model that is only scored with has none
+        # a model that is only scored with has none
+        self.has_adapters = train is not None and model.lora is not None
         settings = deepspeed_config(
             config,
             precision=precision,
@@ -90,7 +94,8 @@ class Engine:
         )
         stage = config.engine.zero_stage
         if train is None and not (stage == 3 if is_sharded is None else is_sharded):
-            settings["zero_optimization"] = {"stage": 0}  # stages 1 and 2 shard what only training has
+            # stages 1 and 2 shard what only training has
+            settings["zero_optimization"] = {"stage": 0}
         elif train is None and stage < 3:
             settings["zero_optimization"] = {"stage": 3}
         self.zero_stage = settings["zero_optimization"]["stage"]
@@ -109,9 +114,12 @@ class Engine:
         self.module = CausalLMWithLoss(module)
         optimizer = self._optimizer(train, settings) if train else None
         exact_buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=settings)
+        self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=self.module, optimizer=optimizer, config=settings
+        )
         for name, buffer in self.module.named_buffers():
-            # DeepSpeed casts buffers with the weights; rotary frequencies in bf16 are wrong at long positions.
+            # DeepSpeed casts buffers with the weights; rotary frequencies in bf16 are wrong at long
+            # positions.
             buffer.data = exact_buffers[name].to(buffer.device)
         buffers = {name: buffer.dtype for name, buffer in exact_buffers.items()}
         self._expected = ExpectedDtypes.of(precision, settings, buffers)
@@ -126,25 +134,40 @@ class Engine:
         plain: list[Tensor] = []
         for parameter in self.module.parameters():
             if parameter.requires_grad:
-                shape = getattr(parameter, "ds_shape", parameter.shape)  # a sharded parameter is empty here
+                # a sharded parameter is empty here
+                shape = getattr(parameter, "ds_shape", parameter.shape)
                 (decayed if len(shape) >= 2 else plain).append(parameter)
-        groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups = [
+            {"params": decayed, "weight_decay": train.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
         groups = [group for group in groups if group["params"]]
-        options: dict[str, Any] = {"lr": train.learning_rate, "betas": train.adam_betas, "eps": train.adam_eps}
-        if settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
+        options: dict[str, Any] = {
+            "lr": train.learning_rate,
+            "betas": train.adam_betas,
+            "eps": train.adam_eps,
+        }
+        if (
+            settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+            != "none"
+        ):
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)  # type: ignore[no-any-return]
         return torch.optim.AdamW(groups, fused=self.ranks.device.type == "cuda", **options)
 
     def start_step(self, *, seed: int, step: int) -> None:
-        """Gives dropout a stream that depends on (seed, step, rank) only, so that a resumed run repeats it."""
+        """Gives dropout a stream that depends on (seed, step, rank) only, so that a resumed run
+        repeats it."""
         self._progress.begin_step(step)
         key = (seed * 1_000_003 + step) * 65_537 + self.ranks.rank
         torch.manual_seed(key % 2**63)
 
-    def forward_backward(self, batch: MicroBatch, counts: StepCounts, objective: Objective, *, is_last: bool) -> LossResult:
-        """Runs one micro-batch of a step and accumulates its gradients; `is_last` says that the step ends with it."""
+    def forward_backward(
+        self, batch: MicroBatch, counts: StepCounts, objective: Objective, *, is_last: bool
+    ) -> LossResult:
+        """Runs one micro-batch of a step and accumulates its gradients; `is_last` says that the
+        step ends with it."""
         self._progress.tick()
         batch = batch.to(self.ranks.device)
         self._deepspeed.set_gradient_accumulation_boundary(is_last)
@@ -154,13 +177,16 @@ class Engine:
         return result.detached()
 
     def step(self, *, learning_rate: float) -> float | Tensor:
-        """Clips, updates and clears the gradients. Returns the global gradient norm before clipping (a tensor still
-        on the device where DeepSpeed leaves it there: reading it waits)."""
+        """Clips, updates and clears the gradients. Returns the global gradient norm before clipping
+        (a tensor still on the device where DeepSpeed leaves it there: reading it waits)."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = None
-        if self.zero_stage == 0 and self.precision == "fp32":  # the one case in which DeepSpeed keeps no norm
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        # the one case in which DeepSpeed keeps no norm
+        if self.zero_stage == 0 and self.precision == "fp32":
+            norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in self.module.parameters() if p.grad is not None]
+            )
             self._is_dropped = not bool(torch.isfinite(norm))  # nor does it look for NaN there
             if self._is_dropped:
                 self.optimizer.zero_grad()
@@ -196,7 +222,9 @@ class Engine:
     @property
     def num_trained_parameters(self) -> int:
         """Those that have a gradient and optimiser states: all, or with LoRA the adapters'."""
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters() if p.requires_grad)
+        return sum(
+            getattr(p, "ds_numel", p.numel()) for p in self.module.parameters() if p.requires_grad
+        )
 
     @property
     def was_step_skipped(self) -> bool:
@@ -205,29 +233,35 @@ class Engine:
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Returns (T,) float32 losses in nats of a micro-batch's response tokens, and (T,) bool: would greedy
-        decoding have chosen each. On the CPU."""
+        """Returns (T,) float32 losses in nats of a micro-batch's response tokens, and (T,) bool:
+        would greedy decoding have chosen each. On the CPU."""
         self._progress.tick()
         was_training = self.module.training
         self._deepspeed.eval()
         batch = batch.to(self.ranks.device)
         # Whole on every rank, the model is called without DeepSpeed: ranks then need not keep step.
         forward = self._deepspeed if self.is_sharded else self.module
-        nll, match = forward(batch.input_ids, batch.attention_mask, ScoreRequest(batch.rows, batch.labels, self.backend))
+        nll, match = forward(
+            batch.input_ids,
+            batch.attention_mask,
+            ScoreRequest(batch.rows, batch.labels, self.backend),
+        )
         self._deepspeed.train(was_training)
         return nll.cpu(), match.cpu()
 
     @torch.no_grad()
     def logits(self, batch: MicroBatch) -> Tensor:
-        """Returns the (B, S, V) logits as the model itself gives them. For tests and small inputs."""
+        """Returns the (B, S, V) logits as the model itself gives them. For tests and small
+        inputs."""
         batch = batch.to(self.ranks.device)
         return self._deepspeed(batch.input_ids, batch.attention_mask, None)  # type: ignore[no-any-return]
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields (Hugging Face name, whole tensor) of every parameter and persistent buffer, one at a time.
+        """Yields (Hugging Face name, whole tensor) of every parameter and persistent buffer, one at
+        a time.
 
-        Tied parameters come once. Adapters are merged into the weights beside which they are. Under ZeRO-3 only one parameter, with
-        its adapter, is gathered at a time.
+        Tied parameters come once. Adapters are merged into the weights beside which they are. Under
+        ZeRO-3 only one parameter, with its adapter, is gathered at a time.
         """
         import deepspeed
 
@@ -236,16 +270,22 @@ class Engine:
             if is_adapter(name):
                 continue
             layer = layers.get(name)
-            gathered = [parameter] if layer is None else [parameter, *adapter_weights(layer).values()]
+            gathered = (
+                [parameter] if layer is None else [parameter, *adapter_weights(layer).values()]
+            )
             with deepspeed.zero.GatheredParameters(gathered, enabled=self.zero_stage == 3):
-                yield self.module.plain_name(name), parameter.data if layer is None else merged_weight(layer)
+                yield (
+                    self.module.plain_name(name),
+                    parameter.data if layer is None else merged_weight(layer),
+                )
         parameters = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             if name not in parameters and isinstance(tensor, Tensor):
                 yield self.module.plain_name(name), tensor
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields (Hugging Face name, whole gradient) of every trained parameter, before `step`. For tests of the machine."""
+        """Yields (Hugging Face name, whole gradient) of every trained parameter, before `step`. For
+        tests of the machine."""
         from deepspeed.utils import safe_get_full_grad
 
         for name, parameter in self.module.named_parameters():
@@ -253,17 +293,20 @@ class Engine:
                 yield self.module.plain_name(name), safe_get_full_grad(parameter)
 
     def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes a Hugging Face folder on rank 0: safetensors, config, generation config, tokenizer with template.
+        """Writes a Hugging Face folder on rank 0: safetensors, config, generation config, tokenizer
+        with template.
 
-        transformers itself writes it, from a model without memory and the gathered tensors, so that names, shards
-        and weight conversions are what `AutoModelForCausalLM.from_pretrained` reads. Raises ArtifactError, on all ranks, where the
-        folder cannot be written.
+        transformers itself writes it, from a model without memory and the gathered tensors, so that
+        names, shards and weight conversions are what `AutoModelForCausalLM.from_pretrained` reads.
+        Raises ArtifactError, on all ranks, where the folder cannot be written.
         """
         state: dict[str, Tensor] = {}
         for name, tensor in self.named_tensors():
             if self.ranks.is_main:
                 state[name] = tensor.detach().to("cpu", copy=True)
-        buffers = {self.module.plain_name(name): dtype for name, dtype in self._expected.buffers.items()}
+        buffers = {
+            self.module.plain_name(name): dtype for name, dtype in self._expected.buffers.items()
+        }
 
         def write() -> None:
             shell = empty_model(self._model_config, self.hf_config, dtype=self._dtype)
@@ -273,7 +316,8 @@ class Engine:
         write_on_main(self.ranks, folder, state, write)
 
     def named_adapters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields (name of the module + `.lora_A.weight` or `.lora_B.weight`, whole tensor), one at a time; nothing without LoRA."""
+        """Yields (name of the module + `.lora_A.weight` or `.lora_B.weight`, whole tensor), one at
+        a time; nothing without LoRA."""
         import deepspeed
 
         for name, layer in adapted_layers(self.module):
@@ -282,8 +326,11 @@ class Engine:
                     yield self.module.plain_name(f"{name}.{part}"), parameter.data
 
     def export_adapter(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes the adapters alone on rank 0, in peft's format, with the tokenizer and its template. Raises as `export`."""
-        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.named_adapters()}
+        """Writes the adapters alone on rank 0, in peft's format, with the tokenizer and its
+        template. Raises as `export`."""
+        state = {
+            name: tensor.detach().to("cpu", copy=True) for name, tensor in self.named_adapters()
+        }
 
         def write() -> None:
             write_adapter(folder, self.module.model, state)
@@ -293,7 +340,8 @@ class Engine:
         write_on_main(self.ranks, folder, state, write)
 
     def frozen_checksum(self) -> str:
-        """Returns what tells the frozen weights from others, on every rank; "" where all are trained."""
+        """Returns what tells the frozen weights from others, on every rank; "" where all are
+        trained."""
         import deepspeed
 
         if not self.has_adapters:
@@ -302,8 +350,12 @@ class Engine:
             found: list[str] = []
             for name, parameter in self.module.named_parameters():
                 if not parameter.requires_grad:
-                    with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
-                        found += [f"{name} {checksum(parameter.data)}"] if self.ranks.is_main else []
+                    with deepspeed.zero.GatheredParameters(
+                        [parameter], enabled=self.zero_stage == 3
+                    ):
+                        found += (
+                            [f"{name} {checksum(parameter.data)}"] if self.ranks.is_main else []
+                        )
             self._frozen_checksum = self.ranks.text_from_main(fingerprint(found))
         return self._frozen_checksum
 
@@ -312,21 +364,26 @@ class Engine:
         return self._dtype.itemsize
 
     def save_state(self, folder: Path, *, in_background: bool = False) -> StateFiles:
-        """Writes trained weights, optimiser and loss scaler into an existing folder, a few files per rank."""
+        """Writes trained weights, optimiser and loss scaler into an existing folder, a few files
+        per rank."""
         from sftmix.engine.state import save_state
 
         leads_own_disk = self.ranks.leads_storage and not self.ranks.is_main
-        return save_state(self._deepspeed, folder, in_background=in_background, writes_shared=leads_own_disk)
+        return save_state(
+            self._deepspeed, folder, in_background=in_background, writes_shared=leads_own_disk
+        )
 
     def load_state(self, folder: Path, *, is_universal: bool = False) -> None:
-        """Loads what `save_state` wrote on as many ranks, or its universal form. The files were verified. A new engine only."""
+        """Loads what `save_state` wrote on as many ranks, or its universal form. The files were
+        verified. A new engine only."""
         from sftmix.engine.state import load_state
 
         load_state(self._deepspeed, folder, is_universal=is_universal)
         self._check_dtypes(f"after {folder} was loaded")
 
     def close(self) -> None:
-        """Frees the model, its optimiser and the hooks, so that the next engine of this process finds room."""
+        """Frees the model, its optimiser and the hooks, so that the next engine of this process
+        finds room."""
         self._deepspeed.destroy()
         release_leftovers(self.module)
         del self._deepspeed, self.optimizer, self.module
@@ -336,7 +393,12 @@ class Engine:
 
 
 def enable_activation_checkpointing(model: Any) -> None:
-    """Switches it on in a transformers model. New releases have renamed it, and warn of the old name."""
+    """Switches it on in a transformers model. New releases have renamed it, and warn of the old
+    name."""
     has_new_name = hasattr(model, "activation_checkpointing_enable")
-    enable = model.activation_checkpointing_enable if has_new_name else model.gradient_checkpointing_enable
+    enable = (
+        model.activation_checkpointing_enable
+        if has_new_name
+        else model.gradient_checkpointing_enable
+    )
     enable({"use_reentrant": False})

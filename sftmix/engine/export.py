@@ -1,4 +1,5 @@
-"""Write an exported model: the files of a Hugging Face folder, by rank 0, with failures that all ranks hear of."""
+"""Write an exported model: the files of a Hugging Face folder, by rank 0, with failures that all
+ranks hear of."""
 
 from __future__ import annotations
 
@@ -21,10 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def write_on_main(ranks: Ranks, folder: Path, state: dict[str, Tensor], write: Callable[[], None]) -> None:
-    """Lets rank 0 write a folder. A failure is one error on all ranks, none of which waits for rank 0; no half of the folder stays."""
+def write_on_main(
+    ranks: Ranks, folder: Path, state: dict[str, Tensor], write: Callable[[], None]
+) -> None:
+    """Lets rank 0 write a folder. A failure is one error on all ranks, none of which waits for rank
+    0; no half of the folder stays."""
     problem = ""
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())  # transformers empties it
+    # transformers empties it
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     if ranks.is_main:
         try:
             with accessing(folder):
@@ -33,7 +38,9 @@ def write_on_main(ranks: Ranks, folder: Path, state: dict[str, Tensor], write: C
         except OSError as error:
             if isinstance(error.__cause__, SafetensorError):  # which names no file
                 error.filename = str(folder / "*.safetensors")
-            problem = f"the model could not be exported: {describe(error, folder, needed_bytes=needed)}"
+            problem = (
+                f"the model could not be exported: {describe(error, folder, needed_bytes=needed)}"
+            )
             shutil.rmtree(folder, ignore_errors=True)
         except ArtifactError as error:
             problem = str(error)
@@ -42,8 +49,11 @@ def write_on_main(ranks: Ranks, folder: Path, state: dict[str, Tensor], write: C
         raise ArtifactError(ranks.text_from_main(problem), on_all_ranks=True)
 
 
-def write_model(folder: Path, shell: Any, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes a Hugging Face folder. shell: the model on the meta device, whose names and shards transformers writes."""
+def write_model(
+    folder: Path, shell: Any, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Writes a Hugging Face folder. shell: the model on the meta device, whose names and shards
+    transformers writes."""
     from transformers import GenerationConfig
 
     with quiet_transformers():
@@ -56,13 +66,15 @@ def write_model(folder: Path, shell: Any, state: dict[str, Tensor], tokenizer: P
 
 
 def generation_end_ids(tokenizer: PreTrainedTokenizerBase, config: Any) -> list[int]:
-    """Returns the ids that end a response: the tokenizer's and the config's end of sequence, and the token that the
-    chat template writes after an assistant's turn."""
+    """Returns the ids that end a response: the tokenizer's and the config's end of sequence, and
+    the token that the chat template writes after an assistant's turn."""
     ids = {tokenizer.eos_token_id}
     configured = getattr(config, "eos_token_id", None)
     ids.update(configured if isinstance(configured, list) else [configured])
     conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    prompt = tokenizer.apply_chat_template(conversation[:1], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        conversation[:1], tokenize=False, add_generation_prompt=True
+    )
     whole = tokenizer.apply_chat_template(conversation, tokenize=False)
     special = marker_ids(tokenizer)
     turn = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]

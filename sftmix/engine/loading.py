@@ -1,9 +1,9 @@
 """Builds and loads the model, sharded from the start under ZeRO-3.
 
-Rank 0 loads, or initialises, an ordinary model on the CPU through transformers' ordinary path (all its
-weight conversions included). Every rank builds an empty, sharded shell, and the tensors are handed over one
-by one. So no rank but one holds a whole model, nothing depends on the ZeRO branch of transformers' loader,
-and random weights are the same for every ZeRO stage and number of ranks.
+Rank 0 loads, or initialises, an ordinary model on the CPU through transformers' ordinary path (all
+its weight conversions included). Every rank builds an empty, sharded shell, and the tensors are
+handed over one by one. So no rank but one holds a whole model, nothing depends on the ZeRO branch
+of transformers' loader, and random weights are the same for every ZeRO stage and number of ranks.
 """
 
 from __future__ import annotations
@@ -29,13 +29,24 @@ if TYPE_CHECKING:
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+ATTENTION = (
+    "sdpa",
+    "eager",
+    "flex_attention",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+)
 
 
-def hf_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str = "model") -> PretrainedConfig:
-    """Returns the transformers config of a model; for an architecture, completed from the tokenizer.
+def hf_config(
+    model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str = "model"
+) -> PretrainedConfig:
+    """Returns the transformers config of a model; for an architecture, completed from the
+    tokenizer.
 
-    Raises ConfigError for a folder without config or weights, an unknown model type or a value it refuses.
+    Raises ConfigError for a folder without config or weights, an unknown model type or a value it
+    refuses.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -43,9 +54,14 @@ def hf_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = No
     if model.path is not None:
         check_model_folder(model.path, name=name)
         try:
-            return AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+            return AutoConfig.from_pretrained(
+                model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+            )
         except (*NOT_LOADED, StrictDataclassError) as error:
-            raise ConfigError(f"{name}.path: {model.path} cannot be loaded: {why_not_loaded(model.path, error)} Give a folder.") from None
+            raise ConfigError(
+                f"{name}.path: {model.path} cannot be loaded: {why_not_loaded(model.path, error)}"
+                " Give a folder."
+            ) from None
     assert model.architecture is not None, "the schema wants one of path and architecture"
     values = dict(model.architecture)
     if tokenizer is not None:
@@ -56,22 +72,37 @@ def hf_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = No
     where = f"{name}.architecture (model_type {model_type!r})"
     try:
         config = AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ArithmeticError,
+        StrictDataclassError,
+    ) as error:
         cause = error.__cause__ or error  # what transformers wraps says it in one line
-        raise ConfigError(f"{where}: {' '.join(str(cause).split())[:300]} Correct the value.") from None
+        raise ConfigError(
+            f"{where}: {' '.join(str(cause).split())[:300]} Correct the value."
+        ) from None
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ConfigError(f"{where} is no causal language model of transformers. Name one, for example llama.")
+        raise ConfigError(
+            f"{where} is no causal language model of transformers. Name one, for example llama."
+        )
     read = _words_of_model_code(type(config))
     for key in model.architecture:
         if key not in read and key not in config.attribute_map and key != "model_type":
             remedy = did_you_mean(key, type(config)().to_dict(), "Remove it.")
-            raise ConfigError(f"{where}: `{key}` is no key of {type(config).__name__}, which would ignore it. {remedy}")
+            raise ConfigError(
+                f"{where}: `{key}` is no key of {type(config).__name__}, which would ignore it."
+                f" {remedy}"
+            )
     return config
 
 
 def _words_of_model_code(config_class: type) -> set[str]:
-    """Returns every word in the code that reads a config of this class. transformers keeps any key it is given in
-    silence, and no list says which it reads: some are old names, some are read with a default far from the class."""
+    """Returns every word in the code that reads a config of this class. transformers keeps any key
+    it is given in silence, and no list says which it reads: some are old names, some are read with
+    a default far from the class."""
     modules = (
         config_class.__module__,
         config_class.__module__.replace(".configuration_", ".modeling_"),
@@ -87,30 +118,41 @@ def _words_of_model_code(config_class: type) -> set[str]:
 
 
 def check_model_folder(path: str, *, name: str = "model") -> None:
-    """Raises ConfigError for a local folder that is not there, or holds no config or no safetensors weights."""
+    """Raises ConfigError for a local folder that is not there, or holds no config or no safetensors
+    weights."""
     folder = Path(path)
     if not folder.is_dir():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise ConfigError(f"{name}.path: {path} does not exist. Give a folder, or a Hub name such as `owner/name`.")
+            raise ConfigError(
+                f"{name}.path: {path} does not exist. Give a folder, or a Hub name such as"
+                " `owner/name`."
+            )
         return
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{name}.path: {path} holds no config.json. Give the folder of a Hugging Face model.")
+        raise ConfigError(
+            f"{name}.path: {path} holds no config.json. Give the folder of a Hugging Face model."
+        )
     if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
         found = sorted(p.name for p in folder.iterdir())[:8]
         raise ConfigError(
-            f"{name}.path: {path} holds no weights (*.safetensors); it holds {found}. Complete the folder; "
-            "pickled weights (*.bin) are not read: convert them with transformers' save_pretrained."
+            f"{name}.path: {path} holds no weights (*.safetensors); it holds {found}. Complete the"
+            " folder; pickled weights (*.bin) are not read: convert them with transformers'"
+            " save_pretrained."
         )
 
 
 def check_weights(path: str, config: PretrainedConfig, shell: nn.Module, *, name: str) -> None:
-    """Raises ConfigError for weights of a local folder that are missing, cut off, no safetensors, or of another shape than the model's.
+    """Raises ConfigError for weights of a local folder that are missing, cut off, no safetensors,
+    or of another shape than the model's.
 
-    Reads the headers alone. shell: the model without memory. What transformers renames or packs on loading is left to `load_source`.
+    Reads the headers alone. shell: the model without memory. What transformers renames or packs on
+    loading is left to `load_source`.
     """
     from safetensors import SafetensorError, safe_open
 
-    expected = {key: tuple(tensor.shape) for key, tensor in shell.state_dict(keep_vars=True).items()}
+    expected = {
+        key: tuple(tensor.shape) for key, tensor in shell.state_dict(keep_vars=True).items()
+    }
     prefix = getattr(shell, "base_model_prefix", "")
     is_packed = getattr(config, "quantization_config", None) is not None
     for file in _weight_files(Path(path), name=name):
@@ -119,7 +161,8 @@ def check_weights(path: str, config: PretrainedConfig, shell: nn.Module, *, name
                 shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118  (no mapping)
         except (SafetensorError, OSError) as error:
             raise ConfigError(
-                f"{name}.path: {file} cannot be read as safetensors: {first_line(error)} Copy or download it again."
+                f"{name}.path: {file} cannot be read as safetensors: {first_line(error)} Copy or"
+                " download it again."
             ) from None
         for key, shape in shapes.items():
             wanted = expected.get(key, expected.get(f"{prefix}.{key}"))
@@ -128,32 +171,51 @@ def check_weights(path: str, config: PretrainedConfig, shell: nn.Module, *, name
 
 
 def _weight_files(folder: Path, *, name: str) -> list[Path]:
-    """Returns the files that transformers takes a folder's weights from. Raises ConfigError for an index that does not name them."""
+    """Returns the files that transformers takes a folder's weights from. Raises ConfigError for an
+    index that does not name them."""
     if (folder / WEIGHTS).exists() or not (folder / INDEX).is_file():
         return [folder / WEIGHTS] if (folder / WEIGHTS).exists() else []
     index = folder / INDEX
     try:
-        names = sorted({str(file) for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        names = sorted(
+            {
+                str(file)
+                for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            }
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{name}.path: {index} is no index of weights (JSON with a `weight_map`). Copy or download it again.") from None
+        raise ConfigError(
+            f"{name}.path: {index} is no index of weights (JSON with a `weight_map`). Copy or"
+            " download it again."
+        ) from None
     missing = [file for file in names if not (folder / file).is_file()]
     if missing:
         raise ConfigError(
-            f"{name}.path: {index} names {len(names)} files, of which {len(missing)} are missing, first {missing[0]}. "
-            "Copy or download them."
+            f"{name}.path: {index} names {len(names)} files, of which {len(missing)} are missing,"
+            f" first {missing[0]}. Copy or download them."
         )
     return [folder / file for file in names]
 
 
-def _other_shape(where: str, key: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> ConfigError:
-    empty = " A save under ZeRO-3 that did not gather the weights leaves such tensors." if 0 in found else ""
+def _other_shape(
+    where: str, key: str, found: tuple[int, ...], wanted: tuple[int, ...]
+) -> ConfigError:
+    empty = (
+        " A save under ZeRO-3 that did not gather the weights leaves such tensors."
+        if 0 in found
+        else ""
+    )
     return ConfigError(
-        f"{where}: {key} has shape {list(found)}, the model's has {list(wanted)}.{empty} Save the model again, or correct config.json."
+        f"{where}: {key} has shape {list(found)}, the model's has {list(wanted)}.{empty} Save the"
+        " model again, or correct config.json."
     )
 
 
-def check_attention(model: ModelConfig, config: PretrainedConfig, *, precision: str, is_on_gpu: bool, name: str) -> None:
-    """Raises ConfigError for an attention implementation that cannot be used here: unknown, not installed, not of this model."""
+def check_attention(
+    model: ModelConfig, config: PretrainedConfig, *, precision: str, is_on_gpu: bool, name: str
+) -> None:
+    """Raises ConfigError for an attention implementation that cannot be used here: unknown, not
+    installed, not of this model."""
     from transformers import AutoModelForCausalLM
 
     wanted = model.attn_implementation
@@ -162,7 +224,9 @@ def check_attention(model: ModelConfig, config: PretrainedConfig, *, precision: 
     problem = None
     try:
         with quiet_transformers(), torch.device("meta"):
-            AutoModelForCausalLM.from_config(config, attn_implementation=wanted, trust_remote_code=model.trust_remote_code)
+            AutoModelForCausalLM.from_config(
+                config, attn_implementation=wanted, trust_remote_code=model.trust_remote_code
+            )
     except (*NOT_LOADED, RuntimeError) as error:
         problem = first_line(error).split(". ")[0].rstrip(".") + "."
     if problem is None and not is_on_gpu and wanted.startswith(("flash_", "flex_")):
@@ -172,16 +236,21 @@ def check_attention(model: ModelConfig, config: PretrainedConfig, *, precision: 
     if problem is not None:
         remedy = "Install what is missing, or use sdpa or eager."
         remedy = remedy if wanted in ATTENTION else did_you_mean(wanted, ATTENTION, remedy)
-        raise ConfigError(f"{name}.attn_implementation: {wanted} cannot be used here: {problem} {remedy}")
+        raise ConfigError(
+            f"{name}.attn_implementation: {wanted} cannot be used here: {problem} {remedy}"
+        )
 
 
-def check_fit(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, max_length: int, name: str) -> None:
-    """Raises ConfigError for a tokenizer larger than the embedding, or examples longer than the model's context."""
+def check_fit(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, max_length: int, name: str
+) -> None:
+    """Raises ConfigError for a tokenizer larger than the embedding, or examples longer than the
+    model's context."""
     if len(tokenizer) > config.vocab_size:
         raise ConfigError(
-            f"{name}: the tokenizer has {counted(len(tokenizer), 'token')}, "
-            f"the model's embedding {counted(config.vocab_size, 'row')}, so some ids would "
-            "be out of range. Use the model's own tokenizer (tokenizer.path), or a model with a larger vocabulary."
+            f"{name}: the tokenizer has {counted(len(tokenizer), 'token')}, the model's embedding"
+            f" {counted(config.vocab_size, 'row')}, so some ids would be out of range. Use the"
+            " model's own tokenizer (tokenizer.path), or a model with a larger vocabulary."
         )
     check_context(config, max_length=max_length, name=name)
 
@@ -191,12 +260,16 @@ def check_context(config: PretrainedConfig, *, max_length: int, name: str) -> No
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and max_length > context:
         raise ConfigError(
-            f"data.max_length is {max_length}, but the context of {name} is {counted(context, 'token')}. Lower data.max_length."
+            f"data.max_length is {max_length}, but the context of {name} is"
+            f" {counted(context, 'token')}. Lower data.max_length."
         )
 
 
-def load_source(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype, seed: int) -> Any:
-    """Returns an ordinary transformers model on the CPU, with its weights or with seeded random ones."""
+def load_source(
+    model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype, seed: int
+) -> Any:
+    """Returns an ordinary transformers model on the CPU, with its weights or with seeded random
+    ones."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -207,7 +280,9 @@ def load_source(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dt
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             # Drawn in float32 and rounded afterwards: the same start whatever the precision.
-            random_model: Any = AutoModelForCausalLM.from_config(config, **{**options, "dtype": torch.float32})
+            random_model: Any = AutoModelForCausalLM.from_config(
+                config, **{**options, "dtype": torch.float32}
+            )
         for parameter in random_model.parameters():
             parameter.data = parameter.data.to(dtype)
         # Not `.to(dtype)` for all: rotary frequencies stay in float32, Gemma's scale does not.
@@ -219,7 +294,8 @@ def load_source(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dt
         loaded: Any
         report: Any
         try:
-            # Other shapes are not ignored: the report names them, where transformers' own error does not.
+            # Other shapes are not ignored: the report names them, where transformers' own error
+            # does not.
             loaded, report = AutoModelForCausalLM.from_pretrained(
                 model.path,
                 config=config,
@@ -230,21 +306,26 @@ def load_source(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dt
                 **options,
             )  # type: ignore[misc]
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"model.path: {model.path} cannot be loaded: {first_line(error)} Copy or download it again.") from error
+            raise ConfigError(
+                f"model.path: {model.path} cannot be loaded: {first_line(error)} Copy or download"
+                " it again."
+            ) from error
     for key, found, wanted in sorted(report["mismatched_keys"]):
         raise _other_shape(f"model.path: {model.path}", key, tuple(found), tuple(wanted))
     missing = sorted(report["missing_keys"])
     if missing:
         raise ConfigError(
-            f"model.path: {model.path} lacks {counted(len(missing), 'tensor')} of a {type(loaded).__name__}, "
-            f"first {missing[0]!r}; random ones would take their place. Complete the folder, or correct its config.json."
+            f"model.path: {model.path} lacks {counted(len(missing), 'tensor')} of a"
+            f" {type(loaded).__name__}, first {missing[0]!r}; random ones would take their place."
+            " Complete the folder, or correct its config.json."
         )
     return loaded
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hides transformers' own progress bars and advice while a model loads; errors are raised all the same."""
+    """Hides transformers' own progress bars and advice while a model loads; errors are raised all
+    the same."""
     from transformers.utils import logging as hf_logging
 
     before = hf_logging.get_verbosity()
@@ -257,24 +338,38 @@ def quiet_transformers() -> Iterator[None]:
         hf_logging.enable_progress_bar()
 
 
-def empty_model(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype = torch.float32) -> Any:
+def empty_model(
+    model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype = torch.float32
+) -> Any:
     """Returns a transformers model without memory: names, shapes and types only."""
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=model.trust_remote_code
+        )
 
 
-def buffer_dtypes(model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Returns the dtype that transformers gives each buffer of a model whose weights are `dtype`."""
+def buffer_dtypes(
+    model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype
+) -> dict[str, torch.dtype]:
+    """Returns the dtype that transformers gives each buffer of a model whose weights are
+    `dtype`."""
     named = empty_model(model, config, dtype=dtype).named_buffers()
     return {name: buffer.dtype for name, buffer in named}
 
 
 def build_model(
-    model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype, seed: int, is_sharded: bool, deepspeed_config: dict[str, Any]
+    model: ModelConfig,
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    is_sharded: bool,
+    deepspeed_config: dict[str, Any],
 ) -> Any:
-    """Returns the model for `deepspeed.initialize`: whole, or, under ZeRO-3, sharded. All ranks call it."""
+    """Returns the model for `deepspeed.initialize`: whole, or, under ZeRO-3, sharded. All ranks
+    call it."""
     if not is_sharded:
         return load_source(model, config, dtype=dtype, seed=seed)
     import deepspeed
@@ -282,31 +377,48 @@ def build_model(
     from transformers.initialization import no_init_weights
     from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
-    options = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
+    options = (
+        {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
+    )
     with torch.device("meta"):
-        # Imports the model's code before zero.Init wraps constructors: a class that is defined meanwhile would lose
-        # what its decorators did to its __init__ (the experts of Mixtral lose their config).
-        AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code, **options)
+        # Imports the model's code before zero.Init wraps constructors: a class that is defined
+        # meanwhile would lose what its decorators did to its __init__ (the experts of Mixtral lose
+        # their config).
+        AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=model.trust_remote_code, **options
+        )
     # zero.Init takes the dtype from the config: its argument of that name is wrong (precision.py).
     init = deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
     with no_init_weights(), prevent_arange_dtype_change(), init:
-        shell = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code, **options)
+        shell = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=model.trust_remote_code, **options
+        )
     shell.tie_weights()  # no_init_weights leaves it out
-    source = load_source(model, config, dtype=dtype, seed=seed) if torch.distributed.get_rank() == 0 else None
+    source = (
+        load_source(model, config, dtype=dtype, seed=seed)
+        if torch.distributed.get_rank() == 0
+        else None
+    )
     copy_weights(source, shell, buffer_dtypes(model, config, dtype=dtype))
     return shell
 
 
-def copy_weights(source: nn.Module | None, target: nn.Module, buffers: dict[str, torch.dtype]) -> None:
-    """Fills a sharded model from rank 0's `source` (None elsewhere), one tensor at a time, and gives
-    each buffer its dtype in `buffers`: zero.Init casts some. Collective: all ranks must call it."""
+def copy_weights(
+    source: nn.Module | None, target: nn.Module, buffers: dict[str, torch.dtype]
+) -> None:
+    """Fills a sharded model from rank 0's `source` (None elsewhere), one tensor at a time, and
+    gives each buffer its dtype in `buffers`: zero.Init casts some. Collective: all ranks must call
+    it."""
     import deepspeed
     import torch.distributed as dist
 
     given = dict(source.named_parameters()) if source is not None else {}
     names = [name for name, _ in target.named_parameters()]
     if source is not None and set(given) != set(names):
-        raise ConfigError(f"the loaded model and its sharded shell differ in {sorted(set(given) ^ set(names))[:4]}: a transformers bug")
+        raise ConfigError(
+            "the loaded model and its sharded shell differ in"
+            f" {sorted(set(given) ^ set(names))[:4]}: a transformers bug"
+        )
     for name, parameter in target.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if source is not None:

@@ -1,10 +1,13 @@
-"""Low-rank adapters (LoRA) beside frozen weights: where they go, how they begin, and what is published of them.
+"""Low-rank adapters (LoRA) beside frozen weights: where they go, how they begin, and what is
+published of them.
 
     W x  becomes  W x + alpha / rank * B A x        A (rank, in) drawn, B (out, rank) zero, W frozen
 
-peft puts the layers into the model (https://arxiv.org/abs/2106.09685, https://github.com/huggingface/peft). The head and the
-embedding stay as they are: the loss is computed in the head's own module (`engine/head.py`). No gradient is asked of what leaves the
-embedding: activation checkpointing is not reentrant here, and ZeRO-3 needs none to release the first layer's weights.
+peft puts the layers into the model (https://arxiv.org/abs/2106.09685,
+https://github.com/huggingface/peft). The head and the embedding stay as they are: the loss is
+computed in the head's own module (`engine/head.py`). No gradient is asked of what leaves the
+embedding: activation checkpointing is not reentrant here, and ZeRO-3 needs none to release the
+first layer's weights.
 """
 
 from __future__ import annotations
@@ -30,27 +33,37 @@ def import_peft() -> Any:
         import peft
     except ImportError as error:
         raise ConfigError(
-            f"`lora` needs the packages peft and accelerate, and there is an ImportError: {error}. Run "
-            "`pip install peft accelerate` (in a checkout: `pip install '.[lora]'`), or remove `lora` to train all weights."
+            f"`lora` needs the packages peft and accelerate, and there is an ImportError: {error}."
+            " Run `pip install peft accelerate` (in a checkout: `pip install '.[lora]'`), or"
+            " remove `lora` to train all weights."
         ) from None
     return peft
 
 
 def target_names(model: Any, lora: LoraConfig, *, name: str) -> list[str]:
-    """Returns the dotted names of the modules that get an adapter. `model`: a transformers model, with memory or without.
+    """Returns the dotted names of the modules that get an adapter. `model`: a transformers model,
+    with memory or without.
 
-    name: of the model in the config. Raises ConfigError for a target that is no module, no linear one, or the head or embedding.
+    name: of the model in the config. Raises ConfigError for a target that is no module, no linear
+    one, or the head or embedding.
     """
     from transformers.pytorch_utils import Conv1D
 
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     modules = {key: module for key, module in model.named_modules() if key}
-    linear = [key for key, module in modules.items() if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
+    linear = [
+        key
+        for key, module in modules.items()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    ]
     kinds = sorted({key.rpartition(".")[2] for key in linear})
     where = f"{name}.lora.target_modules"
     if lora.target_modules == "all-linear":
         if not linear:
-            raise ConfigError(f"{where} is all-linear, and a {type(model).__name__} has no linear modules but the head. Remove `lora`.")
+            raise ConfigError(
+                f"{where} is all-linear, and a {type(model).__name__} has no linear modules but the"
+                " head. Remove `lora`."
+            )
         return linear
     chosen: set[str] = set()
     for target in lora.target_modules:
@@ -58,33 +71,41 @@ def target_names(model: Any, lora: LoraConfig, *, name: str) -> list[str]:
         if not matched:
             remedy = did_you_mean(target, kinds, "Name one of these.")
             raise ConfigError(
-                f"{where}: no module of a {type(model).__name__} is called `{target}`; its linear ones: {', '.join(kinds)}. {remedy}"
+                f"{where}: no module of a {type(model).__name__} is called `{target}`; its linear"
+                f" ones: {', '.join(kinds)}. {remedy}"
             )
         for key in matched:
             if modules[key] is head or modules[key] is embedding:
                 part = "head" if modules[key] is head else "embedding"
                 raise ConfigError(
-                    f"{where}: `{target}` is the {part}, which stays frozen: the loss is computed where the head's weight is. "
-                    f"Remove it, or train all weights (no `lora`). Linear modules: {', '.join(kinds)}."
+                    f"{where}: `{target}` is the {part}, which stays frozen: the loss is computed"
+                    " where the head's weight is. Remove it, or train all weights (no `lora`)."
+                    f" Linear modules: {', '.join(kinds)}."
                 )
             if key not in linear:
                 raise ConfigError(
-                    f"{where}: `{target}` names {key}, a {type(modules[key]).__name__}, and an adapter goes beside a linear module. "
-                    f"Name some of {', '.join(kinds)}."
+                    f"{where}: `{target}` names {key}, a {type(modules[key]).__name__}, and an"
+                    f" adapter goes beside a linear module. Name some of {', '.join(kinds)}."
                 )
         chosen.update(matched)
     return [key for key in linear if key in chosen]
 
 
 def num_adapter_parameters(model: Any, lora: LoraConfig, *, name: str) -> int:
-    """Returns how many parameters the adapters of a model, with memory or without, have. Raises as `target_names`."""
+    """Returns how many parameters the adapters of a model, with memory or without, have. Raises as
+    `target_names`."""
     modules = dict(model.named_modules())
-    return sum(lora.rank * sum(modules[key].weight.shape) for key in target_names(model, lora, name=name))
+    return sum(
+        lora.rank * sum(modules[key].weight.shape) for key in target_names(model, lora, name=name)
+    )
 
 
-def add_adapters(model: Any, config: ModelConfig, *, dtype: torch.dtype, seed: int, name: str) -> None:
-    """Freezes a model and puts adapters into it, the same on every rank. Under ZeRO-3 its weights are sharded already, and
-    `deepspeed.initialize` shards the adapters'. Raises ConfigError as `target_names` and `import_peft`."""
+def add_adapters(
+    model: Any, config: ModelConfig, *, dtype: torch.dtype, seed: int, name: str
+) -> None:
+    """Freezes a model and puts adapters into it, the same on every rank. Under ZeRO-3 its weights
+    are sharded already, and `deepspeed.initialize` shards the adapters'. Raises ConfigError as
+    `target_names` and `import_peft`."""
     lora = config.lora
     assert lora is not None, "the caller looks whether there are to be adapters"
     from transformers.pytorch_utils import Conv1D
@@ -106,7 +127,8 @@ def add_adapters(model: Any, config: ModelConfig, *, dtype: torch.dtype, seed: i
         peft.inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
     for key, parameter in model.named_parameters():
         assert parameter.requires_grad == is_adapter(key), f"{key}: only adapters are trained"
-        if is_adapter(key):  # drawn in float32 and rounded: DeepSpeed wants one dtype, and keeps a copy in float32
+        # drawn in float32 and rounded: DeepSpeed wants one dtype, and keeps a copy in float32
+        if is_adapter(key):
             parameter.data = parameter.data.to(dtype)
 
 
@@ -124,11 +146,14 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def adapter_weights(layer: Any) -> dict[str, nn.Parameter]:
     """Returns a layer's A (rank, in) and B (out, rank) by their names in peft's files."""
-    return {f"lora_{part}.weight": getattr(layer, f"lora_{part}")[ADAPTER].weight for part in ("A", "B")}
+    return {
+        f"lora_{part}.weight": getattr(layer, f"lora_{part}")[ADAPTER].weight for part in ("A", "B")
+    }
 
 
 def merged_weight(layer: Any) -> Tensor:
-    """Returns W + alpha / rank * B A, computed in at least float32 and rounded to W's dtype. The three are gathered."""
+    """Returns W + alpha / rank * B A, computed in at least float32 and rounded to W's dtype. The
+    three are gathered."""
     weight = layer.base_layer.weight.data
     wide = torch.promote_types(weight.dtype, torch.float32)
     a, b = (parameter.data.to(wide) for parameter in adapter_weights(layer).values())
@@ -137,23 +162,34 @@ def merged_weight(layer: Any) -> Tensor:
 
 
 def write_adapter(folder: Path, model: Any, state: dict[str, Tensor]) -> None:
-    """Writes `adapter_config.json` and `adapter_model.safetensors`, which `peft.PeftModel.from_pretrained` reads.
+    """Writes `adapter_config.json` and `adapter_model.safetensors`, which
+    `peft.PeftModel.from_pretrained` reads.
 
-    state: whole tensors by the name of their module in the model and their own, `model.layers.0.mlp.up_proj.lora_A.weight`.
+    state: whole tensors by the name of their module in the model and their own,
+    `model.layers.0.mlp.up_proj.lora_A.weight`.
     """
     from safetensors.torch import save_file
 
     settings = {**model.peft_config[ADAPTER].to_dict(), "inference_mode": True}
-    settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+    settings = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "adapter_config.json").write_text(
+        json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
     tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def checksum(tensor: Tensor) -> int:
-    """Returns a number that depends on every bit of a tensor and its place; computed where the tensor is."""
-    words = tensor.detach().reshape(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    """Returns a number that depends on every bit of a tensor and its place; computed where the
+    tensor is."""
+    words = (
+        tensor.detach()
+        .reshape(-1)
+        .view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    )
     total = 0
     for part in words.split(CHECKSUM_ELEMENTS):
         places = torch.arange(1, part.numel() + 1, device=part.device)

@@ -27,14 +27,16 @@ _SAFETENSORS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float
 
 
 def resolve_precision(wanted: str) -> str:
-    """Returns "bf16", "fp16" or "fp32" for a value of `engine.precision`; of this device for "auto"."""
+    """Returns "bf16", "fp16" or "fp32" for a value of `engine.precision`; of this device for
+    "auto"."""
     if wanted == "auto":
         return "bf16" if has_gpu() and torch.cuda.is_bf16_supported() else "fp32"
     return wanted
 
 
 def check_device_computes_in(precision: str) -> None:
-    """Raises ConfigError where DeepSpeed's accelerator says that it cannot compute in `precision`."""
+    """Raises ConfigError where DeepSpeed's accelerator says that it cannot compute in
+    `precision`."""
     if precision == "fp32":
         return
     import_deepspeed()
@@ -47,15 +49,20 @@ def check_device_computes_in(precision: str) -> None:
         "fp32": True,
     }
     if not supported[precision]:
-        name = torch.cuda.get_device_name() if has_gpu() else f"this machine's {device._name.upper()}"
+        name = (
+            torch.cuda.get_device_name() if has_gpu() else f"this machine's {device._name.upper()}"
+        )
         others = " or ".join(other for other, is_there in supported.items() if is_there)
-        raise ConfigError(f"engine.precision is {precision}, which {name} cannot compute in. Use {others}.")
+        raise ConfigError(
+            f"engine.precision is {precision}, which {name} cannot compute in. Use {others}."
+        )
 
 
 @dataclass(frozen=True)
 class ExpectedDtypes:
-    """What a config asks for. weights: parameters, sharded or not. buffers: by name, as transformers
-    builds them. master: the weights that the optimiser updates. states: its moments."""
+    """What a config asks for. weights: parameters, sharded or not. buffers: by name, as
+    transformers builds them. master: the weights that the optimiser updates. states: its
+    moments."""
 
     weights: torch.dtype
     buffers: Mapping[str, torch.dtype]
@@ -63,8 +70,11 @@ class ExpectedDtypes:
     states: torch.dtype
 
     @classmethod
-    def of(cls, precision: str, settings: Mapping[str, Any], buffers: Mapping[str, torch.dtype]) -> ExpectedDtypes:
-        """settings: the complete DeepSpeed config, which may ask for half-precision master weights."""
+    def of(
+        cls, precision: str, settings: Mapping[str, Any], buffers: Mapping[str, torch.dtype]
+    ) -> ExpectedDtypes:
+        """settings: the complete DeepSpeed config, which may ask for half-precision master
+        weights."""
         weights = DTYPES[precision]
         section = settings.get(precision, {})
         has_half_master = bool(section.get(f"{precision}_master_weights_and_grads"))
@@ -73,18 +83,20 @@ class ExpectedDtypes:
         return cls(weights, buffers, master, weights if has_half_states else torch.float32)
 
 
-def check_dtypes(ranks: Ranks, module: nn.Module, optimizer: Any, expected: ExpectedDtypes, when: str) -> None:
-    """Raises TrainingError, on all ranks, that names the first tensor of any rank with another dtype
-    than `expected`. optimizer: DeepSpeed's or torch's, None for an engine that only scores.
+def check_dtypes(
+    ranks: Ranks, module: nn.Module, optimizer: Any, expected: ExpectedDtypes, when: str
+) -> None:
+    """Raises TrainingError, on all ranks, that names the first tensor of any rank with another
+    dtype than `expected`. optimizer: DeepSpeed's or torch's, None for an engine that only scores.
     Collective: all ranks must call it."""
     problem = ""
     for name, wanted, found in _dtypes(module, optimizer, expected):
         if wanted != found:
             problem = (
-                f"{name} is {_short(found)} {when} (rank {ranks.rank}), and the config asks for "
-                f"{_short(wanted)}. Nothing is trained in another precision than asked for: this is "
-                f"a fault of the installed deepspeed or transformers. `sftmix doctor` names versions "
-                f"that are known to be wrong; engine.zero_stage=1 may avoid it."
+                f"{name} is {_short(found)} {when} (rank {ranks.rank}), and the config asks for"
+                f" {_short(wanted)}. Nothing is trained in another precision than asked for: this"
+                " is a fault of the installed deepspeed or transformers. `sftmix doctor` names"
+                " versions that are known to be wrong; engine.zero_stage=1 may avoid it."
             )
             break
     problem = ranks.first_text(problem)
@@ -92,7 +104,9 @@ def check_dtypes(ranks: Ranks, module: nn.Module, optimizer: Any, expected: Expe
         raise TrainingError(problem, on_all_ranks=True)
 
 
-def _dtypes(module: nn.Module, optimizer: Any, expected: ExpectedDtypes) -> Iterator[tuple[str, torch.dtype, torch.dtype]]:
+def _dtypes(
+    module: nn.Module, optimizer: Any, expected: ExpectedDtypes
+) -> Iterator[tuple[str, torch.dtype, torch.dtype]]:
     """Yields (name, expected dtype, found dtype) of every floating-point tensor of an engine."""
     for name, parameter in module.named_parameters():
         yield f"the weight {name}", expected.weights, parameter.dtype
@@ -125,20 +139,21 @@ def master_weights(optimizer: Any) -> list[Tensor]:
         if hasattr(optimizer, attribute):
             return list(getattr(optimizer, attribute))
     raise TrainingError(
-        f"{type(optimizer).__name__} keeps its master weights in no place that sftmix knows, so their "
-        "precision cannot be checked. Install a version of deepspeed that setup.py allows.",
+        f"{type(optimizer).__name__} keeps its master weights in no place that sftmix knows, so"
+        " their precision cannot be checked. Install a version of deepspeed that setup.py allows.",
         on_all_ranks=True,
     )
 
 
 def precision_of(module: nn.Module) -> str:
-    """Returns the name of the dtype of a model's weights, which are all of one after `check_dtypes`."""
+    """Returns the name of the dtype of a model's weights, which are all of one after
+    `check_dtypes`."""
     return NAMES[next(module.parameters()).dtype]
 
 
 def check_exported(folder: Path, weights: torch.dtype, buffers: Mapping[str, torch.dtype]) -> None:
-    """Raises ArtifactError where a tensor of an exported folder, or the dtype in its config.json, is
-    another than that of the trained model. Reads the files' headers alone."""
+    """Raises ArtifactError where a tensor of an exported folder, or the dtype in its config.json,
+    is another than that of the trained model. Reads the files' headers alone."""
     import json
 
     from safetensors import safe_open
@@ -150,14 +165,18 @@ def check_exported(folder: Path, weights: torch.dtype, buffers: Mapping[str, tor
                 wanted = buffers.get(name, weights)
                 if found in _SAFETENSORS and _SAFETENSORS[found] != wanted:
                     raise ArtifactError(
-                        f"{path}: {name} was written as {found}, and the trained tensor is {_short(wanted)}. The export is refused."
+                        f"{path}: {name} was written as {found}, and the trained tensor is"
+                        f" {_short(wanted)}. The export is refused."
                     )
     config = folder / "config.json"
     if config.is_file():
         content = json.loads(config.read_text(encoding="utf-8"))
         named = content.get("dtype", content.get("torch_dtype"))
         if named is not None and named != _short(weights):
-            raise ArtifactError(f"{config}: the dtype is {named}, and the trained weights are {_short(weights)}. The export is refused.")
+            raise ArtifactError(
+                f"{config}: the dtype is {named}, and the trained weights are {_short(weights)}."
+                " The export is refused."
+            )
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -21,16 +21,24 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def init_ranks(join_limit: timedelta = RENDEZVOUS_LIMIT) -> Ranks:
-    """Joins the process group that the launcher (deepspeed, torchrun, mpirun, srun) describes, or one of a single process.
+    """Joins the process group that the launcher (deepspeed, torchrun, mpirun, srun) describes, or
+    one of a single process.
 
-    NCCL on GPUs, gloo on CPUs. Calling it again returns the same group. Raises ConfigError where not all ranks have come within
-    `join_limit`, or the port is taken.
+    NCCL on GPUs, gloo on CPUs. Calling it again returns the same group. Raises ConfigError where
+    not all ranks have come within `join_limit`, or the port is taken.
     """
     translate()
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        os.environ.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(free_port()),
+        )
     deepspeed = import_deepspeed()
-    import torch.distributed.nn  # before there is a group: its functions keep the one that they find
+    # before there is a group: its functions keep the one that they find
+    import torch.distributed.nn
 
     local_rank = _local_rank()
     device = torch.device("cuda", local_rank) if has_gpu() else torch.device("cpu")
@@ -41,27 +49,38 @@ def init_ranks(join_limit: timedelta = RENDEZVOUS_LIMIT) -> Ranks:
             build_no_extension()
         backend = "nccl" if has_gpu() else "gloo"
         try:
-            if os.environ["MASTER_ADDR"] in LOOPBACK and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+            if (
+                os.environ["MASTER_ADDR"] in LOOPBACK
+                and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
+            ):
                 _join_over_loopback(backend, join_limit)
             else:
                 torch.distributed.init_process_group(backend, timeout=join_limit)
         except (torch.distributed.DistStoreError, torch.distributed.DistNetworkError) as error:  # type: ignore[attr-defined]
             raise ConfigError(
-                f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at {os.environ['MASTER_ADDR']}:"
-                f"{os.environ['MASTER_PORT']} within {join_limit.total_seconds():g} s ({str(error).splitlines()[0]}). Look at whether all "
-                "ranks were started, with the same MASTER_ADDR and MASTER_PORT, and reach each other."
+                f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others"
+                f" at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within"
+                f" {join_limit.total_seconds():g} s ({str(error).splitlines()[0]}). Look at whether"
+                " all ranks were started, with the same MASTER_ADDR and MASTER_PORT, and reach"
+                " each other."
             ) from None
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_LIMIT)
+        deepspeed.init_distributed(
+            dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=RENDEZVOUS_LIMIT
+        )
         atexit.register(_leave)
-    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device)
+    return Ranks(
+        torch.distributed.get_rank(), torch.distributed.get_world_size(), local_rank, device
+    )
 
 
 def _leave() -> None:
-    """Ends the process group while Python still runs. A thread of gloo may hold the last reference to a tensor, and one that lets
-    go of it when the interpreter is being torn down aborts the process: a run that is done would end with SIGABRT
+    """Ends the process group while Python still runs. A thread of gloo may hold the last reference
+    to a tensor, and one that lets go of it when the interpreter is being torn down aborts the
+    process: a run that is done would end with SIGABRT
     (https://github.com/pytorch/pytorch/issues/190489)."""
     if getattr(sys, "last_value", None) is not None:
-        return  # this rank ends by an error; what it has under way may wait for ranks that never answer
+        # this rank ends by an error; what it has under way may wait for ranks that never answer
+        return
     if torch.distributed.is_initialized():
         for made in (_control_group, _leaders_group):
             made.cache_clear()  # what holds a group keeps its threads
@@ -70,22 +89,25 @@ def _leave() -> None:
 
 
 def _local_rank() -> int:
-    """Returns which of the visible GPUs is this rank's; on a CPU what the launcher says. Raises ConfigError where there is none for it."""
+    """Returns which of the visible GPUs is this rank's; on a CPU what the launcher says. Raises
+    ConfigError where there is none for it."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if not has_gpu() or local_rank < torch.cuda.device_count():
         return local_rank
     if torch.cuda.device_count() > 1:
         raise ConfigError(
-            f"rank {os.environ['RANK']} is the {local_rank + 1}th of this machine, and {torch.cuda.device_count()} GPUs are visible to it. "
-            "Start one rank for each GPU."
+            f"rank {os.environ['RANK']} is the {local_rank + 1}th of this machine, and"
+            f" {torch.cuda.device_count()} GPUs are visible to it. Start one rank for each GPU."
         )
-    os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task shows each task its own GPU alone; DeepSpeed reads this name
+    # srun --gpus-per-task shows each task its own GPU alone; DeepSpeed reads this name
+    os.environ["LOCAL_RANK"] = "0"
     return 0
 
 
 def _join_over_loopback(backend: str, join_limit: timedelta) -> None:
-    """Joins ranks that are all on this machine, so that no other machine can reach them: torch's own store listens on every
-    interface, whatever address it is given, and anyone who reaches it can write to it."""
+    """Joins ranks that are all on this machine, so that no other machine can reach them: torch's
+    own store listens on every interface, whatever address it is given, and anyone who reaches it
+    can write to it."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -98,22 +120,27 @@ def _join_over_loopback(backend: str, join_limit: timedelta) -> None:
             listener = socket.create_server(where)
         except OSError as error:
             raise ConfigError(
-                f"port {where[1]} of {where[0]} cannot be had ({error.strerror}). Set another MASTER_PORT, or start again."
+                f"port {where[1]} of {where[0]} cannot be had ({error.strerror}). Set another"
+                " MASTER_PORT, or start again."
             ) from None
         store = TCPStore(*where, is_master=True, master_listen_fd=listener.detach(), **options)
     else:
         store = TCPStore(*where, is_master=False, **options)
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=join_limit)
+    torch.distributed.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=join_limit
+    )
 
 
 def use_threads(num_threads: int | None) -> int:
-    """Lets torch compute with so many CPU threads in this process; None leaves it as it is (OMP_NUM_THREADS, or all cores).
-    Returns the number. Sums in matrix products are cut by thread, so that another number rounds otherwise."""
+    """Lets torch compute with so many CPU threads in this process; None leaves it as it is
+    (OMP_NUM_THREADS, or all cores). Returns the number. Sums in matrix products are cut by thread,
+    so that another number rounds otherwise."""
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     return torch.get_num_threads()
 
 
 def threads_of_rank(num_threads: int | None, num_local_ranks: int) -> int:
-    """Returns the CPU threads of each of several ranks on this machine: `engine.num_threads`, or its share of the cores."""
+    """Returns the CPU threads of each of several ranks on this machine: `engine.num_threads`, or
+    its share of the cores."""
     return num_threads or max(1, (os.cpu_count() or 1) // num_local_ranks)

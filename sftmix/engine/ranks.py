@@ -20,8 +20,9 @@ RENDEZVOUS_LIMIT = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank, world_size: of all processes. local_rank: on this machine. device: where this process computes.
-    storage: for each rank the lowest of those that see the same run folder; empty where all see rank 0's."""
+    """rank, world_size: of all processes. local_rank: on this machine. device: where this process
+    computes. storage: for each rank the lowest of those that see the same run folder; empty where
+    all see rank 0's."""
 
     rank: int
     world_size: int
@@ -49,8 +50,8 @@ class Ranks:
         return self.rank == self.storage_leader
 
     def bytes_to_leaders(self, content: bytes, length: int) -> bytes:
-        """Returns `length` bytes of rank 0 on every rank that leads a disk; where rank 0 has fewer, zeros follow. All of those ranks call
-        it, and each knows the length."""
+        """Returns `length` bytes of rank 0 on every rank that leads a disk; where rank 0 has fewer,
+        zeros follow. All of those ranks call it, and each knows the length."""
         sent = torch.zeros(length, dtype=torch.uint8)
         if self.is_main and content:
             sent[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
@@ -78,35 +79,45 @@ class Ranks:
         return values
 
     def all_gather_into(self, whole: torch.Tensor, share: torch.Tensor) -> None:
-        """Fills `whole` (world_size * n,) with the shares (n,) of all ranks. Collective: all ranks must call it."""
+        """Fills `whole` (world_size * n,) with the shares (n,) of all ranks. Collective: all ranks
+        must call it."""
         torch.distributed.all_gather_into_tensor(whole, share)
 
     def reduce_scatter_into(self, share: torch.Tensor, whole: torch.Tensor) -> None:
-        """Fills `share` (n,) with this rank's part of the sum of all ranks' `whole`. Collective: all ranks must call it."""
+        """Fills `share` (n,) with this rank's part of the sum of all ranks' `whole`. Collective:
+        all ranks must call it."""
         torch.distributed.reduce_scatter_tensor(share, whole)
 
     def counter(self) -> Callable[[], int]:
-        """Returns a function that gives 0, 1, 2, ... over all ranks together, each number once. All ranks call `counter`;
-        calling what it returns waits for nobody."""
+        """Returns a function that gives 0, 1, 2, ... over all ranks together, each number once. All
+        ranks call `counter`; calling what it returns waits for nobody."""
         if self.world_size == 1:
             return itertools.count().__next__
-        store, key = torch.distributed.distributed_c10d._get_default_store(), f"sftmix/counter/{next(_counters)}"
+        store, key = (
+            torch.distributed.distributed_c10d._get_default_store(),
+            f"sftmix/counter/{next(_counters)}",
+        )
         return lambda: int(store.add(key, 1)) - 1
 
     def from_main(self, values: list[int]) -> list[int]:
-        """Returns rank 0's list on every rank. Collective: all ranks must call it. Nothing waits for a GPU."""
+        """Returns rank 0's list on every rank. Collective: all ranks must call it. Nothing waits
+        for a GPU."""
         return list(json.loads(self.text_from_main(json.dumps(values))))
 
     def agree(self, values: list[int | bool]) -> list[bool]:
-        """Returns for each value whether it is true on any rank. All ranks call it; nothing waits for a GPU."""
+        """Returns for each value whether it is true on any rank. All ranks call it; nothing waits
+        for a GPU."""
         if self.world_size == 1:
             return [bool(value) for value in values]
         flags = torch.tensor([int(value) for value in values])
-        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=_control_group())
+        torch.distributed.all_reduce(
+            flags, op=torch.distributed.ReduceOp.MAX, group=_control_group()
+        )
         return [bool(flag) for flag in flags.tolist()]
 
     def gather_texts(self, text: str) -> list[str]:
-        """Returns every rank's text, on every rank, in rank order. Collective: all ranks must call it. Bytes, not pickles."""
+        """Returns every rank's text, on every rank, in rank order. Collective: all ranks must call
+        it. Bytes, not pickles."""
         if self.world_size == 1:
             return [text]
         content, group = text.encode(), _control_group()
@@ -117,10 +128,14 @@ class Ranks:
             padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
         torch.distributed.all_gather(gathered, padded, group=group)
-        return [part[: int(length)].numpy().tobytes().decode() for part, length in zip(gathered, lengths, strict=True)]
+        return [
+            part[: int(length)].numpy().tobytes().decode()
+            for part, length in zip(gathered, lengths, strict=True)
+        ]
 
     def first_text(self, text: str) -> str:
-        """Returns the text of the lowest rank that has one, on every rank; empty where none has. All ranks call it."""
+        """Returns the text of the lowest rank that has one, on every rank; empty where none has.
+        All ranks call it."""
         return next((found for found in self.gather_texts(text) if found), "")
 
     def text_from_main(self, text: str) -> str:
@@ -140,7 +155,8 @@ class Ranks:
         return sent.numpy().tobytes()
 
     def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Returns the rows (N_r, K) of all ranks, concatenated in rank order; N_r may differ. All ranks call it."""
+        """Returns the rows (N_r, K) of all ranks, concatenated in rank order; N_r may differ. All
+        ranks call it."""
         if self.world_size == 1:
             return rows
         rows = rows.to(self.device)
@@ -157,19 +173,22 @@ class Ranks:
 
 @functools.cache
 def _control_group() -> Any:
-    """Returns a group for small messages about the run itself: gloo, so that none waits for what a GPU still computes."""
+    """Returns a group for small messages about the run itself: gloo, so that none waits for what a
+    GPU still computes."""
     return torch.distributed.new_group(backend="gloo", timeout=RENDEZVOUS_LIMIT)
 
 
 @functools.cache
 def _leaders_group(storage: tuple[int, ...]) -> Any:
     """Returns a group of the ranks that lead a disk. Made by all ranks together."""
-    return torch.distributed.new_group(sorted(set(storage)), backend="gloo", timeout=RENDEZVOUS_LIMIT)
+    return torch.distributed.new_group(
+        sorted(set(storage)), backend="gloo", timeout=RENDEZVOUS_LIMIT
+    )
 
 
 def should_shard(weight_bytes: int, ranks: Ranks) -> bool:
-    """Is a model too large for every rank to hold it whole, with room for activations? Half of a GPU's memory is the
-    limit, or on a CPU half of the machine's over its ranks."""
+    """Is a model too large for every rank to hold it whole, with room for activations? Half of a
+    GPU's memory is the limit, or on a CPU half of the machine's over its ranks."""
     if ranks.world_size == 1:
         return False
     if ranks.device.type == "cuda":

@@ -1,7 +1,9 @@
-"""What DeepSpeed saves of a training run, and how it is loaded again: every file hashed as it is written, nothing unpickled.
+"""What DeepSpeed saves of a training run, and how it is loaded again: every file hashed as it is
+written, nothing unpickled.
 
-DeepSpeed's own `save_checkpoint` trusts its disk: it names a checkpoint "latest" before all ranks have written, checks no byte of
-it on loading, and loads by full unpickling, which runs what a file says. Here it writes and reads through `StateFiles`.
+DeepSpeed's own `save_checkpoint` trusts its disk: it names a checkpoint "latest" before all ranks
+have written, checks no byte of it on loading, and loads by full unpickling, which runs what a file
+says. Here it writes and reads through `StateFiles`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from typing import IO, Any, cast
 
 import numpy as np
 import torch
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (
+    CheckpointCommitInfo,
+    CheckpointEngine,
+)
 from numpy.typing import NDArray
 
 from sftmix.engine.deepspeed_internals import loading_universal, use_state_files
@@ -27,10 +32,12 @@ FORCE_SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 class StateFiles(CheckpointEngine):  # type: ignore[misc]
-    """Writes and reads DeepSpeed's state files. entries: those that this rank has written, for the manifest.
+    """Writes and reads DeepSpeed's state files. entries: those that this rank has written, for the
+    manifest.
 
-    A failure to write does not raise, since other ranks would then wait for this one inside DeepSpeed: it is kept in `error`, for all
-    ranks to agree on afterwards. in_background: files are copied to memory and written by a thread; `wait` for them.
+    A failure to write does not raise, since other ranks would then wait for this one inside
+    DeepSpeed: it is kept in `error`, for all ranks to agree on afterwards. in_background: files are
+    copied to memory and written by a thread; `wait` for them.
     """
 
     def __init__(self, *, in_background: bool = False, left_out: frozenset[str] = frozenset()):
@@ -39,7 +46,9 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
         self.left_out = left_out
         self.entries: dict[str, dict[str, Any]] = {}
         self.error: OSError | None = None
-        self._jobs: queue.Queue[tuple[Any, Path] | None] | None = queue.Queue() if in_background else None
+        self._jobs: queue.Queue[tuple[Any, Path] | None] | None = (
+            queue.Queue() if in_background else None
+        )
         self._thread: threading.Thread | None = None
         if self._jobs is not None:
             self._thread = threading.Thread(target=self._write_all, daemon=True)
@@ -52,14 +61,19 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
         """Writes one file, now or in the background."""
         if self.left_out and isinstance(state_dict.get("module"), dict):
             # DeepSpeed leaves frozen weights out by their first name, and tied ones have a second.
-            state_dict["module"] = {name: value for name, value in state_dict["module"].items() if name not in self.left_out}
+            state_dict["module"] = {
+                name: value
+                for name, value in state_dict["module"].items()
+                if name not in self.left_out
+            }
         if self._jobs is None:
             self._write(state_dict, Path(path))
         else:
             self._jobs.put((_copied(state_dict), Path(path)))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Returns the content of a file whose digest was compared before. Inside `only_tensors` (which does not nest)."""
+        """Returns the content of a file whose digest was compared before. Inside `only_tensors`
+        (which does not nest)."""
         return torch.load(path, map_location=map_location, weights_only=True)
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
@@ -117,33 +131,58 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
                 file.abandon()
 
 
-def save_state(deepspeed_engine: Any, folder: Path, *, in_background: bool, writes_shared: bool = False) -> StateFiles:
-    """Writes the state of trained weights, optimiser and loss scaler into an existing folder. All ranks call it.
+def save_state(
+    deepspeed_engine: Any, folder: Path, *, in_background: bool, writes_shared: bool = False
+) -> StateFiles:
+    """Writes the state of trained weights, optimiser and loss scaler into an existing folder. All
+    ranks call it.
 
-    writes_shared: this rank also writes what DeepSpeed lets rank 0 write for all (the weights, below ZeRO-3): its disk is its own.
+    writes_shared: this rank also writes what DeepSpeed lets rank 0 write for all (the weights,
+    below ZeRO-3): its disk is its own.
     """
-    frozen = frozenset(name for name, p in deepspeed_engine.module.named_parameters(remove_duplicate=False) if not p.requires_grad)
+    frozen = frozenset(
+        name
+        for name, p in deepspeed_engine.module.named_parameters(remove_duplicate=False)
+        if not p.requires_grad
+    )
     files = StateFiles(in_background=in_background, left_out=frozen)
     use_state_files(deepspeed_engine, files, writes_shared=writes_shared)
-    deepspeed_engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=bool(frozen))
+    deepspeed_engine.save_checkpoint(
+        str(folder.parent),
+        tag=folder.name,
+        save_latest=False,
+        exclude_frozen_parameters=bool(frozen),
+    )
     files.finish()
     return files
 
 
 def load_state(deepspeed_engine: Any, folder: Path, *, is_universal: bool) -> None:
-    """Loads what `save_state` has written, or its universal form, into a new engine. All ranks call it. The files were verified."""
+    """Loads what `save_state` has written, or its universal form, into a new engine. All ranks call
+    it. The files were verified."""
     use_state_files(deepspeed_engine, StateFiles())
-    optimizer = getattr(deepspeed_engine.optimizer, "optimizer", deepspeed_engine.optimizer)  # ours, inside ZeRO's
-    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    is_whole = all(parameter.requires_grad for parameter in deepspeed_engine.module.parameters())  # else frozen weights are missing
+    # ours, inside ZeRO's
+    optimizer = getattr(deepspeed_engine.optimizer, "optimizer", deepspeed_engine.optimizer)
+    groups = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+    # else frozen weights are missing
+    is_whole = all(parameter.requires_grad for parameter in deepspeed_engine.module.parameters())
     with only_tensors(), loading_universal(deepspeed_engine, is_universal):
         path, _ = deepspeed_engine.load_checkpoint(
-            str(folder.parent), tag=folder.name, load_module_strict=is_whole, load_lr_scheduler_states=False
+            str(folder.parent),
+            tag=folder.name,
+            load_module_strict=is_whole,
+            load_lr_scheduler_states=False,
         )
-    assert path is not None, "DeepSpeed returns without loading where it finds no file; all were verified"
+    assert path is not None, (
+        "DeepSpeed returns without loading where it finds no file; all were verified"
+    )
     if is_universal:
-        # DeepSpeed 0.19 gives the first group's weight decay to all of them, and all parameters one and the same tensor as their count of
-        # steps, which then grows by the number of parameters at every step.
+        # DeepSpeed 0.19 gives the first group's weight decay to all of them, and all parameters one
+        # and the same tensor as their count of steps, which then grows by the number of parameters
+        # at every step.
         for group, settings in zip(optimizer.param_groups, groups, strict=True):
             group.update(settings)
         for state in optimizer.state.values():
@@ -164,14 +203,20 @@ def to_universal(folder: Path, target: Path) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere), only_tensors():
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+        only_tensors(),
+    ):
         ds_to_universal.main(options)
 
 
 @contextlib.contextmanager
 def only_tensors() -> Iterator[None]:
-    """Makes every `torch.load` inside, DeepSpeed's own too, refuse to unpickle anything but tensors, plain values, and the plain
-    records that DeepSpeed puts beside them: of them all, none can run anything."""
+    """Makes every `torch.load` inside, DeepSpeed's own too, refuse to unpickle anything but
+    tensors, plain values, and the plain records that DeepSpeed puts beside them: of them all, none
+    can run anything."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -179,7 +224,9 @@ def only_tensors() -> Iterator[None]:
     before = os.environ.get(FORCE_SAFE)
     os.environ[FORCE_SAFE] = "1"
     try:
-        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]):
+        with torch.serialization.safe_globals(
+            [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
+        ):
             yield
     finally:
         if before is None:
@@ -190,8 +237,8 @@ def only_tensors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_crc32() -> Iterator[None]:
-    """Spares torch its checksum of each tensor, which costs as much as writing it, is never compared on loading, and says less than
-    the SHA-256 of the file."""
+    """Spares torch its checksum of each tensor, which costs as much as writing it, is never
+    compared on loading, and says less than the SHA-256 of the file."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -205,7 +252,11 @@ def _copied(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return type(value)((key, _copied(item)) for key, item in value.items()) if value else type(value)()
+        return (
+            type(value)((key, _copied(item)) for key, item in value.items())
+            if value
+            else type(value)()
+        )
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         return type(value)(_copied(item) for item in value)
     return value

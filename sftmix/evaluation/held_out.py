@@ -13,12 +13,15 @@ MODEL_NAMES = {"baseline": "NTP baseline", "train": "SFTMix"}  # stage -> name i
 def summarise(scores: Scores, groups: list[str | None]) -> dict[str, Any]:
     """Returns loss (nats per response token), perplexity and exact match, overall and by group.
 
-    Loss is the mean over all response tokens, not the mean of the examples' means. Exact match is the share of
-    examples whose whole response greedy decoding would have written.
+    Loss is the mean over all response tokens, not the mean of the examples' means. Exact match is
+    the share of examples whose whole response greedy decoding would have written.
     """
     summary = _figures(scores, list(range(len(groups))))
     named = sorted({group for group in groups if group is not None})
-    summary["groups"] = {name: _figures(scores, [i for i, group in enumerate(groups) if group == name]) for name in named}
+    summary["groups"] = {
+        name: _figures(scores, [i for i, group in enumerate(groups) if group == name])
+        for name in named
+    }
     return summary
 
 

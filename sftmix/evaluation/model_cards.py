@@ -1,4 +1,5 @@
-"""The card (README.md) of an exported model or adapter: metadata that the Hub reads, how it was made, results, and how to use it."""
+"""The card (README.md) of an exported model or adapter: metadata that the Hub reads, how it was
+made, results, and how to use it."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ name = "."  # this folder, or the model's name on the Hub
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = {loader}.from_pretrained(name{options})
 messages = [{{"role": "user", "content": "Name three primary colours."}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)
 output = model.generate(
     input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=64
 )
@@ -44,10 +47,13 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 """
 
 
-def model_card(config: Config, which: str, *, is_adapter: bool = False, metrics: dict[str, Any] | None = None) -> ModelCard:
+def model_card(
+    config: Config, which: str, *, is_adapter: bool = False, metrics: dict[str, Any] | None = None
+) -> ModelCard:
     """Returns the card of a trained model, or of its adapter alone.
 
-    which: sftmix or baseline. metrics: the model's part of `evaluation/metrics.json`; None before it is evaluated.
+    which: sftmix or baseline. metrics: the model's part of `evaluation/metrics.json`; None before
+    it is evaluated.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -60,16 +66,24 @@ def model_card(config: Config, which: str, *, is_adapter: bool = False, metrics:
         pipeline_tag="text-generation",
         tags=["sft", "sftmix", *(["lora"] if is_adapter else [])],
         base_model=base,
-        datasets=[source.path for source in config.data.all_sources if _is_hub_name(source.path)] or None,
+        datasets=[source.path for source in config.data.all_sources if _is_hub_name(source.path)]
+        or None,
         eval_results=_eval_results(config, metrics),
         **(license_of_base or {"license": UNKNOWN}),
     )
-    title = ("SFTMix model" if is_mixup else "Next-token prediction baseline") + (", LoRA adapter" if is_adapter else "")
+    title = ("SFTMix model" if is_mixup else "Next-token prediction baseline") + (
+        ", LoRA adapter" if is_adapter else ""
+    )
     parts = [
         f"# {title}",
-        _method(config)
-        if is_mixup
-        else "Instruction-tuned with next-token prediction alone, in the data order of the SFTMix run beside it.",
+        (
+            _method(config)
+            if is_mixup
+            else (
+                "Instruction-tuned with next-token prediction alone, in the data order of the"
+                " SFTMix run beside it."
+            )
+        ),
         "## How to use it",
         _usage(config, is_adapter=is_adapter),
         *(["## Results", _results(metrics)] if metrics else []),
@@ -81,15 +95,26 @@ def model_card(config: Config, which: str, *, is_adapter: bool = False, metrics:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
-def write_model_card(folder: Path, config: Config, which: str, *, is_adapter: bool = False, metrics: dict[str, Any] | None = None) -> None:
+def write_model_card(
+    folder: Path,
+    config: Config,
+    which: str,
+    *,
+    is_adapter: bool = False,
+    metrics: dict[str, Any] | None = None,
+) -> None:
     """Writes the card as README.md into a folder."""
-    write_text(folder / "README.md", str(model_card(config, which, is_adapter=is_adapter, metrics=metrics)))
+    write_text(
+        folder / "README.md", str(model_card(config, which, is_adapter=is_adapter, metrics=metrics))
+    )
 
 
 def base_model(path: str | None) -> str | None:
-    """Returns the Hub name of the model that training started from; None where it has none or does not say it.
+    """Returns the Hub name of the model that training started from; None where it has none or does
+    not say it.
 
-    A local folder names its origin by its place in the Hub's cache, in config.json (`_name_or_path`), or in its card (`base_model`).
+    A local folder names its origin by its place in the Hub's cache, in config.json
+    (`_name_or_path`), or in its card (`base_model`).
     """
     if path is None:
         return None
@@ -97,13 +122,20 @@ def base_model(path: str | None) -> str | None:
         return path if _is_hub_name(path) else None
     if snapshot := _SNAPSHOT.search(f"{Path(path).resolve()}/"):
         return snapshot[1].replace("--", "/", 1)
-    named = [_read_config(Path(path)).get("_name_or_path"), _metadata_of(path, None).get("base_model")]
+    named = [
+        _read_config(Path(path)).get("_name_or_path"),
+        _metadata_of(path, None).get("base_model"),
+    ]
     return next((name for name in named if isinstance(name, str) and _is_hub_name(name)), None)
 
 
 def _is_hub_name(name: str) -> bool:
     """Is this a name on the Hub, and not a file or folder of this machine, there or not?"""
-    return _HUB_NAME.fullmatch(name) is not None and not Path(name).exists() and Path(name).suffix not in _FILES
+    return (
+        _HUB_NAME.fullmatch(name) is not None
+        and not Path(name).exists()
+        and Path(name).suffix not in _FILES
+    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -115,7 +147,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _metadata_of(path: str | None, base: str | None) -> dict[str, Any]:
-    """Returns the metadata of the card of a local folder, else of a model on the Hub; nothing where there is no card."""
+    """Returns the metadata of the card of a local folder, else of a model on the Hub; nothing where
+    there is no card."""
     from huggingface_hub import ModelCard
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -125,16 +158,26 @@ def _metadata_of(path: str | None, base: str | None) -> dict[str, Any]:
             continue
         try:
             return ModelCard.load(source, ignore_metadata_errors=True).data.to_dict()
-        except (OSError, ValueError, HfHubHTTPError, yaml.YAMLError):  # no connection, no card, or not a card
+        except (
+            OSError,
+            ValueError,
+            HfHubHTTPError,
+            yaml.YAMLError,
+        ):  # no connection, no card, or not a card
             continue
     return {}
 
 
 def _license_of(path: str | None, base: str | None) -> dict[str, str] | None:
-    """Returns the license keys of the base model's card, or the license of its config.json; None where neither states one."""
+    """Returns the license keys of the base model's card, or the license of its config.json; None
+    where neither states one."""
     metadata = _metadata_of(path, base)
     if not isinstance(metadata.get("license"), str) or metadata["license"] == UNKNOWN:
-        stated = _read_config(Path(path)).get("license") if path is not None and Path(path).is_dir() else None
+        stated = (
+            _read_config(Path(path)).get("license")
+            if path is not None and Path(path).is_dir()
+            else None
+        )
         return {"license": stated} if isinstance(stated, str) else None
     found = {key: str(metadata[key]) for key in LICENSE_KEYS if metadata.get(key)}
     if base is not None and "license_link" in found and "://" not in found["license_link"]:
@@ -144,8 +187,14 @@ def _license_of(path: str | None, base: str | None) -> dict[str, str] | None:
 
 def _license_text(data: ModelCardData, license_of_base: dict[str, str] | None) -> str:
     if license_of_base is None:
-        return "Unknown: the model that training started from states none. The licenses of the base model and of the data apply."
-    return f"{data.license}, as the card of the base model states. The license of the data applies as well."
+        return (
+            "Unknown: the model that training started from states none. The licenses of the base"
+            " model and of the data apply."
+        )
+    return (
+        f"{data.license}, as the card of the base model states. The license of the data applies as"
+        " well."
+    )
 
 
 def _eval_results(config: Config, metrics: dict[str, Any] | None) -> list[EvalResult] | None:
@@ -153,13 +202,22 @@ def _eval_results(config: Config, metrics: dict[str, Any] | None) -> list[EvalRe
 
     if not metrics:
         return None
-    names = [source.path if _is_hub_name(source.path) else Path(source.path).name for source in config.data.all_sources]
+    names = [
+        source.path if _is_hub_name(source.path) else Path(source.path).name
+        for source in config.data.all_sources
+    ]
     dataset: dict[str, Any] = {
         "dataset_name": f"held-out examples of {', '.join(names) or 'generated toy skills'}",
         "dataset_type": names[0] if len(names) == 1 and _is_hub_name(names[0]) else "held-out",
     }
     return [
-        EvalResult(task_type="text-generation", metric_type=kind, metric_name=name, metric_value=metrics[key], **dataset)
+        EvalResult(
+            task_type="text-generation",
+            metric_type=kind,
+            metric_name=name,
+            metric_value=metrics[key],
+            **dataset,
+        )
         for key, (kind, name) in METRICS.items()
     ]
 
@@ -167,46 +225,85 @@ def _eval_results(config: Config, metrics: dict[str, Any] | None) -> list[EvalRe
 def _results(metrics: dict[str, Any]) -> str:
     rows = [f"| {name} | {metrics[key]:.4f} |" for key, (_, name) in METRICS.items()]
     count = metrics["num_examples"]
-    lines = [f"On {count:,} held-out example{'' if count == 1 else 's'}, one seed:", "", "| metric | value |", "|---|---|", *rows]
+    lines = [
+        f"On {count:,} held-out example{'' if count == 1 else 's'}, one seed:",
+        "",
+        "| metric | value |",
+        "|---|---|",
+        *rows,
+    ]
     return "\n".join(lines)
 
 
 def _usage(config: Config, *, is_adapter: bool) -> str:
     if is_adapter and config.model.path is None:
-        return "The weights beside this adapter were random, and no model holds them. Use the merged model."
+        return (
+            "The weights beside this adapter were random, and no model holds them. Use the merged"
+            " model."
+        )
     loader = "AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM"
     imports = f"from peft import {loader}" if is_adapter else ""
-    text = SNIPPET if is_adapter else SNIPPET.replace("import AutoTokenizer\n{imports}", "import AutoModelForCausalLM, AutoTokenizer")
+    text = (
+        SNIPPET
+        if is_adapter
+        else SNIPPET.replace(
+            "import AutoTokenizer\n{imports}", "import AutoModelForCausalLM, AutoTokenizer"
+        )
+    )
     options = ", trust_remote_code=True" if config.model.trust_remote_code else ""
     return f"```python\n{text.format(imports=imports, loader=loader, options=options)}```"
 
 
 def _method(config: Config) -> str:
     mixup = config.mixup
-    where = ", interpolated at the input embeddings (an ablation)" if mixup.site == "input_embeddings" else ""
+    where = (
+        ", interpolated at the input embeddings (an ablation)"
+        if mixup.site == "input_embeddings"
+        else ""
+    )
     return (
-        f"Instruction-tuned with [SFTMix](https://arxiv.org/abs/2410.05248): next-token prediction + {mixup.weight} x Mixup, "
-        f"lam ~ Beta({mixup.alpha}, {mixup.alpha}){where}."
+        "Instruction-tuned with [SFTMix](https://arxiv.org/abs/2410.05248): next-token prediction"
+        f" + {mixup.weight} x Mixup, lam ~ Beta({mixup.alpha}, {mixup.alpha}){where}."
     )
 
 
-def _facts(config: Config, lora: LoraConfig | None, base: str | None, *, is_adapter: bool) -> list[str]:
-    start = config.model.path or f"random weights ({(config.model.architecture or {}).get('model_type')})"
+def _facts(
+    config: Config, lora: LoraConfig | None, base: str | None, *, is_adapter: bool
+) -> list[str]:
+    start = (
+        config.model.path
+        or f"random weights ({(config.model.architecture or {}).get('model_type')})"
+    )
     if config.model.path is not None and base != config.model.path:
         start = f"{Path(config.model.path).name}, a local folder" + (f" of {base}" if base else "")
-    sources = ", ".join(source.path if _is_hub_name(source.path) else Path(source.path).name for source in config.data.all_sources)
+    sources = ", ".join(
+        source.path if _is_hub_name(source.path) else Path(source.path).name
+        for source in config.data.all_sources
+    )
     train = config.train
     return [
         f"start: {start}",
         f"data: {sources or 'generated toy skills'}",
-        f"{train.epochs} epoch{'' if train.epochs == 1 else 's'}, {train.batch_size} examples per step, AdamW, peak learning rate "
-        f"{train.learning_rate:g} ({train.schedule}), weight decay {train.weight_decay:g}",
+        (
+            f"{train.epochs} epoch{'' if train.epochs == 1 else 's'}, {train.batch_size} examples"
+            f" per step, AdamW, peak learning rate {train.learning_rate:g} ({train.schedule}),"
+            f" weight decay {train.weight_decay:g}"
+        ),
         *([_lora_line(lora, is_adapter=is_adapter)] if lora is not None else []),
-        f"seed {config.run.seed}; made by sftmix {__version__}, commit {provenance.commit() or 'unknown'}",
+        (
+            f"seed {config.run.seed}; made by sftmix {__version__}, commit"
+            f" {provenance.commit() or 'unknown'}"
+        ),
     ]
 
 
 def _lora_line(lora: LoraConfig, *, is_adapter: bool) -> str:
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    targets = (
+        lora.target_modules
+        if isinstance(lora.target_modules, str)
+        else ", ".join(lora.target_modules)
+    )
     how = "this is the adapter alone" if is_adapter else "merged into the weights"
-    return f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, {targets}; {how}"
+    return (
+        f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, {targets}; {how}"
+    )

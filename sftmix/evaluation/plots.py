@@ -21,7 +21,13 @@ def loss_curves(curves: dict[str, list[tuple[int, float | None]]]) -> str:
     for name, points in curves.items():
         style = "--" if name.endswith("Mixup") else "-"
         steps, losses = zip(*points, strict=True) if points else ((), ())
-        axes.plot(steps, [np.nan if loss is None else loss for loss in losses], style, label=name, linewidth=1.4)
+        axes.plot(
+            steps,
+            [np.nan if loss is None else loss for loss in losses],
+            style,
+            label=name,
+            linewidth=1.4,
+        )
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("nats")
     axes.legend(frameon=False)
@@ -29,7 +35,8 @@ def loss_curves(curves: dict[str, list[tuple[int, float | None]]]) -> str:
 
 
 def confidence_histogram(scored: ScoredExamples) -> str:
-    """Returns the distribution of the finite confidences by part, as SVG; perplexities on a logarithmic axis."""
+    """Returns the distribution of the finite confidences by part, as SVG; perplexities on a
+    logarithmic axis."""
     figure, axes = _figure(3.6)
     finite = np.isfinite(scored.confidence)
     values, part = scored.shown[finite], scored.part[finite]
@@ -45,7 +52,11 @@ def confidence_histogram(scored: ScoredExamples) -> str:
             if (part == name).any():
                 axes.hist(values[part == name], bins=edges, color=colour, label=name, alpha=0.85)
         axes.legend(frameon=False)
-    axes.set_xlabel("mean perplexity of the response (confidence is its negative)" if scored.is_perplexity else "confidence")
+    axes.set_xlabel(
+        "mean perplexity of the response (confidence is its negative)"
+        if scored.is_perplexity
+        else "confidence"
+    )
     axes.set_ylabel("examples")
     return _svg(figure)
 
@@ -53,7 +64,8 @@ def confidence_histogram(scored: ScoredExamples) -> str:
 def points_of_data_map(scored: ScoredExamples) -> tuple[NDArray[np.int64], int]:
     """Returns the examples to draw, and how many cannot be drawn as they are not finite.
 
-    More than MAX_POINTS are thinned evenly over the ranking by confidence, both ends of which are kept.
+    More than MAX_POINTS are thinned evenly over the ranking by confidence, both ends of which are
+    kept.
     """
     finite = np.flatnonzero(np.isfinite(scored.confidence) & np.isfinite(scored.variability))
     ranked = finite[np.argsort(scored.confidence[finite], kind="stable")]
@@ -63,27 +75,40 @@ def points_of_data_map(scored: ScoredExamples) -> tuple[NDArray[np.int64], int]:
 
 
 def cuts(values: NDArray[np.float64], part: NDArray[np.str_]) -> list[tuple[float, str, str]]:
-    """Returns where the split cuts along these values, ascending: (halfway between two parts, the part below, the part above).
-    Nothing where the parts overlap, as the split is by something else, or within strata."""
+    """Returns where the split cuts along these values, ascending: (halfway between two parts, the
+    part below, the part above). Nothing where the parts overlap, as the split is by something else,
+    or within strata."""
     inside = {name: values[(part == name) & np.isfinite(values)] for name in COLOURS}
     spans = sorted((found.min(), found.max(), name) for name, found in inside.items() if len(found))
     if any(above[0] < below[1] for below, above in pairwise(spans)):
         return []
-    return [(float(below[1] / 2 + above[0] / 2), below[2], above[2]) for below, above in pairwise(spans)]
+    return [
+        (float(below[1] / 2 + above[0] / 2), below[2], above[2]) for below, above in pairwise(spans)
+    ]
 
 
 def data_map(scored: ScoredExamples, points: NDArray[np.int64]) -> bytes:
-    """Returns a PNG of these examples: confidence (as mean perplexity, where it is one) against variability, coloured by the
-    length of the response, with lines where the split cuts."""
+    """Returns a PNG of these examples: confidence (as mean perplexity, where it is one) against
+    variability, coloured by the length of the response, with lines where the split cuts."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap, LogNorm
 
     figure, axes = _figure(5)
     variability, lengths = scored.variability[points], scored.num_response_tokens[points]
-    colours = ListedColormap(colormaps["viridis"](np.linspace(0, 0.93, 256)))  # without its end, which is pale on white
+    # without its end, which is pale on white
+    colours = ListedColormap(colormaps["viridis"](np.linspace(0, 0.93, 256)))
     norm = LogNorm(lengths.min(), max(lengths.max(), 2 * lengths.min()))
     size = np.clip(20_000 / len(points), 3, 9)
-    drawn = axes.scatter(variability, scored.shown[points], size, lengths, cmap=colours, norm=norm, alpha=0.7, linewidths=0)
+    drawn = axes.scatter(
+        variability,
+        scored.shown[points],
+        size,
+        lengths,
+        cmap=colours,
+        norm=norm,
+        alpha=0.7,
+        linewidths=0,
+    )
     _scale_variability(axes, variability)
     if scored.is_perplexity:
         axes.set_yscale("log")
@@ -91,9 +116,16 @@ def data_map(scored: ScoredExamples, points: NDArray[np.int64]) -> bytes:
     bar = figure.colorbar(drawn, label="response tokens", pad=0.01)
     bar.solids.set_alpha(1)
     _plain_ticks(bar.ax.yaxis)
-    by_shown, by_variability = cuts(scored.shown, scored.part), cuts(scored.variability, scored.part)
+    by_shown, by_variability = (
+        cuts(scored.shown, scored.part),
+        cuts(scored.variability, scored.part),
+    )
     _draw_cuts(axes, by_shown or by_variability, is_across=bool(by_shown))
-    axes.set_xlabel("variability: standard deviation of the perplexity over the checkpoints" if scored.is_perplexity else "variability")
+    axes.set_xlabel(
+        "variability: standard deviation of the perplexity over the checkpoints"
+        if scored.is_perplexity
+        else "variability"
+    )
     axes.set_ylabel(f"{scored.scale} of the response")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
@@ -103,16 +135,34 @@ def data_map(scored: ScoredExamples, points: NDArray[np.int64]) -> bytes:
 def _draw_cuts(axes: Any, found: list[tuple[float, str, str]], *, is_across: bool) -> None:
     """Draws a line at each cut, and names the outer parts at its end."""
     for value, _, _ in found:
-        (axes.axhline if is_across else axes.axvline)(value, color="black", linewidth=0.9, linestyle=(0, (6, 3)))
+        (axes.axhline if is_across else axes.axvline)(
+            value, color="black", linewidth=0.9, linestyle=(0, (6, 3))
+        )
     outer = ((found[0][0], found[0][1], -3), (found[-1][0], found[-1][2], 3)) if found else ()
     for value, name, offset in outer:
         if is_across:
-            where: dict[str, Any] = {"xy": (1, value), "xycoords": ("axes fraction", "data"), "xytext": (-5, offset), "ha": "right"}
+            where: dict[str, Any] = {
+                "xy": (1, value),
+                "xycoords": ("axes fraction", "data"),
+                "xytext": (-5, offset),
+                "ha": "right",
+            }
             where["va"] = "top" if offset < 0 else "bottom"
         else:
-            where = {"xy": (value, 1), "xycoords": ("data", "axes fraction"), "xytext": (offset, -5), "va": "top"}
+            where = {
+                "xy": (value, 1),
+                "xycoords": ("data", "axes fraction"),
+                "xytext": (offset, -5),
+                "va": "top",
+            }
             where["ha"] = "right" if offset < 0 else "left"
-        axes.annotate(name, **where, textcoords="offset points", fontsize=9, bbox={"color": "white", "alpha": 0.6, "pad": 0.5})
+        axes.annotate(
+            name,
+            **where,
+            textcoords="offset points",
+            fontsize=9,
+            bbox={"color": "white", "alpha": 0.6, "pad": 0.5},
+        )
 
 
 def _scale_variability(axes: Any, variability: NDArray[np.float64]) -> None:
@@ -139,7 +189,8 @@ def _plain_ticks(axis: Any) -> None:
 def _figure(height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, height), layout="constrained")  # without pyplot: no global state, no display
+    # without pyplot: no global state, no display
+    figure = Figure(figsize=(8, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes

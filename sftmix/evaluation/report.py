@@ -36,15 +36,23 @@ from sftmix.train.meter import NAMES, minutes_of
 
 
 def build_report(run: RunOutputs, folder: Path) -> None:
-    """Writes index.html, report.md and the data map into `folder`; prints what they say in short, and where they are."""
+    """Writes index.html, report.md and the data map into `folder`; prints what they say in short,
+    and where they are."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     table = result_table(run)
     scored = read_scored_examples(run)
     agreed = agreements(run, scored)
     times = time_table(run)
-    environment = Environment(loader=PackageLoader("sftmix.evaluation", "."), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"count": "{:,}".format, "figure": "{:,.5g}".format, "percent": "{:.1%}".format, "counted": counted}
+    environment = Environment(
+        loader=PackageLoader("sftmix.evaluation", "."), autoescape=True, undefined=StrictUndefined
+    )
+    environment.filters |= {
+        "count": "{:,}".format,
+        "figure": "{:,.5g}".format,
+        "percent": "{:.1%}".format,
+        "counted": counted,
+    }
     page = environment.get_template("report.html.j2").render(
         title=run.config.run.dir.name,
         titles=TITLES,
@@ -78,7 +86,8 @@ def build_report(run: RunOutputs, folder: Path) -> None:
 
 
 def result_table(run: RunOutputs) -> list[dict[str, Any]]:
-    """Returns a row per trained model: held-out figures, speed and time; None where there is no figure."""
+    """Returns a row per trained model: held-out figures, speed and time; None where there is no
+    figure."""
     metrics = read_json(run.inputs["evaluate"] / "metrics.json")
     rows = []
     for stage in ("baseline", "train"):
@@ -108,12 +117,16 @@ COLUMNS = (
 )
 TITLES = [title for _, title, _ in COLUMNS]
 UNITS = (
-    "loss: held-out, in nats per response token. ppl: perplexity, e to the loss. "
-    "exact: exact match, the share of held-out responses that greedy decoding writes to the last token. "
-    "tokens/s: without padding, per second of training. minutes: what you waited for the stage."
+    "loss: held-out, in nats per response token. ppl: perplexity, e to the loss. exact: exact"
+    " match, the share of held-out responses that greedy decoding writes to the last token."
+    " tokens/s: without padding, per second of training. minutes: what you waited for the stage."
 )
-# Measured on 2 cores of an AMD EPYC, seeds 0, 1, 2: NTP 67.3, 62.3, 72.7%, SFTMix 53.0, 74.3, 67.3%.
-ONE_SEED = "One seed decides nothing: three seeds of the quickstart spread over 10 points of exact match (NTP) and 21 (SFTMix)."
+# Measured on 2 cores of an AMD EPYC, seeds 0, 1, 2: NTP 67.3, 62.3, 72.7%, SFTMix 53.0, 74.3,
+# 67.3%.
+ONE_SEED = (
+    "One seed decides nothing: three seeds of the quickstart spread over 10 points of exact match"
+    " (NTP) and 21 (SFTMix)."
+)
 TIME_TITLES = ["minutes", "waited", *NAMES.values()]
 WIDTH = 60  # columns of what is printed, for narrow terminals
 
@@ -136,7 +149,11 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def markdown(titles: Sequence[str], rows: list[list[str]]) -> str:
     """Returns a table in Markdown."""
-    lines = [" | ".join(titles), " | ".join("---" for _ in titles), *(" | ".join(row) for row in rows)]
+    lines = [
+        " | ".join(titles),
+        " | ".join("---" for _ in titles),
+        *(" | ".join(row) for row in rows),
+    ]
     return "".join(f"| {line} |\n" for line in lines)
 
 
@@ -156,11 +173,18 @@ def print_table(table: list[dict[str, Any]]) -> None:
 
 
 def group_table(run: RunOutputs) -> dict[str, Any]:
-    """Returns exact match and loss by group: {"models": [...], "rows": [(group, [(loss, exact match), ...]), ...]}."""
+    """Returns exact match and loss by group: {"models": [...], "rows": [(group, [(loss, exact
+    match), ...]), ...]}."""
     metrics = read_json(run.inputs["evaluate"] / "metrics.json")
     groups = sorted({group for figures in metrics.values() for group in figures["groups"]})
     rows = [
-        (group, [(m["groups"][group]["loss_nats_per_token"], m["groups"][group]["exact_match"]) for m in metrics.values()])
+        (
+            group,
+            [
+                (m["groups"][group]["loss_nats_per_token"], m["groups"][group]["exact_match"])
+                for m in metrics.values()
+            ],
+        )
         for group in groups
     ]
     return {"models": [MODEL_NAMES[name] for name in metrics], "rows": rows}
@@ -182,7 +206,8 @@ def _figures(run: RunOutputs, scored: ScoredExamples) -> list[tuple[str, str]]:
 
 
 def _data_map(scored: ScoredExamples, folder: Path) -> dict[str, Any] | None:
-    """Writes data_map.png and returns it for the page; None where the scores have no variability."""
+    """Writes data_map.png and returns it for the page; None where the scores have no
+    variability."""
     points, num_left_out = plots.points_of_data_map(scored)
     if not len(points):
         return None
@@ -194,25 +219,49 @@ def _data_map(scored: ScoredExamples, folder: Path) -> dict[str, Any] | None:
         "num_points": len(points),
         "num_examples": len(scored.example_ids),
         "num_left_out": num_left_out,
-        "has_cuts": any(plots.cuts(values, scored.part) for values in (scored.shown, scored.variability)),
+        "has_cuts": any(
+            plots.cuts(values, scored.part) for values in (scored.shown, scored.variability)
+        ),
     }
 
 
 def _facts(run: RunOutputs) -> list[tuple[str, str]]:
     summary = read_json(run.inputs["data"] / "summary.json")
     split = run.facts_of("split")
-    coverage = ", ".join(f"{share:.1%} {way} matching" for way, share in split["mix_coverage"].items())
+    coverage = ", ".join(
+        f"{share:.1%} {way} matching" for way, share in split["mix_coverage"].items()
+    )
     target = run.facts_of("train")
     trained = target.get("num_trained_parameters", target["num_parameters"])
-    size = counted(target["num_parameters"], "parameter") + (f", {trained:,} of them trained" if trained < target["num_parameters"] else "")
+    size = counted(target["num_parameters"], "parameter") + (
+        f", {trained:,} of them trained" if trained < target["num_parameters"] else ""
+    )
     dropped = sum(summary["dropped"].values())
     versions = ", ".join(f"{name} {version}" for name, version in provenance.versions().items())
     return [
-        ("examples", f"{summary['num_read']:,} read, {summary['num_train']:,} trained on, {summary['num_held_out']:,} held out"),
-        ("not used", f"{dropped:,} dropped, {summary['num_left_out']:,} left out; {summary['num_truncated']:,} truncated"),
+        (
+            "examples",
+            (
+                f"{summary['num_read']:,} read, {summary['num_train']:,} trained on,"
+                f" {summary['num_held_out']:,} held out"
+            ),
+        ),
+        (
+            "not used",
+            (
+                f"{dropped:,} dropped, {summary['num_left_out']:,} left out;"
+                f" {summary['num_truncated']:,} truncated"
+            ),
+        ),
         ("split", ", ".join(f"{count:,} {part}" for part, count in split["sizes"].items())),
         (f"mix coverage ({COVERAGE})", coverage),
-        ("target", f"{size}, {counted(target['num_steps'], 'step')}, {counted(target['world_size'], 'process', 'processes')}"),
+        (
+            "target",
+            (
+                f"{size}, {counted(target['num_steps'], 'step')},"
+                f" {counted(target['world_size'], 'process', 'processes')}"
+            ),
+        ),
         ("made by", f"sftmix {__version__}, commit {provenance.commit() or 'unknown'}"),
         ("versions", versions),
     ]

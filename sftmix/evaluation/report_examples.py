@@ -1,4 +1,5 @@
-"""What the report says of single training examples: extremes, copies, truncated ones, and how far two scorings agree on them."""
+"""What the report says of single training examples: extremes, copies, truncated ones, and how far
+two scorings agree on them."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ MAX_CHARACTERS = 400  # of a message
 
 @dataclass(frozen=True)
 class RunOutputs:
-    """What a report is made of. inputs: the folder of every stage that has run, by the stage's name."""
+    """What a report is made of. inputs: the folder of every stage that has run, by the stage's
+    name."""
 
     config: Config
     inputs: dict[str, Path]
@@ -44,8 +46,8 @@ class RunOutputs:
 class ScoredExamples:
     """The training examples in the data's order, (N,) each. variability: NaN where it is not known.
 
-    is_perplexity: the confidence is minus a mean perplexity, which is then shown in its place; else it is a column of the
-    user's, of any scale. table: rows with example_id, group and messages.
+    is_perplexity: the confidence is minus a mean perplexity, which is then shown in its place; else
+    it is a column of the user's, of any scale. table: rows with example_id, group and messages.
     """
 
     example_ids: pa.ChunkedArray
@@ -67,7 +69,8 @@ class ScoredExamples:
 
 
 def read_scored_examples(run: RunOutputs) -> ScoredExamples:
-    """Returns the run's examples with its confidences and its split. Only the columns above are held in memory."""
+    """Returns the run's examples with its confidences and its split. Only the columns above are
+    held in memory."""
     from sftmix.batches.examples import TokenisedExamples
     from sftmix.confidence.table import ScoreMetadata
 
@@ -77,7 +80,9 @@ def read_scored_examples(run: RunOutputs) -> ScoredExamples:
     split = pq.read_table(run.inputs["split"] / SPLIT)
     for table in (scores, split):
         ids = table["example_id"].cast(pa.string())  # Polars writes large strings
-        assert ids.equals(examples.example_ids), f"a table of {path.parent.parent} is not in the order of the data"
+        assert ids.equals(examples.example_ids), (
+            f"a table of {path.parent.parent} is not in the order of the data"
+        )
     return ScoredExamples(
         examples.example_ids,
         _floats(scores["confidence"]),
@@ -95,7 +100,8 @@ def _floats(column: pa.ChunkedArray) -> NDArray[np.float64]:
 
 
 def ranking(scored: ScoredExamples) -> NDArray[np.int64]:
-    """Returns the examples with a finite confidence, most confident first; equal ones in the data's order."""
+    """Returns the examples with a finite confidence, most confident first; equal ones in the data's
+    order."""
     finite = np.flatnonzero(np.isfinite(scored.confidence))
     return finite[np.argsort(-scored.confidence[finite], kind="stable")]
 
@@ -104,19 +110,29 @@ def extremes(scored: ScoredExamples) -> list[dict[str, Any]]:
     """Returns the most and the least confident examples: [{"title", "rows"}, ...]."""
     order = ranking(scored)
     chosen = {"Most confident": order[:NUM_SHOWN], "Least confident": order[::-1][:NUM_SHOWN]}
-    return [{"title": title, "rows": [_row(scored, index) for index in places]} for title, places in chosen.items()]
+    return [
+        {"title": title, "rows": [_row(scored, index) for index in places]}
+        for title, places in chosen.items()
+    ]
 
 
 def duplicates(scored: ScoredExamples) -> dict[str, Any]:
-    """Returns the groups of examples with the same content: how many there are, in how many the copies are in different parts,
-    and the largest ones, with the confidence's spread among the copies."""
+    """Returns the groups of examples with the same content: how many there are, in how many the
+    copies are in different parts, and the largest ones, with the confidence's spread among the
+    copies."""
     # Example.content_id: copies carry -2, -3, ... behind the hash of their content.
-    contents = pc.replace_substring_regex(scored.example_ids.cast(pa.large_string()), pattern="-.*", replacement="")
+    contents = pc.replace_substring_regex(
+        scored.example_ids.cast(pa.large_string()), pattern="-.*", replacement=""
+    )
     counted = pc.value_counts(contents)
     repeated = counted.filter(pc.greater(counted.field("counts"), 1))
     group = pc.index_in(contents, value_set=repeated.field("values")).fill_null(-1).to_numpy()
     sizes = repeated.field("counts").to_numpy()
-    parts_of_group = Counter(number for number, _ in {*zip(group.tolist(), scored.part.tolist(), strict=True)} if number >= 0)
+    parts_of_group = Counter(
+        number
+        for number, _ in {*zip(group.tolist(), scored.part.tolist(), strict=True)}
+        if number >= 0
+    )
     rows = []
     for number in np.argsort(-sizes, kind="stable")[:NUM_SHOWN]:
         members = np.flatnonzero(group == number)
@@ -130,7 +146,11 @@ def duplicates(scored: ScoredExamples) -> dict[str, Any]:
                 "lowest": float(values.min()),
                 "highest": float(values.max()),
                 "spread": float(values.max() - values.min()),
-                "parts": ", ".join(f"{parts[part]} {part}" for part in (CONFIDENT, MIDDLE, UNCONFIDENT) if parts[part]),
+                "parts": ", ".join(
+                    f"{parts[part]} {part}"
+                    for part in (CONFIDENT, MIDDLE, UNCONFIDENT)
+                    if parts[part]
+                ),
             }
         )
     return {
@@ -142,29 +162,50 @@ def duplicates(scored: ScoredExamples) -> dict[str, Any]:
 
 
 def truncated(scored: ScoredExamples) -> dict[str, Any]:
-    """Returns how many examples are truncated, their share in each part, and the least confident ones."""
+    """Returns how many examples are truncated, their share in each part, and the least confident
+    ones."""
     parts = []
     for part in (CONFIDENT, MIDDLE, UNCONFIDENT):
         inside = scored.is_truncated[scored.part == part]
         if len(inside):
-            parts.append({"part": part, "num_examples": len(inside), "num_truncated": int(inside.sum()), "share": float(inside.mean())})
+            parts.append(
+                {
+                    "part": part,
+                    "num_examples": len(inside),
+                    "num_truncated": int(inside.sum()),
+                    "share": float(inside.mean()),
+                }
+            )
     order = ranking(scored)[::-1]
     chosen = order[scored.is_truncated[order]][:NUM_SHOWN]
-    return {"num_truncated": int(scored.is_truncated.sum()), "parts": parts, "rows": [_row(scored, index) for index in chosen]}
+    return {
+        "num_truncated": int(scored.is_truncated.sum()),
+        "parts": parts,
+        "rows": [_row(scored, index) for index in chosen],
+    }
 
 
 def noise(scored: ScoredExamples) -> dict[str, float] | None:
-    """Returns, for generated data, how many of the wrong answers the split has put among the unconfident."""
+    """Returns, for generated data, how many of the wrong answers the split has put among the
+    unconfident."""
     noisy = np.array(scored.table["is_noisy"], dtype=bool)
     if not noisy.any():
         return None
-    return {"num_noisy": int(noisy.sum()), "share_unconfident": float((scored.part == UNCONFIDENT)[noisy].mean())}
+    return {
+        "num_noisy": int(noisy.sum()),
+        "share_unconfident": float((scored.part == UNCONFIDENT)[noisy].mean()),
+    }
 
 
 def _row(scored: ScoredExamples, index: np.int64) -> dict[str, Any]:
     row = scored.table[int(index)]
     messages = [(m["role"], _shortened(m["content"])) for m in json.loads(row["messages"])]
-    return {"example_id": row["example_id"], "value": float(scored.shown[index]), "group": row["group"] or "", "messages": messages}
+    return {
+        "example_id": row["example_id"],
+        "value": float(scored.shown[index]),
+        "group": row["group"] or "",
+        "messages": messages,
+    }
 
 
 def _shortened(text: str) -> str:
@@ -173,7 +214,8 @@ def _shortened(text: str) -> str:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two ways to score agree: over `num_examples`; `num_left_out` have no finite confidence in one or both."""
+    """How far two ways to score agree: over `num_examples`; `num_left_out` have no finite
+    confidence in one or both."""
 
     modes: str
     spearman: float
@@ -181,11 +223,20 @@ class Agreement:
     num_examples: int
     num_left_out: int
 
-    TITLES = ("scored by", "Spearman's rank correlation", "in the same part", "examples", "left out (not finite)")
+    TITLES = (
+        "scored by",
+        "Spearman's rank correlation",
+        "in the same part",
+        "examples",
+        "left out (not finite)",
+    )
 
     def cells(self) -> list[str]:
         """Returns a row of the table, as text; "-" where there is no figure."""
-        figures = [form.format(value) for form, value in (("{:.4f}", self.spearman), ("{:.1%}", self.same_part))]
+        figures = [
+            form.format(value)
+            for form, value in (("{:.4f}", self.spearman), ("{:.1%}", self.same_part))
+        ]
         return [
             self.modes,
             *("-" if text.startswith("nan") else text for text in figures),
@@ -201,19 +252,42 @@ class Agreement:
 
 
 def agreements(run: RunOutputs, scored: ScoredExamples) -> list[Agreement]:
-    """Returns how far the run's confidences agree with those of every mode that it was compared with."""
+    """Returns how far the run's confidences agree with those of every mode that it was compared
+    with."""
     confidence, rows = run.config.confidence, []
     for mode in confidence.compare:
-        other = read_confidence(run.inputs["score"] / "compared" / mode / "confidence.parquet", scored.example_ids)
-        rows.append(agreement_of(scored.example_ids, scored.confidence, other, run.config.split, f"{confidence.mode}, {mode}"))
+        other = read_confidence(
+            run.inputs["score"] / "compared" / mode / "confidence.parquet", scored.example_ids
+        )
+        rows.append(
+            agreement_of(
+                scored.example_ids,
+                scored.confidence,
+                other,
+                run.config.split,
+                f"{confidence.mode}, {mode}",
+            )
+        )
     return rows
 
 
-def agreement_of(example_ids: pa.ChunkedArray, a: NDArray[np.float64], b: NDArray[np.float64], split: SplitConfig, modes: str) -> Agreement:
-    """Returns how far two scorings of the same examples agree; both are split among the examples that are finite in both."""
+def agreement_of(
+    example_ids: pa.ChunkedArray,
+    a: NDArray[np.float64],
+    b: NDArray[np.float64],
+    split: SplitConfig,
+    modes: str,
+) -> Agreement:
+    """Returns how far two scorings of the same examples agree; both are split among the examples
+    that are finite in both."""
     both = np.flatnonzero(np.isfinite(a) & np.isfinite(b))
     ids = example_ids.take(pa.array(both)).to_pylist()
-    shares = {"confident_share": split.confident_share, "unconfident_share": split.unconfident_share}
+    shares = {
+        "confident_share": split.confident_share,
+        "unconfident_share": split.unconfident_share,
+    }
     parts = [split_by_confidence(ids, confidence[both], **shares) for confidence in (a, b)]
     figures = agreement(a[both], b[both], *parts)
-    return Agreement(modes, figures["spearman"], figures["same_part"], len(both), len(a) - len(both))
+    return Agreement(
+        modes, figures["spearman"], figures["same_part"], len(both), len(a) - len(both)
+    )

@@ -1,18 +1,20 @@
 """Heartbeats: a rank that dies, hangs or fails ends the run on all ranks, with one clear cause.
 
-Every rank runs one thread. Rank 0's listens, the others' connect to it; both sides send a line each second. Rank 0 judges
-the others and the others judge rank 0:
+Every rank runs one thread. Rank 0's listens, the others' connect to it; both sides send a line each
+second. Rank 0 judges the others and the others judge rank 0:
 
     the connection closed without a goodbye    the rank died: at once
     no line for `silent_seconds`               it hangs: stopped, or its GIL is held
     `fail(text)`                               it raised
     nobody's position changed                  no progress for `stall_seconds`
 
-Then rank 0 tells all ranks; each writes its stacks, the first cause is printed once, and all end with the same code. If it is
-rank 0 that died or hangs, the others come to the same judgement by themselves. Each rank also watches its launchers: DeepSpeed
-and torchrun leave their ranks behind when they are killed.
+Then rank 0 tells all ranks; each writes its stacks, the first cause is printed once, and all end
+with the same code. If it is rank 0 that died or hangs, the others come to the same judgement by
+themselves. Each rank also watches its launchers: DeepSpeed and torchrun leave their ranks behind
+when they are killed.
 
-The token keeps strays out. It and the lines travel in the clear: a network between hosts must be a trusted one.
+The token keeps strays out. It and the lines travel in the clear: a network between hosts must be a
+trusted one.
 """
 
 from __future__ import annotations
@@ -40,21 +42,28 @@ from sftmix.liveness.progress import Position, Progress
 __all__ = ["Watch", "listen"]
 
 LONGEST_WAIT_SECONDS = 0.25
-GRACE_SECONDS = 1.0  # what a rank raises may only follow from another's death, of which the news comes a moment later
+# what a rank raises may only follow from another's death, of which the news comes a moment later
+GRACE_SECONDS = 1.0
 ALONE_SECONDS = 5.0  # how long a rank that failed waits for rank 0's word, before it ends by itself
 GOODBYE_SECONDS = 2.0
-ITSELF_FACTOR = 0.9  # of silent_seconds, after which a rank writes its stacks, for want of a neighbour that would ask for them
-NUM_NAMED = 16  # ranks that a beat of rank 0 names as alive; the lowest of them prints if rank 0 cannot
+# of silent_seconds, after which a rank writes its stacks, for want of a neighbour that would ask
+# for them
+ITSELF_FACTOR = 0.9
+# ranks that a beat of rank 0 names as alive; the lowest of them prints if rank 0 cannot
+NUM_NAMED = 16
 
 
 class Watch:
-    """The heartbeat of one rank, from `start` to `close`. `exit_code` is what all ranks end with if this one fails or
-    judges. `on_beat` is called in the thread once per interval; what it raises is a failure of this rank.
+    """The heartbeat of one rank, from `start` to `close`. `exit_code` is what all ranks end with if
+    this one fails or judges. `on_beat` is called in the thread once per interval; what it raises is
+    a failure of this rank.
 
-    progress: what this rank is doing. stall_seconds: how long its position may stay the same while it can stall; None: for ever.
+    progress: what this rank is doing. stall_seconds: how long its position may stay the same while
+    it can stall; None: for ever.
 
-    listener: rank 0's, from `listen`. address: where the others find it. launchers: those found at the start of the process,
-    where that is longer ago; a launcher that ended before it was looked for cannot be missed.
+    listener: rank 0's, from `listen`. address: where the others find it. launchers: those found at
+    the start of the process, where that is longer ago; a launcher that ended before it was looked
+    for cannot be missed.
     """
 
     def __init__(
@@ -79,16 +88,28 @@ class Watch:
         self.exit_code = 1
         self._stall_seconds = stall_seconds
         self._address, self._listener, self._token, self._folder = address, listener, token, folder
-        self._silent_seconds, self._interval, self._join_seconds = silent_seconds, interval, join_seconds
+        self._silent_seconds, self._interval, self._join_seconds = (
+            silent_seconds,
+            interval,
+            join_seconds,
+        )
         self._on_beat, self._launchers = on_beat, launchers
         self._place = processes.namespace()
-        self._member = Member(rank, str(self._place["host"]), os.getpid(), processes.start_time(os.getpid()), self._place)
+        self._member = Member(
+            rank,
+            str(self._place["host"]),
+            os.getpid(),
+            processes.start_time(os.getpid()),
+            self._place,
+        )
         self._peers: dict[int, Peer] = {}
         self._left: set[int] = set()
-        self._strangers: list[Connection] = []  # connected, but not (yet) known as a rank of this run
+        # connected, but not (yet) known as a rank of this run
+        self._strangers: list[Connection] = []
         self._named: list[int] = []
         self._own_failure: str | None = None
-        self._failure: tuple[int, Verdict, float] | None = None  # whose, what, and until when a death would explain it
+        # whose, what, and until when a death would explain it
+        self._failure: tuple[int, Verdict, float] | None = None
         self._verdict: Verdict | None = None
         self._is_told = False
         self._is_closing = False
@@ -102,8 +123,8 @@ class Watch:
         if self._launchers is None:
             self._launchers = processes.launchers()
         if self._launchers and self._launchers[0].pid == os.getppid():
-            # Only then: a shell that started this process in the background may end. If the launcher ends before this
-            # line, the first beat finds it gone.
+            # Only then: a shell that started this process in the background may end. If the
+            # launcher ends before this line, the first beat finds it gone.
             processes.die_with_parent()
         for sock in (self._wake_read, self._listener):
             if sock is not None:
@@ -115,12 +136,14 @@ class Watch:
         self._thread.start()
 
     def fail(self, text: str) -> NoReturn:
-        """Ends all ranks with this cause, unless a rank's death explains it. The first of several causes counts."""
+        """Ends all ranks with this cause, unless a rank's death explains it. The first of several
+        causes counts."""
         if self._own_failure is None:
             self._own_failure = text
         self._wake()
         if self._thread.is_alive():
-            self._thread.join(GRACE_SECONDS + ALONE_SECONDS + self._silent_seconds)  # it ends the process
+            # it ends the process
+            self._thread.join(GRACE_SECONDS + ALONE_SECONDS + self._silent_seconds)
         self._words.print_once(self._describe_failure())
         end(self.exit_code)
 
@@ -141,16 +164,24 @@ class Watch:
                 is_beat = self._wait()
                 now = time.monotonic()
                 self._judge(now, is_beat)
-                if self._is_closing and self._verdict is None and self._failure is None and self._own_failure is None:
+                if (
+                    self._is_closing
+                    and self._verdict is None
+                    and self._failure is None
+                    and self._own_failure is None
+                ):
                     self._say_goodbye()
                     if self._verdict is None:
                         return
         except BaseException as error:  # without this thread the rank would hang unseen
-            self._verdict = Verdict(f"{self._member} cannot watch the others: {error!r}", self.exit_code)
+            self._verdict = Verdict(
+                f"{self._member} cannot watch the others: {error!r}", self.exit_code
+            )
         self._stop(self._verdict)
 
     def _wait(self) -> bool:
-        """Handles what comes until the next beat, or until there is something to judge. Returns whether a beat was sent."""
+        """Handles what comes until the next beat, or until there is something to judge. Returns
+        whether a beat was sent."""
         now = time.monotonic()
         is_beat = now >= self._next_beat
         if is_beat:
@@ -169,7 +200,8 @@ class Watch:
             with suppress(OSError):  # nobody there, or gone again
                 while True:
                     self._strangers.append(Connection(self._listener.accept()[0]))
-        self._receive()  # all there is: a living rank's lines must count before its silence is judged
+        # all there is: a living rank's lines must count before its silence is judged
+        self._receive()
         return is_beat
 
     def _beat(self) -> None:
@@ -185,14 +217,18 @@ class Watch:
             self._connect()
         beat: Message = {"beat": astuple(self.progress.position)}
         if self.rank == 0:
-            beat["named"] = sorted(rank for rank, peer in self._peers.items() if peer.line.is_open)[:NUM_NAMED]
+            beat["named"] = sorted(rank for rank, peer in self._peers.items() if peer.line.is_open)[
+                :NUM_NAMED
+            ]
         for peer in self._peers.values():
             peer.line.send(beat)
 
     def _connect(self) -> None:
         assert self._address is not None, "ranks other than 0 need the address of rank 0"
         with suppress(OSError):  # not there yet: the next beat tries again
-            line = Connection(socket.create_connection(self._address, timeout=max(self._interval, 0.5)))
+            line = Connection(
+                socket.create_connection(self._address, timeout=max(self._interval, 0.5))
+            )
             line.send({"token": self._token, "member": asdict(self._member)})
             self._strangers.append(line)
 
@@ -207,11 +243,14 @@ class Watch:
                 del self._peers[rank]
 
     def _welcome(self, line: Connection) -> None:
-        """Makes a stranger a peer once it has introduced itself; drops it if it is none of this run."""
+        """Makes a stranger a peer once it has introduced itself; drops it if it is none of this
+        run."""
         messages = line.receive()
         if messages:
             self._strangers.remove(line)
-            known = hmac.compare_digest(str(messages[0].get("token")).encode(errors="replace"), self._token.encode())
+            known = hmac.compare_digest(
+                str(messages[0].get("token")).encode(errors="replace"), self._token.encode()
+            )
             member = member_of(messages[0].get("member")) if known else None
             expected = range(1, self.world_size) if self.rank == 0 else range(1)
             if member is None or member.rank not in expected or member.rank in self._peers:
@@ -235,7 +274,9 @@ class Watch:
                     self._named = [int(r) for r in rest.get("named", [])]
             case {"fail": str(cause), "code": int(code)} if self._failure is None:
                 self._failure = (rank, Verdict(cause, code), time.monotonic() + GRACE_SECONDS)
-            case {"verdict": {"cause": str(cause), "code": int(code), "silent": silent}} if self._verdict is None:
+            case {"verdict": {"cause": str(cause), "code": int(code), "silent": silent}} if (
+                self._verdict is None
+            ):
                 self._verdict, self._is_told = Verdict(cause, code, member_of(silent)), True
             case {"bye": _}:
                 self._left.add(rank)
@@ -248,7 +289,8 @@ class Watch:
             self._report_failure(now)
         stood_still, self._ticked = now - self._ticked, now
         if stood_still > max(self._silent_seconds / 4, 2 * LONGEST_WAIT_SECONDS):
-            # This process was stopped, or the whole machine: what the others sent or did not send meanwhile says nothing.
+            # This process was stopped, or the whole machine: what the others sent or did not send
+            # meanwhile says nothing.
             for peer in self._peers.values():
                 peer.line.heard = now
             self._progressed = now
@@ -259,11 +301,16 @@ class Watch:
             where = f"in {peer.position}"
             if not peer.line.is_open:
                 if peer.member.rank != failed:
-                    self._set(f"{peer.member} died {where}. What it printed, or the kernel's log (out of memory), may say why.")
+                    self._set(
+                        f"{peer.member} died {where}. What it printed, or the kernel's log (out of"
+                        " memory), may say why."
+                    )
                     return
             elif now - peer.line.heard > self._silent_seconds:
                 self._set(
-                    f"{peer.member} has not answered for {self._silent_seconds:g} s {where}. Stacks: {self._words.folder}.", peer.member
+                    f"{peer.member} has not answered for {self._silent_seconds:g} s {where}."
+                    f" Stacks: {self._words.folder}.",
+                    peer.member,
                 )
                 return
         if self._failure is not None and now >= self._failure[2]:
@@ -276,19 +323,33 @@ class Watch:
         for launcher in self._launchers or ():
             if not launcher.is_running:
                 self._set(
-                    f"the launcher of {self._member} is gone (pid {launcher.pid}: {launcher.command[:120]}). The run ends; start it again."
+                    f"the launcher of {self._member} is gone (pid {launcher.pid}:"
+                    f" {launcher.command[:120]}). The run ends; start it again."
                 )
                 return
-        missing = [r for r in (range(1, self.world_size) if self.rank == 0 else range(1 if self.rank else 0))
-                   if r not in self._peers and r not in self._left]  # fmt: skip
+        missing = [
+            r
+            for r in (range(1, self.world_size) if self.rank == 0 else range(1 if self.rank else 0))
+            if r not in self._peers and r not in self._left
+        ]
         if missing and now - self._started > self._join_seconds:
-            self._set(f"{_ranks(missing)} did not join within {self._join_seconds:g} s (seen by {self._member}, address {self._address}).")
-        progress = {self.rank: self.progress.position} | {r: p.position for r, p in self._peers.items()}
+            self._set(
+                f"{_ranks(missing)} did not join within {self._join_seconds:g} s (seen by"
+                f" {self._member}, address {self._address})."
+            )
+        progress = {self.rank: self.progress.position} | {
+            r: p.position for r, p in self._peers.items()
+        }
         if progress != self._progress:
             self._progress, self._progressed = progress, now
         elif self.rank == 0 and self._is_stalled(now):
-            where = ", ".join(f"rank {r} in {position}" for r, position in sorted(progress.items())[:NUM_NAMED])
-            self._set(f"no progress for {self._stall_seconds:g} s ({where}). Stacks: {self._words.folder}.")
+            where = ", ".join(
+                f"rank {r} in {position}" for r, position in sorted(progress.items())[:NUM_NAMED]
+            )
+            self._set(
+                f"no progress for {self._stall_seconds:g} s ({where}). Stacks:"
+                f" {self._words.folder}."
+            )
 
     def _is_stalled(self, now: float) -> bool:
         limit = self._stall_seconds
@@ -299,13 +360,18 @@ class Watch:
         verdict = Verdict(self._describe_failure(), self.exit_code)
         if self.rank == 0 or 0 in self._left:
             self._failure = (self.rank, verdict, now + (GRACE_SECONDS if self._peers else 0.0))
-        elif now - self._started > ALONE_SECONDS or self._peers:  # a rank that fails at once still has to connect
+        elif (
+            now - self._started > ALONE_SECONDS or self._peers
+        ):  # a rank that fails at once still has to connect
             for peer in self._peers.values():
                 peer.line.send({"fail": verdict.cause, "code": verdict.code})
             self._failure = (self.rank, verdict, now + (ALONE_SECONDS if self._peers else 0.0))
 
     def _describe_failure(self) -> str:
-        return f"{self._member} failed in {self.progress.position}: {(self._own_failure or '')[:16384]}"
+        return (
+            f"{self._member} failed in {self.progress.position}:"
+            f" {(self._own_failure or '')[:16384]}"
+        )
 
     def _set(self, cause: str, silent: Member | None = None) -> None:
         self._verdict = Verdict(cause, self.exit_code, silent)
@@ -313,19 +379,33 @@ class Watch:
     # Ends.
 
     def _stop(self, verdict: Verdict) -> NoReturn:
-        """Ends this process. Rank 0 prints before it tells the others: their end may make a launcher end rank 0."""
+        """Ends this process. Rank 0 prints before it tells the others: their end may make a
+        launcher end rank 0."""
         try:
             silent = verdict.silent
             if not self._is_told:
-                cut_off = silent.rank if silent is not None and not silent.is_on(self._place) else None
+                cut_off = (
+                    silent.rank if silent is not None and not silent.is_on(self._place) else None
+                )
                 self._words.print_once(verdict.cause, after_seconds=self._turn(), cut_off=cut_off)
-            if silent is not None and silent.start is not None and silent.rank != self.rank and silent.is_on(self._place):
-                end_silent(processes.Process(silent.pid, silent.start), ask_for_stacks=self._is_told or self._turn() == 0.0)
-            told = [peer.line for peer in self._peers.values() if self.rank == 0 and peer.line.is_open]
+            if (
+                silent is not None
+                and silent.start is not None
+                and silent.rank != self.rank
+                and silent.is_on(self._place)
+            ):
+                end_silent(
+                    processes.Process(silent.pid, silent.start),
+                    ask_for_stacks=self._is_told or self._turn() == 0.0,
+                )
+            told = [
+                peer.line for peer in self._peers.values() if self.rank == 0 and peer.line.is_open
+            ]
             for line in told:
                 line.send({"verdict": asdict(verdict)})
             self._words.write_stacks(verdict.cause)
-            self._await_end(told, GRACE_SECONDS)  # a launcher that sees rank 0 end may end the others before they wrote their stacks
+            # a launcher that sees rank 0 end may end the others before they wrote their stacks
+            self._await_end(told, GRACE_SECONDS)
         finally:
             end(verdict.code)
 
@@ -333,7 +413,11 @@ class Watch:
         """Returns for how many seconds this rank leaves it to others to print the cause."""
         if self.rank == 0 or self._failure is not None:
             return 0.0
-        return min(GRACE_SECONDS, 0.3 * self._named.index(self.rank)) if self.rank in self._named else GRACE_SECONDS
+        return (
+            min(GRACE_SECONDS, 0.3 * self._named.index(self.rank))
+            if self.rank in self._named
+            else GRACE_SECONDS
+        )
 
     def _say_goodbye(self) -> None:
         """Rank 0 answers a goodbye by closing the connection, and the others answer rank 0's so."""
@@ -359,7 +443,11 @@ class Watch:
             time.sleep(0.01)
 
     def _lines(self) -> list[Connection]:
-        return [line for line in [*self._strangers, *(peer.line for peer in self._peers.values())] if line.is_open]
+        return [
+            line
+            for line in [*self._strangers, *(peer.line for peer in self._peers.values())]
+            if line.is_open
+        ]
 
     def _wake(self) -> None:
         with suppress(OSError):
@@ -379,5 +467,7 @@ def _close_sockets_of(watch: weakref.ref[Watch]) -> None:
 
 
 def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    shown = ", ".join(map(str, ranks[:8])) + (
+        f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    )
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"

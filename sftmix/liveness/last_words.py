@@ -1,4 +1,5 @@
-"""What a rank does before it ends for a cause: stacks to a file, the first cause to the terminal once, silent ranks killed."""
+"""What a rank does before it ends for a cause: stacks to a file, the first cause to the terminal
+once, silent ranks killed."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ POLL_SECONDS = 0.05
 
 
 class LastWords:
-    """Of one rank. `folder/stacks/rank_0001.txt` is open from the start, so that it can be written while the GIL is held or
-    no more file can be opened."""
+    """Of one rank. `folder/stacks/rank_0001.txt` is open from the start, so that it can be written
+    while the GIL is held or no more file can be opened."""
 
     def __init__(self, folder: Path, rank: int, token: str):
         self.folder = folder / STACKS
@@ -32,7 +33,9 @@ class LastWords:
         self._path = self.folder / f"rank_{rank:04d}.txt"
         self._file = self._path.open("w", encoding="utf-8")
         # All ranks know the token, and no other attempt has it.
-        self._first_cause = self.folder / f"first_cause_{hashlib.sha256(token.encode()).hexdigest()[:8]}.txt"
+        self._first_cause = (
+            self.folder / f"first_cause_{hashlib.sha256(token.encode()).hexdigest()[:8]}.txt"
+        )
         if rank == 0:
             for old in self.folder.glob("first_cause_*.txt"):
                 if not old.name.startswith(self._first_cause.stem):
@@ -41,7 +44,8 @@ class LastWords:
 
     def watch_itself(self, seconds: float) -> None:
         """Writes the stacks if this is not called again in time. Works while the GIL is held."""
-        # Does not end the process: one that was suspended with its whole job comes late by no fault of its own.
+        # Does not end the process: one that was suspended with its whole job comes late by no fault
+        # of its own.
         faulthandler.dump_traceback_later(seconds, file=self._file)
 
     def forget(self) -> None:
@@ -51,10 +55,17 @@ class LastWords:
         self._file.close()
         self._path.unlink(missing_ok=True)
 
-    def print_once(self, cause: str, *, after_seconds: float = 0.0, cut_off: int | None = None) -> None:
-        """Prints the first cause, unless another rank does within `after_seconds` or has done so. cut_off: a silent rank on another host.
-        It may think the same of this one and have said so first, to a terminal that nobody sees: its word does not count."""
-        first_cause = self._first_cause if cut_off is None else self._first_cause.with_stem(f"{self._first_cause.stem}_{cut_off}")
+    def print_once(
+        self, cause: str, *, after_seconds: float = 0.0, cut_off: int | None = None
+    ) -> None:
+        """Prints the first cause, unless another rank does within `after_seconds` or has done so.
+        cut_off: a silent rank on another host. It may think the same of this one and have said so
+        first, to a terminal that nobody sees: its word does not count."""
+        first_cause = (
+            self._first_cause
+            if cut_off is None
+            else self._first_cause.with_stem(f"{self._first_cause.stem}_{cut_off}")
+        )
         deadline = time.monotonic() + after_seconds
         while time.monotonic() < deadline:
             if first_cause.exists():
@@ -81,7 +92,8 @@ class LastWords:
 
 
 def end_silent(process: processes.Process, *, ask_for_stacks: bool) -> None:
-    """Kills a silent rank of this machine, after it was asked for its stacks. Does nothing if its pid is another's by now."""
+    """Kills a silent rank of this machine, after it was asked for its stacks. Does nothing if its
+    pid is another's by now."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if ask_for_stacks and process.is_running:
             _signal_main_thread(process.pid, signal.SIGUSR2)
@@ -94,8 +106,8 @@ def end_silent(process: processes.Process, *, ask_for_stacks: bool) -> None:
 
 
 def _signal_main_thread(pid: int, number: int) -> None:
-    # A signal to a stopped process is taken by whichever thread wakes first, while the main thread already runs on. Sent to
-    # the main thread, it is handled where that thread stood.
+    # A signal to a stopped process is taken by whichever thread wakes first, while the main thread
+    # already runs on. Sent to the main thread, it is handled where that thread stood.
     tgkill = getattr(ctypes.CDLL(None), "tgkill", None)  # glibc 2.30
     if tgkill is None or tgkill(pid, pid, int(number)) != 0:
         os.kill(pid, number)
@@ -103,7 +115,8 @@ def _signal_main_thread(pid: int, number: int) -> None:
 
 def end(code: int) -> NoReturn:
     """Ends this process, whatever its other threads do."""
-    # What was printed but not yet written would be lost. A main thread that hangs in a write holds the lock.
+    # What was printed but not yet written would be lost. A main thread that hangs in a write holds
+    # the lock.
     _within(0.5, sys.stdout.flush)
     os._exit(code)
 

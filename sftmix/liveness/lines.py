@@ -13,7 +13,8 @@ Message = dict[str, Any]
 
 
 class Connection:
-    """is_open: False once the other side closed, was cut off or sent what is no JSON. heard: when its last line came."""
+    """is_open: False once the other side closed, was cut off or sent what is no JSON. heard: when
+    its last line came."""
 
     def __init__(self, sock: socket.socket):
         self.sock = sock
@@ -31,7 +32,9 @@ class Connection:
             while self._to_send:
                 self._to_send = self._to_send[self.sock.send(self._to_send) :]
         except OSError:
-            return  # full: the next call goes on; broken: whoever receives learns it, after what was sent before
+            # full: the next call goes on; broken: whoever receives learns it, after what was sent
+            # before
+            return
 
     def receive(self) -> list[Message]:
         """Returns all messages that have come, parts of lines kept for later; does not wait."""
@@ -68,5 +71,7 @@ class Connection:
 
 def listen(host: str = "127.0.0.1") -> tuple[socket.socket, int]:
     """Returns a listening socket of an address of this machine ("" for all), and its port."""
-    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+    listener = socket.create_server(
+        (host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024
+    )
     return listener, int(listener.getsockname()[1])

@@ -38,7 +38,8 @@ class Peer:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why all ranks end, and with which code. silent: the rank that does not answer, if it is that."""
+    """Why all ranks end, and with which code. silent: the rank that does not answer, if it is
+    that."""
 
     cause: str
     code: int
@@ -48,6 +49,12 @@ class Verdict:
 def member_of(given: Any) -> Member | None:
     """Returns the member that a message describes, None where it describes none."""
     try:
-        return Member(int(given["rank"]), str(given["host"]), int(given["pid"]), given["start"], dict(given["place"]))
+        return Member(
+            int(given["rank"]),
+            str(given["host"]),
+            int(given["pid"]),
+            given["start"],
+            dict(given["place"]),
+        )
     except (KeyError, TypeError, ValueError, OverflowError):
         return None

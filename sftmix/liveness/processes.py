@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "sftmix")
-# A shell that started a run in the background may end long before it, and the run goes on: a shell is no launcher,
-# whatever stands in its command line.
+# A shell that started a run in the background may end long before it, and the run goes on: a shell
+# is no launcher, whatever stands in its command line.
 SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "fish", "csh", "tcsh", "busybox"})
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 @dataclass(frozen=True)
 class Process:
-    """start: clock ticks from boot to its start. With the pid it names one process, also after pids were used again."""
+    """start: clock ticks from boot to its start. With the pid it names one process, also after pids
+    were used again."""
 
     pid: int
     start: int
@@ -31,22 +32,30 @@ class Process:
 
 
 def start_time(pid: int) -> int | None:
-    """Returns when a process started, in clock ticks since boot; None where it does not run (any more), or without /proc."""
+    """Returns when a process started, in clock ticks since boot; None where it does not run (any
+    more), or without /proc."""
     fields = _stat(pid)
     return None if fields is None or fields[0] in ("Z", "X") else fields[2]
 
 
 def namespace() -> dict[str, str | None]:
-    """Returns what two processes must share for one to look up the other's pid: host, boot and pid namespace."""
-    here: dict[str, str | None] = {"host": socket.gethostname(), "boot_id": None, "pid_namespace": None}
+    """Returns what two processes must share for one to look up the other's pid: host, boot and pid
+    namespace."""
+    here: dict[str, str | None] = {
+        "host": socket.gethostname(),
+        "boot_id": None,
+        "pid_namespace": None,
+    }
     with contextlib.suppress(OSError):
         here["boot_id"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        here["pid_namespace"] = str(Path("/proc/self/ns/pid").readlink())  # containers may share host and boot, but not pids
+        # containers may share host and boot, but not pids
+        here["pid_namespace"] = str(Path("/proc/self/ns/pid").readlink())
     return here
 
 
 def launchers() -> list[Process]:
-    """Returns the ancestors that launch ranks, nearest first, up to the first that is no launcher. Empty without /proc."""
+    """Returns the ancestors that launch ranks, nearest first, up to the first that is no launcher.
+    Empty without /proc."""
     found: list[Process] = []
     pid = os.getppid()
     while pid > 0:
@@ -62,7 +71,8 @@ def launchers() -> list[Process]:
 
 
 def die_with_parent() -> None:
-    """Lets the kernel kill this process when its parent ends (Linux). A parent that has ended before is not noticed."""
+    """Lets the kernel kill this process when its parent ends (Linux). A parent that has ended
+    before is not noticed."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -1,4 +1,5 @@
-"""What this rank is doing: written by the engine and the pipeline, read by the heartbeat thread, and shown on a terminal."""
+"""What this rank is doing: written by the engine and the pipeline, read by the heartbeat thread,
+and shown on a terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Position:
-    """Where a rank is in its work. step: of training, from 1. ticks: micro-batches of this phase so far."""
+    """Where a rank is in its work. step: of training, from 1. ticks: micro-batches of this phase so
+    far."""
 
     phase: str
     step: int = 0
@@ -21,7 +23,8 @@ class Position:
 
 
 class Progress:
-    """The position of this rank. can_stall: whether a position that does not change for long is a fault.
+    """The position of this rank. can_stall: whether a position that does not change for long is a
+    fault.
 
     Assignments are atomic, so the heartbeat thread may read at any time.
     """
@@ -45,10 +48,17 @@ class Progress:
 
 def progress_bar() -> Any:
     """Returns the rich progress bar that all stages share."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
     from rich.table import Column
 
-    fixed = Column(no_wrap=True, min_width=7)  # on a narrow terminal the losses give way, not the step
+    # on a narrow terminal the losses give way, not the step
+    fixed = Column(no_wrap=True, min_width=7)
     return Progress(
         TextColumn("{task.description:>10}", table_column=Column(no_wrap=True, min_width=10)),
         BarColumn(bar_width=16),

@@ -1,12 +1,14 @@
 """One writer per run folder.
 
-A run claims its folder by creating the next file of `attempts/` (000001.json, 000002.json, ...), which only one process can
-do (O_EXCL). The highest number owns the folder: whoever finds a higher one than its own writes nothing more. While the owner
-is alive nobody else may claim. On the same machine the process table says whether it is; from another machine its lease does,
-a small file that the owner rewrites every second.
+A run claims its folder by creating the next file of `attempts/` (000001.json, 000002.json, ...),
+which only one process can do (O_EXCL). The highest number owns the folder: whoever finds a higher
+one than its own writes nothing more. While the owner is alive nobody else may claim. On the same
+machine the process table says whether it is; from another machine its lease does, a small file that
+the owner rewrites every second.
 
-A pause between `check` and what it guards is not covered: on one machine it cannot matter, since a living owner is not
-superseded; across machines an owner that stood still for the whole patience may finish the one rename it was about to do.
+A pause between `check` and what it guards is not covered: on one machine it cannot matter, since a
+living owner is not superseded; across machines an owner that stood still for the whole patience may
+finish the one rename it was about to do.
 """
 
 from __future__ import annotations
@@ -50,32 +52,46 @@ class RunLock:
         self._num_renewals = 0
 
     def check(self) -> None:
-        """Raises SupersededError when a later attempt owns the folder, when the folder was removed or made anew, or when the command that
-        began this attempt has ended it."""
+        """Raises SupersededError when a later attempt owns the folder, when the folder was removed
+        or made anew, or when the command that began this attempt has ended it."""
         attempts = self._folder / ATTEMPTS
         last = _last_attempt(attempts)
         record = _read(attempts, max(last, self.attempt))
         if last > self.attempt:
             raise SupersededError(
-                f"{self._folder}: attempt {last} ({_who(record)}) has taken over this run folder; nothing more is written "
-                f"by attempt {self.attempt}."
+                f"{self._folder}: attempt {last} ({_who(record)}) has taken over this run folder;"
+                f" nothing more is written by attempt {self.attempt}."
             )
         # Someone who removes the run folder and starts again begins with attempt 1 anew.
         if record is None or record["key"] != self._key:
             raise SupersededError(
-                f"{self._folder}: the file of attempt {self.attempt} is gone or another's: the run folder was removed "
-                "while this run wrote to it. Nothing more is written; start again."
+                f"{self._folder}: the file of attempt {self.attempt} is gone or another's: the run"
+                " folder was removed while this run wrote to it. Nothing more is written; start"
+                " again."
             )
         if "ended" in record:
-            raise SupersededError(f"{self._folder}: attempt {self.attempt} was ended by the command that had begun it. Start again.")
+            raise SupersededError(
+                f"{self._folder}: attempt {self.attempt} was ended by the command that had begun"
+                " it. Start again."
+            )
 
     def renew(self) -> None:
-        """Shows others that this attempt is alive; about once a second. Raises SupersededError as `check` does."""
+        """Shows others that this attempt is alive; about once a second. Raises SupersededError as
+        `check` does."""
         self.check()
         self._num_renewals += 1
         path = self._folder / ATTEMPTS / LEASE
         temporary = path.with_name(f".{LEASE}.{self.attempt}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"attempt": self.attempt, "key": self._key, "pid": os.getpid(), "counter": self._num_renewals}))
+        temporary.write_text(
+            json.dumps(
+                {
+                    "attempt": self.attempt,
+                    "key": self._key,
+                    "pid": os.getpid(),
+                    "counter": self._num_renewals,
+                }
+            )
+        )
         temporary.replace(path)
 
     @contextlib.contextmanager
@@ -85,7 +101,8 @@ class RunLock:
 
         def renew() -> None:
             while not done.wait(1.0):
-                with contextlib.suppress(OSError, SftmixError):  # superseded: what is to be published will be refused
+                # superseded: what is to be published will be refused
+                with contextlib.suppress(OSError, SftmixError):
                     self.renew()
 
         thread = threading.Thread(target=renew, daemon=True)
@@ -97,11 +114,13 @@ class RunLock:
             thread.join()
 
     def release(self) -> None:
-        """Marks the attempt as ended: the next claim need not look for its process, and ranks that still run end."""
+        """Marks the attempt as ended: the next claim need not look for its process, and ranks that
+        still run end."""
         self._add(ended=_now())
 
     def note_outcome(self, exit_code: int | None) -> None:
-        """Leaves word, for the command that began this attempt, of how its ranks ended; None takes it back."""
+        """Leaves word, for the command that began this attempt, of how its ranks ended; None takes
+        it back."""
         self._add(outcome=exit_code)
 
     def outcome(self) -> int | None:
@@ -120,31 +139,43 @@ class RunLock:
 def claim(folder: Path, *, patience_seconds: float = 5.0) -> RunLock:
     """Returns the hold on a run folder, as its next attempt.
 
-    Raises ArtifactError where another writer is alive, within the patience: at once for one on this machine; one on
-    another machine must renew its lease within the patience, or it is taken for dead and superseded.
+    Raises ArtifactError where another writer is alive, within the patience: at once for one on this
+    machine; one on another machine must renew its lease within the patience, or it is taken for
+    dead and superseded.
     """
     attempts = folder / ATTEMPTS
     try:
         attempts.mkdir(parents=True, exist_ok=True)
         return _claim(folder, attempts, time.monotonic() + patience_seconds)
     except OSError as error:
-        raise ArtifactError(f"{attempts} cannot be written ({error}). Mend its permissions or disk, or choose another run.dir.") from None
+        raise ArtifactError(
+            f"{attempts} cannot be written ({error}). Mend its permissions or disk, or choose"
+            " another run.dir."
+        ) from None
 
 
 def join(folder: Path, attempt: int) -> RunLock:
-    """Returns the hold of an attempt that another process claimed. Raises ArtifactError where there is no such attempt."""
+    """Returns the hold of an attempt that another process claimed. Raises ArtifactError where there
+    is no such attempt."""
     record = _read(folder / ATTEMPTS, attempt)
     if record is None:
-        raise ArtifactError(f"{_path(folder / ATTEMPTS, attempt)} is missing or damaged: nobody claimed this attempt. Start the run again.")
+        raise ArtifactError(
+            f"{_path(folder / ATTEMPTS, attempt)} is missing or damaged: nobody claimed this"
+            " attempt. Start the run again."
+        )
     return RunLock(folder, attempt, record["key"])
 
 
 def holder(folder: Path, *, patience_seconds: float = 2.0) -> str | None:
-    """Returns who writes to a run folder (`attempt 3, host a, pid 7`); None for nobody. Claims nothing. Another machine's attempt is
-    alive if it renews its lease within the patience."""
+    """Returns who writes to a run folder (`attempt 3, host a, pid 7`); None for nobody. Claims
+    nothing. Another machine's attempt is alive if it renews its lease within the patience."""
     attempts = folder / ATTEMPTS
     last = _last_attempt(attempts)
-    alive = _living_owner(attempts, last, time.monotonic() + patience_seconds, is_new=False) if last else None
+    alive = (
+        _living_owner(attempts, last, time.monotonic() + patience_seconds, is_new=False)
+        if last
+        else None
+    )
     return None if alive is None else f"attempt {last}, {_who(alive)}"
 
 
@@ -153,10 +184,14 @@ def _claim(folder: Path, attempts: Path, deadline: float) -> RunLock:
     last = first
     while True:
         # An attempt that came while this one looked is alive, whatever its lease says so far.
-        if last and (alive := _living_owner(attempts, last, deadline, is_new=last > first)) is not None:
+        if (
+            last
+            and (alive := _living_owner(attempts, last, deadline, is_new=last > first)) is not None
+        ):
             raise ArtifactError(
-                f"{folder} is written by another run: attempt {last}, {_who(alive)}, since {alive.get('started', 'just now')}. "
-                "Wait for it, stop it, or choose another run.dir."
+                f"{folder} is written by another run: attempt {last}, {_who(alive)}, since"
+                f" {alive.get('started', 'just now')}. Wait for it, stop it, or choose another"
+                " run.dir."
             )
         try:
             key = _create(attempts, last + 1)
@@ -173,7 +208,8 @@ def _claim(folder: Path, attempts: Path, deadline: float) -> RunLock:
 
 
 def _create(attempts: Path, number: int) -> str:
-    """Creates the file of an attempt and returns its key. Raises FileExistsError where another was faster."""
+    """Creates the file of an attempt and returns its key. Raises FileExistsError where another was
+    faster."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
@@ -197,9 +233,11 @@ def _create(attempts: Path, number: int) -> str:
 
 
 def _living_owner(attempts: Path, number: int, deadline: float, *, is_new: bool) -> Record | None:
-    """Returns the record of an attempt whose writer is alive, None where it ended or died. Waits until `deadline` at most."""
+    """Returns the record of an attempt whose writer is alive, None where it ended or died. Waits
+    until `deadline` at most."""
     record = _read(attempts, number)
-    while record is None and time.monotonic() < deadline:  # created, not yet written; or its writer died between the two
+    # created, not yet written; or its writer died between the two
+    while record is None and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
         record = _read(attempts, number)
     if record is None:
@@ -207,7 +245,11 @@ def _living_owner(attempts: Path, number: int, deadline: float, *, is_new: bool)
     if "ended" in record:
         return None
     here = processes.namespace()
-    if record["process_start"] is not None and here["boot_id"] is not None and all(record[name] == here[name] for name in here):
+    if (
+        record["process_start"] is not None
+        and here["boot_id"] is not None
+        and all(record[name] == here[name] for name in here)
+    ):
         return record if processes.start_time(record["pid"]) == record["process_start"] else None
     if is_new:
         return record
@@ -249,7 +291,10 @@ def _read(attempts: Path, number: int) -> Record | None:
     """Returns the record of an attempt, None where it is missing or not (wholly) written."""
     with contextlib.suppress(FileNotFoundError, ValueError):
         record = json.loads(_path(attempts, number).read_text(encoding="utf-8"))
-        if isinstance(record, dict) and {"key", "pid", "host", "process_start", "boot_id", "pid_namespace"} <= record.keys():
+        if (
+            isinstance(record, dict)
+            and {"key", "pid", "host", "process_start", "boot_id", "pid_namespace"} <= record.keys()
+        ):
             return record
     return None
 

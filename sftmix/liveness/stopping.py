@@ -1,7 +1,9 @@
-"""A run that is asked to stop: by a signal, by its wall-clock limit, or by a file in the run folder.
+"""A run that is asked to stop: by a signal, by its wall-clock limit, or by a file in the run
+folder.
 
-The training loop asks after every step, saves, and leaves with exit code 75 (EX_TEMPFAIL), on which batch systems can start it
-again, or after Control-C with 130. The same signal again ends the process at once, as the first would have without this.
+The training loop asks after every step, saves, and leaves with exit code 75 (EX_TEMPFAIL), on which
+batch systems can start it again, or after Control-C with 130. The same signal again ends the
+process at once, as the first would have without this.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from types import FrameType
 
 from sftmix.errors import INTERRUPTED, STOPPED
 
-STARTED = "SFTMIX_STARTED"  # seconds since the epoch at which the command began; for all its processes
+# seconds since the epoch at which the command began; for all its processes
+STARTED = "SFTMIX_STARTED"
 STOP_FILE = "stop"  # in the run folder: whoever makes it asks the run to stop
 
 
@@ -48,10 +51,16 @@ class StopRequest:
     @property
     def reason(self) -> str | None:
         """Who has asked, in words."""
-        if self._reason is None and self._minutes is not None and time.time() - self._started >= 60 * self._minutes:
+        if (
+            self._reason is None
+            and self._minutes is not None
+            and time.time() - self._started >= 60 * self._minutes
+        ):
             self._reason = f"limits.wall_clock_minutes ({self._minutes:g}) is over"
         if self._reason is None and self._file.exists():
-            self._reason = self._file.read_text(encoding="utf-8").strip() or f"{self._file} is there"
+            self._reason = (
+                self._file.read_text(encoding="utf-8").strip() or f"{self._file} is there"
+            )
         return self._reason
 
     @property
@@ -59,7 +68,8 @@ class StopRequest:
         return self.reason is not None
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        # torchrun answers Control-C with a SIGTERM to its ranks: only the same signal again counts as the second.
+        # torchrun answers Control-C with a SIGTERM to its ranks: only the same signal again counts
+        # as the second.
         if number in self._taken and number != signal.SIGUSR1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -69,10 +79,17 @@ class StopRequest:
 
 
 def acknowledge(number: int) -> None:
-    """Says on stderr what a first signal does. Called by signal handlers, so it uses no buffered file."""
+    """Says on stderr what a first signal does. Called by signal handlers, so it uses no buffered
+    file."""
     name = signal.Signals(number).name
     again = "Control-C" if number == signal.SIGINT else "SIGTERM"
-    os.write(2, f"sftmix: {name}: the step is finished and the state saved; {again} again ends at once\n".encode())
+    os.write(
+        2,
+        (
+            f"sftmix: {name}: the step is finished and the state saved;"
+            f" {again} again ends at once\n"
+        ).encode(),
+    )
 
 
 def exit_code_of(reason: str) -> int:
@@ -82,8 +99,9 @@ def exit_code_of(reason: str) -> int:
 
 @contextlib.contextmanager
 def asking_to_stop(stop_file: Path) -> Iterator[None]:
-    """Turns SIGTERM, SIGUSR1 and SIGINT (Control-C) into a file that rank 0 looks for after each step: the launcher between would rather
-    kill the ranks. SIGTERM or SIGINT again ends this process, and the ranks with it."""
+    """Turns SIGTERM, SIGUSR1 and SIGINT (Control-C) into a file that rank 0 looks for after each
+    step: the launcher between would rather kill the ranks. SIGTERM or SIGINT again ends this
+    process, and the ranks with it."""
 
     def ask(number: int, frame: FrameType | None) -> None:
         if not stop_file.parent.is_dir():  # no rank has come so far
@@ -93,7 +111,10 @@ def asking_to_stop(stop_file: Path) -> Iterator[None]:
         if number != signal.SIGUSR1:
             signal.signal(number, _end_now)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {
+        number: signal.signal(number, ask)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    }
     try:
         yield
     finally:

@@ -1,12 +1,13 @@
 """The head of a causal language model, replaced by one that computes the loss in its own forward.
 
-Found through `get_output_embeddings`, not by a list of families. The transformer runs unchanged, reaches
-its head as always, and the head turns the hidden states into a loss where its weight is: ZeRO-3's hooks
-gather the weight for this module once per micro-batch, whatever the number of chunks, and never for the
-rest of the model (`docs/architecture.md` says what fails otherwise).
+Found through `get_output_embeddings`, not by a list of families. The transformer runs unchanged,
+reaches its head as always, and the head turns the hidden states into a loss where its weight is:
+ZeRO-3's hooks gather the weight for this module once per micro-batch, whatever the number of
+chunks, and never for the rest of the model (`docs/architecture.md` says what fails otherwise).
 
-What a model does to its logits behind the head (Gemma's soft-cap, Cohere's scale) is not read from a
-config key but measured, by sending a known ramp through the model's own forward: `find_logit_transform`.
+What a model does to its logits behind the head (Gemma's soft-cap, Cohere's scale) is not read from
+a config key but measured, by sending a known ramp through the model's own forward:
+`find_logit_transform`.
 
 Axes: B examples, S positions, T requested rows, D hidden size, V vocabulary.
 """
@@ -25,11 +26,21 @@ from sftmix.kernels.linear_token_nll import linear_token_nll_and_match
 from sftmix.kernels.mixed_embeddings import mixed_embeddings
 from sftmix.kernels.mixup_cross_entropy import mixup_cross_entropy
 from sftmix.loss.logit_transform import LogitTransform, ProbeRequest
-from sftmix.loss.requests import HeadResult, LossRequest, LossResult, MixedRequest, MixedResult, Request, ScoreRequest, ScoreResult
+from sftmix.loss.requests import (
+    HeadResult,
+    LossRequest,
+    LossResult,
+    MixedRequest,
+    MixedResult,
+    Request,
+    ScoreRequest,
+    ScoreResult,
+)
 
 
 class HeadProjection(nn.Module):
-    """Owns the head's weight (V, D) and bias (V,). Everything that reads them happens in its forward."""
+    """Owns the head's weight (V, D) and bias (V,). Everything that reads them happens in its
+    forward."""
 
     weight: Tensor
     bias: Tensor | None
@@ -47,13 +58,25 @@ class HeadProjection(nn.Module):
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, request.rows)
         if isinstance(request, ScoreRequest):
             losses = linear_token_nll_and_match(
-                rows, weight, request.labels, bias, transform.scale, transform.softcap, backend=request.backend
+                rows,
+                weight,
+                request.labels,
+                bias,
+                transform.scale,
+                transform.softcap,
+                backend=request.backend,
             )
             return ScoreResult(*losses)
         if isinstance(request, MixedRequest):
             logits = nn.functional.linear(rows, weight, bias)
             mixup = mixup_cross_entropy(
-                logits, None, request.labels, request.lam, transform.scale, transform.softcap, backend=request.backend
+                logits,
+                None,
+                request.labels,
+                request.lam,
+                transform.scale,
+                transform.softcap,
+                backend=request.backend,
             )
             return MixedResult(mixup.sum() / max(1, request.num_mixup_tokens))
         fused = fused_linear_mixup_cross_entropy(
@@ -74,11 +97,11 @@ class HeadProjection(nn.Module):
 
 
 class LossHead:
-    """Stands where the head stood. Without a request it gives logits, as the head did; with one it keeps the
-    result in `result` and hands the model's forward a stub to finish on.
+    """Stands where the head stood. Without a request it gives logits, as the head did; with one it
+    keeps the result in `result` and hands the model's forward a stub to finish on.
 
-    Not a module: ZeRO-3 hangs a hook on the input of every module and expects its output in the backward too,
-    where the stub never comes by. The module with the parameters is the projection.
+    Not a module: ZeRO-3 hangs a hook on the input of every module and expects its output in the
+    backward too, where the stub never comes by. The module with the parameters is the projection.
     """
 
     def __init__(self, projection: HeadProjection):
@@ -106,7 +129,8 @@ class LossHead:
 
 
 class CausalLMWithLoss(nn.Module):
-    """A Hugging Face causal language model whose forward gives the loss, in one pass through the transformer."""
+    """A Hugging Face causal language model whose forward gives the loss, in one pass through the
+    transformer."""
 
     def __init__(self, model: Any):  # a transformers model with a head
         super().__init__()
@@ -118,16 +142,27 @@ class CausalLMWithLoss(nn.Module):
         parent = model.get_submodule(parent_name)
         delattr(parent, attribute)  # a module's place does not take a plain object
         object.__setattr__(parent, attribute, self.head)
-        # Attributes, not families: the mixtures of experts in transformers that have a router loss have these two.
+        # Attributes, not families: the mixtures of experts in transformers that have a router loss
+        # have these two.
         self.auxiliary_weight = float(getattr(model.config, "router_aux_loss_coef", 0) or 0)
-        self.has_router = self.auxiliary_weight > 0 and hasattr(model.config, "output_router_logits")
+        self.has_router = self.auxiliary_weight > 0 and hasattr(
+            model.config, "output_router_logits"
+        )
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, request: Request | ProbeRequest | None) -> Tensor | HeadResult:
-        """input_ids, attention_mask: (B, S). Returns LossResult for a LossRequest, ScoreResult for a ScoreRequest, otherwise
-        the model's logits (B, S, V or K).
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, request: Request | ProbeRequest | None
+    ) -> Tensor | HeadResult:
+        """input_ids, attention_mask: (B, S). Returns LossResult for a LossRequest, ScoreResult for
+        a ScoreRequest, otherwise the model's logits (B, S, V or K).
         """
-        options = {"output_router_logits": True} if self.has_router and isinstance(request, LossRequest) else {}
-        output, result = self._run(request, input_ids=input_ids, attention_mask=attention_mask, **options)
+        options = (
+            {"output_router_logits": True}
+            if self.has_router and isinstance(request, LossRequest)
+            else {}
+        )
+        output, result = self._run(
+            request, input_ids=input_ids, attention_mask=attention_mask, **options
+        )
         if request is None or isinstance(request, ProbeRequest):
             return output.logits  # type: ignore[no-any-return]
         assert result is not None, "the model never called its head"
@@ -136,11 +171,14 @@ class CausalLMWithLoss(nn.Module):
         assert isinstance(request, LossRequest), "the result is that of the request"
         if request.mixed_inputs is not None:
             mixup = self._mixup_of_mixed_inputs(input_ids, request, request.mixed_inputs)
-            result = result._replace(loss=result.loss + request.mixup_weight * mixup, mixup=mixup.detach())
+            result = result._replace(
+                loss=result.loss + request.mixup_weight * mixup, mixup=mixup.detach()
+            )
         auxiliary = getattr(output, "aux_loss", None) if self.has_router else None
         if auxiliary is None:
             return result
-        # transformers adds weight * aux_loss to a mean over tokens: each micro-batch adds its share of the tokens.
+        # transformers adds weight * aux_loss to a mean over tokens: each micro-batch adds its share
+        # of the tokens.
         share = request.labels.numel() / max(1, request.num_ntp_tokens)
         auxiliary = auxiliary.to(result.loss.device) * (self.auxiliary_weight * share)
         return result._replace(loss=result.loss + auxiliary, auxiliary=auxiliary.detach())
@@ -152,15 +190,23 @@ class CausalLMWithLoss(nn.Module):
         finally:
             self.head.request = self.head.result = None
 
-    def _mixup_of_mixed_inputs(self, input_ids: Tensor, request: LossRequest, mixed: MixedInputs) -> Tensor:
-        # All ranks run this forward in every micro-batch, over one masked-out position where there is no pair, so that
-        # the number of ZeRO-3's collectives does not depend on data.
+    def _mixup_of_mixed_inputs(
+        self, input_ids: Tensor, request: LossRequest, mixed: MixedInputs
+    ) -> Tensor:
+        # All ranks run this forward in every micro-batch, over one masked-out position where there
+        # is no pair, so that the number of ZeRO-3's collectives does not depend on data.
         embedded = self.model.get_input_embeddings()(input_ids)
         flat = embedded.reshape(-1, embedded.shape[-1])
-        interpolated = mixed_embeddings(flat, mixed.sources, mixed.source_lam, backend=request.backend)
-        inputs = flat.new_zeros(mixed.attention_mask.numel(), flat.shape[1]).index_copy(0, mixed.places, interpolated)
+        interpolated = mixed_embeddings(
+            flat, mixed.sources, mixed.source_lam, backend=request.backend
+        )
+        inputs = flat.new_zeros(mixed.attention_mask.numel(), flat.shape[1]).index_copy(
+            0, mixed.places, interpolated
+        )
         _, result = self._run(
-            MixedRequest(mixed.rows, mixed.labels, mixed.lam, request.num_mixup_tokens, request.backend),
+            MixedRequest(
+                mixed.rows, mixed.labels, mixed.lam, request.num_mixup_tokens, request.backend
+            ),
             inputs_embeds=inputs.view(*mixed.attention_mask.shape, -1),
             attention_mask=mixed.attention_mask,
         )
@@ -168,18 +214,21 @@ class CausalLMWithLoss(nn.Module):
         return result.mixup
 
     def plain_name(self, name: str) -> str:
-        """Returns the Hugging Face name of one of this module's parameters or buffers, as in the model without adapters."""
+        """Returns the Hugging Face name of one of this module's parameters or buffers, as in the
+        model without adapters."""
         owner, _, rest = without_wrapper(name).partition(".")
         return rest if owner == "model" else f"{self.head_name}.{rest}"
 
 
 def head_name(model: Any) -> str:
-    """Returns the dotted name of the module that `get_output_embeddings` gives. Raises ConfigError."""
+    """Returns the dotted name of the module that `get_output_embeddings` gives. Raises
+    ConfigError."""
     head = model.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is None:
         raise ConfigError(
-            f"{type(model).__name__} names no output embedding with a weight (get_output_embeddings), so its loss cannot be "
-            "computed at the head. Use a causal language model."
+            f"{type(model).__name__} names no output embedding with a weight"
+            " (get_output_embeddings), so its loss cannot be computed at the head. Use a causal"
+            " language model."
         )
     return next(name for name, module in model.named_modules() if module is head)
 

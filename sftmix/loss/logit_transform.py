@@ -1,6 +1,8 @@
-"""What a model does to its logits behind its head (Gemma's soft-cap, Cohere's scale): measured, not read from a config key.
+"""What a model does to its logits behind its head (Gemma's soft-cap, Cohere's scale): measured, not
+read from a config key.
 
-A known ramp is sent through the model's own forward in place of the logits. No list of families is needed.
+A known ramp is sent through the model's own forward in place of the logits. No list of families is
+needed.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ _RAMP = (0.0, 1.0, 1e-3, 1e6, -1e6, 0.5, -0.5, 3.0, -3.0, 10.0, -10.0, 40.0, -40
 
 @torch.no_grad()
 def find_logit_transform(model: nn.Module, device: torch.device) -> LogitTransform:
-    """Returns what the model does to its logits after the head. All ranks must call it (ZeRO-3 gathers).
+    """Returns what the model does to its logits after the head. All ranks must call it (ZeRO-3
+    gathers).
 
-    `model`: a CausalLMWithLoss, or an engine around one. Raises ConfigError for anything but a scale and a soft-cap.
+    `model`: a CausalLMWithLoss, or an engine around one. Raises ConfigError for anything but a
+    scale and a soft-cap.
     """
     values = torch.tensor(_RAMP, dtype=torch.float32, device=device)
     ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
@@ -53,7 +57,8 @@ def find_logit_transform(model: nn.Module, device: torch.device) -> LogitTransfo
         expected = transform.softcap * torch.tanh(expected / transform.softcap)
     if not torch.allclose(seen, expected, rtol=1e-4, atol=1e-5):
         raise ConfigError(
-            "the model changes its logits after the head in a way that is neither a scale nor a soft-cap "
-            f"(1 became {at_one:.6g}, 1e6 became {at_large:.6g}); mixing them would not be the method. This model is not supported."
+            "the model changes its logits after the head in a way that is neither a scale nor a"
+            f" soft-cap (1 became {at_one:.6g}, 1e6 became {at_large:.6g}); mixing them would not"
+            " be the method. This model is not supported."
         )
     return transform

@@ -1,10 +1,10 @@
 """The two objectives, as what the head is asked for. The trainings differ in nothing else.
 
     next-token   L = L_NTP
-    mixup        L = L_NTP + mu L_Mixup        (https://arxiv.org/abs/2410.05248, equation of section 3)
+    mixup        L = L_NTP + mu L_Mixup     (https://arxiv.org/abs/2410.05248, section 3)
 
-Departs from the paper: both terms are means over their own token positions of the whole optimiser step,
-which the paper leaves open, so that the result does not depend on how a step is cut up.
+Departs from the paper: both terms are means over their own token positions of the whole optimiser
+step, which the paper leaves open, so that the result does not depend on how a step is cut up.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from sftmix.loss.requests import LossRequest
 
 @dataclass(frozen=True)
 class Objective:
-    """mixup_weight: mu; 0 is next-token prediction, to the bit: no position is mixed then. site: where the
-    interpolation happens, "head" (the method) or "input_embeddings" (an ablation: a third forward)."""
+    """mixup_weight: mu; 0 is next-token prediction, to the bit: no position is mixed then. site:
+    where the interpolation happens, "head" (the method) or "input_embeddings" (an ablation: a third
+    forward)."""
 
     mixup_weight: float = 0.0
     site: str = "head"
@@ -29,7 +30,9 @@ class Objective:
         return self.mixup_weight > 0 and self.site == "input_embeddings"
 
 
-def loss_request(objective: Objective, batch: MicroBatch, counts: StepCounts, *, backend: str | None = None) -> LossRequest:
+def loss_request(
+    objective: Objective, batch: MicroBatch, counts: StepCounts, *, backend: str | None = None
+) -> LossRequest:
     """Returns the request for one micro-batch of a step with the given counts."""
     mixes = objective.mixup_weight > 0 and not objective.mixes_inputs
     return LossRequest(

@@ -1,6 +1,7 @@
 """What the head is asked for, and what it gives back.
 
-Results are named tuples: DeepSpeed's ZeRO-3 hooks look into tuples for the tensors of a module's output.
+Results are named tuples: DeepSpeed's ZeRO-3 hooks look into tuples for the tensors of a module's
+output.
 
 Axes: T requested rows, M mixed positions.
 """
@@ -17,8 +18,9 @@ from sftmix.batches.mixed_inputs import MixedInputs
 
 @dataclass(frozen=True)
 class LossRequest:
-    """What the head needs to turn hidden states into the loss. Shapes as in `MicroBatch`; `mixed_inputs` is given
-    where a forward over mixed input embeddings takes the place of `pairs`."""
+    """What the head needs to turn hidden states into the loss. Shapes as in `MicroBatch`;
+    `mixed_inputs` is given where a forward over mixed input embeddings takes the place of
+    `pairs`."""
 
     rows: Tensor
     labels: Tensor
@@ -42,7 +44,8 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class MixedRequest:
-    """The Mixup loss of hidden states that come of mixed inputs. rows: (M,) flat positions; labels: (M, 2)."""
+    """The Mixup loss of hidden states that come of mixed inputs. rows: (M,) flat positions; labels:
+    (M, 2)."""
 
     rows: Tensor
     labels: Tensor
@@ -52,8 +55,9 @@ class MixedRequest:
 
 
 class LossResult(NamedTuple):
-    """One micro-batch's shares of its step's means, in nats. loss: scalar, differentiated; it includes the auxiliary loss of
-    a mixture of experts, which is 0 elsewhere. ntp, mixup, auxiliary: scalars, detached. token_nll: (T,) float32."""
+    """One micro-batch's shares of its step's means, in nats. loss: scalar, differentiated; it
+    includes the auxiliary loss of a mixture of experts, which is 0 elsewhere. ntp, mixup,
+    auxiliary: scalars, detached. token_nll: (T,) float32."""
 
     loss: Tensor
     ntp: Tensor

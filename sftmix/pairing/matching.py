@@ -1,17 +1,20 @@
 """Split by confidence, and pairs: pure functions of scores, seed and epoch. NumPy only.
 
-The paper splits at the median into equal halves, D^c (confident) and D^u (unconfident), and pairs at
-random (https://arxiv.org/abs/2410.05248, section 3). Here one epoch of pairs is a matching: every example
-is in one unit of the epoch. The P = min(n_c, n_u) pairs hold one confident and one unconfident example each; what is left of
-the larger part and the middle are units of their own, trained with next-token prediction alone.
+The paper splits at the median into equal halves, D^c (confident) and D^u (unconfident), and pairs
+at random (https://arxiv.org/abs/2410.05248, section 3). Here one epoch of pairs is a matching:
+every example is in one unit of the epoch. The P = min(n_c, n_u) pairs hold one confident and one
+unconfident example each; what is left of the larger part and the middle are units of their own,
+trained with next-token prediction alone.
 
-Any range of an epoch's units is computed without holding the rest, from (seed, epoch) and the place in the epoch: a rank, a
-resumed run and a test ask for the same step and get the same examples.
+Any range of an epoch's units is computed without holding the rest, from (seed, epoch) and the place
+in the epoch: a rank, a resumed run and a test ask for the same step and get the same examples.
 
-Random matching (the paper's) and matching by length are one scheme. The ranks of both parts are cut into the same number of blocks,
-in proportion, and partners are drawn within a block: with one block, any two examples can meet; with many, and both parts listed by
-length, partners are of like length and less of the longer one is left unmixed. Blocks are cut by rank and not by length, so that
-nothing is left over at their edges, and matching by rank is what loses least (it minimises the sum of the differences in length).
+Random matching (the paper's) and matching by length are one scheme. The ranks of both parts are cut
+into the same number of blocks, in proportion, and partners are drawn within a block: with one
+block, any two examples can meet; with many, and both parts listed by length, partners are of like
+length and less of the longer one is left unmixed. Blocks are cut by rank and not by length, so that
+nothing is left over at their edges, and matching by rank is what loses least (it minimises the sum
+of the differences in length).
 """
 
 from __future__ import annotations
@@ -29,18 +32,30 @@ CONFIDENT, MIDDLE, UNCONFIDENT = "confident", "middle", "unconfident"
 
 
 def split_by_confidence(
-    example_ids: list[str], confidence: NDArray[np.float64], *, confident_share: float = 0.5, unconfident_share: float = 0.5
+    example_ids: list[str],
+    confidence: NDArray[np.float64],
+    *,
+    confident_share: float = 0.5,
+    unconfident_share: float = 0.5,
 ) -> list[str]:
-    """Returns the part ("confident", "middle", "unconfident") of every example, in memory; `split.py` does the same on files.
+    """Returns the part ("confident", "middle", "unconfident") of every example, in memory;
+    `split.py` does the same on files.
 
-    Sizes are rounded down, so halves are equal and an odd example out is in the middle. Of equal confidences the
-    lower id is the more confident. Raises ValueError for a confidence that is not finite: it must not be ranked in silence.
+    Sizes are rounded down, so halves are equal and an odd example out is in the middle. Of equal
+    confidences the lower id is the more confident. Raises ValueError for a confidence that is not
+    finite: it must not be ranked in silence.
     """
     if not np.isfinite(confidence).all():
         bad = [example_ids[i] for i in np.flatnonzero(~np.isfinite(confidence))[:5]]
-        raise ValueError(f"the confidence of {counted(int((~np.isfinite(confidence)).sum()), 'example')} is not finite, first: {bad}")
+        raise ValueError(
+            f"the confidence of {counted(int((~np.isfinite(confidence)).sum()), 'example')} is not"
+            f" finite, first: {bad}"
+        )
     total = len(example_ids)
-    num_unconfident, num_confident = int(unconfident_share * total + 1e-9), int(confident_share * total + 1e-9)
+    num_unconfident, num_confident = (
+        int(unconfident_share * total + 1e-9),
+        int(confident_share * total + 1e-9),
+    )
     ranking = np.lexsort((np.array(example_ids), -confidence))  # most confident first
     parts = np.full(total, MIDDLE, dtype=object)
     parts[ranking[total - num_unconfident :]] = UNCONFIDENT
@@ -52,8 +67,9 @@ def split_by_confidence(
 class StepUnits:
     """What one optimiser step trains on, or any other range of an epoch, in order.
 
-    units: (U, 2) int64, dataset indices; the confident and the unconfident example of a pair, or one example and -1.
-    lam: (U,) float64; share of the confident example; 1 for a unit of one example.
+    units: (U, 2) int64, dataset indices; the confident and the unconfident example of a pair, or
+    one example and -1. lam: (U,) float64; share of the confident example; 1 for a unit of one
+    example.
     """
 
     units: NDArray[np.int64]
@@ -69,24 +85,31 @@ def match_parts(
     by_length: bool = False,
     block_pairs: int = 256,
 ) -> Matching:
-    """Returns the matching of (N,) parts: random as in the paper, or `by_length` within blocks of about `block_pairs` pairs of
-    like response length."""
-    confident, unconfident, middle = (np.flatnonzero(parts == part) for part in (CONFIDENT, UNCONFIDENT, MIDDLE))
+    """Returns the matching of (N,) parts: random as in the paper, or `by_length` within blocks of
+    about `block_pairs` pairs of like response length."""
+    confident, unconfident, middle = (
+        np.flatnonzero(parts == part) for part in (CONFIDENT, UNCONFIDENT, MIDDLE)
+    )
     if by_length:
-        confident, unconfident = (rows[np.argsort(num_response_tokens[rows], kind="stable")] for rows in (confident, unconfident))
+        confident, unconfident = (
+            rows[np.argsort(num_response_tokens[rows], kind="stable")]
+            for rows in (confident, unconfident)
+        )
     return Matching(confident, unconfident, middle, seed, alpha, block_pairs if by_length else None)
 
 
 def singles(num_examples: int, *, seed: int) -> Matching:
-    """Returns a plan without pairs: every example is a unit of its own, in another order in each epoch."""
+    """Returns a plan without pairs: every example is a unit of its own, in another order in each
+    epoch."""
     none = np.zeros(0, dtype=np.int64)
     return Matching(none, none, np.arange(num_examples), seed)
 
 
 @dataclass(frozen=True)
 class Matching:
-    """confident, unconfident, middle: dataset indices; arrays or memory maps, of which only what is asked for is read. For matching by
-    length the first two are in order of length. block_pairs: about how many pairs a block holds; None for one block."""
+    """confident, unconfident, middle: dataset indices; arrays or memory maps, of which only what is
+    asked for is read. For matching by length the first two are in order of length. block_pairs:
+    about how many pairs a block holds; None for one block."""
 
     confident: Index
     unconfident: Index
@@ -110,8 +133,11 @@ class Matching:
     def units(self, epoch: int, start: int, stop: int) -> StepUnits:
         """Returns the units [start, stop) of an epoch; lam ~ Beta(alpha, alpha)."""
         if not 0 <= start <= stop <= self.num_units:
-            raise ValueError(f"[{start}, {stop}) is not within the {counted(self.num_units, 'unit')} of an epoch")
-        # Pairs lie among the singles as evenly as they can, so that any step's place is known without counting.
+            raise ValueError(
+                f"[{start}, {stop}) is not within the {counted(self.num_units, 'unit')} of an epoch"
+            )
+        # Pairs lie among the singles as evenly as they can, so that any step's place is known
+        # without counting.
         place = np.arange(start, stop + 1, dtype=np.int64)
         pairs_before = place * self.num_pairs // max(1, self.num_units)
         is_pair = np.diff(pairs_before) > 0
@@ -122,7 +148,9 @@ class Matching:
         units[is_pair] = self._pairs(pair, epoch)
         lam[is_pair] = symmetric_beta(pair, self.alpha, "lam", self.seed, epoch)
         single = (place - pairs_before)[~is_pair]
-        units[~is_pair, 0] = self._singles(permute(single, self.num_units - self.num_pairs, "singles", self.seed, epoch), epoch)
+        units[~is_pair, 0] = self._singles(
+            permute(single, self.num_units - self.num_pairs, "singles", self.seed, epoch), epoch
+        )
         return StepUnits(units, lam)
 
     def num_steps(self, batch_size: int) -> int:
@@ -131,9 +159,11 @@ class Matching:
         return (units - 1) * self.num_examples // (units * batch_size) + 1 if units else 0
 
     def step(self, number: int, batch_size: int) -> tuple[int, int]:
-        """Returns the units [start, stop) of a step of the epoch: `batch_size` examples, one more or less where a pair would be
-        cut; none where a pair alone fills more than one step."""
-        start, stop = (-(-at * batch_size * self.num_units // self.num_examples) for at in (number, number + 1))
+        """Returns the units [start, stop) of a step of the epoch: `batch_size` examples, one more
+        or less where a pair would be cut; none where a pair alone fills more than one step."""
+        start, stop = (
+            -(-at * batch_size * self.num_units // self.num_examples) for at in (number, number + 1)
+        )
         return start, min(stop, self.num_units)
 
     @property
@@ -157,28 +187,47 @@ class Matching:
         examples[is_middle] = self.middle[single[is_middle] - self._num_left_over]
         left = single[~is_middle]
         block = _block_of(left, self._num_left_over, self._num_blocks)
-        pairs = (block + 1) * self.num_pairs // self._num_blocks - block * self.num_pairs // self._num_blocks
-        member = self._of_larger(block, pairs + left - block * self._num_left_over // self._num_blocks, epoch)
-        examples[~is_middle] = (self.confident if len(self.confident) > len(self.unconfident) else self.unconfident)[member]
+        pairs = (
+            block + 1
+        ) * self.num_pairs // self._num_blocks - block * self.num_pairs // self._num_blocks
+        member = self._of_larger(
+            block, pairs + left - block * self._num_left_over // self._num_blocks, epoch
+        )
+        examples[~is_middle] = (
+            self.confident if len(self.confident) > len(self.unconfident) else self.unconfident
+        )[member]
         return examples
 
     def _of_larger(self, block: Index, place: Index, epoch: int) -> Index:
-        """Returns the ranks, in the larger part, of those that the epoch's draw puts at `place` of their block; the first have partners."""
+        """Returns the ranks, in the larger part, of those that the epoch's draw puts at `place` of
+        their block; the first have partners."""
         blocks = self._num_blocks
         start = block * self.num_pairs // blocks + block * self._num_left_over // blocks
-        size = (block + 1) * self.num_pairs // blocks + (block + 1) * self._num_left_over // blocks - start
+        size = (
+            (block + 1) * self.num_pairs // blocks
+            + (block + 1) * self._num_left_over // blocks
+            - start
+        )
         rank = np.empty(len(place), dtype=np.int64)
         for n in np.unique(size):  # three sizes at most
             here = size == n
-            rank[here] = start[here] + permute(place[here], int(n), "partners", self.seed, epoch, tweak=block[here])
+            rank[here] = start[here] + permute(
+                place[here], int(n), "partners", self.seed, epoch, tweak=block[here]
+            )
         return rank
 
 
 def mix_coverage(drawn: StepUnits, num_response_tokens: NDArray[np.integer[Any]]) -> float:
-    """Returns the share of the units' response tokens that take part in a mix: of each pair, twice the shorter response."""
+    """Returns the share of the units' response tokens that take part in a mix: of each pair, twice
+    the shorter response."""
     units = drawn.units
     is_pair = units[:, 1] >= 0
-    mixed = 2 * np.minimum(num_response_tokens[units[is_pair, 0]], num_response_tokens[units[is_pair, 1]]).sum()
+    mixed = (
+        2
+        * np.minimum(
+            num_response_tokens[units[is_pair, 0]], num_response_tokens[units[is_pair, 1]]
+        ).sum()
+    )
     return float(mixed / num_response_tokens[units[units >= 0]].sum())
 
 

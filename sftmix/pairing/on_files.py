@@ -1,6 +1,8 @@
-"""The split and the matching on files: parts as lists of indices, and how much a matching would mix.
+"""The split and the matching on files: parts as lists of indices, and how much a matching would
+mix.
 
-No list of all examples is held in memory but the response lengths and, to order a part by them, that part's indices.
+No list of all examples is held in memory but the response lengths and, to order a part by them,
+that part's indices.
 """
 
 from __future__ import annotations
@@ -21,26 +23,37 @@ from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT, Matching, mi
 from sftmix.pairing.split import split_table
 from sftmix.storage.failures import accessing
 
-COVERAGE_UNITS = 200_000  # of an epoch's first units; their coverage is the epoch's to a fraction of a percent
+# of an epoch's first units; their coverage is the epoch's to a fraction of a percent
+COVERAGE_UNITS = 200_000
 SPLIT = "split.parquet"
 COVERAGE = "share of the response tokens that are mixed with another example's"
 ROWS_PER_GROUP = 1 << 17  # read at a time
 
 
 def split_scores(table: Path, data: pa.Table, split: SplitConfig, folder: Path) -> dict[str, int]:
-    """Writes split.parquet into `folder`: example_id and part, in the data's order. Returns the sizes of the parts.
+    """Writes split.parquet into `folder`: example_id and part, in the data's order. Returns the
+    sizes of the parts.
 
-    table: file of the scores. data: the training examples, with their ids and, for `split.stratify_by`, that column.
-    Raises ConfigError for a column that is not there, ArtifactError for values that cannot be ranked.
+    table: file of the scores. data: the training examples, with their ids and, for
+    `split.stratify_by`, that column. Raises ConfigError for a column that is not there,
+    ArtifactError for values that cannot be ranked.
     """
     schema = pq.read_schema(table)
     if split.column not in schema.names:
-        raise ConfigError(f"split.column: the score table has no column {split.column!r}. It has {', '.join(schema.names)}.")
+        raise ConfigError(
+            f"split.column: the score table has no column {split.column!r}. It has"
+            f" {', '.join(schema.names)}."
+        )
     if split.stratify_by is not None and split.stratify_by not in data.column_names:
-        raise ConfigError(f"split.stratify_by: the data has no column {split.stratify_by!r}. It has {', '.join(data.column_names)}.")
+        raise ConfigError(
+            f"split.stratify_by: the data has no column {split.stratify_by!r}. It has"
+            f" {', '.join(data.column_names)}."
+        )
     kind = schema.field(split.column).type
     if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
-        raise ConfigError(f"split.column: {split.column} is {kind}, and only numbers can be ranked.")
+        raise ConfigError(
+            f"split.column: {split.column} is {kind}, and only numbers can be ranked."
+        )
     beside = folder / "with_stratum.parquet"
     _check_order(table, split.column, data, split.stratify_by, beside)
     try:
@@ -55,22 +68,37 @@ def split_scores(table: Path, data: pa.Table, split: SplitConfig, folder: Path) 
                 stratum="stratum" if split.stratify_by else None,
             )
     except ValueError as error:
-        raise ArtifactError(f"{error}. Lower the reference's learning rate, or remove these examples.") from None
+        raise ArtifactError(
+            f"{error}. Lower the reference's learning rate, or remove these examples."
+        ) from None
     finally:
         beside.unlink(missing_ok=True)
 
 
-def _check_order(table: Path, column: str, data: pa.Table, stratify_by: str | None, beside: Path) -> None:
-    """Raises ArtifactError unless the table lists the data's examples in the data's order, as the score stage writes it.
-    With `stratify_by` writes `beside`: the table's ids and values, and the data's column as "stratum"."""
+def _check_order(
+    table: Path, column: str, data: pa.Table, stratify_by: str | None, beside: Path
+) -> None:
+    """Raises ArtifactError unless the table lists the data's examples in the data's order, as the
+    score stage writes it. With `stratify_by` writes `beside`: the table's ids and values, and the
+    data's column as "stratum"."""
     if pq.read_metadata(table).num_rows != data.num_rows:
-        found = f"{counted(pq.read_metadata(table).num_rows, 'row')} for {counted(data.num_rows, 'example')}"
+        found = (
+            f"{counted(pq.read_metadata(table).num_rows, 'row')} for"
+            f" {counted(data.num_rows, 'example')}"
+        )
         raise ArtifactError(f"{table} has {found}. Run the score stage again.")
     writer, start = None, 0
     try:
-        for batch in pq.ParquetFile(table).iter_batches(ROWS_PER_GROUP, columns=["example_id", column]):
-            if not pa.chunked_array([batch["example_id"]]).equals(data["example_id"].slice(start, len(batch))):
-                raise ArtifactError(f"{table} is not in the order of the data, near row {start:,}. Run the score stage again.")
+        for batch in pq.ParquetFile(table).iter_batches(
+            ROWS_PER_GROUP, columns=["example_id", column]
+        ):
+            if not pa.chunked_array([batch["example_id"]]).equals(
+                data["example_id"].slice(start, len(batch))
+            ):
+                raise ArtifactError(
+                    f"{table} is not in the order of the data, near row {start:,}. Run the score"
+                    " stage again."
+                )
             if stratify_by is not None:
                 columns = {"example_id": batch["example_id"], column: batch[column]}
                 rows = pa.table({**columns, "stratum": data[stratify_by].slice(start, len(batch))})
@@ -82,9 +110,12 @@ def _check_order(table: Path, column: str, data: pa.Table, stratify_by: str | No
             writer.close()
 
 
-def write_parts(folder: Path, sizes: dict[str, int], num_response_tokens: NDArray[np.integer[Any]]) -> None:
-    """Writes the dataset indices of each part of split.parquet beside it, int64: NAME.npy in the data's order, and of the two parts that
-    are paired NAME_by_length.npy, shortest response first, equal ones in the data's order."""
+def write_parts(
+    folder: Path, sizes: dict[str, int], num_response_tokens: NDArray[np.integer[Any]]
+) -> None:
+    """Writes the dataset indices of each part of split.parquet beside it, int64: NAME.npy in the
+    data's order, and of the two parts that are paired NAME_by_length.npy, shortest response first,
+    equal ones in the data's order."""
     lists = {part: _new_list(folder / f"{part}.npy", size) for part, size in sizes.items()}
     start, written = 0, dict.fromkeys(sizes, 0)
     for batch in pq.ParquetFile(folder / SPLIT).iter_batches(ROWS_PER_GROUP, columns=["part"]):
@@ -99,11 +130,14 @@ def write_parts(folder: Path, sizes: dict[str, int], num_response_tokens: NDArra
         order = np.argsort(num_response_tokens[indices], kind="stable")
         by_length = _new_list(folder / f"{part}_by_length.npy", len(order))
         for begin in range(0, len(order), ROWS_PER_GROUP):
-            by_length[begin : begin + ROWS_PER_GROUP] = indices[order[begin : begin + ROWS_PER_GROUP]]
+            by_length[begin : begin + ROWS_PER_GROUP] = indices[
+                order[begin : begin + ROWS_PER_GROUP]
+            ]
 
 
 def _new_list(path: Path, size: int) -> NDArray[np.int64]:
-    """Returns a new list on disk. Its space is reserved: a write to mapped memory on a full disk kills the process (SIGBUS)."""
+    """Returns a new list on disk. Its space is reserved: a write to mapped memory on a full disk
+    kills the process (SIGBUS)."""
     indices = np.lib.format.open_memmap(path, mode="w+", dtype=np.int64, shape=(size,))
     with accessing(path), path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
@@ -111,20 +145,24 @@ def _new_list(path: Path, size: int) -> NDArray[np.int64]:
 
 
 def open_matching(folder: Path, mixup: MixupConfig, seed: int, way: str | None = None) -> Matching:
-    """Returns the matching over the lists in a split stage's folder. They are memory-mapped, so that a rank reads only what
-    its steps ask for. way: "random" or "length"; None is `mixup.matching`."""
+    """Returns the matching over the lists in a split stage's folder. They are memory-mapped, so
+    that a rank reads only what its steps ask for. way: "random" or "length"; None is
+    `mixup.matching`."""
     way = way or mixup.matching
     suffix = "_by_length" if way == "length" else ""
     confident, unconfident, middle = (
-        np.load(folder / f"{name}.npy", mmap_mode="r") for name in (CONFIDENT + suffix, UNCONFIDENT + suffix, MIDDLE)
+        np.load(folder / f"{name}.npy", mmap_mode="r")
+        for name in (CONFIDENT + suffix, UNCONFIDENT + suffix, MIDDLE)
     )
     block = mixup.length_block if way == "length" else None
     return Matching(confident, unconfident, middle, seed, mixup.alpha, block)
 
 
-def mix_coverages(folder: Path, num_response_tokens: NDArray[np.integer[Any]], mixup: MixupConfig, seed: int) -> dict[str, float]:
-    """Returns, for random matching and for matching by length, the share of response tokens that take part in a mix in the
-    first epoch."""
+def mix_coverages(
+    folder: Path, num_response_tokens: NDArray[np.integer[Any]], mixup: MixupConfig, seed: int
+) -> dict[str, float]:
+    """Returns, for random matching and for matching by length, the share of response tokens that
+    take part in a mix in the first epoch."""
     found = {}
     for way in ("random", "length"):
         matching = open_matching(folder, mixup, seed, way)

@@ -1,13 +1,16 @@
-"""Random order and random numbers that any rank computes for any part of a range on its own. NumPy only.
+"""Random order and random numbers that any rank computes for any part of a range on its own. NumPy
+only.
 
-Nothing here has a state. A key names a purpose, such as ("matching", seed, epoch); the same key and index give the same
-answer on every rank, in any order and for any part of the range, and different keys give unrelated answers.
+Nothing here has a state. A key names a purpose, such as ("matching", seed, epoch); the same key and
+index give the same answer on every rank, in any order and for any part of the range, and different
+keys give unrelated answers.
 
-`permute` is a Feistel network: an index below n is written as two digits (left, right) with left < a, right < b and
-a * b barely above n; a is even, so that odd permutations are as likely as even ones. Each round adds a hash of one digit to
-the other, modulo that digit's base, which can be undone. A result of n or above is sent through again until it falls below n
-("cycle walking"), which keeps the map one-to-one on [0, n).
-The hash is the finaliser of SplitMix64. For statistics, not for secrets.
+`permute` is a Feistel network: an index below n is written as two digits (left, right) with left <
+a, right < b and a * b barely above n; a is even, so that odd permutations are as likely as even
+ones. Each round adds a hash of one digit to the other, modulo that digit's base, which can be
+undone. A result of n or above is sent through again until it falls below n ("cycle walking"), which
+keeps the map one-to-one on [0, n). The hash is the finaliser of SplitMix64. For statistics, not for
+secrets.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from numpy.typing import NDArray
 Index = NDArray[np.int64]
 _Words = NDArray[np.uint64]
 
-# Rounds, each of one digit. Measured: a range of 5 needs 24 before all 120 permutations are equally likely; ranges of 64 and more
-# pass every test from 8 on.
+# Rounds, each of one digit. Measured: a range of 5 needs 24 before all 120 permutations are equally
+# likely; ranges of 64 and more pass every test from 8 on.
 _SHORT, _ROUNDS_SHORT, _ROUNDS = 1024, 32, 12
 _BLOCK = 1 << 14  # indices at a time: the temporaries stay in the processor's cache
 _MAX = 1 << 48
@@ -52,9 +55,10 @@ def uniform(indices: Index, *key: int | str) -> NDArray[np.float64]:
 def symmetric_beta(indices: Index, alpha: float, *key: int | str) -> NDArray[np.float64]:
     """Returns for every index its own draw from Beta(alpha, alpha), alpha > 0, in [0, 1].
 
-    Exact, without rejection: (1 + T / sqrt(v + T^2)) / 2 has this law where T is Student's t with v = 2 alpha degrees of
-    freedom, and Bailey's polar method gives T = sqrt(v (U^(-2/v) - 1)) cos(2 pi V) for uniform U and V (Mathematics of
-    Computation 62, 1994). Arranged so that nothing overflows and draws near 0 keep their relative precision.
+    Exact, without rejection: (1 + T / sqrt(v + T^2)) / 2 has this law where T is Student's t with v
+    = 2 alpha degrees of freedom, and Bailey's polar method gives T = sqrt(v (U^(-2/v) - 1)) cos(2
+    pi V) for uniform U and V (Mathematics of Computation 62, 1994). Arranged so that nothing
+    overflows and draws near 0 keep their relative precision.
     """
     if not alpha > 0 or math.isinf(alpha):
         raise ValueError(f"alpha must be positive and finite, not {alpha}")
@@ -67,7 +71,9 @@ def symmetric_beta(indices: Index, alpha: float, *key: int | str) -> NDArray[np.
     return np.where(cosine < 0, tail, 1 - tail)
 
 
-def _walk(indices: Index, n: int, key: tuple[int | str, ...], tweak: Index | None, *, inverse: bool) -> Index:
+def _walk(
+    indices: Index, n: int, key: tuple[int | str, ...], tweak: Index | None, *, inverse: bool
+) -> Index:
     if not 0 <= n <= _MAX:
         raise ValueError(f"a range has between 0 and 2**48 indices, not {n}")
     start = np.asarray(indices)
@@ -75,13 +81,19 @@ def _walk(indices: Index, n: int, key: tuple[int | str, ...], tweak: Index | Non
         raise ValueError(f"indices must be in [0, {n}), got [{start.min()}, {start.max()}]")
     words = _words_of(key, 1 + (_ROUNDS_SHORT if n < _SHORT else _ROUNDS))
     flat = start.reshape(-1).astype(np.uint64)
-    tweaks = None if tweak is None else np.broadcast_to(np.asarray(tweak), start.shape).reshape(-1).astype(np.uint64)
+    tweaks = (
+        None
+        if tweak is None
+        else np.broadcast_to(np.asarray(tweak), start.shape).reshape(-1).astype(np.uint64)
+    )
     for low in range(0, len(flat), _BLOCK):
         block = flat[low : low + _BLOCK]
         mixed = None if tweaks is None else _mix(tweaks[low : low + _BLOCK] + words[0])
         block[:] = _feistel(block, n, words[1:], mixed, inverse)
         while len(outside := np.flatnonzero(block >= n)):
-            block[outside] = _feistel(block[outside], n, words[1:], None if mixed is None else mixed[outside], inverse)
+            block[outside] = _feistel(
+                block[outside], n, words[1:], None if mixed is None else mixed[outside], inverse
+            )
     return flat.astype(np.int64).reshape(start.shape)
 
 
@@ -100,17 +112,22 @@ def _feistel(indices: _Words, n: int, words: _Words, tweak: _Words | None, inver
         if inverse:
             shift = base - shift
         moved = digits[changed] + shift
-        digits[changed] = np.minimum(moved, moved - base)  # modulo base: where moved < base, moved - base wraps to a huge number
+        # modulo base: where moved < base, moved - base wraps to a huge number
+        digits[changed] = np.minimum(moved, moved - base)
     return digits[1] * bases[0] + digits[0]
 
 
 def _mix(words: _Words) -> _Words:
-    """Returns a hash of every 64-bit word, one to one (the finaliser of SplitMix64; Steele, Lea, Flood 2014)."""
+    """Returns a hash of every 64-bit word, one to one (the finaliser of SplitMix64; Steele, Lea,
+    Flood 2014)."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
 
 
 def _words_of(key: tuple[int | str, ...], count: int) -> _Words:
-    plain = tuple(part if isinstance(part, str) else operator.index(part) for part in key)  # a NumPy integer prints differently
-    return np.frombuffer(hashlib.shake_128(repr(plain).encode()).digest(8 * count), dtype="<u8").astype(np.uint64)
+    # a NumPy integer prints differently
+    plain = tuple(part if isinstance(part, str) else operator.index(part) for part in key)
+    return np.frombuffer(
+        hashlib.shake_128(repr(plain).encode()).digest(8 * count), dtype="<u8"
+    ).astype(np.uint64)

@@ -1,11 +1,14 @@
-"""Split a table of scores into confident, middle and unconfident rows, exactly, in bounded memory. Polars.
+"""Split a table of scores into confident, middle and unconfident rows, exactly, in bounded memory.
+Polars.
 
-Rows are ordered best first: by value descending, equal values by example_id ascending (byte order). Of n rows (of a stratum) the
-first floor(confident_share * n) are confident, the last floor(unconfident_share * n) unconfident, the rest in the middle.
+Rows are ordered best first: by value descending, equal values by example_id ascending (byte order).
+Of n rows (of a stratum) the first floor(confident_share * n) are confident, the last
+floor(unconfident_share * n) unconfident, the rest in the middle.
 
-No sort of the table is needed. Each of the two cuts is one row, found by `_select`: a sample brackets it, one scan counts
-what lies below the bracket and groups what lies inside, and the count proves the answer exact or asks for a wider bracket. The row is
-found by value first, and only where a cut falls inside a run of equal values by id as well. One last scan writes the parts.
+No sort of the table is needed. Each of the two cuts is one row, found by `_select`: a sample
+brackets it, one scan counts what lies below the bracket and groups what lies inside, and the count
+proves the answer exact or asks for a wider bracket. The row is found by value first, and only where
+a cut falls inside a run of equal values by id as well. One last scan writes the parts.
 """
 
 from __future__ import annotations
@@ -29,7 +32,10 @@ class NotFiniteError(ValueError):
     """Values that cannot be ranked. count: how many; first_ids: up to 20 of them, in file order."""
 
     def __init__(self, column: str, count: int, first_ids: list[str]):
-        super().__init__(f"{column} of {count:,} examples is missing or not finite; first: {', '.join(first_ids)}")
+        super().__init__(
+            f"{column} of {count:,} examples is missing or not finite; first:"
+            f" {', '.join(first_ids)}"
+        )
         self.count, self.first_ids = count, first_ids
 
 
@@ -44,7 +50,8 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Cut:
-    """Where the first rows of a stratum end: all with a larger value, and of those with this value the ids up to `id` (None: all)."""
+    """Where the first rows of a stratum end: all with a larger value, and of those with this value
+    the ids up to `id` (None: all)."""
 
     value: Any
     id: str | None
@@ -60,17 +67,23 @@ def split_table(
     unconfident_share: float = 0.5,
     stratum: str | None = None,
 ) -> dict[str, int]:
-    """Writes example_id and part for every row of the Parquet `sources`, in their order; returns the sizes of the parts.
+    """Writes example_id and part for every row of the Parquet `sources`, in their order; returns
+    the sizes of the parts.
 
     value: a numeric column; without `highest_first` its lowest values are the confident ones.
-    stratum: a column within each of whose values the shares are taken.
-    Raises NotFiniteError for NaN, infinite or missing values, and ValueError for shares, columns or ids that make no split.
+    stratum: a column within each of whose values the shares are taken. Raises NotFiniteError for
+    NaN, infinite or missing values, and ValueError for shares, columns or ids that make no split.
     """
     confident, unconfident = exact_share(confident_share), exact_share(unconfident_share)
     if confident + unconfident > 1:
-        raise ValueError(f"confident_share {confident_share} and unconfident_share {unconfident_share} are more than the whole")
+        raise ValueError(
+            f"confident_share {confident_share} and unconfident_share {unconfident_share} are more"
+            " than the whole"
+        )
     rows = pl.scan_parquet([str(path) for path in sources], glob=False).select(
-        pl.col("example_id").alias("id"), pl.col(value).alias("value"), (pl.col(stratum) if stratum else pl.lit(0)).alias("stratum")
+        pl.col("example_id").alias("id"),
+        pl.col(value).alias("value"),
+        (pl.col(stratum) if stratum else pl.lit(0)).alias("stratum"),
     )
     if not highest_first:
         rows = rows.with_columns(_reversed(rows.collect_schema()["value"]).alias("value"))
@@ -88,8 +101,15 @@ def split_table(
     )
     written = rows.select(_ID.alias("example_id"), part.alias("part"))
     written.sink_parquet(target, compression="zstd", compression_level=1, engine="streaming")
-    sizes = {CONFIDENT: sum(first.values()), UNCONFIDENT: sum(totals.values()) - sum(second.values())}
-    return {CONFIDENT: sizes[CONFIDENT], MIDDLE: sum(totals.values()) - sum(sizes.values()), UNCONFIDENT: sizes[UNCONFIDENT]}
+    sizes = {
+        CONFIDENT: sum(first.values()),
+        UNCONFIDENT: sum(totals.values()) - sum(second.values()),
+    }
+    return {
+        CONFIDENT: sizes[CONFIDENT],
+        MIDDLE: sum(totals.values()) - sum(sizes.values()),
+        UNCONFIDENT: sizes[UNCONFIDENT],
+    }
 
 
 def exact_share(share: float) -> Fraction:
@@ -114,12 +134,23 @@ def _check(rows: pl.LazyFrame, column: str, stratified: bool) -> dict[Any, int]:
     schema = rows.collect_schema()
     if not (schema["value"].is_float() or schema["value"].is_integer()):
         raise ValueError(f"{column} is {schema['value']}, and only numbers can be ranked")
-    bad = _VALUE.is_finite().not_().fill_null(True) if schema["value"].is_float() else _VALUE.is_null()
+    bad = (
+        _VALUE.is_finite().not_().fill_null(True)
+        if schema["value"].is_float()
+        else _VALUE.is_null()
+    )
     sums = [pl.len().alias("count"), bad.sum().alias("bad")]
-    # A group_by over one constant group holds what it has read, several GB; a plain select does not.
-    counts = _collect(rows.group_by("stratum").agg(sums) if stratified else rows.select(pl.lit(0).alias("stratum"), *sums))
+    # A group_by over one constant group holds what it has read, several GB; a plain select does
+    # not.
+    counts = _collect(
+        rows.group_by("stratum").agg(sums)
+        if stratified
+        else rows.select(pl.lit(0).alias("stratum"), *sums)
+    )
     if count := int(counts["bad"].sum()):
-        raise NotFiniteError(column, count, [str(i) for i in _collect(rows.filter(bad).select("id").head(20))["id"]])
+        raise NotFiniteError(
+            column, count, [str(i) for i in _collect(rows.filter(bad).select("id").head(20))["id"]]
+        )
     return {row[0]: row[1] for row in counts.sort("stratum").iter_rows()}
 
 
@@ -146,10 +177,15 @@ def _in_stratum(key: Any, totals: dict[Any, int]) -> pl.Expr:
     return _STRATUM.eq_missing(pl.lit(key)) if len(totals) > 1 else pl.lit(True)
 
 
-def _find_cuts(rows: pl.LazyFrame, totals: dict[Any, int], before: dict[Any, int]) -> dict[Any, _Cut]:
-    wanted = {key: totals[key] - count + 1 for key, count in before.items() if 0 < count < totals[key]}  # rank from the smallest value
+def _find_cuts(
+    rows: pl.LazyFrame, totals: dict[Any, int], before: dict[Any, int]
+) -> dict[Any, _Cut]:
+    wanted = {
+        key: totals[key] - count + 1 for key, count in before.items() if 0 < count < totals[key]
+    }  # rank from the smallest value
     values = _select(rows.select("stratum", _VALUE.alias("key")), wanted, totals)
-    ties = {key: before[key] - (totals[key] - at.smaller - at.equal) for key, at in values.items()}  # that many of the equal ones
+    # that many of the equal ones
+    ties = {key: before[key] - (totals[key] - at.smaller - at.equal) for key, at in values.items()}
     ties = {key: count for key, count in ties.items() if count < values[key].equal}
     tied = rows
     if ties:
@@ -162,16 +198,28 @@ def _find_cuts(rows: pl.LazyFrame, totals: dict[Any, int], before: dict[Any, int
     return {key: _Cut(at.key, ids[key].key if key in ids else None) for key, at in values.items()}
 
 
-def _select(relation: pl.LazyFrame, ranks: dict[Any, int], totals: dict[Any, int]) -> dict[Any, _Found]:
-    """Returns the key of the given rank (1 is the smallest) of every stratum of a (stratum, key) relation."""
+def _select(
+    relation: pl.LazyFrame, ranks: dict[Any, int], totals: dict[Any, int]
+) -> dict[Any, _Found]:
+    """Returns the key of the given rank (1 is the smallest) of every stratum of a (stratum, key)
+    relation."""
     if not ranks:
         return {}
     every = sum(totals[key] for key in ranks) // SAMPLE_ROWS
     sample: dict[Any, list[Any]] = {}
     if every > 1:
-        # A slice of a text column keeps all text that was read with it, GBs here, unless it is copied.
-        copied = pl.concat_str(_KEY, pl.lit("")).alias("key") if relation.collect_schema()["key"] == pl.String else _KEY
-        drawn = _collect(relation.with_row_index().filter(pl.col("index").hash(1) % every == 0).select("stratum", copied))
+        # A slice of a text column keeps all text that was read with it, GBs here, unless it is
+        # copied.
+        copied = (
+            pl.concat_str(_KEY, pl.lit("")).alias("key")
+            if relation.collect_schema()["key"] == pl.String
+            else _KEY
+        )
+        drawn = _collect(
+            relation.with_row_index()
+            .filter(pl.col("index").hash(1) % every == 0)
+            .select("stratum", copied)
+        )
         for (stratum,), part in drawn.group_by("stratum"):
             sample[stratum] = part["key"].sort().to_list()
     found: dict[Any, _Found] = {}
@@ -181,8 +229,14 @@ def _select(relation: pl.LazyFrame, ranks: dict[Any, int], totals: dict[Any, int
         for stratum in ranks.keys() - found.keys():
             low, high = _bracket(sample.get(stratum, []), ranks[stratum] / totals[stratum], spread)
             is_stratum = _in_stratum(stratum, totals)
-            conditions.append(is_stratum & (pl.lit(high) >= _KEY) if high is not None else is_stratum)
-            inside = pl.when(is_stratum & (pl.lit(low) <= _KEY) if low is not None else is_stratum).then(_KEY).otherwise(inside)
+            conditions.append(
+                is_stratum & (pl.lit(high) >= _KEY) if high is not None else is_stratum
+            )
+            inside = (
+                pl.when(is_stratum & (pl.lit(low) <= _KEY) if low is not None else is_stratum)
+                .then(_KEY)
+                .otherwise(inside)
+            )
         groups = _collect(
             relation.filter(pl.any_horizontal(conditions) if len(conditions) > 1 else conditions[0])
             .group_by("stratum", inside.alias("inside"))

@@ -18,11 +18,13 @@ from sftmix.storage import artifacts, provenance
 
 
 def export(config: Config, *, which: str, to: Path, adapter: bool = False) -> Path:
-    """Copies a verified exported model, or its LoRA adapter alone, to `to`, which must not exist or be empty. Returns `to`.
+    """Copies a verified exported model, or its LoRA adapter alone, to `to`, which must not exist or
+    be empty. Returns `to`.
 
-    The card says how the model did on the held-out examples, where it is evaluated. Files and folders get the modes that the
-    user's umask gives, though those of the run folder are private. Raises ArtifactError where the model is not there, damaged,
-    or made with other settings than the config's, ConfigError for a target that is in use.
+    The card says how the model did on the held-out examples, where it is evaluated. Files and
+    folders get the modes that the user's umask gives, though those of the run folder are private.
+    Raises ArtifactError where the model is not there, damaged, or made with other settings than the
+    config's, ConfigError for a target that is in use.
     """
     if which not in STAGE_OF:
         raise ConfigError(f"--which is {which!r}; expected one of {', '.join(STAGE_OF)}.")
@@ -35,7 +37,8 @@ def export(config: Config, *, which: str, to: Path, adapter: bool = False) -> Pa
     source = folder / ("adapter" if adapter else "model")
     if not source.is_dir():
         raise ArtifactError(
-            f"--adapter: {folder} holds no adapter, since all weights were trained. Leave --adapter out, or set model.lora."
+            f"--adapter: {folder} holds no adapter, since all weights were trained. Leave --adapter"
+            " out, or set model.lora."
         )
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"--to: {to} exists and is not an empty folder. Name another.")
@@ -55,23 +58,35 @@ def export(config: Config, *, which: str, to: Path, adapter: bool = False) -> Pa
 
 
 def _metrics(config: Config, which: str, digest: str) -> dict[str, Any] | None:
-    """Returns the held-out figures of this very model; None where it is not evaluated, or another one was."""
+    """Returns the held-out figures of this very model; None where it is not evaluated, or another
+    one was."""
     folder = config.run.dir / "evaluation"
     manifest = artifacts.read_manifest(folder)
     if manifest is None or manifest.inputs.get(STAGE_OF[which]) != digest:
         return None
     artifacts.verify(folder)
-    found: dict[str, dict[str, Any]] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    found: dict[str, dict[str, Any]] = json.loads(
+        (folder / "metrics.json").read_text(encoding="utf-8")
+    )
     return found.get(STAGE_OF[which])
 
 
 def _refuse_other_settings(config: Config, which: str, folder: Path) -> None:
-    """Raises ArtifactError where the model, or what it was made from, has other settings than the config's."""
+    """Raises ArtifactError where the model, or what it was made from, has other settings than the
+    config's."""
     stages = {stage.name: stage for stage in stages_of(config)}
     if STAGE_OF[which] not in stages:
-        raise ConfigError(f"--which {which}: baseline.enabled is false in this config, and {folder} holds a baseline. Set it to true.")
+        raise ConfigError(
+            f"--which {which}: baseline.enabled is false in this config, and {folder} holds a"
+            " baseline. Set it to true."
+        )
     saved = load_config(config.run.dir / "config.yaml")
-    lines = [f"tokenizer.{line}" for line in provenance.differences(saved.tokenizer.model_dump(), config.tokenizer.model_dump())]
+    lines = [
+        f"tokenizer.{line}"
+        for line in provenance.differences(
+            saved.tokenizer.model_dump(), config.tokenizer.model_dump()
+        )
+    ]
     needed = [STAGE_OF[which]]
     for name in needed:  # it grows
         stage = stages[name]
@@ -79,24 +94,32 @@ def _refuse_other_settings(config: Config, which: str, folder: Path) -> None:
         manifest = artifacts.read_manifest(config.run.dir / stage.folder)
         if manifest is not None:
             differences = _differences(config, stage, manifest.settings)
-            lines += [line for found in differences if (line := config_key(config, name, found)) not in lines]
+            lines += [
+                line
+                for found in differences
+                if (line := config_key(config, name, found)) not in lines
+            ]
     if lines:
         raise ArtifactError(
             f"{folder} was made with other settings than this config's:\n"
             + "".join(f"  {line}\n" for line in lines)
-            + f"Put them back, or export with the run folder's own config: `sftmix export {config.run.dir / 'config.yaml'}`."
+            + "Put them back, or export with the run folder's own config: `sftmix export"
+            f" {config.run.dir / 'config.yaml'}`."
         )
 
 
 def _differences(config: Config, stage: Stage, made_with: dict[str, Any]) -> list[str]:
     """Returns what differs between the settings that a stage was run with and the config's.
 
-    Left out is what the config does not say: the content of files, and the precision that `auto` stands for on this machine.
+    Left out is what the config does not say: the content of files, and the precision that `auto`
+    stands for on this machine.
     """
     if stage.name == "data":
         now = {**config.data.model_dump(mode="json"), "seed": config.run.seed}
         return provenance.differences({key: made_with.get(key) for key in now}, now)
-    anywhere = config.model_copy(update={"engine": config.engine.model_copy(update={"precision": "fp32"})})
+    anywhere = config.model_copy(
+        update={"engine": config.engine.model_copy(update={"precision": "fp32"})}
+    )
     now = json.loads(json.dumps(stage.settings(anywhere), default=str))
     if "precision" in now:
         given = config.engine.precision

@@ -1,8 +1,8 @@
 """One writer per run folder, and ranks that end together.
 
-`holding` makes this run the only writer of its folder (`sftmix/liveness/run_lock.py`). A `Guard` starts the heartbeats of
-all ranks (`sftmix/liveness/heartbeats.py`) and ends them: quietly where all ranks end in the same way, else with the first
-cause, on all ranks.
+`holding` makes this run the only writer of its folder (`sftmix/liveness/run_lock.py`). A `Guard`
+starts the heartbeats of all ranks (`sftmix/liveness/heartbeats.py`) and ends them: quietly where
+all ranks end in the same way, else with the first cause, on all ranks.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from sftmix.liveness.stopping import STOP_FILE
 from sftmix.storage.files import write_text
 
 LOGS, SEEN = "logs", ".seen_"
-ATTEMPT = "SFTMIX_ATTEMPT"  # number of the attempt that the command has claimed, for the ranks that it starts
+# number of the attempt that the command has claimed, for the ranks that it starts
+ATTEMPT = "SFTMIX_ATTEMPT"
 
 
 @contextlib.contextmanager
 def holding(config: Config, *, joins: bool = False) -> Iterator[RunLock]:
     """Makes this run the only writer of its folder, and shows every second that it is alive.
 
-    joins: the claim of the command that started this process, if one did (ATTEMPT in the environment). Such a process
-    records how it ended for that command, since launchers of many nodes lose exit codes. Raises ArtifactError where
-    another run writes to the folder.
+    joins: the claim of the command that started this process, if one did (ATTEMPT in the
+    environment). Such a process records how it ended for that command, since launchers of many
+    nodes lose exit codes. Raises ArtifactError where another run writes to the folder.
     """
     attempt = os.environ.get(ATTEMPT) if joins else None
     if attempt:
@@ -54,7 +55,8 @@ def holding(config: Config, *, joins: bool = False) -> Iterator[RunLock]:
         outcome = stopped.exit_code
         raise
     finally:
-        with contextlib.suppress(OSError):  # a full disk: the command takes it for a failure, the next claim finds out by itself
+        # a full disk: the command takes it for a failure, the next claim finds out by itself
+        with contextlib.suppress(OSError):
             if attempt:
                 lock.note_outcome(outcome)
             else:
@@ -62,29 +64,42 @@ def holding(config: Config, *, joins: bool = False) -> Iterator[RunLock]:
 
 
 def _make_run_folder(config: Config) -> None:
-    """Creates the run folder, with the resolved config in it. Refuses a folder that holds something else."""
+    """Creates the run folder, with the resolved config in it. Refuses a folder that holds something
+    else."""
     folder = config.run.dir
     if folder.is_symlink() and not folder.exists():
-        raise ArtifactError(f"run.dir: {folder} is a link to {folder.readlink()}, which does not exist. Create it, or name another folder.")
+        raise ArtifactError(
+            f"run.dir: {folder} is a link to {folder.readlink()}, which does not exist. Create it,"
+            " or name another folder."
+        )
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"run.dir: {folder} is a file. Name a folder.")
     # Ranks may have begun their logs, and looked for who shares the folder.
-    is_used = folder.is_dir() and any(path.name != LOGS and not path.name.startswith(SEEN) for path in folder.iterdir())
+    is_used = folder.is_dir() and any(
+        path.name != LOGS and not path.name.startswith(SEEN) for path in folder.iterdir()
+    )
     if is_used and not (folder / "config.yaml").is_file():
-        raise ArtifactError(f"run.dir: {folder} is not empty and is no run folder. Name another, or an empty one.")
+        raise ArtifactError(
+            f"run.dir: {folder} is not empty and is no run folder. Name another, or an empty one."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.yaml").is_file():
             write_text(folder / "config.yaml", dump_config(config))
     except OSError as error:
-        raise ArtifactError(f"run.dir: {folder} cannot be written: {error.strerror}. Name another folder.") from None
+        raise ArtifactError(
+            f"run.dir: {folder} cannot be written: {error.strerror}. Name another folder."
+        ) from None
 
 
 def _own_extensions(config: Config) -> None:
-    """Lets torch build extensions in the run folder. A build that was killed leaves a lock on which every later one waits
-    without a word. This folder has one writer, whose claim is new, so any lock in it is a stale one."""
+    """Lets torch build extensions in the run folder. A build that was killed leaves a lock on which
+    every later one waits without a word. This folder has one writer, whose claim is new, so any
+    lock in it is a stale one."""
     folder = config.run.dir / "extensions"
-    if os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder.resolve())) == str(folder.resolve()):
+    if os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder.resolve())) == str(
+        folder.resolve()
+    ):
         for lock in folder.rglob("lock"):
             lock.unlink()
 
@@ -92,8 +107,9 @@ def _own_extensions(config: Config) -> None:
 class Guard:
     """The heartbeat of this rank, from `start` to `end`.
 
-    launchers: the processes that started this one, found when it began; torch takes seconds to import, and a launcher
-    that ends in that time must not be missed. lock: of the run folder, on the ranks that lead a disk.
+    launchers: the processes that started this one, found when it began; torch takes seconds to
+    import, and a launcher that ends in that time must not be missed. lock: of the run folder, on
+    the ranks that lead a disk.
     """
 
     def __init__(self, config: Config, launchers: Sequence[processes.Process] = ()):
@@ -128,11 +144,16 @@ class Guard:
         self._watch = watch  # not one that could not start, on a full disk for example
 
     def end(self, error: BaseException | None) -> None:
-        """Ends the heartbeat. After an error that is this rank's alone it ends all ranks, and never returns."""
+        """Ends the heartbeat. After an error that is this rank's alone it ends all ranks, and never
+        returns."""
         watch, self._watch = self._watch, None
         if watch is None:
             return
-        if error is None or isinstance(error, KeyboardInterrupt) or (isinstance(error, SftmixError) and error.on_all_ranks):
+        if (
+            error is None
+            or isinstance(error, KeyboardInterrupt)
+            or (isinstance(error, SftmixError) and error.on_all_ranks)
+        ):
             watch.close()
         elif isinstance(error, SftmixError):
             watch.exit_code = 2

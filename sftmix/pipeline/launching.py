@@ -1,8 +1,9 @@
-"""Start the ranks of a run: on this machine (`sftmix run`), or on the nodes of a hostfile (`sftmix launch`).
+"""Start the ranks of a run: on this machine (`sftmix run`), or on the nodes of a hostfile (`sftmix
+launch`).
 
-Launchers lose exit codes: DeepSpeed's exits with 0 when it is killed, pdsh's code may be that of a connection, torchrun's is 1
-whatever its ranks said. So rank 0 records how it ended in the file of the attempt (`RunLock.note_outcome`), and success is
-believed only if the last output is there too.
+Launchers lose exit codes: DeepSpeed's exits with 0 when it is killed, pdsh's code may be that of a
+connection, torchrun's is 1 whatever its ranks said. So rank 0 records how it ended in the file of
+the attempt (`RunLock.note_outcome`), and success is believed only if the last output is there too.
 """
 
 from __future__ import annotations
@@ -41,15 +42,24 @@ from sftmix.errors import INTERRUPTED, STOPPED, ConfigError, counted
 from sftmix.liveness.stopping import STOP_FILE, asking_to_stop
 from sftmix.pipeline import preflight
 from sftmix.pipeline.guard import ATTEMPT, holding
-from sftmix.pipeline.run import Request, check_finished_work, first_unfinished_stage, folder_of_last, run_pipeline
+from sftmix.pipeline.run import (
+    Request,
+    check_finished_work,
+    first_unfinished_stage,
+    folder_of_last,
+    run_pipeline,
+)
 from sftmix.storage.artifacts import MANIFEST
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 Environment = dict[str, str]
 
 
-def launch_here(config: Config, config_path: str, overrides: Sequence[str], request: Request) -> int:
-    """Runs `engine.num_processes` ranks on this machine, through DeepSpeed's launcher. Returns the exit code."""
+def launch_here(
+    config: Config, config_path: str, overrides: Sequence[str], request: Request
+) -> int:
+    """Runs `engine.num_processes` ranks on this machine, through DeepSpeed's launcher. Returns the
+    exit code."""
     options = [config_path, *overrides, *_options(request)]
 
     def start(environment: Environment) -> int:
@@ -63,8 +73,8 @@ def launch_here(config: Config, config_path: str, overrides: Sequence[str], requ
 
 
 def launch_on_nodes(options: argparse.Namespace) -> int:
-    """Runs `sftmix launch` with its parsed options. Returns the exit code: 0 where the last stage is published, 75 where the
-    run was asked to stop and has saved its state."""
+    """Runs `sftmix launch` with its parsed options. Returns the exit code: 0 where the last stage
+    is published, 75 where the run was asked to stop and has saved its state."""
     if options.template is not None:
         return print_template(options)
     config = load_config(options.config, options.overrides)
@@ -78,10 +88,16 @@ def launch_on_nodes(options: argparse.Namespace) -> int:
     os.umask(0o077)
     request = _request(options)
     threads = threads_of_rank(None, max(node.slots for node in plan.nodes))
-    if options.node_rank:  # the first node's command claims the folder and prepares the data; these ranks join it
+    # the first node's command claims the folder and prepares the data; these ranks join it
+    if options.node_rank:
         with asking_to_stop(config.run.dir / STOP_FILE):
             return _exit_code(_start(plan, options.node_rank, _environment(threads)))
-    return _launch(config, request, lambda environment: _start(plan, options.node_rank, environment), threads=threads)
+    return _launch(
+        config,
+        request,
+        lambda environment: _start(plan, options.node_rank, environment),
+        threads=threads,
+    )
 
 
 def _request(options: argparse.Namespace) -> Request:
@@ -91,11 +107,18 @@ def _request(options: argparse.Namespace) -> Request:
 def _options(request: Request) -> list[str]:
     """Returns a request as options of launch/run.py."""
     stage = ["--stage", request.only] if request.only else []
-    return [*stage, *(["--force"] if request.force else []), *(["--restart"] if request.restart else [])]
+    return [
+        *stage,
+        *(["--force"] if request.force else []),
+        *(["--restart"] if request.restart else []),
+    ]
 
 
-def _launch(config: Config, request: Request, start: Callable[[Environment], int], *, threads: int) -> int:
-    """Claims the run folder, prepares the data in this process, starts the ranks and judges how they ended.
+def _launch(
+    config: Config, request: Request, start: Callable[[Environment], int], *, threads: int
+) -> int:
+    """Claims the run folder, prepares the data in this process, starts the ranks and judges how
+    they ended.
 
     start: runs the ranks in an environment to their end, and returns the launcher's exit code.
     """
@@ -117,7 +140,8 @@ def _environment(threads: int) -> Environment:
 
 
 def judge(code: int, outcome: int | None, manifest: Path) -> int:
-    """Returns the exit code of a launch. code: of the launcher. outcome: what rank 0 recorded. manifest: of the last output."""
+    """Returns the exit code of a launch. code: of the launcher. outcome: what rank 0 recorded.
+    manifest: of the last output."""
     if outcome == 0 and manifest.is_file():
         if code:
             print(f"sftmix: the launcher ended with {code}, but all is published", file=sys.stderr)
@@ -125,7 +149,11 @@ def judge(code: int, outcome: int | None, manifest: Path) -> int:
     if outcome in (STOPPED, INTERRUPTED):
         return outcome
     if code == 0:
-        print(f"sftmix: the launcher ended, but its ranks did not publish {manifest.parent}. Start again.", file=sys.stderr)
+        print(
+            f"sftmix: the launcher ended, but its ranks did not publish {manifest.parent}. Start"
+            " again.",
+            file=sys.stderr,
+        )
     return _exit_code(code) or 1
 
 
@@ -134,45 +162,73 @@ def _exit_code(code: int) -> int:
 
 
 def _start(plan: Plan, node_rank: int | None, environment: Environment) -> int:
-    """Starts the ranks of all nodes, or those of one node on this machine, and waits for their end."""
+    """Starts the ranks of all nodes, or those of one node on this machine, and waits for their
+    end."""
     if node_rank is not None:
-        return run_commands([node_command(plan, node_rank)], environment | exports.wanted(environment, PACKAGE_ROOT))
+        return run_commands(
+            [node_command(plan, node_rank)], environment | exports.wanted(environment, PACKAGE_ROOT)
+        )
     if plan.launcher in ON_EACH_NODE:
         variables = exports.wanted(environment, PACKAGE_ROOT)
-        return run_commands([ssh_command(plan, number, variables) for number in range(len(plan.nodes))], environment)
+        return run_commands(
+            [ssh_command(plan, number, variables) for number in range(len(plan.nodes))], environment
+        )
     with _for_runner(plan, environment) as prepared:
         return run_commands([runner_command(plan)], prepared)
 
 
 def _check_programs(launcher: str) -> None:
-    """Raises ConfigError where the program that `launcher` starts ranks with is not installed here."""
+    """Raises ConfigError where the program that `launcher` starts ranks with is not installed
+    here."""
     program = {"openmpi": "mpirun", "slurm": "srun", "pdsh": "pdsh"}.get(launcher, "ssh")
     if shutil.which(program) is None:
         raise ConfigError(
-            f"--launcher {launcher} needs the program {program}, which is not in PATH. Install it, or use another --launcher."
+            f"--launcher {launcher} needs the program {program}, which is not in PATH. Install it,"
+            " or use another --launcher."
         )
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
-    """Returns how the ranks are started. Raises ConfigError for options that contradict each other, or the hostfile."""
+    """Returns how the ranks are started. Raises ConfigError for options that contradict each other,
+    or the hostfile."""
     if options.hostfile is None:
-        raise ConfigError("--hostfile is missing: lines of `host slots=N`. On one machine: `sftmix run CONFIG engine.num_processes=N`.")
+        raise ConfigError(
+            "--hostfile is missing: lines of `host slots=N`. On one machine: `sftmix run CONFIG"
+            " engine.num_processes=N`."
+        )
     if options.set:
-        raise ConfigError("--set belongs to --template. For a key of the config write key=value without it.")
+        raise ConfigError(
+            "--set belongs to --template. For a key of the config write key=value without it."
+        )
     if options.master_port is not None and not 1 <= options.master_port <= 65535:
-        raise ConfigError(f"--master-port {options.master_port} is no port (1 to 65535). Name another.")
+        raise ConfigError(
+            f"--master-port {options.master_port} is no port (1 to 65535). Name another."
+        )
     if options.master_addr is not None and not is_host_name(options.master_addr):
-        raise ConfigError(f"--master-addr {options.master_addr[:80]!r} is no host name or address. Correct it.")
+        raise ConfigError(
+            f"--master-addr {options.master_addr[:80]!r} is no host name or address. Correct it."
+        )
     nodes = read_hostfile(options.hostfile)
     if options.node_rank is not None:
         if options.launcher not in ON_EACH_NODE:
-            raise ConfigError(f"--node-rank is for --launcher ssh and torchrun; {options.launcher} starts all nodes. Leave it out.")
+            raise ConfigError(
+                f"--node-rank is for --launcher ssh and torchrun; {options.launcher} starts all"
+                " nodes. Leave it out."
+            )
         if not 0 <= options.node_rank < len(nodes):
             raise ConfigError(
-                f"--node-rank is {options.node_rank}, and {options.hostfile} has {counted(len(nodes), 'node')}, counted from 0. Correct it."
+                f"--node-rank is {options.node_rank}, and {options.hostfile} has"
+                f" {counted(len(nodes), 'node')}, counted from 0. Correct it."
             )
     arguments = [options.config, *options.overrides, *_options(_request(options))]
-    return make_plan(nodes, options.hostfile, options.launcher, arguments, address=options.master_addr, port=options.master_port)
+    return make_plan(
+        nodes,
+        options.hostfile,
+        options.launcher,
+        arguments,
+        address=options.master_addr,
+        port=options.master_port,
+    )
 
 
 def _show(plan: Plan, node_rank: int | None) -> None:
@@ -185,15 +241,23 @@ def _show(plan: Plan, node_rank: int | None) -> None:
         command = node_command(plan, node_rank)
     print("\n".join(describe(plan, variables, command)))
     if plan.launcher in ON_EACH_NODE and node_rank is None:
-        print("\nWithout --dry-run these are started over ssh; with --node-rank I, that of node I on this machine.")
+        print(
+            "\nWithout --dry-run these are started over ssh; with --node-rank I, that of node I on"
+            " this machine."
+        )
 
 
 @contextlib.contextmanager
 def _for_runner(plan: Plan, environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Yields the environment for DeepSpeed's runner, which takes what is for the ranks from a file of ours, made anew each time; the lines
-    of the user's own are in it. What DeepSpeed would send on by itself, and nobody here needs, is taken out."""
+    """Yields the environment for DeepSpeed's runner, which takes what is for the ranks from a file
+    of ours, made anew each time; the lines of the user's own are in it. What DeepSpeed would send
+    on by itself, and nobody here needs, is taken out."""
     variables = exports.wanted(environment, PACKAGE_ROOT)
-    rest = {name: value for name, value in environment.items() if not name.startswith(exports.SENT_BY_DEEPSPEED)}
+    rest = {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(exports.SENT_BY_DEEPSPEED)
+    }
     meeting = {"MASTER_ADDR": plan.address, "MASTER_PORT": str(plan.port) if plan.port else None}
     given = {name: value for name, value in meeting.items() if value}
     if plan.launcher == "slurm":
@@ -202,9 +266,12 @@ def _for_runner(plan: Plan, environment: Mapping[str, str]) -> Iterator[dict[str
         return
     if plan.launcher == "openmpi":
         variables |= given
-    with tempfile.NamedTemporaryFile("w", prefix="sftmix_env_", encoding="utf-8") as file:  # for this user's eyes only (0600)
+    # for this user's eyes only (0600)
+    with tempfile.NamedTemporaryFile("w", prefix="sftmix_env_", encoding="utf-8") as file:
         file.write(exports.env_file_text(variables, plan.launcher))
         file.flush()
         # Else pdsh waits for hours for the ssh to a node that was cut off.
-        patience = " ".join([environment.get("PDSH_SSH_ARGS_APPEND", ""), *(f"-o{option}" for option in ALIVE)]).strip()
+        patience = " ".join(
+            [environment.get("PDSH_SSH_ARGS_APPEND", ""), *(f"-o{option}" for option in ALIVE)]
+        ).strip()
         yield {**rest, **variables, exports.ENV_FILE: file.name, "PDSH_SSH_ARGS_APPEND": patience}

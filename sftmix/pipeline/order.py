@@ -30,22 +30,59 @@ def stages_of(config: Config) -> list[Stage]:
     stages = [
         Stage("data", "data", (), _data_settings, _run("data"), needs_engine=False),
         Stage("reference", "reference", ("data",), _reference_settings, _run("reference")),
-        Stage("score", "confidence", ("data", *reference), _score_settings, _run("score"), needs_engine=not scores_given),
-        Stage("split", "pairing", ("data", "score"), _split_settings, _run("split"), needs_engine=False),
-        Stage("baseline", "baseline", ("data", "split"), _target_settings, _run("target", "run_baseline")),
+        Stage(
+            "score",
+            "confidence",
+            ("data", *reference),
+            _score_settings,
+            _run("score"),
+            needs_engine=not scores_given,
+        ),
+        Stage(
+            "split",
+            "pairing",
+            ("data", "score"),
+            _split_settings,
+            _run("split"),
+            needs_engine=False,
+        ),
+        Stage(
+            "baseline",
+            "baseline",
+            ("data", "split"),
+            _target_settings,
+            _run("target", "run_baseline"),
+        ),
         Stage("train", "sftmix", ("data", "split"), _mixup_settings, _run("target", "run_train")),
-        Stage("evaluate", "evaluation", ("data", *trained), _numerics, _run("evaluate"), is_view=True),
-        Stage("report", "report", every, _report_settings, _run("report"), needs_engine=False, is_view=True),
+        Stage(
+            "evaluate", "evaluation", ("data", *trained), _numerics, _run("evaluate"), is_view=True
+        ),
+        Stage(
+            "report",
+            "report",
+            every,
+            _report_settings,
+            _run("report"),
+            needs_engine=False,
+            is_view=True,
+        ),
     ]
-    left_out = {name for name, is_there in (("reference", has_reference), ("baseline", has_baseline)) if not is_there}
+    left_out = {
+        name
+        for name, is_there in (("reference", has_reference), ("baseline", has_baseline))
+        if not is_there
+    }
     return [stage for stage in stages if stage.name not in left_out]
 
 
 def _run(file: str, function: str = "run") -> Callable[[StageContext], Facts]:
-    """Returns the function of a stage, whose file is imported when it runs: it may load torch and transformers."""
+    """Returns the function of a stage, whose file is imported when it runs: it may load torch and
+    transformers."""
 
     def run(context: StageContext) -> Facts:
-        facts: Facts = getattr(importlib.import_module(f"sftmix.pipeline.stages.{file}"), function)(context)
+        facts: Facts = getattr(importlib.import_module(f"sftmix.pipeline.stages.{file}"), function)(
+            context
+        )
         return facts
 
     return run
@@ -56,12 +93,19 @@ def check_stage(stages: list[Stage], only: str | None) -> None:
     if only is None or only in {stage.name for stage in stages}:
         return
     if only == "reference":
-        raise ArtifactError("there is no stage 'reference' in this config: confidence.models or confidence.scores takes its place.")
-    raise ArtifactError(f"the stage {only!r} is switched off in this config (baseline.enabled is false). Switch it on.")
+        raise ArtifactError(
+            "there is no stage 'reference' in this config: confidence.models or confidence.scores"
+            " takes its place."
+        )
+    raise ArtifactError(
+        f"the stage {only!r} is switched off in this config (baseline.enabled is false). Switch"
+        " it on."
+    )
 
 
 def needed_stages(stages: list[Stage], only: str | None) -> list[Stage]:
-    """Returns the stage `only` and all that it reads, directly or not, in order; all stages where `only` is None."""
+    """Returns the stage `only` and all that it reads, directly or not, in order; all stages where
+    `only` is None."""
     if only is None:
         return stages
     needed = {only}
@@ -82,7 +126,8 @@ def _reference_settings(config: Config) -> dict[str, Any]:
         "model": model_identity(config.reference_model),
         "train": config.reference_train.model_dump(mode="json"),
         "num_checkpoints": config.reference.num_checkpoints,
-        "modes": sorted(config.confidence.modes),  # what the run leaves behind: checkpoints, scores, or both
+        # what the run leaves behind: checkpoints, scores, or both
+        "modes": sorted(config.confidence.modes),
         **_numerics(config),
     }
 
@@ -90,11 +135,16 @@ def _reference_settings(config: Config) -> dict[str, Any]:
 def _score_settings(config: Config) -> dict[str, Any]:
     """What the table depends on. Units, budgets and sharding change nothing but rounding."""
     confidence = config.confidence
-    settings = confidence.model_dump(mode="json", exclude={"micro_batch_tokens", "unit_examples", "sharding"})
+    settings = confidence.model_dump(
+        mode="json", exclude={"micro_batch_tokens", "unit_examples", "sharding"}
+    )
     settings["models"] = [model_identity(model) for model in confidence.models]
     if confidence.scores is not None and Path(confidence.scores).exists():
         path = Path(confidence.scores)
-        settings["scores"] = [sha256_of_file(file) for file in (sorted(path.glob("*.parquet")) if path.is_dir() else [path])]
+        settings["scores"] = [
+            sha256_of_file(file)
+            for file in (sorted(path.glob("*.parquet")) if path.is_dir() else [path])
+        ]
     return {**settings, **_numerics(config)}
 
 
@@ -103,7 +153,11 @@ def _split_settings(config: Config) -> dict[str, Any]:
 
 
 def _target_settings(config: Config) -> dict[str, Any]:
-    return {"model": model_identity(config.model), "train": config.train.model_dump(mode="json"), **_numerics(config)}
+    return {
+        "model": model_identity(config.model),
+        "train": config.train.model_dump(mode="json"),
+        **_numerics(config),
+    }
 
 
 def _mixup_settings(config: Config) -> dict[str, Any]:
@@ -115,21 +169,30 @@ def _report_settings(config: Config) -> dict[str, Any]:
 
 
 def _numerics(config: Config) -> dict[str, Any]:
-    """Settings that every stage with a model depends on; ZeRO stage and number of ranks change nothing but rounding."""
+    """Settings that every stage with a model depends on; ZeRO stage and number of ranks change
+    nothing but rounding."""
     from sftmix.engine.precision import resolve_precision
 
     deepspeed = read_deepspeed_json(config.engine.deepspeed) if config.engine.deepspeed else None
-    return {"seed": config.run.seed, "precision": resolve_precision(config.engine.precision), "deepspeed": deepspeed}
+    return {
+        "seed": config.run.seed,
+        "precision": resolve_precision(config.engine.precision),
+        "deepspeed": deepspeed,
+    }
 
 
 def model_identity(model: ModelConfig) -> dict[str, Any]:
-    """Returns what tells one model from another: settings, and for a local folder its config and the ends of its weight
-    files (hashing 100 GB whole at every start would cost minutes)."""
+    """Returns what tells one model from another: settings, and for a local folder its config and
+    the ends of its weight files (hashing 100 GB whole at every start would cost minutes)."""
     identity = model.model_dump(mode="json", exclude=set() if model.lora else {"lora"})
     folder = Path(model.path) if model.path else None
     if folder is not None and folder.is_dir():
         identity["files"] = {}
-        for path in sorted(file for pattern in ("config.json", "*.safetensors", "*.py") for file in folder.glob(pattern)):
+        for path in sorted(
+            file
+            for pattern in ("config.json", "*.safetensors", "*.py")
+            for file in folder.glob(pattern)
+        ):
             size = path.stat().st_size
             with path.open("rb") as file:
                 head = file.read(END_BYTES)

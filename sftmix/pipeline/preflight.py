@@ -1,4 +1,5 @@
-"""Checks that need no process group and no data pass: whatever can be refused is refused here, in seconds."""
+"""Checks that need no process group and no data pass: whatever can be refused is refused here, in
+seconds."""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ from sftmix.storage.artifacts import MANIFEST, verify
 def check(config: Config, *, has_device: bool = True) -> None:
     """Raises ConfigError or DataError for the first thing that would stop the run later.
 
-    Looks at: the sources' paths, formats and column mappings; the DeepSpeed JSON; model folders, the shapes of their weights,
-    architectures; attention; the modules that adapters go to; the tokenizer, its size against the embedding, its chat template;
-    max length against the context. has_device: does the run compute on this machine, so that a GPU must be here if one is asked for?
+    Looks at: the sources' paths, formats and column mappings; the DeepSpeed JSON; model folders,
+    the shapes of their weights, architectures; attention; the modules that adapters go to; the
+    tokenizer, its size against the embedding, its chat template; max length against the context.
+    has_device: does the run compute on this machine, so that a GPU must be here if one is asked
+    for?
     """
     from sftmix.config.deepspeed_json import deepspeed_config
     from sftmix.data.formats import check_format
@@ -36,32 +39,41 @@ def check(config: Config, *, has_device: bool = True) -> None:
         check_device_computes_in(precision)
     if config.engine.zero_stage == 0 and precision != "fp32":
         raise ConfigError(
-            f"engine.zero_stage is 0 and the precision {precision}: DeepSpeed would sum the gradients of the micro-batches in that "
-            "precision. Use engine.zero_stage=1, which sums them in float32, or engine.precision=fp32."
+            f"engine.zero_stage is 0 and the precision {precision}: DeepSpeed would sum the"
+            " gradients of the micro-batches in that precision. Use engine.zero_stage=1, which"
+            " sums them in float32, or engine.precision=fp32."
         )
     if config.engine.kernel_backend == "triton" and has_device and not has_gpu():
-        raise ConfigError("engine.kernel_backend is triton, which needs a GPU, and there is none here. Use auto or torch.")
+        raise ConfigError(
+            "engine.kernel_backend is triton, which needs a GPU, and there is none here. Use auto"
+            " or torch."
+        )
     needs_triton = config.engine.kernel_backend in ("auto", "triton") and has_device and has_gpu()
     if needs_triton and importlib.util.find_spec("triton") is None:
         raise ConfigError(
-            f"engine.kernel_backend is {config.engine.kernel_backend}, which is triton on a GPU, and the package triton "
-            "is not installed. Run `pip install triton`, or use engine.kernel_backend=torch."
+            f"engine.kernel_backend is {config.engine.kernel_backend}, which is triton on a GPU,"
+            " and the package triton is not installed. Run `pip install triton`, or use"
+            " engine.kernel_backend=torch."
         )
     if config.engine.deepspeed is not None:
         for train in (config.train, config.reference_train):
-            settings = deepspeed_config(config, precision=precision, world_size=1, max_grad_norm=train.max_grad_norm)
+            settings = deepspeed_config(
+                config, precision=precision, world_size=1, max_grad_norm=train.max_grad_norm
+            )
             check_zero_section(settings["zero_optimization"], str(config.engine.deepspeed))
     choose_template(config.tokenizer.chat_template, None)
     models = _models(config)
     for name, model in models.items():
-        hf_config(model, name=name)  # before the tokenizer, whose loader reads the model's config too, and says less
+        # before the tokenizer, whose loader reads the model's config too, and says less
+        hf_config(model, name=name)
     _check_fit(config, models)
     for name, model in models.items():
         _check_model(model, name, precision=precision, has_device=has_device)
 
 
 def check_scores(source: str, config_path: str, overrides: Sequence[str]) -> str:
-    """Returns a line that says that a score table fits the training examples in the config's run folder.
+    """Returns a line that says that a score table fits the training examples in the config's run
+    folder.
 
     Raises ArtifactError where it does not, or where the data stage has not run with this config.
     """
@@ -70,16 +82,22 @@ def check_scores(source: str, config_path: str, overrides: Sequence[str]) -> str
     from sftmix.engine.precision import resolve_precision
     from sftmix.pipeline.run import Request, check_finished_work, first_unfinished_stage
 
-    # The config as it would be with this table: there is then no reference run whose mode could be asked for.
+    # The config as it would be with this table: there is then no reference run whose mode could be
+    # asked for.
     own = {"scores": source, "mode": "checkpoints", "compare": [], "models": []}
-    config = load_config(config_path, overrides, values={f"confidence.{key}": value for key, value in own.items()})
+    config = load_config(
+        config_path, overrides, values={f"confidence.{key}": value for key, value in own.items()}
+    )
     folder = config.run.dir / "data"
     check_finished_work(config, Request("data"))
     if first_unfinished_stage(config, "data") is not None:
         raise ArtifactError(f"{folder} is missing. Run `sftmix data {config_path}` first.")
     fingerprints = verify(folder).facts.get("fingerprints")
     if not isinstance(fingerprints, dict):
-        raise ArtifactError(f"{folder / MANIFEST} has no fingerprints: an older sftmix wrote it. Run `sftmix data {config_path} --force`.")
+        raise ArtifactError(
+            f"{folder / MANIFEST} has no fingerprints: an older sftmix wrote it. Run `sftmix data"
+            f" {config_path} --force`."
+        )
     examples, settings = TokenisedExamples(folder / "train.arrow"), config.confidence
     rows = fit_scores(
         read_scores(source, settings.scores_revision, column=settings.scores_column),
@@ -92,7 +110,8 @@ def check_scores(source: str, config_path: str, overrides: Sequence[str]) -> str
 
 
 def _check_model(model: ModelConfig, name: str, *, precision: str, has_device: bool) -> None:
-    """Looks at what shows in the model without memory: attention, shapes of the weights, places of the adapters."""
+    """Looks at what shows in the model without memory: attention, shapes of the weights, places of
+    the adapters."""
     from sftmix.engine.loading import check_attention, check_weights, empty_model, hf_config
     from sftmix.engine.lora import import_peft, target_names
     from sftmix.engine.ranks import has_gpu
@@ -102,9 +121,19 @@ def _check_model(model: ModelConfig, name: str, *, precision: str, has_device: b
         check_attention(model, settings, precision=precision, is_on_gpu=has_gpu(), name=name)
     try:
         shell = empty_model(model, settings)
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, ImportError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        ImportError,
+    ) as error:
         where = f"{name}.path: the config of {model.path}" if model.path else f"{name}.architecture"
-        raise ConfigError(f"{where} describes no model that can be built: {first_line(error)} Correct its values.") from error
+        raise ConfigError(
+            f"{where} describes no model that can be built: {first_line(error)} Correct its values."
+        ) from error
     if model.path is not None and Path(model.path).is_dir():
         check_weights(str(model.path), settings, shell, name=name)
     if model.lora is not None:
@@ -116,7 +145,10 @@ def _models(config: Config) -> dict[str, ModelConfig]:
     models = {"model": config.model}
     if config.reference.model is not None:
         models["reference.model"] = config.reference.model
-    models |= {f"confidence.models[{number}]": model for number, model in enumerate(config.confidence.models)}
+    models |= {
+        f"confidence.models[{number}]": model
+        for number, model in enumerate(config.confidence.models)
+    }
     return models
 
 
@@ -129,7 +161,9 @@ def _check_fit(config: Config, models: dict[str, ModelConfig]) -> None:
 
         tokenizer = load_tokenizer(config)
         for name, model in models.items():
-            check_fit(hf_config(model, tokenizer, name=name), tokenizer, max_length=max_length, name=name)
+            check_fit(
+                hf_config(model, tokenizer, name=name), tokenizer, max_length=max_length, name=name
+            )
         return
     size = config.tokenizer.train.vocab_size
     for name, model in models.items():
@@ -138,5 +172,6 @@ def _check_fit(config: Config, models: dict[str, ModelConfig]) -> None:
         is_given = model.path is not None or "vocab_size" in (model.architecture or {})
         if is_given and size > settings.vocab_size:
             raise ConfigError(
-                f"{name}: tokenizer.train.vocab_size is {size}, the model's embedding has {counted(settings.vocab_size, 'row')}. Lower it."
+                f"{name}: tokenizer.train.vocab_size is {size}, the model's embedding has"
+                f" {counted(settings.vocab_size, 'row')}. Lower it."
             )

@@ -1,7 +1,8 @@
 """Run the recipe: each stage is prepared, executed and published, in order.
 
-Stages never call each other. They meet through folders of the run folder (`sftmix/storage/artifacts.py`); a stage whose
-output is there with the same inputs and settings is not run again.
+Stages never call each other. They meet through folders of the run folder
+(`sftmix/storage/artifacts.py`); a stage whose output is there with the same inputs and settings is
+not run again.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ from sftmix.train.meter import Meter
 class Request:
     """What is to be run. only: one stage, and those before it that are missing; None: all stages.
 
-    force: an output that was made with other settings may be replaced, that of `only` or, without it, of any stage; and
-    `only` is run though it is up to date. restart: unfinished work is discarded, not resumed.
+    force: an output that was made with other settings may be replaced, that of `only` or, without
+    it, of any stage; and `only` is run though it is up to date. restart: unfinished work is
+    discarded, not resumed.
     """
 
     only: str | None = None
@@ -57,10 +59,10 @@ def run_pipeline(
 ) -> Path:
     """Runs the stages of `request` that are not up to date. Returns the folder of the last one.
 
-    launchers: the processes that started this one, found when it began. lock: of the run folder, where this process
-    holds it already. Under a launcher every rank calls this function: rank 0 decides, and runs the stages without a
-    model alone, while the others wait to be joined. Raises ArtifactError where finished work would be replaced and the
-    request does not say that it may be.
+    launchers: the processes that started this one, found when it began. lock: of the run folder,
+    where this process holds it already. Under a launcher every rank calls this function: rank 0
+    decides, and runs the stages without a model alone, while the others wait to be joined. Raises
+    ArtifactError where finished work would be replaced and the request does not say that it may be.
     """
     request = request or Request()
     guard = Guard(config, launchers)
@@ -80,7 +82,8 @@ def run_pipeline(
 
 
 def check_finished_work(config: Config, request: Request) -> None:
-    """Raises ArtifactError, before anything is started, where `run_pipeline` would refuse to replace finished work."""
+    """Raises ArtifactError, before anything is started, where `run_pipeline` would refuse to
+    replace finished work."""
     stages = stages_of(config)
     check_stage(stages, request.only)
     needed = needed_stages(stages, request.only)
@@ -94,28 +97,42 @@ def folder_of_last(config: Config, only: str | None) -> Path:
 
 
 def first_unfinished_stage(config: Config, only: str | None = None) -> str | None:
-    """Returns the first stage, up to `only`, whose output is missing or was made with other settings; None if all are done."""
+    """Returns the first stage, up to `only`, whose output is missing or was made with other
+    settings; None if all are done."""
     digests: dict[str, str] = {}
     for stage in needed_stages(stages_of(config), only):
         folder = config.run.dir / stage.folder
         manifest = artifacts.read_manifest(folder)
         inputs = {name: digests[name] for name in stage.reads}
-        if manifest is None or state_of(stage, folder, stage.settings(config), inputs, digests=False) != "current":
+        if (
+            manifest is None
+            or state_of(stage, folder, stage.settings(config), inputs, digests=False) != "current"
+        ):
             return stage.name
         digests[stage.name] = manifest.digest
     return None
 
 
 class _Run:
-    """One call of `run_pipeline` on one rank. digests: of the outputs that are published, on rank 0."""
+    """One call of `run_pipeline` on one rank. digests: of the outputs that are published, on rank
+    0."""
 
-    def __init__(self, config: Config, request: Request, guard: Guard, held: contextlib.ExitStack, say: Callable[[str], None]):
+    def __init__(
+        self,
+        config: Config,
+        request: Request,
+        guard: Guard,
+        held: contextlib.ExitStack,
+        say: Callable[[str], None],
+    ):
         self.config, self.request, self.guard = config, request, guard
         self._held, self._say = held, say
         self._stages = stages_of(config)
         check_stage(self._stages, request.only)
         self._needed = needed_stages(self._stages, request.only)
-        self._stop = StopRequest(config.run.dir, wall_clock_minutes=config.limits.wall_clock_minutes)
+        self._stop = StopRequest(
+            config.run.dir, wall_clock_minutes=config.limits.wall_clock_minutes
+        )
         self._is_main = rank_of() == 0
         self._ranks: Ranks | None = None
         self._digests: dict[str, str] = {}
@@ -153,7 +170,8 @@ class _Run:
         return ranks
 
     def _prepare(self, stage: Stage) -> StageContext | None:
-        """Decides whether a stage is run, and makes everything ready for it. Collective for a stage on all ranks.
+        """Decides whether a stage is run, and makes everything ready for it. Collective for a stage
+        on all ranks.
 
         Rank 0 decides once, and the others hear of it. Returns None where the output is up to date.
         """
@@ -176,14 +194,18 @@ class _Run:
         leads = self._ranks is not None and self._ranks.leads_storage
         if self._is_main or leads:
             unfinished.claim(self._work(stage), stage.name, identity, discard=self.request.restart)
-        inputs = {each.name: self._folder(each) for each in self._stages if each.name in stage.reads}
+        inputs = {
+            each.name: self._folder(each) for each in self._stages if each.name in stage.reads
+        }
         if ranks is not None:
             for folder in (inputs[name] for name in stage.reads):
                 unshared_folder.copy_to_others(ranks, folder, self.guard)
                 await_visible(folder / artifacts.MANIFEST)
         return StageContext(
             config=self.config,
-            folder=artifacts.new_staging(self._folder(stage)) if self._is_main else self._folder(stage),
+            folder=(
+                artifacts.new_staging(self._folder(stage)) if self._is_main else self._folder(stage)
+            ),
             inputs=inputs,
             work=self._work(stage),
             identity=identity,
@@ -207,10 +229,13 @@ class _Run:
                 unfinished.discard(context.work, context.identity.fingerprint)
             return
         settings, inputs = context.identity.settings, context.identity.inputs
-        artifacts.seal(context.folder, stage=stage.name, settings=settings, inputs=inputs, facts=facts)
+        artifacts.seal(
+            context.folder, stage=stage.name, settings=settings, inputs=inputs, facts=facts
+        )
         assert context.lock is not None, "rank 0 holds the run folder"
         artifacts.replace_folder(context.folder, self._folder(stage), check=context.lock.check)
-        write_text(self.config.run.dir / "config.yaml", dump_config(self.config))  # what the folder now holds
+        # what the folder now holds
+        write_text(self.config.run.dir / "config.yaml", dump_config(self.config))
         self._say(f"{self._title(stage)}: {self._seconds:.1f} s")
 
     def _identity(self, stage: Stage) -> Identity:
@@ -223,24 +248,32 @@ class _Run:
         is_wanted, force = self.request.only in (None, stage.name), self.request.force
         state = state_of(stage, self._folder(stage), identity.settings, identity.inputs)
         if state == "changed" and not (stage.is_view or (force and is_wanted)):
-            # Its settings were compared at the start, so an input that was missing has come out otherwise than before.
+            # Its settings were compared at the start, so an input that was missing has come out
+            # otherwise than before.
             compared = [each for each in self._stages if each.name in (*stage.reads, stage.name)]
             refuse_changed(self.config, compared, set(stage.reads))
-            raise refusal(self.config, [f"  {stage.name} ({self._folder(stage)}): another version of sftmix made it"])
+            raise refusal(
+                self.config,
+                [f"  {stage.name} ({self._folder(stage)}): another version of sftmix made it"],
+            )
         return state != "current" or (force and self.request.only == stage.name)
 
     def _refuse_to_lose_work(self, stage: Stage, settings: dict[str, Any]) -> None:
-        """Raises ArtifactError where `stage` must run because its settings changed, and a later one has unfinished work
-        on its output."""
+        """Raises ArtifactError where `stage` must run because its settings changed, and a later one
+        has unfinished work on its output."""
         manifest = artifacts.read_manifest(self._folder(stage))
         if manifest is None:
             return
-        changed = provenance.differences(manifest.settings, json.loads(json.dumps(settings, default=str)))
+        changed = provenance.differences(
+            manifest.settings, json.loads(json.dumps(settings, default=str))
+        )
         for later in self._stages:
             progress = unfinished.describe(self._work(later))
             builds_on_it = later is not stage and stage in needed_stages(self._stages, later.name)
             if changed and progress and builds_on_it:
-                raise unfinished.refusal(later.name, progress, [f"{stage.name}: {line}" for line in changed])
+                raise unfinished.refusal(
+                    later.name, progress, [f"{stage.name}: {line}" for line in changed]
+                )
 
     def _title(self, stage: Stage) -> str:
         return f"[{self._stages.index(stage) + 1}/{len(self._stages)}] {stage.name}"

@@ -1,9 +1,11 @@
 """A run folder that is not on shared storage: each node has one of its own, at the same path.
 
-Rank 0's is the run's. What a stage reads is copied from there to the other disks through the process group, and verified; scores that
-other nodes have made go the other way. Training state stays on the disk of the node that wrote it (`sftmix/train/checkpointing.py`).
+Rank 0's is the run's. What a stage reads is copied from there to the other disks through the
+process group, and verified; scores that other nodes have made go the other way. Training state
+stays on the disk of the node that wrote it (`sftmix/train/checkpointing.py`).
 
-On each disk the lowest of the ranks that see it, its leader (`Ranks.leads_storage`), does what one process must do there.
+On each disk the lowest of the ranks that see it, its leader (`Ranks.leads_storage`), does what one
+process must do there.
 """
 
 from __future__ import annotations
@@ -33,17 +35,20 @@ from sftmix.pipeline.guard import SEEN, Guard, holding
 from sftmix.storage import artifacts
 from sftmix.storage.files import write_text
 
-LOOK_SECONDS = 5.0  # within which a network file system shows a new name that nobody has asked for before
+# within which a network file system shows a new name that nobody has asked for before
+LOOK_SECONDS = 5.0
 CHUNK_BYTES = 16 << 20
 UNITS_AT_ONCE = 256
-_verified: set[tuple[Path, str]] = set()  # folders that hold a manifest's files, as this process has seen
+# folders that hold a manifest's files, as this process has seen
+_verified: set[tuple[Path, str]] = set()
 
 
 def find_storage(ranks: Ranks, folder: Path) -> Ranks:
-    """Returns the ranks with `storage` filled in: who shares the run folder with whom. All ranks call it, rank 0 with its folder made.
+    """Returns the ranks with `storage` filled in: who shares the run folder with whom. All ranks
+    call it, rank 0 with its folder made.
 
-    Every node's first rank leaves a name in the folder, and each rank looks for the lowest. Raises ArtifactError, on all ranks, where
-    a node cannot make the folder.
+    Every node's first rank leaves a name in the folder, and each rank looks for the lowest. Raises
+    ArtifactError, on all ranks, where a node cannot make the folder.
     """
     if ranks.world_size == 1:
         return ranks
@@ -54,11 +59,15 @@ def find_storage(ranks: Ranks, folder: Path) -> Ranks:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             marks[ranks.rank].touch()
-            for left in folder.glob(f"{SEEN}*") if ranks.is_main else []:  # by an attempt that was killed while it looked
+            # by an attempt that was killed while it looked
+            for left in folder.glob(f"{SEEN}*") if ranks.is_main else []:
                 if token not in left.name:
                     left.unlink(missing_ok=True)
         except OSError as error:
-            problem = f"run.dir: {folder} cannot be written on {socket.gethostname()} ({error.strerror}). Mend it, or name another folder."
+            problem = (
+                f"run.dir: {folder} cannot be written on {socket.gethostname()} ({error.strerror})."
+                " Mend it, or name another folder."
+            )
     agree(ranks, problem)
     deadline = time.monotonic() + LOOK_SECONDS
     while not marks[0].exists() and time.monotonic() < deadline:
@@ -75,29 +84,36 @@ def find_storage(ranks: Ranks, folder: Path) -> Ranks:
 
 
 def say_storage(ranks: Ranks, config: Config) -> None:
-    """Says once which nodes do not see rank 0's run folder, and what must be there on every node. All ranks call it."""
+    """Says once which nodes do not see rank 0's run folder, and what must be there on every node.
+    All ranks call it."""
     if ranks.is_storage_shared:
         return
     names = ranks.gather_texts(socket.gethostname())
     others = sorted({name for name, leader in zip(names, ranks.storage, strict=True) if leader})
     if ranks.is_main:
         models = [config.model, config.reference_model, *config.confidence.models]
-        needed = [str(Path(model.path).absolute()) for model in models if model.path is not None and Path(model.path).exists()]
+        needed = [
+            str(Path(model.path).absolute())
+            for model in models
+            if model.path is not None and Path(model.path).exists()
+        ]
         own_json = config.engine.deepspeed  # else one of the package, which is there already
         needed += [str(own_json)] if own_json is not None and own_json.is_file() else []
         print(
-            f"run.dir is not shared: {config.run.dir.absolute()} on {', '.join(others)} is not the one on {names[0]}, which counts.\n"
-            "  Copied from there when a stage needs it: data, models of earlier stages, split.\n"
-            "  Kept on each node's own disk: training state, so that a run goes on only on the same nodes in the same order.\n"
-            "  Must be the same on every node, shared or copied: the config file, sftmix and its packages"
+            f"run.dir is not shared: {config.run.dir.absolute()} on {', '.join(others)} is not the"
+            f" one on {names[0]}, which counts.\n  Copied from there when a stage needs it: data,"
+            " models of earlier stages, split.\n  Kept on each node's own disk: training state, so"
+            " that a run goes on only on the same nodes in the same order.\n  Must be the same on"
+            " every node, shared or copied: the config file, sftmix and its packages"
             + "".join(f", {path}" for path in dict.fromkeys(needed)),
             flush=True,
         )
 
 
 def hold_others(ranks: Ranks, config: Config, held: contextlib.ExitStack) -> RunLock | None:
-    """Makes this run the only writer of every other disk's run folder too. All ranks call it. Returns this rank's hold; None for a rank
-    that leads no disk but rank 0's. Raises ArtifactError, on all ranks, where a folder has another writer."""
+    """Makes this run the only writer of every other disk's run folder too. All ranks call it.
+    Returns this rank's hold; None for a rank that leads no disk but rank 0's. Raises ArtifactError,
+    on all ranks, where a folder has another writer."""
     if ranks.is_storage_shared:
         return None
     hold, problem = None, ""
@@ -111,23 +127,30 @@ def hold_others(ranks: Ranks, config: Config, held: contextlib.ExitStack) -> Run
 
 
 def agree(ranks: Ranks, problem: str) -> None:
-    """Raises ArtifactError with the first rank's problem on all ranks, if any has one. All ranks call it."""
+    """Raises ArtifactError with the first rank's problem on all ranks, if any has one. All ranks
+    call it."""
     first = ranks.first_text(problem)
     if first:
         raise ArtifactError(first, on_all_ranks=True)
 
 
 def copy_to_others(ranks: Ranks, folder: Path, guard: Guard) -> None:
-    """Brings a published folder of rank 0 to every disk that does not have it as it is. All ranks call it.
+    """Brings a published folder of rank 0 to every disk that does not have it as it is. All ranks
+    call it.
 
-    Raises ArtifactError, on all ranks, where it cannot be read or written, or does not arrive as it was sent.
+    Raises ArtifactError, on all ranks, where it cannot be read or written, or does not arrive as it
+    was sent.
     """
     if ranks.is_storage_shared:
         return
-    text = ranks.text_from_main((folder / artifacts.MANIFEST).read_text(encoding="utf-8") if ranks.is_main else "")
+    text = ranks.text_from_main(
+        (folder / artifacts.MANIFEST).read_text(encoding="utf-8") if ranks.is_main else ""
+    )
     manifest = artifacts.Manifest(**json.loads(text))
     needs = ranks.leads_storage and not ranks.is_main and not _has(folder, manifest)
-    names = sorted({name for name in ranks.gather_texts(socket.gethostname() if needs else "") if name})
+    names = sorted(
+        {name for name in ranks.gather_texts(socket.gethostname() if needs else "") if name}
+    )
     if not names:
         return
     if ranks.is_main:
@@ -139,13 +162,17 @@ def copy_to_others(ranks: Ranks, folder: Path, guard: Guard) -> None:
         if needs:
             shutil.rmtree(staging, ignore_errors=True)
         for name, entry in manifest.files.items():
-            found = _send(ranks, folder / name, staging / name if needs else None, entry, guard.progress)
+            found = _send(
+                ranks, folder / name, staging / name if needs else None, entry, guard.progress
+            )
             problem = problem or found
     agree(ranks, problem)
     if needs:
         try:
             write_text(staging / artifacts.MANIFEST, text)
-            artifacts.replace_folder(staging, folder, check=guard.lock.check if guard.lock is not None else None)
+            artifacts.replace_folder(
+                staging, folder, check=guard.lock.check if guard.lock is not None else None
+            )
             _verified.add((folder, manifest.digest))
         except (OSError, ArtifactError) as error:
             problem = f"{folder} cannot be written on {socket.gethostname()}: {error}"
@@ -164,9 +191,11 @@ def _has(folder: Path, manifest: artifacts.Manifest) -> bool:
     return False
 
 
-def _send(ranks: Ranks, source: Path, target: Path | None, entry: dict[str, object], progress: Progress) -> str:
-    """Sends one file of rank 0 to the leaders; those with a `target` write it. Returns what went wrong here: whatever does, all go on
-    to the file's end, since the others wait for their part."""
+def _send(
+    ranks: Ranks, source: Path, target: Path | None, entry: dict[str, object], progress: Progress
+) -> str:
+    """Sends one file of rank 0 to the leaders; those with a `target` write it. Returns what went
+    wrong here: whatever does, all go on to the file's end, since the others wait for their part."""
     size, problem, digest = int(str(entry["size"])), "", hashlib.sha256()
     with contextlib.ExitStack() as closing:
         file: IO[bytes] | None = None
@@ -190,7 +219,9 @@ def _send(ranks: Ranks, source: Path, target: Path | None, entry: dict[str, obje
                     digest.update(content)
                     file.write(content)
             except OSError as error:
-                problem = problem or f"{target or source} on {socket.gethostname()}: {error.strerror}"
+                problem = (
+                    problem or f"{target or source} on {socket.gethostname()}: {error.strerror}"
+                )
                 if ranks.is_main:
                     ranks.bytes_to_leaders(b"", length)
         try:
@@ -200,15 +231,23 @@ def _send(ranks: Ranks, source: Path, target: Path | None, entry: dict[str, obje
         except OSError as error:
             problem = f"{target} on {socket.gethostname()}: {error.strerror}"
     if target is not None and not problem and digest.hexdigest() != entry["sha256"]:
-        problem = f"{source} did not come to {socket.gethostname()} as its manifest says (SHA-256). Run its stage again."
+        problem = (
+            f"{source} did not come to {socket.gethostname()} as its manifest says (SHA-256). Run"
+            " its stage again."
+        )
     return problem
 
 
 def collect_units(ranks: Ranks, shards: UnitFolder, sizes: list[int]) -> None:
-    """Brings the scores of other disks that rank 0's lacks to it. All ranks call it. sizes: examples of each unit."""
+    """Brings the scores of other disks that rank 0's lacks to it. All ranks call it. sizes:
+    examples of each unit."""
     if ranks.is_storage_shared:
         return
-    lacking = [unit for unit, size in enumerate(sizes) if shards.problem(unit, size) is not None] if ranks.is_main else []
+    lacking = (
+        [unit for unit, size in enumerate(sizes) if shards.problem(unit, size) is not None]
+        if ranks.is_main
+        else []
+    )
     lacking = ranks.from_main(lacking)
     for start in range(0, len(lacking), UNITS_AT_ONCE):
         units = lacking[start : start + UNITS_AT_ONCE]
@@ -216,9 +255,16 @@ def collect_units(ranks: Ranks, shards: UnitFolder, sizes: list[int]) -> None:
         for unit in units if ranks.leads_storage and not ranks.is_main else []:
             if shards.problem(unit, sizes[unit]) is None:
                 scores = shards.read(unit)
-                rows.append(torch.from_numpy(np.stack([np.full(sizes[unit], unit), scores.nll_sum, scores.num_misses], axis=1)))
+                rows.append(
+                    torch.from_numpy(
+                        np.stack(
+                            [np.full(sizes[unit], unit), scores.nll_sum, scores.num_misses], axis=1
+                        )
+                    )
+                )
         table = ranks.gather_rows(torch.cat(rows)).numpy()
         for unit in units if ranks.is_main else []:
-            found = table[table[:, 0] == unit][: sizes[unit]]  # two attempts may have left the same unit on two disks
+            # two attempts may have left the same unit on two disks
+            found = table[table[:, 0] == unit][: sizes[unit]]
             if len(found):
                 shards.write(unit, UnitScores(found[:, 1].copy(), found[:, 2].astype(np.int64)))

@@ -1,5 +1,5 @@
-"""Is a stage's published output current, missing, or made with other settings? Finished work is never
-replaced without a word: `refuse_changed` names what differs, before anything runs."""
+"""Is a stage's published output current, missing, or made with other settings? Finished work is
+never replaced without a word: `refuse_changed` names what differs, before anything runs."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def state_of(
 
 
 def refuse_changed(config: Config, stages: Iterable[Stage], replaced: set[str]) -> None:
-    """Raises ArtifactError where a stage is published, and this config asks for another output of it:
-    other settings, or inputs that have been made anew. One line for each key that differs.
+    """Raises ArtifactError where a stage is published, and this config asks for another output of
+    it: other settings, or inputs that have been made anew. One line for each key that differs.
 
     replaced: stages whose output may be replaced. A view (`Stage.is_view`) always may. Looks at the
     manifests alone. An input that is missing, and will be made, is not compared.
@@ -84,7 +84,8 @@ def refusal(config: Config, lines: list[str]) -> ArtifactError:
 
 
 def differing_keys(config: Config, stage: Stage, before: Mapping[str, Any]) -> list[str]:
-    """Returns a line for each setting of a stage that differs, by its key in the config. before: those of its output."""
+    """Returns a line for each setting of a stage that differs, by its key in the config. before:
+    those of its output."""
     now = json.loads(json.dumps(stage.settings(config), default=str))
     return [config_key(config, stage.name, line) for line in provenance.differences(before, now)]
 

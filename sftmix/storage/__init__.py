@@ -1,1 +1,2 @@
-"""What is on disk: artifacts with manifests, training checkpoints, unfinished work, and failures of the disk in one line."""
+"""What is on disk: artifacts with manifests, training checkpoints, unfinished work, and failures of
+the disk in one line."""

@@ -1,8 +1,9 @@
 """What one stage hands the next: folders with a manifest, published by rename.
 
-A folder that holds no valid `manifest.json` does not exist for the pipeline. An output is written beside
-its place, flushed to disk, given a manifest with the size and SHA-256 of every file, and then renamed; a
-reader verifies before it trusts. The manifest's `fingerprint` says which inputs and settings made it.
+A folder that holds no valid `manifest.json` does not exist for the pipeline. An output is written
+beside its place, flushed to disk, given a manifest with the size and SHA-256 of every file, and
+then renamed; a reader verifies before it trusts. The manifest's `fingerprint` says which inputs and
+settings made it.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ FORMAT = 1  # of the artifacts themselves; part of every fingerprint
 
 @dataclass(frozen=True)
 class Manifest:
-    """fingerprint: hash of inputs and settings. settings: what went into it, for people. digest: hash of the
-    content, which the fingerprint of the next stage is made from. facts: numbers that the stage wants to pass on;
-    `facts["identity"]`, where set, stands for the content (files that hold a date differ without meaning to)."""
+    """fingerprint: hash of inputs and settings. settings: what went into it, for people. digest:
+    hash of the content, which the fingerprint of the next stage is made from. facts: numbers that
+    the stage wants to pass on; `facts["identity"]`, where set, stands for the content (files that
+    hold a date differ without meaning to)."""
 
     stage: str
     fingerprint: str
@@ -56,10 +58,11 @@ def publish(
     inputs: Mapping[str, str] | None = None,
     facts: dict[str, Any] | None = None,
 ) -> Iterator[Path]:
-    """Yields a staging folder; when the block ends without an error it replaces `folder` as a whole.
+    """Yields a staging folder; when the block ends without an error it replaces `folder` as a
+    whole.
 
-    `facts` may be filled inside the block. After an error, or a kill, `folder` is as it was before; only between two
-    renames it is absent, and whole beside its place.
+    `facts` may be filled inside the block. After an error, or a kill, `folder` is as it was before;
+    only between two renames it is absent, and whole beside its place.
     """
     staging = new_staging(folder)
     yield staging
@@ -76,7 +79,8 @@ def new_staging(folder: Path) -> Path:
 
 
 def replace_folder(staging: Path, folder: Path, *, check: Callable[[], None] | None = None) -> None:
-    """Puts a sealed folder beside `folder` into its place. check: raises where this process must not publish (any more)."""
+    """Puts a sealed folder beside `folder` into its place. check: raises where this process must
+    not publish (any more)."""
     old = folder.with_name(f".{folder.name}.old")
     discard(old)
     if check is not None:
@@ -99,12 +103,16 @@ def seal(
     inputs: Mapping[str, str] | None = None,
     facts: dict[str, Any] | None = None,
 ) -> Manifest:
-    """Flushes every file below `folder` and writes its manifest last. For folders that grow in place."""
+    """Flushes every file below `folder` and writes its manifest last. For folders that grow in
+    place."""
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST):
         with accessing(path), path.open("rb") as file:
             os.fsync(file.fileno())
-        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
+        files[path.relative_to(folder).as_posix()] = {
+            "size": path.stat().st_size,
+            "sha256": sha256_of_file(path),
+        }
     manifest = Manifest(
         stage=stage,
         fingerprint=stage_fingerprint(stage, settings, inputs),
@@ -121,50 +129,75 @@ def seal(
     return manifest
 
 
-def stage_fingerprint(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> str:
+def stage_fingerprint(
+    stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str] | None = None
+) -> str:
     """Returns what a stage's manifest must carry for its output to be used again."""
-    return fingerprint({"format": FORMAT, "stage": stage, "settings": dict(settings), "inputs": dict(inputs or {})})
+    return fingerprint(
+        {"format": FORMAT, "stage": stage, "settings": dict(settings), "inputs": dict(inputs or {})}
+    )
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Returns the folder's manifest, or None where there is none. Raises ArtifactError for a damaged one."""
+    """Returns the folder's manifest, or None where there is none. Raises ArtifactError for a
+    damaged one."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
     try:
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-        parts = (manifest.settings, manifest.inputs, manifest.facts, manifest.versions, manifest.files, *manifest.files.values())
+        parts = (
+            manifest.settings,
+            manifest.inputs,
+            manifest.facts,
+            manifest.versions,
+            manifest.files,
+            *manifest.files.values(),
+        )
         if not all(isinstance(part, dict) for part in parts):
             raise TypeError("a part of it is no object")
         return manifest
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}). Remove the folder and run the stage again.") from None
+        raise ArtifactError(
+            f"{path} is damaged ({error}). Remove the folder and run the stage again."
+        ) from None
 
 
 def verify(folder: Path, *, digests: bool = True) -> Manifest:
     """Returns the manifest of a folder all of whose files are there, whole and unchanged.
 
-    Raises ArtifactError that names the first file that is missing or differs. `digests=False` compares sizes only.
+    Raises ArtifactError that names the first file that is missing or differs. `digests=False`
+    compares sizes only.
     """
     manifest = read_manifest(folder)
     if manifest is None:
-        raise ArtifactError(f"{folder} has no {MANIFEST}: its stage has not finished. Run the stage first.")
+        raise ArtifactError(
+            f"{folder} has no {MANIFEST}: its stage has not finished. Run the stage first."
+        )
     for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
-            raise ArtifactError(f"{path} is missing, though {folder / MANIFEST} lists it. Remove {folder} and run the stage again.")
+            raise ArtifactError(
+                f"{path} is missing, though {folder / MANIFEST} lists it. Remove {folder} and run"
+                " the stage again."
+            )
         size = path.stat().st_size
         if size != expected["size"]:
             raise ArtifactError(
-                f"{path} has {counted(size, 'byte')}, expected {expected['size']:,}. Remove {folder} and run the stage again."
+                f"{path} has {counted(size, 'byte')}, expected {expected['size']:,}. Remove"
+                f" {folder} and run the stage again."
             )
         if digests and sha256_of_file(path) != expected["sha256"]:
-            raise ArtifactError(f"{path} differs from what was written (SHA-256). Remove {folder} and run the stage again.")
+            raise ArtifactError(
+                f"{path} differs from what was written (SHA-256). Remove {folder} and run the stage"
+                " again."
+            )
     return manifest
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder that its successor replaces, its manifest first, so that no half of it is ever trusted."""
+    """Removes a folder that its successor replaces, its manifest first, so that no half of it is
+    ever trusted."""
     (folder / MANIFEST).unlink(missing_ok=True)
     if folder.exists():
         shutil.rmtree(folder)

@@ -1,11 +1,12 @@
-"""Training checkpoints on disk: each there whole or not at all, found by verifying, never trusted by its name.
+"""Training checkpoints on disk: each there whole or not at all, found by verifying, never trusted
+by its name.
 
-    checkpoints/step_000120/     state files of all ranks, and manifest.json with the size and SHA-256 of each
+    checkpoints/step_000120/     state files of all ranks; manifest.json with size and SHA-256
     checkpoints/latest           a hint for people and tools; never read here
-    checkpoints/*.damaged        what did not verify, set aside under another name; never deleted here
+    checkpoints/*.damaged        what did not verify, renamed; never deleted here
 
-A checkpoint is written beside its place, every file flushed by the rank that wrote it, then given its manifest and
-renamed by rank 0. A crash at any point leaves the one before it as it was.
+A checkpoint is written beside its place, every file flushed by the rank that wrote it, then given
+its manifest and renamed by rank 0. A crash at any point leaves the one before it as it was.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ OWN_DIGEST = "manifest_sha256"
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """The checkpoints of one training stage. keep_last: newest ones that stay, at least 1; keep_every: steps whose multiples stay too.
-    check: raises where this process must not publish (any more)."""
+    """The checkpoints of one training stage. keep_last: newest ones that stay, at least 1;
+    keep_every: steps whose multiples stay too. check: raises where this process must not publish
+    (any more)."""
 
     folder: Path
     keep_last: int = 2
@@ -44,11 +46,20 @@ class CheckpointFolder:
         return self.folder / f"step_{step:06d}"
 
     def steps(self) -> list[int]:
-        """Returns the steps of what is there, verified or not, newest first; by number, since clocks may have been set back."""
-        return sorted((int(path.name[5:]) for path in self.folder.glob("step_*") if path.name[5:].isdecimal()), reverse=True)
+        """Returns the steps of what is there, verified or not, newest first; by number, since
+        clocks may have been set back."""
+        return sorted(
+            (
+                int(path.name[5:])
+                for path in self.folder.glob("step_*")
+                if path.name[5:].isdecimal()
+            ),
+            reverse=True,
+        )
 
     def new_staging(self, step: int) -> Path:
-        """Returns an empty folder to write a checkpoint into; what killed attempts left is removed."""
+        """Returns an empty folder to write a checkpoint into; what killed attempts left is
+        removed."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for path in [*self.folder.glob(".step_*"), *self.folder.glob(".universal_*")]:
             shutil.rmtree(path)
@@ -57,7 +68,8 @@ class CheckpointFolder:
         return staging
 
     def read(self, step: int) -> artifacts.Manifest:
-        """Returns a checkpoint's manifest. Raises ArtifactError for one that is missing, damaged, or of something else."""
+        """Returns a checkpoint's manifest. Raises ArtifactError for one that is missing, damaged,
+        or of something else."""
         manifest = artifacts.read_manifest(self.path(step))
         if manifest is None:
             raise ArtifactError(f"{artifacts.MANIFEST} is missing")
@@ -68,10 +80,12 @@ class CheckpointFolder:
         return manifest
 
     def publish(self, staging: Path, step: int, manifest: artifacts.Manifest) -> None:
-        """Makes a checkpoint exist whose state files are written and flushed. Raises what `check` raises.
-        `retain` is for later: when it exists on every disk that has a part of it."""
+        """Makes a checkpoint exist whose state files are written and flushed. Raises what `check`
+        raises. `retain` is for later: when it exists on every disk that has a part of it."""
         faults.point("checkpoint.manifest")
-        vouched = replace(manifest, facts={**manifest.facts, OWN_DIGEST: provenance.fingerprint(asdict(manifest))})
+        vouched = replace(
+            manifest, facts={**manifest.facts, OWN_DIGEST: provenance.fingerprint(asdict(manifest))}
+        )
         write_json(staging / artifacts.MANIFEST, asdict(vouched))
         sync_folder(staging)
         if self.check is not None:
@@ -83,32 +97,40 @@ class CheckpointFolder:
         write_text(self.folder / "latest", self.path(step).name + "\n")
 
     def retain(self) -> None:
-        """Removes checkpoints that need not be kept, oldest first. Called when the newest is known to be whole."""
+        """Removes checkpoints that need not be kept, oldest first. Called when the newest is known
+        to be whole."""
         steps = self.steps()
         for step in reversed(steps[max(1, self.keep_last) :]):
             if self.keep_every is None or step % self.keep_every:
                 faults.point("checkpoint.retention")
-                self.path(step).rename(hidden := self.folder / f".step_{step:06d}.old")  # no half of it is ever a candidate
+                # no half of it is ever a candidate
+                self.path(step).rename(hidden := self.folder / f".step_{step:06d}.old")
                 faults.point("checkpoint.removal")
                 shutil.rmtree(hidden)
 
     def set_aside(self, step: int) -> Path:
-        """Renames a checkpoint that does not verify, so that it is never looked at again; returns its new name."""
+        """Renames a checkpoint that does not verify, so that it is never looked at again; returns
+        its new name."""
         number = 1
-        while (aside := self.folder / f"{self.path(step).name}.damaged{number if number > 1 else ''}").exists():
+        while (
+            aside := self.folder / f"{self.path(step).name}.damaged{number if number > 1 else ''}"
+        ).exists():
             number += 1
         self.path(step).rename(aside)
         return aside
 
 
 def find_problem(folder: Path, manifest: artifacts.Manifest, names: list[str]) -> str | None:
-    """Returns what is wrong with the first of `names`, files of a checkpoint, that is not as it was written; None if all are."""
+    """Returns what is wrong with the first of `names`, files of a checkpoint, that is not as it was
+    written; None if all are."""
     for name in names:
         expected, path = manifest.files[name], folder / name
         if path.is_symlink() or not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected["size"]:
-            return f"{name} has {counted(path.stat().st_size, 'byte')}, expected {expected['size']:,}"
+            return (
+                f"{name} has {counted(path.stat().st_size, 'byte')}, expected {expected['size']:,}"
+            )
         if sha256_of_file(path) != expected["sha256"]:
             return f"{name} differs from what was written (SHA-256)"
     return None
@@ -119,17 +141,18 @@ def check_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise ArtifactError(
-            f"a checkpoint needs {needed_bytes / 2**20:,.1f} MiB in {folder}, and its volume has {free / 2**20:,.1f} MiB free. Free some, "
-            "lower checkpoint.keep_last, or use a run.dir on another volume."
+            f"a checkpoint needs {needed_bytes / 2**20:,.1f} MiB in {folder}, and its volume has"
+            f" {free / 2**20:,.1f} MiB free. Free some, lower checkpoint.keep_last, or use a"
+            " run.dir on another volume."
         )
 
 
 class HashedFile:
     """A file to write that knows its size and SHA-256. Mode 0600.
 
-    A thread follows the writing and hashes what the file gives back, so that neither a write nor the flush waits for it, and
-    memory that was handed over may be used again. A failure is kept in `error`, because torch hides what a file object raises
-    behind an error of its own.
+    A thread follows the writing and hashes what the file gives back, so that neither a write nor
+    the flush waits for it, and memory that was handed over may be used again. A failure is kept in
+    `error`, because torch hides what a file object raises behind an error of its own.
     """
 
     CHUNK_BYTES = 1 << 20
@@ -149,7 +172,10 @@ class HashedFile:
             written = 0
             while written < len(view):
                 is_short = faults.point("checkpoint.write")
-                written += os.write(self._descriptor, view[written : (written + len(view) + 1) // 2 if is_short else None])
+                written += os.write(
+                    self._descriptor,
+                    view[written : (written + len(view) + 1) // 2 if is_short else None],
+                )
         except OSError as error:
             self.error = self.error or error
             raise
@@ -162,7 +188,8 @@ class HashedFile:
         """Nothing is buffered here."""
 
     def close(self) -> dict[str, Any]:
-        """Flushes the file to disk; returns its entry for the manifest. Raises OSError where it cannot be flushed or read back."""
+        """Flushes the file to disk; returns its entry for the manifest. Raises OSError where it
+        cannot be flushed or read back."""
         try:
             with self._grown:
                 self._is_complete = True
@@ -198,9 +225,15 @@ class HashedFile:
             while self._hashed < written and not self._is_abandoned:
                 count = os.preadv(self._descriptor, [chunk[: written - self._hashed]], self._hashed)
                 if count == 0:
-                    raise OSError(errno.EIO, f"ends after {self._hashed:,} of the {counted(written, 'byte')} written", str(self.path))
+                    raise OSError(
+                        errno.EIO,
+                        f"ends after {self._hashed:,} of the {counted(written, 'byte')} written",
+                        str(self.path),
+                    )
                 digest.update(chunk[:count])
                 self._hashed += count
 
     def _can_go_on(self) -> bool:
-        return self._is_complete or self._is_abandoned or self.size - self._hashed >= self.CHUNK_BYTES
+        return (
+            self._is_complete or self._is_abandoned or self.size - self._hashed >= self.CHUNK_BYTES
+        )

@@ -1,7 +1,9 @@
-"""Failures of the machine (a full disk, a denied permission, no memory), each as one line with its remedy.
+"""Failures of the machine (a full disk, a denied permission, no memory), each as one line with its
+remedy.
 
-Libraries raise them as errors of many classes: safetensors, tokenizers and polars have classes of their own, torch raises
-RuntimeError. An error that is not recognised here is a bug of sftmix, and keeps its traceback.
+Libraries raise them as errors of many classes: safetensors, tokenizers and polars have classes of
+their own, torch raises RuntimeError. An error that is not recognised here is a bug of sftmix, and
+keeps its traceback.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ REMEDIES = {
     errno.EROFS: _PERMISSION,
     errno.EACCES: _PERMISSION,
     errno.EPERM: _PERMISSION,
-    errno.EIO: "The disk or its connection is failing (see dmesg). Repair it, or use another volume.",
+    errno.EIO: (
+        "The disk or its connection is failing (see dmesg). Repair it, or use another volume."
+    ),
     errno.ESTALE: "The network file system has lost this file. Mount it again, and start again.",
     errno.ENODEV: "The device is gone. Mount it again, or use another volume.",
     errno.ENAMETOOLONG: "Use a shorter path.",
@@ -38,15 +42,31 @@ REMEDIES = {
     errno.ENOMEM: "Start fewer processes on this machine, or use one with more memory.",
 }
 SPACE = (errno.ENOSPC, errno.EDQUOT)
-# Errors that carry no number are recognised by the system's words for these. The others' words have other meanings too.
-_NAMED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE)
+# Errors that carry no number are recognised by the system's words for these. The others' words have
+# other meanings too.
+_NAMED = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENAMETOOLONG,
+    errno.EMFILE,
+)
 _IN_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors, tokenizers, polars
-_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # numpy hides the cause, which is a full disk almost always
-_MEMORY = ("out of memory", "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# numpy hides the cause, which is a full disk almost always
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
+_MEMORY = (
+    "out of memory",
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def error_number(error: BaseException) -> int | None:
-    """Returns the number of the system's error (`errno`) behind an exception of any library; None where there is none."""
+    """Returns the number of the system's error (`errno`) behind an exception of any library; None
+    where there is none."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     text = str(error)
@@ -58,13 +78,18 @@ def error_number(error: BaseException) -> int | None:
 
 
 class accessing(contextlib.AbstractContextManager[None]):
-    """Turns what any library raises inside because the system refuses to read or write into an OSError that names `path`."""
+    """Turns what any library raises inside because the system refuses to read or write into an
+    OSError that names `path`."""
 
     def __init__(self, path: Path):
         self._path = path
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, SftmixError) or getattr(error, "filename", None) is not None:
+        if (
+            error is None
+            or isinstance(error, SftmixError)
+            or getattr(error, "filename", None) is not None
+        ):
             return
         number = error_number(error)
         if number is not None:
@@ -72,9 +97,11 @@ class accessing(contextlib.AbstractContextManager[None]):
 
 
 def describe(error: OSError, folder: Path | None = None, *, needed_bytes: int | None = None) -> str:
-    """Returns one line: the file, the system's words, the space that is free and that is needed, and the remedy.
+    """Returns one line: the file, the system's words, the space that is free and that is needed,
+    and the remedy.
 
-    folder: where files are written, for an error that names no file; None where nothing but stdout is written.
+    folder: where files are written, for an error that names no file; None where nothing but stdout
+    is written.
     """
     number = error_number(error)
     path = _file_of(error)
@@ -82,7 +109,11 @@ def describe(error: OSError, folder: Path | None = None, *, needed_bytes: int | 
     space = []
     if number in SPACE:
         free = _free_bytes(known) if known is not None else None
-        space = [f"{_mib(count)} {word}" for count, word in ((free, "free"), (needed_bytes, "needed")) if count is not None]
+        space = [
+            f"{_mib(count)} {word}"
+            for count, word in ((free, "free"), (needed_bytes, "needed"))
+            if count is not None
+        ]
     words = os.strerror(number) if number is not None else str(error)
     room = f" ({', '.join(space)})" if space else ""
     path = path or (f"a file in {folder}, or stdout" if folder is not None else "stdout")
@@ -90,17 +121,22 @@ def describe(error: OSError, folder: Path | None = None, *, needed_bytes: int | 
 
 
 def explain(error: BaseException, folder: Path | None = None) -> MachineError | None:
-    """Returns the error of one line for an exception that the machine is to blame for; None for any other. folder: as for `describe`."""
+    """Returns the error of one line for an exception that the machine is to blame for; None for any
+    other. folder: as for `describe`."""
     if isinstance(error, SftmixError):
         return None
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _is_about_memory(error):
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or _is_about_memory(error)
+    ):
         found = " ".join(str(error).split()) or "memory cannot be allocated"
         found = re.sub(r"^\[enforce fail at [^\]]*\] .*?DefaultCPUAllocator: ", "", found)
         found = ". ".join(found.split(". ")[:2]).rstrip(".")
         return MachineError(
-            f"out of memory: {found}. Lower micro_batch_tokens of `train`, `confidence` or `evaluation`, set "
-            "engine.activation_checkpointing=true or engine.zero_stage=3, use more GPUs, or a smaller model. "
-            "`sftmix doctor CONFIG` says how much is needed."
+            f"out of memory: {found}. Lower micro_batch_tokens of `train`, `confidence` or"
+            " `evaluation`, set engine.activation_checkpointing=true or engine.zero_stage=3, use"
+            " more GPUs, or a smaller model. `sftmix doctor CONFIG` says how much is needed."
         )
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return MachineError(f"a thread cannot be started. {REMEDIES[errno.EAGAIN]}")

@@ -1,11 +1,14 @@
-"""Faults on demand, for tests of what survives them: SFTMIX_FAULT="site:rank:hit:action", several separated by commas.
+"""Faults on demand, for tests of what survives them: SFTMIX_FAULT="site:rank:hit:action", several
+separated by commas.
 
-At the `hit`-th time (from 1; `*`: every time) that rank `rank` (`*`: any) passes `site`, the action happens:
+At the `hit`-th time (from 1; `*`: every time) that rank `rank` (`*`: any) passes `site`, the action
+happens:
 
     kill9        the process is killed, as by the kernel when memory runs out
     term         it gets SIGTERM;  usr1: SIGUSR1
     stop         it stops answering (SIGSTOP)
-    exit0        it ends at once with exit code 0, as a launcher does that was stopped itself;  leave: by `sys.exit(0)`
+    exit0        it ends at once with exit code 0, as a stopped launcher does
+    leave        it ends by `sys.exit(0)`
     raise        RuntimeError is raised
     enospc       OSError(ENOSPC) is raised;  likewise eio, edquot, erofs, eacces
     short-write  the site is told to write only a part at once, as the system may at any time
@@ -13,7 +16,8 @@ At the `hit`-th time (from 1; `*`: every time) that rank `rank` (`*`: any) passe
     hold         it waits for ever without letting go of the interpreter's lock
     segfault     it reads where nothing is;  abort: it calls abort()
 
-Without the variable a site costs one dictionary look-up. Sites are named where they stand: `faults.point("...")`.
+Without the variable a site costs one dictionary look-up. Sites are named where they stand:
+`faults.point("...")`.
 """
 
 from __future__ import annotations
@@ -27,13 +31,21 @@ import time
 from collections import Counter
 
 VARIABLE, SECONDS = "SFTMIX_FAULT", "SFTMIX_FAULT_SECONDS"
-SIGNALS = {"kill9": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "stop": signal.SIGSTOP}
-ERRORS = {name: getattr(errno, name.upper()) for name in ("enospc", "eio", "edquot", "erofs", "eacces")}
+SIGNALS = {
+    "kill9": signal.SIGKILL,
+    "term": signal.SIGTERM,
+    "usr1": signal.SIGUSR1,
+    "stop": signal.SIGSTOP,
+}
+ERRORS = {
+    name: getattr(errno, name.upper()) for name in ("enospc", "eio", "edquot", "erofs", "eacces")
+}
 _hits: Counter[str] = Counter()
 
 
 def point(site: str) -> bool:
-    """Marks a place where a test may let the process fail. Returns whether a write here is to be a short one."""
+    """Marks a place where a test may let the process fail. Returns whether a write here is to be a
+    short one."""
     wanted = os.environ.get(VARIABLE)
     if wanted is None:
         return False
@@ -41,7 +53,11 @@ def point(site: str) -> bool:
     is_short = False
     for fault in wanted.split(","):
         name, rank, hit, action = fault.split(":")
-        if name == site and rank in ("*", os.environ.get("RANK", "0")) and hit in ("*", str(_hits[site])):
+        if (
+            name == site
+            and rank in ("*", os.environ.get("RANK", "0"))
+            and hit in ("*", str(_hits[site]))
+        ):
             is_short |= _act(site, action)
     return is_short
 

@@ -1,4 +1,5 @@
-"""Files that survive a crash: written whole or not at all, flushed, hashed, and awaited on network file systems."""
+"""Files that survive a crash: written whole or not at all, flushed, hashed, and awaited on network
+file systems."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from typing import Any
 from sftmix.errors import ArtifactError
 from sftmix.storage.failures import accessing
 
-VISIBLE_SECONDS = 90.0  # network file systems look again for a name that was not there within 60 s (NFS: acdirmax)
+# network file systems look again for a name that was not there within 60 s (NFS: acdirmax)
+VISIBLE_SECONDS = 90.0
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -46,7 +48,8 @@ def sha256_of_file(path: Path) -> str:
 
 
 def await_visible(path: Path) -> None:
-    """Waits for what another node has written: a network file system shows a new name there at once and here a little later.
+    """Waits for what another node has written: a network file system shows a new name there at once
+    and here a little later.
 
     Raises ArtifactError where it does not come.
     """
@@ -54,7 +57,8 @@ def await_visible(path: Path) -> None:
     while not path.exists():
         if time.monotonic() > deadline:
             raise ArtifactError(
-                f"{path} is not seen by rank {os.environ.get('RANK', '0')} on {socket.gethostname()}, {VISIBLE_SECONDS:g} s after it was "
-                "written: run.dir must be the same folder on every node. Name one on shared storage."
+                f"{path} is not seen by rank {os.environ.get('RANK', '0')} on"
+                f" {socket.gethostname()}, {VISIBLE_SECONDS:g} s after it was written: run.dir must"
+                " be the same folder on every node. Name one on shared storage."
             )
         time.sleep(0.1)

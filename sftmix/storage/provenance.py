@@ -27,7 +27,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             lines += differences(old, new, f"{prefix}{key}.")
-        elif json.dumps(old, sort_keys=True, default=str) != json.dumps(new, sort_keys=True, default=str):
+        elif json.dumps(old, sort_keys=True, default=str) != json.dumps(
+            new, sort_keys=True, default=str
+        ):
             lines.append(f"{prefix}{key}: {_shown(old)} before, {_shown(new)} now")
     return lines
 
@@ -48,14 +50,19 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str | None:
-    """Returns the git commit of this checkout with `+changes` where it was edited; None outside a checkout."""
+    """Returns the git commit of this checkout with `+changes` where it was edited; None outside a
+    checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     git = ["git", "-C", str(root)]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+changes" if changed else "")

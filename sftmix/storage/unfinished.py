@@ -1,7 +1,9 @@
-"""Unfinished work: what a stage has done before a kill, kept in `work/STAGE` of the run folder until its output is published.
+"""Unfinished work: what a stage has done before a kill, kept in `work/STAGE` of the run folder
+until its output is published.
 
-It belongs to the settings and inputs that it was made with (`work.json`). Work of hours is not thrown away because a line of the
-config changed, nor is it taken up by a run that it does not belong to: that run is refused, with the differences.
+It belongs to the settings and inputs that it was made with (`work.json`). Work of hours is not
+thrown away because a line of the config changed, nor is it taken up by a run that it does not
+belong to: that run is refused, with the differences.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class Identity:
 
 
 def claim(folder: Path, stage: str, identity: Identity, *, discard: bool) -> None:
-    """Makes `folder` ready for a stage's work: what an earlier attempt of the same settings left stays. `discard`: nothing stays.
+    """Makes `folder` ready for a stage's work: what an earlier attempt of the same settings left
+    stays. `discard`: nothing stays.
 
     Raises ArtifactError where there is work of other settings.
     """
@@ -45,19 +48,22 @@ def claim(folder: Path, stage: str, identity: Identity, *, discard: bool) -> Non
 
 
 def discard(folder: Path, fingerprint: str) -> None:
-    """Removes the work of an output that is published. Work of other settings stays: they may come back."""
+    """Removes the work of an output that is published. Work of other settings stays: they may come
+    back."""
     record = _read(folder)
     if record is None or record["fingerprint"] == fingerprint:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def refuse_if_other(folder: Path, stage: str, identity: Identity) -> None:
-    """Raises ArtifactError where `folder` holds work of hours that was made with other settings or inputs."""
+    """Raises ArtifactError where `folder` holds work of hours that was made with other settings or
+    inputs."""
     record, progress = _read(folder), describe(folder)
     if record is None or progress is None or record["fingerprint"] == identity.fingerprint:
         return
     lines = provenance.differences(
-        {"settings": record["settings"], "inputs": record["inputs"]}, {"settings": identity.settings, "inputs": identity.inputs}
+        {"settings": record["settings"], "inputs": record["inputs"]},
+        {"settings": identity.settings, "inputs": identity.inputs},
     )
     raise refusal(stage, progress, lines)
 
@@ -66,8 +72,9 @@ def refusal(stage: str, progress: str, differences: list[str]) -> ArtifactError:
     """Returns the error for work that would be lost."""
     changed = "\n".join(f"  {line}" for line in differences)
     return ArtifactError(
-        f"the unfinished stage {stage} ({progress}) was made with other settings:\n{changed}\n"
-        "Put them back to go on from there, name another run.dir, or throw the work away with --restart."
+        f"the unfinished stage {stage} ({progress}) was made with other settings:\n{changed}\nPut"
+        " them back to go on from there, name another run.dir, or throw the work away with"
+        " --restart."
     )
 
 
@@ -85,4 +92,8 @@ def _read(folder: Path) -> Mapping[str, Any] | None:
         content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         return None
-    return content if isinstance(content, dict) and {"fingerprint", "settings", "inputs"} <= content.keys() else None
+    return (
+        content
+        if isinstance(content, dict) and {"fingerprint", "settings", "inputs"} <= content.keys()
+        else None
+    )

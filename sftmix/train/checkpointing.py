@@ -1,12 +1,13 @@
 """When a training stage saves its state, when it stops on request, and where it takes up again.
 
-All ranks call every method together. What is saved: DeepSpeed's state (model, or of one with LoRA the adapters; optimiser, loss
-scaler), the log's running sums, and what `online` has collected. Everything else (order of the data, pairs, lam, learning rate,
-dropout streams) is a function of the step. So a resumed run's losses and weights are those of a run that nothing stopped, bit for
-bit on as many ranks.
+All ranks call every method together. What is saved: DeepSpeed's state (model, or of one with LoRA
+the adapters; optimiser, loss scaler), the log's running sums, and what `online` has collected.
+Everything else (order of the data, pairs, lam, learning rate, dropout streams) is a function of the
+step. So a resumed run's losses and weights are those of a run that nothing stopped, bit for bit on
+as many ranks.
 
-Where nodes have disks of their own, each holds the files of its ranks with its own manifest; a checkpoint counts if all disks have
-their part.
+Where nodes have disks of their own, each holds the files of its ranks with its own manifest; a
+checkpoint counts if all disks have their part.
 """
 
 from __future__ import annotations
@@ -47,9 +48,12 @@ class Resumable(Protocol):
     """Part of a training run that knows more than the step number."""
 
     def progress(self) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
-        """Returns this rank's numbers, of the same names on every rank, and arrays that are the same for all. All ranks call it."""
+        """Returns this rank's numbers, of the same names on every rank, and arrays that are the
+        same for all. All ranks call it."""
 
-    def take_up(self, step: int, numbers: list[dict[str, float]], arrays: dict[str, NDArray[np.float64]]) -> None:
+    def take_up(
+        self, step: int, numbers: list[dict[str, float]], arrays: dict[str, NDArray[np.float64]]
+    ) -> None:
         """Goes on after `step`, from the numbers of all ranks that saved them, and the arrays."""
 
 
@@ -67,9 +71,9 @@ class _Pending:
 class TrainingCheckpoints:
     """Saves, finds and loads the checkpoints of one training stage.
 
-    kept: a folder of the stage's finished outputs so far (exports, metrics), whose files a checkpoint vouches for too.
-    fingerprint, settings, inputs: of the stage; a checkpoint of another is refused. check: raises where this process must
-    not publish (any more).
+    kept: a folder of the stage's finished outputs so far (exports, metrics), whose files a
+    checkpoint vouches for too. fingerprint, settings, inputs: of the stage; a checkpoint of another
+    is refused. check: raises where this process must not publish (any more).
     """
 
     def __init__(
@@ -87,16 +91,23 @@ class TrainingCheckpoints:
     ):
         self.ranks, self.kept, self.config, self.stop = ranks, kept, config, stop
         self.checkpoints = CheckpointFolder(folder, config.keep_last, config.keep_every, check)
-        self._identity: dict[str, Any] = {"stage": STAGE, "fingerprint": fingerprint, "settings": settings, "inputs": inputs}
+        self._identity: dict[str, Any] = {
+            "stage": STAGE,
+            "fingerprint": fingerprint,
+            "settings": settings,
+            "inputs": inputs,
+        }
         self._pending: _Pending | None = None
         self._last_saved = time.monotonic()
         self._last_step, self._needed = 0, 0
-        self._digests: dict[str, tuple[int, int, dict[str, Any]]] = {}  # of kept files: size, time of change, entry
+        # of kept files: size, time of change, entry
+        self._digests: dict[str, tuple[int, int, dict[str, Any]]] = {}
 
     # ---- taking up
 
     def resume(self, engine: Engine, parts: dict[str, Resumable]) -> int:
-        """Loads the newest checkpoint that verifies; returns its step, 0 where there is none. A damaged one is set aside and said."""
+        """Loads the newest checkpoint that verifies; returns its step, 0 where there is none. A
+        damaged one is set aside and said."""
         started = time.perf_counter()
         while (step := self._newest()) > 0:
             problem = self._find_problem(step)
@@ -104,7 +115,11 @@ class TrainingCheckpoints:
                 break
             if self.ranks.leads_storage:
                 aside = self.checkpoints.set_aside(step)
-                print(f"  checkpoint of step {step}: {problem}. Set aside as {aside}; the one before it is used", flush=True)
+                print(
+                    f"  checkpoint of step {step}: {problem}. Set aside as {aside}; the one before"
+                    " it is used",
+                    flush=True,
+                )
             self.ranks.barrier()
         if step == 0:
             self._clear_kept(after=0)
@@ -115,26 +130,37 @@ class TrainingCheckpoints:
             self._say_differences(manifest)
             self._clear_kept(after=step)
         self._load(engine, step, manifest)
-        arrays = {name: np.load(self.checkpoints.path(step) / name, allow_pickle=False) for name in manifest.files if name.endswith(".npy")}
+        arrays = {
+            name: np.load(self.checkpoints.path(step) / name, allow_pickle=False)
+            for name in manifest.files
+            if name.endswith(".npy")
+        }
         for name, part in parts.items():
-            mine = {key.removeprefix(f"{name}.").removesuffix(".npy"): array for key, array in arrays.items() if key.startswith(f"{name}.")}
+            mine = {
+                key.removeprefix(f"{name}.").removesuffix(".npy"): array
+                for key, array in arrays.items()
+                if key.startswith(f"{name}.")
+            }
             try:
                 part.take_up(step, manifest.facts["numbers"][name], mine)
             except (KeyError, TypeError) as error:
                 raise ArtifactError(
-                    f"{self.checkpoints.path(step)} was saved by another version of sftmix "
-                    f"(commit {manifest.commit or 'unknown'}), and its running sums have other names. "
-                    "Use that version, or begin anew with --restart.",
+                    f"{self.checkpoints.path(step)} was saved by another version of sftmix (commit"
+                    f" {manifest.commit or 'unknown'}), and its running sums have other names. Use"
+                    " that version, or begin anew with --restart.",
                     on_all_ranks=True,
                 ) from error
         self._last_step, self._last_saved = step, time.monotonic()
         self.ranks.barrier()
         if self.ranks.is_main:
-            print(f"  resumed after step {step}, in {time.perf_counter() - started:.1f} s", flush=True)
+            print(
+                f"  resumed after step {step}, in {time.perf_counter() - started:.1f} s", flush=True
+            )
         return step
 
     def _newest(self) -> int:
-        """Returns the newest step of which every disk has its part. Newer ones, of a save that a kill cut short, are set aside.
+        """Returns the newest step of which every disk has its part. Newer ones, of a save that a
+        kill cut short, are set aside.
 
         Raises ArtifactError, on all ranks, where a node has had no part in what the others saved.
         """
@@ -144,19 +170,28 @@ class TrainingCheckpoints:
         leads, folder = self.ranks.leads_storage, self.checkpoints.folder
         host, own_steps = socket.gethostname(), self.checkpoints.steps()
         own = {"host": host, "is_new": not folder.is_dir(), "steps": own_steps}
-        disks = [json.loads(text) for text in self.ranks.gather_texts(json.dumps(own) if leads else "") if text]
+        disks = [
+            json.loads(text)
+            for text in self.ranks.gather_texts(json.dumps(own) if leads else "")
+            if text
+        ]
         strangers = [disk["host"] for disk in disks if disk["is_new"]]
         if strangers and any(disk["steps"] for disk in disks):
             raise ArtifactError(
-                f"{folder} on {', '.join(strangers)} has no part of the training state that other nodes have: without shared storage "
-                "it lies on the disks of the nodes that saved it. Run on the same nodes, in the same order; or begin anew with --restart.",
+                f"{folder} on {', '.join(strangers)} has no part of the training state that other"
+                " nodes have: without shared storage it lies on the disks of the nodes that saved"
+                " it. Run on the same nodes, in the same order; or begin anew with --restart.",
                 on_all_ranks=True,
             )
         newest = max(set.intersection(*(set(disk["steps"]) for disk in disks)), default=0)
         for step in own_steps if leads else []:
             if step > newest:
                 aside = self.checkpoints.set_aside(step)
-                print(f"  checkpoint of step {step}: not every node has its part. Set aside as {aside} on {host}", flush=True)
+                print(
+                    f"  checkpoint of step {step}: not every node has its part. Set aside as"
+                    f" {aside} on {host}",
+                    flush=True,
+                )
         return newest
 
     def _find_problem(self, step: int) -> str | None:
@@ -175,15 +210,21 @@ class TrainingCheckpoints:
                 other_layout = socket.gethostname()
             names = sorted(manifest.files, key=lambda name: -manifest.files[name]["size"])
             beside = self._ranks_of_disk()
-            problem = find_problem(self.checkpoints.path(step), manifest, names[beside.index(self.ranks.rank) :: len(beside)])
+            problem = find_problem(
+                self.checkpoints.path(step),
+                manifest,
+                names[beside.index(self.ranks.rank) :: len(beside)],
+            )
             if problem is None and self.ranks.is_main:
                 kept = artifacts.Manifest(STAGE, "", {}, {}, manifest.facts["kept"])
                 problem = find_problem(self.kept, kept, list(kept.files))
         other = self.ranks.first_text(other_layout)
         if other:
             raise ArtifactError(
-                f"{self.checkpoints.path(step)} on {other} holds the part of other ranks, or was saved with a run.dir that was shared "
-                "otherwise. Without shared storage a run goes on only on the same nodes, in the same order; or begin anew with --restart.",
+                f"{self.checkpoints.path(step)} on {other} holds the part of other ranks, or was"
+                " saved with a run.dir that was shared otherwise. Without shared storage a run"
+                " goes on only on the same nodes, in the same order; or begin anew with"
+                " --restart.",
                 on_all_ranks=True,
             )
         return self.ranks.first_text(problem or "") or None
@@ -192,29 +233,42 @@ class TrainingCheckpoints:
         """Returns the ranks that see this rank's run folder."""
         if self.ranks.is_storage_shared:
             return list(range(self.ranks.world_size))
-        return [rank for rank, leader in enumerate(self.ranks.storage) if leader == self.ranks.storage_leader]
+        return [
+            rank
+            for rank, leader in enumerate(self.ranks.storage)
+            if leader == self.ranks.storage_leader
+        ]
 
     def _refuse(self, step: int, manifest: artifacts.Manifest) -> None:
-        theirs, ours = ({"settings": each["settings"], "inputs": each["inputs"]} for each in (vars(manifest), self._identity))
+        theirs, ours = (
+            {"settings": each["settings"], "inputs": each["inputs"]}
+            for each in (vars(manifest), self._identity)
+        )
         raise ArtifactError(
-            f"{self.checkpoints.path(step)} is of a run with other settings: {'; '.join(provenance.differences(theirs, ours))}. "
-            "Put them back, or remove it.",
+            f"{self.checkpoints.path(step)} is of a run with other settings:"
+            f" {'; '.join(provenance.differences(theirs, ours))}. Put them back, or remove it.",
             on_all_ranks=True,
         )
 
     def _say_differences(self, manifest: artifacts.Manifest) -> None:
         changed = provenance.differences(manifest.versions, provenance.versions())
         if changed:
-            print(f"  not bit for bit: the checkpoint was written by other versions: {'; '.join(changed)}", flush=True)
+            print(
+                "  not bit for bit: the checkpoint was written by other versions:"
+                f" {'; '.join(changed)}",
+                flush=True,
+            )
         if manifest.facts["world_size"] != self.ranks.world_size:
             print(
-                f"  from {manifest.facts['world_size']} to {counted(self.ranks.world_size, 'rank')}: the same examples, other rounding",
+                f"  from {manifest.facts['world_size']} to"
+                f" {counted(self.ranks.world_size, 'rank')}: the same examples, other rounding",
                 flush=True,
             )
         threads, before = use_threads(None), manifest.facts.get("num_threads")
         if self.ranks.device.type == "cpu" and before not in (None, threads):
             print(
-                f"  not bit for bit: {counted(threads, 'CPU thread')} per rank, {before} when it was saved (engine.num_threads)",
+                f"  not bit for bit: {counted(threads, 'CPU thread')} per rank, {before} when it"
+                " was saved (engine.num_threads)",
                 flush=True,
             )
 
@@ -222,14 +276,17 @@ class TrainingCheckpoints:
         faults.point("resume.load")
         if manifest.facts["zero_stage"] != engine.zero_stage:
             raise ArtifactError(
-                f"{self.checkpoints.path(step)} was written with engine.zero_stage={manifest.facts['zero_stage']}, and this run has "
-                f"{engine.zero_stage}: what one stage saves another cannot read. Put it back, or begin anew with --restart.",
+                f"{self.checkpoints.path(step)} was written with"
+                f" engine.zero_stage={manifest.facts['zero_stage']}, and this run has"
+                f" {engine.zero_stage}: what one stage saves another cannot read. Put it back, or"
+                " begin anew with --restart.",
                 on_all_ranks=True,
             )
         if manifest.facts.get("frozen", "") != engine.frozen_checksum():
             raise ArtifactError(
-                f"{self.checkpoints.path(step)} holds adapters that were trained beside other weights than those that model.path now has. "
-                "Put them back, or begin anew with --restart.",
+                f"{self.checkpoints.path(step)} holds adapters that were trained beside other"
+                " weights than those that model.path now has. Put them back, or begin anew with"
+                " --restart.",
                 on_all_ranks=True,
             )
         if engine.zero_stage == 0 or manifest.facts["world_size"] == self.ranks.world_size:
@@ -260,7 +317,14 @@ class TrainingCheckpoints:
             skipped = self.kept / "skipped_steps.jsonl"
             if skipped.is_file():
                 lines = skipped.read_text(encoding="utf-8").splitlines(keepends=True)
-                write_text(skipped, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after))
+                write_text(
+                    skipped,
+                    "".join(
+                        line
+                        for line in lines
+                        if line.endswith("\n") and json.loads(line)["step"] <= after
+                    ),
+                )
 
     # ---- saving
 
@@ -280,36 +344,54 @@ class TrainingCheckpoints:
         every = self.config.every_steps
         minutes = (time.monotonic() - self._last_saved) / 60
         is_due = (every is not None and step % every == 0) or (
-            self.ranks.is_main and self.config.every_minutes is not None and minutes >= self.config.every_minutes
+            self.ranks.is_main
+            and self.config.every_minutes is not None
+            and minutes >= self.config.every_minutes
         )
         is_busy = self._pending is not None and not self._pending.files.is_done
-        should_stop, should_save, any_busy = self.ranks.agree([self.stop.is_requested, is_due, is_busy])
-        must_publish = self._pending is not None and (not any_busy or should_save or should_stop or is_last)
+        should_stop, should_save, any_busy = self.ranks.agree(
+            [self.stop.is_requested, is_due, is_busy]
+        )
+        must_publish = self._pending is not None and (
+            not any_busy or should_save or should_stop or is_last
+        )
         must_save = (should_save or should_stop) and not is_last
         if must_publish or must_save:
             with pause():
                 if must_publish:
                     self._publish_pending()
                 if must_save:
-                    self._save(engine, step, parts, in_background=self.config.asynchronous and not should_stop)
+                    self._save(
+                        engine,
+                        step,
+                        parts,
+                        in_background=self.config.asynchronous and not should_stop,
+                    )
         if should_stop and not is_last:
             reason = self.ranks.first_text(self.stop.reason or "")
             raise StoppedError(
-                f"stopped after step {step}: {reason}. The state is saved; the same command goes on from here",
+                f"stopped after step {step}: {reason}. The state is saved; the same command goes on"
+                " from here",
                 exit_code_of(reason),
             )
 
-    def _save(self, engine: Engine, step: int, parts: dict[str, Resumable], *, in_background: bool) -> None:
+    def _save(
+        self, engine: Engine, step: int, parts: dict[str, Resumable], *, in_background: bool
+    ) -> None:
         started = time.perf_counter()
         staging = self.checkpoints.folder / f".step_{step:06d}"
-        self._together(step, lambda: self._make_room(engine, step) if self.ranks.leads_storage else None)
+        self._together(
+            step, lambda: self._make_room(engine, step) if self.ranks.leads_storage else None
+        )
         await_visible(staging)
         files = engine.save_state(staging, in_background=in_background)
         numbers: dict[str, list[dict[str, float]]] = {}
         arrays: dict[str, NDArray[np.float64]] = {}
         for name, part in parts.items():
             mine, shared = part.progress()
-            rows = self.ranks.gather_rows(torch.tensor([list(mine.values())], dtype=torch.float64)).tolist()
+            rows = self.ranks.gather_rows(
+                torch.tensor([list(mine.values())], dtype=torch.float64)
+            ).tolist()
             numbers[name] = [dict(zip(mine, row, strict=True)) for row in rows]
             arrays |= {f"{name}.{key}.npy": array for key, array in shared.items()}
         if self.ranks.leads_storage and files.error is None:
@@ -334,7 +416,9 @@ class TrainingCheckpoints:
         staging = self.checkpoints.new_staging(step)
         size = engine.num_trained_parameters * (engine.bytes_per_weight + ADAM_BYTES)
         if self._last_step and self.checkpoints.path(self._last_step).is_dir():
-            size = sum(path.stat().st_size for path in self.checkpoints.path(self._last_step).iterdir())
+            size = sum(
+                path.stat().st_size for path in self.checkpoints.path(self._last_step).iterdir()
+            )
         self._needed = size
         check_space(staging, size)
 
@@ -344,18 +428,25 @@ class TrainingCheckpoints:
         pending.files.wait()
         faults.point("checkpoint.agree")
         failure = pending.files.error
-        problem = self.ranks.first_text(f"rank {self.ranks.rank} on {socket.gethostname()}: {failure}" if failure else "")
+        problem = self.ranks.first_text(
+            f"rank {self.ranks.rank} on {socket.gethostname()}: {failure}" if failure else ""
+        )
         if problem:
             free = shutil.disk_usage(self.checkpoints.folder).free / 2**20
             if self.ranks.leads_storage:
                 shutil.rmtree(pending.staging)  # half a checkpoint would only take room
-            before = f"that of step {self._last_step} is untouched" if self._last_step else "there is none before it"
-            message = (
-                f"the checkpoint of step {pending.step} could not be written: {problem} ({free:,.1f} MiB free in "
-                f"{self.checkpoints.folder}, {self._needed / 2**20:,.1f} MiB needed); {before}. "
-                "Make room or mend the disk, and start again."
+            before = (
+                f"that of step {self._last_step} is untouched"
+                if self._last_step
+                else "there is none before it"
             )
-            raise ArtifactError(self.ranks.text_from_main(message), on_all_ranks=True)  # what is free changes from look to look
+            message = (
+                f"the checkpoint of step {pending.step} could not be written: {problem}"
+                f" ({free:,.1f} MiB free in {self.checkpoints.folder}, {self._needed / 2**20:,.1f}"
+                f" MiB needed); {before}. Make room or mend the disk, and start again."
+            )
+            # what is free changes from look to look
+            raise ArtifactError(self.ranks.text_from_main(message), on_all_ranks=True)
         entries: dict[str, dict[str, Any]] = {}
         texts = self.ranks.gather_texts(json.dumps(pending.files.entries))
         for rank in self._ranks_of_disk():
@@ -364,20 +455,34 @@ class TrainingCheckpoints:
         def publish() -> None:
             facts = {**pending.facts, "kept": self._entries_of_kept()}
             manifest = artifacts.Manifest(
-                **self._identity, files=entries, facts=facts, versions=provenance.versions(), commit=provenance.commit()
+                **self._identity,
+                files=entries,
+                facts=facts,
+                versions=provenance.versions(),
+                commit=provenance.commit(),
             )
             self.checkpoints.publish(pending.staging, pending.step, manifest)
 
         self._together(pending.step, lambda: publish() if self.ranks.leads_storage else None)
-        # Only now: as long as one disk may lack its part of this checkpoint, the one before it is needed on all.
-        self._together(pending.step, lambda: self.checkpoints.retain() if self.ranks.leads_storage else None)
+        # Only now: as long as one disk may lack its part of this checkpoint, the one before it is
+        # needed on all.
+        self._together(
+            pending.step, lambda: self.checkpoints.retain() if self.ranks.leads_storage else None
+        )
         self._last_step = pending.step
         if self.ranks.is_main:
-            size = sum(entry["size"] for text in texts for entry in json.loads(text).values()) / 2**20
-            print(f"  saved after step {pending.step}: {size:,.1f} MiB in {time.perf_counter() - pending.started:.1f} s", flush=True)
+            size = (
+                sum(entry["size"] for text in texts for entry in json.loads(text).values()) / 2**20
+            )
+            print(
+                f"  saved after step {pending.step}: {size:,.1f} MiB in"
+                f" {time.perf_counter() - pending.started:.1f} s",
+                flush=True,
+            )
 
     def _together(self, step: int, action: Any) -> None:
-        """Runs what one rank of each disk does alone, so that a failure is one error on all ranks and none waits for it."""
+        """Runs what one rank of each disk does alone, so that a failure is one error on all ranks
+        and none waits for it."""
         problem = ""
         try:
             action()
@@ -388,7 +493,8 @@ class TrainingCheckpoints:
             raise ArtifactError(problem, on_all_ranks=True)
 
     def _entries_of_kept(self) -> dict[str, dict[str, Any]]:
-        """Returns size and SHA-256 of every finished output of the stage so far; each file is flushed and read once."""
+        """Returns size and SHA-256 of every finished output of the stage so far; each file is
+        flushed and read once."""
         entries = {}
         for path in sorted(p for p in self.kept.rglob("*") if p.is_file()):
             name, status = path.relative_to(self.kept).as_posix(), path.stat()

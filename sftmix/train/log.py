@@ -1,8 +1,9 @@
 """Metrics of a training stage: JSON lines and TensorBoard, and what the user sees meanwhile.
 
-On a terminal a progress bar; otherwise one plain line every N steps, since bars ruin log files. Losses are in nats: per
-response token (NTP), per mixed position (Mixup). Tokens per second of training (`sftmix/train/meter.py`) are counted three ways:
-real (no padding), response (those that carry loss) and padded (what the transformer computed).
+On a terminal a progress bar; otherwise one plain line every N steps, since bars ruin log files.
+Losses are in nats: per response token (NTP), per mixed position (Mixup). Tokens per second of
+training (`sftmix/train/meter.py`) are counted three ways: real (no padding), response (those that
+carry loss) and padded (what the transformer computed).
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ PADDED_RATE = "tokens/padded (tokens/s)"
 TRAINING_TIME = "time/training (s)"
 SKIPPED = "steps/skipped (steps)"
 
-# TensorBoard: key of a line -> tag and description. Every run has the same tags, so that runs lie over one another.
+# TensorBoard: key of a line -> tag and description. Every run has the same tags, so that runs lie
+# over one another.
 _MEAN = "mean over the steps since the last point."
 _RATE = "per second of training since the last point, on all ranks"
 SCALARS = {
@@ -56,7 +58,10 @@ SCALARS = {
     REAL_RATE: ("tokens_per_second/real", f"Tokens without padding {_RATE}."),
     RESPONSE_RATE: ("tokens_per_second/response", f"Response tokens {_RATE}."),
     PADDED_RATE: ("tokens_per_second/padded", f"Tokens with padding {_RATE}."),
-    TRAINING_TIME: ("seconds/training", "Seconds of training since the last point, without checkpoints."),
+    TRAINING_TIME: (
+        "seconds/training",
+        "Seconds of training since the last point, without checkpoints.",
+    ),
     SKIPPED: ("steps/skipped", "Steps skipped so far."),
 }
 LOSSES = ("ntp", "mixup", "auxiliary")  # as they are summed
@@ -65,7 +70,8 @@ LOSSES = ("ntp", "mixup", "auxiliary")  # as they are summed
 class RunLog:
     """Collects one training stage. `metrics` is the JSONL file; only rank 0 writes or prints.
 
-    meter: began with the stage. Windowed values are means over the steps since the last line. All ranks call every method.
+    meter: began with the stage. Windowed values are means over the steps since the last line. All
+    ranks call every method.
     """
 
     def __init__(
@@ -92,7 +98,8 @@ class RunLog:
         self._clear()
 
     def progress(self) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
-        """Returns the running sums of this rank, to be taken up from: see `sftmix/train/checkpointing.py`."""
+        """Returns the running sums of this rank, to be taken up from: see
+        `sftmix/train/checkpointing.py`."""
         self.meter.read()
         own = dict(zip(LOSSES, self._losses.tolist(), strict=True)) | self.meter.window_tokens
         shared = {
@@ -106,19 +113,25 @@ class RunLog:
         }
         return {**own, **shared}, {}
 
-    def take_up(self, step: int, numbers: list[dict[str, float]], arrays: dict[str, NDArray[np.float64]]) -> None:
-        """Goes on from the sums of all ranks that saved them; lines of steps that will be taken again are removed."""
+    def take_up(
+        self, step: int, numbers: list[dict[str, float]], arrays: dict[str, NDArray[np.float64]]
+    ) -> None:
+        """Goes on from the sums of all ranks that saved them; lines of steps that will be taken
+        again are removed."""
         mine = numbers[min(self.ranks.rank, len(numbers) - 1)]
         own = {name: mine[name] for name in (*LOSSES, *TOKEN_KINDS)}
         if len(numbers) != self.ranks.world_size:  # other ranks: the first has the sums of all
             own = {name: sum(row[name] for row in numbers) * self.ranks.is_main for name in own}
-        self._losses = torch.tensor([own[name] for name in LOSSES], dtype=torch.float64, device=self.ranks.device)
+        self._losses = torch.tensor(
+            [own[name] for name in LOSSES], dtype=torch.float64, device=self.ranks.device
+        )
         self.meter.window_tokens = {kind: own[kind] for kind in TOKEN_KINDS}
         self.meter.window_seconds = mine["window_seconds"]
         for kind in TOKEN_KINDS:
             self.meter.tokens[kind] = mine[f"total_{kind}"]
         for activity in ACTIVITIES:
-            self.meter.seconds[activity] += mine[f"{activity}_seconds"]  # beside what this attempt has taken so far
+            # beside what this attempt has taken so far
+            self.meter.seconds[activity] += mine[f"{activity}_seconds"]
         self.num_skipped, self._window_steps = int(mine["num_skipped"]), int(mine["window_steps"])
         self._lam, self._num_lam = mine["lam"], int(mine["num_lam"])
         if self.ranks.is_main and self._metrics.is_file():
@@ -132,9 +145,12 @@ class RunLog:
             self._file = self._metrics.open("a" if after else "w", encoding="utf-8")
         if self.ranks.is_main and self._tensorboard is not None:
             if not after:
-                shutil.rmtree(self._tensorboard, ignore_errors=True)  # of an earlier attempt: its curves would lie over these
+                # of an earlier attempt: its curves would lie over these
+                shutil.rmtree(self._tensorboard, ignore_errors=True)
             with self._tensorboard_may_fail():
-                self._writer = _summary_writer(self._tensorboard, purge_step=after + 1 if after else None)
+                self._writer = _summary_writer(
+                    self._tensorboard, purge_step=after + 1 if after else None
+                )
         if self.ranks.is_main and sys.stdout.isatty():
             self._bar = progress_bar()
             self._bar.start()
@@ -173,7 +189,9 @@ class RunLog:
         tokens = torch.tensor([self.meter.window_tokens[kind] for kind in TOKEN_KINDS]).double()
         sums = self.ranks.sum(torch.cat([losses, tokens])).tolist()
         ntp, mixup, auxiliary = sums[: len(LOSSES)]
-        seconds, rates = self.meter.end_window(dict(zip(TOKEN_KINDS, sums[len(LOSSES) :], strict=True)))
+        seconds, rates = self.meter.end_window(
+            dict(zip(TOKEN_KINDS, sums[len(LOSSES) :], strict=True))
+        )
         line: dict[str, float] = {"step": step, "epoch": epoch, NTP: ntp / self._window_steps}
         if self.has_mixup:
             line[MIXUP] = mixup / self._window_steps
@@ -194,7 +212,8 @@ class RunLog:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Counts the seconds inside as those of a checkpoint, not as training. The device is waited for at both ends."""
+        """Counts the seconds inside as those of a checkpoint, not as training. The device is waited
+        for at both ends."""
         self._losses.cpu()
         with self.meter.during(CHECKPOINT):
             yield
@@ -212,7 +231,11 @@ class RunLog:
 
     def facts(self) -> dict[str, float]:
         """Returns what a report wants of the whole stage."""
-        return {"num_steps": self.num_steps, "num_skipped_steps": self.num_skipped, **self.meter.facts()}
+        return {
+            "num_steps": self.num_steps,
+            "num_skipped_steps": self.num_skipped,
+            **self.meter.facts(),
+        }
 
     def _write(self, step: int, line: dict[str, float]) -> None:
         if self._file is None:
@@ -234,7 +257,8 @@ class RunLog:
             print(f"{self.stage} {step}/{self.num_steps} {losses} {optimiser} {rate}", flush=True)
 
     def _write_scalars(self, step: int, line: dict[str, float]) -> None:
-        """Writes a point of each TensorBoard curve; `SummaryWriter.add_scalar` takes no description."""
+        """Writes a point of each TensorBoard curve; `SummaryWriter.add_scalar` takes no
+        description."""
         from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 
         values = []
@@ -247,12 +271,16 @@ class RunLog:
 
     @contextmanager
     def _tensorboard_may_fail(self) -> Iterator[None]:
-        """Goes on without TensorBoard where its files cannot be written, and says so: metrics.jsonl holds the same figures."""
+        """Goes on without TensorBoard where its files cannot be written, and says so: metrics.jsonl
+        holds the same figures."""
         try:
             yield
         except OSError as error:
             self._writer = None
-            print(f"  TensorBoard is left out from here on: {describe(error, self._tensorboard)}", flush=True)
+            print(
+                f"  TensorBoard is left out from here on: {describe(error, self._tensorboard)}",
+                flush=True,
+            )
 
     def _clear(self) -> None:
         self._losses = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
@@ -264,12 +292,16 @@ _other_hook = threading.excepthook
 
 
 def _hook_of_threads(failed: threading.ExceptHookArgs) -> None:
-    if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
+    if not (
+        isinstance(failed.exc_value, OSError)
+        and type(failed.thread).__name__ == "_AsyncWriterThread"
+    ):
         _other_hook(failed)
 
 
 def _summary_writer(folder: Path, *, purge_step: int | None) -> Any:
-    """Returns TensorBoard's writer. Its thread prints no traceback where a file cannot be written: the next call raises that error."""
+    """Returns TensorBoard's writer. Its thread prints no traceback where a file cannot be written:
+    the next call raises that error."""
     from torch.utils.tensorboard import SummaryWriter
 
     global _other_hook

@@ -1,4 +1,5 @@
-"""The one training loop. Reference run, baseline and SFTMix differ only in the plan and the objective."""
+"""The one training loop. Reference run, baseline and SFTMix differ only in the plan and the
+objective."""
 
 from __future__ import annotations
 
@@ -25,9 +26,10 @@ from sftmix.train.skipped_steps import SkippedSteps
 class TrainingRun:
     """All that one training needs.
 
-    pad_id: token of padding. checkpoint_steps, save_checkpoint: `save_checkpoint(step)` is called after each of these steps.
-    log: the metrics. checkpoints: saves the state, and loads it after an interruption. skipped: decides how many steps
-    without finite gradients are tolerated. online: collects the token losses of each epoch, where they are wanted.
+    pad_id: token of padding. checkpoint_steps, save_checkpoint: `save_checkpoint(step)` is called
+    after each of these steps. log: the metrics. checkpoints: saves the state, and loads it after an
+    interruption. skipped: decides how many steps without finite gradients are tolerated. online:
+    collects the token losses of each epoch, where they are wanted.
     """
 
     engine: Engine
@@ -48,7 +50,8 @@ class TrainingRun:
 def train(run: TrainingRun) -> None:
     """Takes every step of the plan. Collective: all ranks must call it.
 
-    Raises TrainingError where too many steps in a row had no finite gradients, StoppedError where the run was asked to stop.
+    Raises TrainingError where too many steps in a row had no finite gradients, StoppedError where
+    the run was asked to stop.
     """
     engine, plan, settings, log, online = run.engine, run.plan, run.settings, run.log, run.online
     steps = plan.steps()
@@ -59,7 +62,8 @@ def train(run: TrainingRun) -> None:
         drawn = plan.matching.units(epoch, start, stop)
         units = np.arange(len(drawn.units))
 
-        # Counts come from the plan, before any forward, so that every rank divides by the same global number.
+        # Counts come from the plan, before any forward, so that every rank divides by the same
+        # global number.
         counts = count_step(drawn, units, run.examples.num_response_tokens)
         pieces = cut_step(
             drawn,
@@ -72,8 +76,16 @@ def train(run: TrainingRun) -> None:
         faults.point("train.step")
         engine.start_step(seed=run.seed, step=step)
         for number, piece in enumerate(pieces, start=1):
-            batch = collate(run.examples, drawn, piece, pad_id=run.pad_id, mixes_inputs=run.objective.mixes_inputs)
-            loss = engine.forward_backward(batch, counts, run.objective, is_last=number == len(pieces))
+            batch = collate(
+                run.examples,
+                drawn,
+                piece,
+                pad_id=run.pad_id,
+                mixes_inputs=run.objective.mixes_inputs,
+            )
+            loss = engine.forward_backward(
+                batch, counts, run.objective, is_last=number == len(pieces)
+            )
             log.add(batch, loss)
             if online is not None:
                 online.add(batch, loss)
@@ -96,5 +108,7 @@ def train(run: TrainingRun) -> None:
         if step in run.checkpoint_steps:
             with log.pause():
                 run.save_checkpoint(step)
-        run.checkpoints.end_step(engine, step, is_last=step == len(steps), parts=parts, pause=log.pause)
+        run.checkpoints.end_step(
+            engine, step, is_last=step == len(steps), parts=parts, pause=log.pause
+        )
     log.finish()

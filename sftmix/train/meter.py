@@ -1,8 +1,8 @@
 """Where a training stage's time goes, and how many tokens were trained in it.
 
-Every second since the meter was made belongs to one activity, so the activities add up to what the user waited. Tokens are
-trained in the seconds of `training` alone. A window is what was trained since the last line of the log; the windows add up to
-the totals.
+Every second since the meter was made belongs to one activity, so the activities add up to what the
+user waited. Tokens are trained in the seconds of `training` alone. A window is what was trained
+since the last line of the log; the windows add up to the totals.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ TRAINING, CHECKPOINT, OTHER = ACTIVITIES = ("training", "checkpoint", "other")
 class Meter:
     """Counts seconds by activity, and tokens. It begins in `other`.
 
-    seconds: of each activity. window_seconds: of training, since the last line. window_tokens: of this rank, since the last
-    line. tokens: of all ranks, up to the last line.
+    seconds: of each activity. window_seconds: of training, since the last line. window_tokens: of
+    this rank, since the last line. tokens: of all ranks, up to the last line.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
@@ -53,7 +53,8 @@ class Meter:
             self.switch(before)
 
     def end_window(self, tokens: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-        """Ends the window at the last reading. tokens: of all ranks in it. Returns its seconds, and its tokens per second."""
+        """Ends the window at the last reading. tokens: of all ranks in it. Returns its seconds, and
+        its tokens per second."""
         seconds, rates = self.window_seconds, rates_of(tokens, self.window_seconds)
         for kind, count in tokens.items():
             self.tokens[kind] += count
@@ -63,8 +64,13 @@ class Meter:
     def facts(self) -> dict[str, float]:
         """Returns the stage's seconds and its tokens per second, up to this moment."""
         self.read()
-        named = {f"{activity}_seconds": self.seconds[activity] for activity in (TRAINING, CHECKPOINT)}
-        rates = {f"{kind}_tokens_per_second": rate for kind, rate in rates_of(self.tokens, self.seconds[TRAINING]).items()}
+        named = {
+            f"{activity}_seconds": self.seconds[activity] for activity in (TRAINING, CHECKPOINT)
+        }
+        rates = {
+            f"{kind}_tokens_per_second": rate
+            for kind, rate in rates_of(self.tokens, self.seconds[TRAINING]).items()
+        }
         return {**named, "waited_seconds": sum(self.seconds.values()), **rates}
 
 
@@ -79,11 +85,14 @@ def describe_time(facts: Mapping[str, float]) -> str:
 
 
 def minutes_of(facts: Mapping[str, float]) -> dict[str, float]:
-    """Returns a stage's minutes by activity, and those that the user waited. facts: those of `Meter.facts`."""
+    """Returns a stage's minutes by activity, and those that the user waited. facts: those of
+    `Meter.facts`."""
     minutes = {name: facts[f"{name}_seconds"] / 60 for name in (TRAINING, CHECKPOINT, "waited")}
     return {**minutes, OTHER: max(0.0, minutes["waited"] - minutes[TRAINING] - minutes[CHECKPOINT])}
 
 
 def rates_of(tokens: Mapping[str, float], seconds: float) -> dict[str, float]:
     """Returns tokens per second of each kind; NaN where no time has passed."""
-    return {kind: count / seconds if seconds > 0 else float("nan") for kind, count in tokens.items()}
+    return {
+        kind: count / seconds if seconds > 0 else float("nan") for kind, count in tokens.items()
+    }

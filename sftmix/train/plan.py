@@ -1,4 +1,5 @@
-"""What is trained and when: the steps of a training, its learning rates, and where the reference keeps checkpoints."""
+"""What is trained and when: the steps of a training, its learning rates, and where the reference
+keeps checkpoints."""
 
 from __future__ import annotations
 
@@ -19,16 +20,26 @@ class TrainingPlan:
 
     def steps(self) -> list[tuple[int, int, int]]:
         """Returns (epoch, first unit, end unit) of every optimiser step."""
-        bounds = [self.matching.step(number, self.batch_size) for number in range(self.matching.num_steps(self.batch_size))]
-        return [(epoch, start, stop) for epoch in range(self.num_epochs) for start, stop in bounds if start < stop]
+        bounds = [
+            self.matching.step(number, self.batch_size)
+            for number in range(self.matching.num_steps(self.batch_size))
+        ]
+        return [
+            (epoch, start, stop)
+            for epoch in range(self.num_epochs)
+            for start, stop in bounds
+            if start < stop
+        ]
 
 
 def learning_rate_at(step: int, *, num_steps: int, settings: TrainConfig) -> float:
-    """Returns the learning rate of optimiser step 1..num_steps: linear warm-up to the peak, then the schedule towards 0."""
+    """Returns the learning rate of optimiser step 1..num_steps: linear warm-up to the peak, then
+    the schedule towards 0."""
     warmup = math.ceil(settings.warmup_ratio * num_steps)
     if step <= warmup:
         return settings.learning_rate * step / warmup
-    progress = (step - 1 - warmup) / max(1, num_steps - warmup)  # below 1: the last step still learns
+    # below 1: the last step still learns
+    progress = (step - 1 - warmup) / max(1, num_steps - warmup)
     match settings.schedule:
         case "cosine":
             return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
@@ -41,8 +52,8 @@ def learning_rate_at(step: int, *, num_steps: int, settings: TrainConfig) -> flo
 def choose_checkpoint_steps(plan: TrainingPlan, num_checkpoints: int | None) -> list[int]:
     """Returns the steps after which the reference run keeps a checkpoint, the last step among them.
 
-    Chosen (the paper leaves the places open): the end of every epoch, or 3 evenly spaced ones where there are
-    fewer than 3 epochs; `num_checkpoints` spaces that many evenly.
+    Chosen (the paper leaves the places open): the end of every epoch, or 3 evenly spaced ones where
+    there are fewer than 3 epochs; `num_checkpoints` spaces that many evenly.
     """
     steps = plan.steps()
     if num_checkpoints is None:
@@ -51,4 +62,6 @@ def choose_checkpoint_steps(plan: TrainingPlan, num_checkpoints: int | None) -> 
             return sorted(last_of_epoch.values())
         num_checkpoints = 3
     num_checkpoints = min(num_checkpoints, len(steps))
-    return sorted({math.ceil(len(steps) * n / num_checkpoints) for n in range(1, num_checkpoints + 1)})
+    return sorted(
+        {math.ceil(len(steps) * n / num_checkpoints) for n in range(1, num_checkpoints + 1)}
+    )

@@ -1,6 +1,8 @@
-"""Runs on every rank: trains adapters for three steps in several layouts and writes what it saw (rank 0).
+"""Runs on every rank: trains adapters for three steps in several layouts and writes what it saw
+(rank 0).
 
-Arguments: a working folder with `tokenizer/`, the model folders `tied/`, `untied/` and `zero3.json`; a file to write.
+Arguments: a working folder with `tokenizer/`, the model folders `tied/`, `untied/` and
+`zero3.json`; a file to write.
 """
 
 import json
@@ -28,7 +30,10 @@ tokenizer = tokenizer_from(folder / "tokenizer")
 # For each rank its micro-batches, each a list of pairs.
 LAYOUTS = {
     1: {"1 x 4": [[[0], [1], [2], [3]]]},
-    2: {"2 x 2": [[[0], [1]], [[2], [3]]], "one rank without a response token at times": [[[2], [0, 1]], [[3], []]]},
+    2: {
+        "2 x 2": [[[0], [1]], [[2], [3]]],
+        "one rank without a response token at times": [[[2], [0, 1]], [[3], []]],
+    },
 }
 # stage, model, site, activation checkpointing
 CASES = [
@@ -40,7 +45,11 @@ CASES = [
 
 
 def config_for(stage, model, is_checkpointing):
-    engine = {"zero_stage": stage, "precision": "fp32", "activation_checkpointing": is_checkpointing}
+    engine = {
+        "zero_stage": stage,
+        "precision": "fp32",
+        "activation_checkpointing": is_checkpointing,
+    }
     return Config.model_validate(
         {
             "run": {"dir": str(folder / "run")},
@@ -48,7 +57,10 @@ def config_for(stage, model, is_checkpointing):
             "tokenizer": {"path": str(folder / "tokenizer")},
             "data": {"generator": {}},
             "train": {"learning_rate": 1e-2},
-            "engine": {**engine, **({"deepspeed": str(folder / "zero3.json")} if stage == 3 else {})},
+            "engine": {
+                **engine,
+                **({"deepspeed": str(folder / "zero3.json")} if stage == 3 else {}),
+            },
         }
     )
 
@@ -92,8 +104,13 @@ for stage, model, site, is_checkpointing in CASES:
         engine = Engine(config, config.model, ranks, tokenizer, train=config.train)
         found = {"steps": train_steps(engine, layout, Objective(0.4, site))}
         found |= {"changed": changed_weights(engine, model), "frozen": engine.frozen_checksum()}
-        found |= {"num_trained": engine.num_trained_parameters, "num_parameters": engine.num_parameters}
-        found["groups"] = sorted([group["weight_decay"], len(group["params"])] for group in engine.optimizer.param_groups)
+        found |= {
+            "num_trained": engine.num_trained_parameters,
+            "num_parameters": engine.num_parameters,
+        }
+        found["groups"] = sorted(
+            [group["weight_decay"], len(group["params"])] for group in engine.optimizer.param_groups
+        )
         results[f"{stage} {model} {site} {layout_name}"] = found
         if (site == "head" or stage == 0) and layout_name in ("1 x 4", "2 x 2"):
             export = folder / f"{stage}-{model}-{ranks.world_size}"

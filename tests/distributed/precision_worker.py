@@ -31,9 +31,15 @@ tokenizer = tokenizer_from(folder / "tokenizer")
 deepspeed = import_deepspeed()
 accelerator = type(deepspeed.accelerator.get_accelerator())
 SMALL = {
-    "vocab_size": 99, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-}  # fmt: skip
+    "vocab_size": 99,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
 # Gemma keeps a scale in a buffer, which follows the weights; its rotary frequencies do not.
 GEMMA = {"architecture": {"model_type": "gemma3_text", **SMALL, "sliding_window": 16}}
 LLAMA = [("llama", None)]
@@ -44,7 +50,9 @@ results = {}
 
 def simulated(fp16, bf16):
     """An accelerator that reports these; None is what DeepSpeed's CPU says for a plain no."""
-    return mock.patch.multiple(accelerator, is_fp16_supported=lambda self: fp16, is_bf16_supported=lambda self: bf16)
+    return mock.patch.multiple(
+        accelerator, is_fp16_supported=lambda self: fp16, is_bf16_supported=lambda self: bf16
+    )
 
 
 def engine_of(stage, precision, model=None, *, is_trained=True):

@@ -1,6 +1,8 @@
-"""Runs on every rank: trains two steps of a tiny model in several layouts and writes what it saw (rank 0).
+"""Runs on every rank: trains two steps of a tiny model in several layouts and writes what it saw
+(rank 0).
 
-Arguments: a working folder with `tokenizer/` and the model folders `tied/`, `untied/`; a file to write.
+Arguments: a working folder with `tokenizer/` and the model folders `tied/`, `untied/`; a file to
+write.
 """
 
 import atexit
@@ -94,7 +96,9 @@ for stage in (0, 1, 2, 3):
                 file = load_file(folder / model / "model.safetensors")
                 loaded = {n: t.clone() for n, t in engine.named_tensors()}
                 assert set(loaded) == set(file), set(loaded) ^ set(file)
-                assert all(torch.equal(loaded[n], file[n]) for n in file), "a loaded tensor differs from the file"
+                assert all(torch.equal(loaded[n], file[n]) for n in file), (
+                    "a loaded tensor differs from the file"
+                )
             results[f"{stage} {model} {name}"] = train_steps(engine, layout, Objective(0.4))
             if name in ("1 x 4", "2 x 2"):
                 export = folder / f"exported-{stage}-{model}-{ranks.world_size}"
@@ -104,13 +108,16 @@ for stage in (0, 1, 2, 3):
                     torch.save(logits, export / "logits.pt")
             close(engine)
 
-# Mixing at the input embeddings: a third forward on every rank, over nothing where a rank has no pair.
+# Mixing at the input embeddings: a third forward on every rank, over nothing where a rank has no
+# pair.
 for stage in (0, 3):
     for model in ("tied", "untied"):
         config = config_for(stage, model)
         for name, layout in LAYOUTS[ranks.world_size].items():
             engine = Engine(config, config.model, ranks, tokenizer, train=config.train)
-            results[f"inputs {stage} {model} {name}"] = train_steps(engine, layout, Objective(0.4, "input_embeddings"))
+            results[f"inputs {stage} {model} {name}"] = train_steps(
+                engine, layout, Objective(0.4, "input_embeddings")
+            )
             close(engine)
 
 # A scoring engine reads what another one wrote.

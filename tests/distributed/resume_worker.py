@@ -1,4 +1,5 @@
-"""Runs on every rank: one small SFTMix run again and again, stopped, damaged and taken up in many ways; writes what came of it (rank 0).
+"""Runs on every rank: one small SFTMix run again and again, stopped, damaged and taken up in many
+ways; writes what came of it (rank 0).
 
 resume_worker.py FOLDER STAGE RESULT [SCENARIO ...]      without names, all scenarios
 """
@@ -30,7 +31,14 @@ from sftmix.storage.checkpoints import OWN_DIGEST
 from sftmix.storage.files import sha256_of_file, write_json
 from sftmix.train import checkpointing
 from sftmix.train.checkpointing import TrainingCheckpoints
-from sftmix.train.log import PADDED_RATE, REAL_RATE, RESPONSE_RATE, TRAINING_TIME, RunLog, read_metrics
+from sftmix.train.log import (
+    PADDED_RATE,
+    REAL_RATE,
+    RESPONSE_RATE,
+    TRAINING_TIME,
+    RunLog,
+    read_metrics,
+)
 from sftmix.train.loop import TrainingRun, train
 from sftmix.train.plan import TrainingPlan
 from sftmix.train.skipped_steps import SkippedSteps
@@ -40,13 +48,25 @@ ranks = init_ranks()
 tokenizer = tokenizer_from(FOLDER / "data" / "tokenizer")
 examples = TokenisedExamples(FOLDER / "data" / "train.arrow")
 parts = np.where(np.random.default_rng(0).random(len(examples)) < 0.5, "confident", "unconfident")
-plan = TrainingPlan(match_parts(parts, examples.num_response_tokens, seed=0, alpha=0.5), num_epochs=2, batch_size=10)
+plan = TrainingPlan(
+    match_parts(parts, examples.num_response_tokens, seed=0, alpha=0.5), num_epochs=2, batch_size=10
+)
 WORK = FOLDER / f"work-{STAGE}-{ranks.world_size}"
 ARCHITECTURE = {
-    "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "max_position_embeddings": 512, "tie_word_embeddings": True, "attention_dropout": float(os.environ.get("DROPOUT", "0.1")),
-}  # fmt: skip
-LORA = {"rank": 2, "dropout": float(os.environ.get("DROPOUT", "0.1"))} if "LORA" in os.environ else None
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "attention_dropout": float(os.environ.get("DROPOUT", "0.1")),
+}
+LORA = (
+    {"rank": 2, "dropout": float(os.environ.get("DROPOUT", "0.1"))}
+    if "LORA" in os.environ
+    else None
+)
 
 
 def config_of(*, persistent, seed=0, **checkpoint):
@@ -62,7 +82,11 @@ def config_of(*, persistent, seed=0, **checkpoint):
             "tokenizer": {"path": str(FOLDER / "data" / "tokenizer")},
             "data": {"generator": {}},
             "train": {"learning_rate": 3e-3, "micro_batch_tokens": 300},
-            "engine": {"zero_stage": STAGE, "precision": os.environ.get("PRECISION", "fp32"), "deepspeed": deepspeed},
+            "engine": {
+                "zero_stage": STAGE,
+                "precision": os.environ.get("PRECISION", "fp32"),
+                "deepspeed": deepspeed,
+            },
             "checkpoint": checkpoint,
         }
     )
@@ -82,8 +106,19 @@ class StopAfter(StopRequest):
         return "a test asked" if self._left is not None and self._left <= 0 else None
 
 
-def run(name, *, stop_after=None, stop_rank=0, fault="", limit=5, fingerprint="f", persistent=LORA is None, **checkpoint):
-    """Trains in the work folder `name` until the end, or until it is stopped; returns losses, weights and the error."""
+def run(
+    name,
+    *,
+    stop_after=None,
+    stop_rank=0,
+    fault="",
+    limit=5,
+    fingerprint="f",
+    persistent=LORA is None,
+    **checkpoint,
+):
+    """Trains in the work folder `name` until the end, or until it is stopped; returns losses,
+    weights and the error."""
     faults._hits.clear()
     os.environ["SFTMIX_FAULT"] = fault
     if not fault:
@@ -93,20 +128,43 @@ def run(name, *, stop_after=None, stop_rank=0, fault="", limit=5, fingerprint="f
     kept.mkdir(parents=True, exist_ok=True)
     ranks.barrier()
     engine = Engine(config, config.model, ranks, tokenizer, train=config.train)
-    log = RunLog("test", ranks, metrics=kept / "metrics.jsonl", tensorboard=None, every_steps=2, has_mixup=True, has_router=False)
+    log = RunLog(
+        "test",
+        ranks,
+        metrics=kept / "metrics.jsonl",
+        tensorboard=None,
+        every_steps=2,
+        has_mixup=True,
+        has_router=False,
+    )
     stop = StopAfter(stop_after or 10**9, stop_rank)
-    identity = {"fingerprint": fingerprint, "settings": {"learning_rate": fingerprint}, "inputs": {}}
-    checkpoints = TrainingCheckpoints(ranks, WORK / name / "checkpoints", kept, config.checkpoint, stop, **identity)
+    identity = {
+        "fingerprint": fingerprint,
+        "settings": {"learning_rate": fingerprint},
+        "inputs": {},
+    }
+    checkpoints = TrainingCheckpoints(
+        ranks, WORK / name / "checkpoints", kept, config.checkpoint, stop, **identity
+    )
     skipped = SkippedSteps(ranks, kept / "skipped_steps.jsonl", examples.example_ids, limit=limit)
     error = None
     try:
         train(
             TrainingRun(
-                engine=engine, examples=examples, plan=plan, objective=Objective(0.2), settings=config.train, seed=1,
-                pad_id=tokenizer.pad_token_id, checkpoint_steps=[], save_checkpoint=lambda step: None, log=log,
-                checkpoints=checkpoints, skipped=skipped,
+                engine=engine,
+                examples=examples,
+                plan=plan,
+                objective=Objective(0.2),
+                settings=config.train,
+                seed=1,
+                pad_id=tokenizer.pad_token_id,
+                checkpoint_steps=[],
+                save_checkpoint=lambda step: None,
+                log=log,
+                checkpoints=checkpoints,
+                skipped=skipped,
             )
-        )  # fmt: skip
+        )
     except SftmixError as caught:
         error = f"{type(caught).__name__}: {caught}"
     finally:
@@ -121,11 +179,15 @@ def run(name, *, stop_after=None, stop_rank=0, fault="", limit=5, fingerprint="f
     lines = read_metrics(kept / "metrics.jsonl") if ranks.is_main else []
     rates = {REAL_RATE, RESPONSE_RATE, PADDED_RATE, TRAINING_TIME}
     return {
-        "lines": [{key: value for key, value in line.items() if key not in rates} for line in lines],
+        "lines": [
+            {key: value for key, value in line.items() if key not in rates} for line in lines
+        ],
         "weights": digest.hexdigest(),
         "errors": errors,
         "steps": checkpoints.checkpoints.steps(),
-        "left": sorted(path.name for path in (WORK / name / "checkpoints").glob("*") if path.is_dir()),
+        "left": sorted(
+            path.name for path in (WORK / name / "checkpoints").glob("*") if path.is_dir()
+        ),
     }
 
 
@@ -157,7 +219,16 @@ def change(name, step, file, how):
             content[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
             path.write_bytes(content)
         else:
-            path.write_bytes(content[: {"empty": 0, "one byte": 1, "half": len(content) // 2, "one short": len(content) - 1}[how]])
+            path.write_bytes(
+                content[
+                    : {
+                        "empty": 0,
+                        "one byte": 1,
+                        "half": len(content) // 2,
+                        "one short": len(content) - 1,
+                    }[how]
+                ]
+            )
     ranks.barrier()
 
 
@@ -201,7 +272,11 @@ def damaged():
     results = {}
     for file in files_of("two", 6):
         for how in ("flipped", "missing", "empty", "one byte", "half", "one short"):
-            if how in ("flipped", "missing") or file == "manifest.json" or ("optim" in file and "_rank_0_" in file):
+            if (
+                how in ("flipped", "missing")
+                or file == "manifest.json"
+                or ("optim" in file and "_rank_0_" in file)
+            ):
                 name = fresh("damaged", "two")
                 change(name, 6, file, how)
                 results[f"{file} {how}"] = run(name, stop_after=1)
@@ -222,7 +297,8 @@ def damaged_output():
 
 
 def hints():
-    """`latest` says nothing, or nonsense; junk lies about; the clock was set back; files of two steps and of ranks are swapped."""
+    """`latest` says nothing, or nonsense; junk lies about; the clock was set back; files of two
+    steps and of ranks are swapped."""
     results = {}
     for text in (None, "", "garbage", "../../etc", "step_000099", "step_000003\n\n"):
         name = fresh("hints", "two")
@@ -235,12 +311,18 @@ def hints():
             (WORK / name / "checkpoints" / "step_000099").mkdir()
             os.utime(WORK / name / "checkpoints" / "step_000006" / "manifest.json", (0, 0))
         results[f"latest {text!r}"] = run(name, stop_after=1)
-    for title, one, other in (("steps", "step_000006", "step_000003"), ("ranks", "step_000006", "step_000006")):
+    for title, one, other in (
+        ("steps", "step_000006", "step_000003"),
+        ("ranks", "step_000006", "step_000006"),
+    ):
         name = fresh("hints", "two")
         if ranks.is_main:
             folder = WORK / name / "checkpoints"
             files = sorted((folder / one).glob("*optim_states.pt"))
-            first, second = files[0], files[-1] if title == "ranks" else folder / other / files[0].name
+            first, second = (
+                files[0],
+                files[-1] if title == "ranks" else folder / other / files[0].name,
+            )
             content, swapped = first.read_bytes(), second.read_bytes()
             first.write_bytes(swapped)
             second.write_bytes(content)
@@ -260,7 +342,9 @@ def full_disk():
     ):
         for hit in ("1", "2", "20") if action == "enospc" else ("1",):
             name = fresh("full", "two")
-            results[f"{site} {hit} {action}"] = run(name, every_steps=2, fault=f"{site}:{last}:{hit}:{action}")
+            results[f"{site} {hit} {action}"] = run(
+                name, every_steps=2, fault=f"{site}:{last}:{hit}:{action}"
+            )
             results[f"{site} {hit} {action} again"] = run(name)
     for site in ("checkpoint.manifest", "checkpoint.rename"):
         name = fresh("full", "two")
@@ -270,16 +354,25 @@ def full_disk():
 
 
 def small_disk():
-    """A real file system that is full after the first checkpoint, a little further on in each trial, so that another file is hit."""
+    """A real file system that is full after the first checkpoint, a little further on in each
+    trial, so that another file is hit."""
     results = {}
-    size = sum((WORK / "two" / "checkpoints" / "step_000003" / file).stat().st_size for file in files_of("two", 3))
+    size = sum(
+        (WORK / "two" / "checkpoints" / "step_000003" / file).stat().st_size
+        for file in files_of("two", 3)
+    )
     for tenth in (2, 5, 8, 0):  # 0: the estimate before the save is left on
         name, mounted = fresh("small"), WORK / "small" / "checkpoints"
         is_mounted = False
         if ranks.is_main:
             mounted.mkdir(parents=True)
-            room = size + size * (tenth or 5) // 10 + 70_000  # DeepSpeed copies two scripts of its own beside a checkpoint
-            done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(mounted)], check=False, capture_output=True)
+            # DeepSpeed copies two scripts of its own beside a checkpoint
+            room = size + size * (tenth or 5) // 10 + 70_000
+            done = subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(mounted)],
+                check=False,
+                capture_output=True,
+            )
             is_mounted = done.returncode == 0
         if not ranks.same_as_main(is_mounted):
             return "no file system can be mounted here"
@@ -300,13 +393,17 @@ def short_writes():
 
 
 def slow_rank():
-    """With weights on all ranks, whose gathering in DeepSpeed's save is a barrier that hides a late rank, and without any."""
+    """With weights on all ranks, whose gathering in DeepSpeed's save is a barrier that hides a late
+    rank, and without any."""
     os.environ["SFTMIX_FAULT_SECONDS"] = "1"
     results = []
     for persistent in (True, False):
         name = fresh("slow")
         fault = f"checkpoint.write:{ranks.world_size - 1}:1:sleep"
-        results += [run(name, stop_after=4, persistent=persistent, every_steps=2, fault=fault), run(name, persistent=persistent)]
+        results += [
+            run(name, stop_after=4, persistent=persistent, every_steps=2, fault=fault),
+            run(name, persistent=persistent),
+        ]
     return results
 
 
@@ -334,7 +431,10 @@ def payload():
 
         def vouch(manifest):
             for file, entry in manifest["files"].items():
-                entry |= {"size": (folder / file).stat().st_size, "sha256": sha256_of_file(folder / file)}
+                entry |= {
+                    "size": (folder / file).stat().st_size,
+                    "sha256": sha256_of_file(folder / file),
+                }
 
         rewrite_manifest(name, 6, vouch)
     ranks.barrier()
@@ -356,7 +456,8 @@ def as_if_from_other_ranks():
 
 
 def late_names():
-    """A network file system: what rank 0 makes in the checkpoint folder is seen by the others three seconds later."""
+    """A network file system: what rank 0 makes in the checkpoint folder is seen by the others three
+    seconds later."""
     name = fresh("late")
     before = os.stat, os.listdir, os.open
     if not ranks.is_main:
@@ -384,7 +485,11 @@ def late_names():
         results = [run(name, stop_after=3, every_steps=2), run(name)]
     finally:
         os.stat, os.listdir, os.open = before
-    return results, [text for text in ranks.gather_texts("" if ranks.is_main else " ".join(sorted(hidden))) if text]
+    return results, [
+        text
+        for text in ranks.gather_texts("" if ranks.is_main else " ".join(sorted(hidden)))
+        if text
+    ]
 
 
 def from_other_ranks():
@@ -397,11 +502,30 @@ def from_other_ranks():
 
 
 SCENARIOS = [
-    undisturbed, stopped_twice, in_background, retention, two_checkpoints, damaged, damaged_output, hints, full_disk,
-    small_disk, short_writes, slow_rank, other_run, payload, as_if_from_other_ranks, late_names, from_other_ranks,
-]  # fmt: skip
+    undisturbed,
+    stopped_twice,
+    in_background,
+    retention,
+    two_checkpoints,
+    damaged,
+    damaged_output,
+    hints,
+    full_disk,
+    small_disk,
+    short_writes,
+    slow_rank,
+    other_run,
+    payload,
+    as_if_from_other_ranks,
+    late_names,
+    from_other_ranks,
+]
 SCENARIOS += [other_base] if LORA else []
 wanted = sys.argv[4:]
-results = {scenario.__name__: scenario() for scenario in SCENARIOS if not wanted or scenario.__name__ in wanted}
+results = {
+    scenario.__name__: scenario()
+    for scenario in SCENARIOS
+    if not wanted or scenario.__name__ in wanted
+}
 if ranks.is_main:
     RESULT.write_text(json.dumps(results))

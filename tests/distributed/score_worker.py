@@ -1,4 +1,5 @@
-"""Runs on every rank: scores the examples of `examples.json` under every model folder, both ways, and writes the sums (rank 0)."""
+"""Runs on every rank: scores the examples of `examples.json` under every model folder, both ways,
+and writes the sums (rank 0)."""
 
 import json
 import sys
@@ -15,7 +16,10 @@ from sftmix.engine.process_group import init_ranks
 folder, result_path = Path(sys.argv[1]), Path(sys.argv[2])
 ranks = init_ranks()
 tokenizer = tokenizer_from(folder / "tokenizer")
-tokens = [(np.array(ids, dtype=np.int32), np.array(mask, dtype=bool)) for ids, mask in json.loads((folder / "examples.json").read_text())]
+tokens = [
+    (np.array(ids, dtype=np.int32), np.array(mask, dtype=bool))
+    for ids, mask in json.loads((folder / "examples.json").read_text())
+]
 
 
 class Examples:
@@ -42,7 +46,13 @@ config = Config.model_validate(
 results = {}
 for model in sorted(path.name for path in (folder / "models").iterdir()):
     for is_sharded in (False, True):
-        engine = Engine(config, ModelConfig(path=str(folder / "models" / model)), ranks, tokenizer, is_sharded=is_sharded)
+        engine = Engine(
+            config,
+            ModelConfig(path=str(folder / "models" / model)),
+            ranks,
+            tokenizer,
+            is_sharded=is_sharded,
+        )
         for unit_examples in (3, 8):  # more units than ranks, and fewer: ranks are left over
             plan = WorkPlan(examples.num_tokens, unit_examples, micro_batch_tokens=40)
             scores = score_examples(engine, examples, plan, pad_id=0, title="")

@@ -1,5 +1,6 @@
-"""Runs that are killed, by SIGKILL, at every place where it may hurt: each leaves no process behind, and is completed by the same command
-with the losses and weights of a run that nothing disturbed."""
+"""Runs that are killed, by SIGKILL, at every place where it may hurt: each leaves no process
+behind, and is completed by the same command with the losses and weights of a run that nothing
+disturbed."""
 
 import os
 import random
@@ -40,7 +41,9 @@ def assert_survives_kill(folder, undisturbed, site, *, rank, hit, num_ranks):
 
 @pytest.mark.parametrize("site", ["checkpoint.manifest", "checkpoint.rename", "publish.rename"])
 def test_killed_between_the_moves_of_a_save(folder, undisturbed, site):
-    assert_survives_kill(folder, undisturbed, site, rank=0, hit=1 if site.startswith("publish") else 2, num_ranks=1)
+    assert_survives_kill(
+        folder, undisturbed, site, rank=0, hit=1 if site.startswith("publish") else 2, num_ranks=1
+    )
 
 
 @TORTURE
@@ -48,7 +51,9 @@ def test_killed_between_the_moves_of_a_save(folder, undisturbed, site):
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("site", SITES)
 def test_killed_at_every_site_on_every_rank(folder, undisturbed, site, rank, hit):
-    if (rank == 1 and site.startswith(MAIN_ONLY)) or (site.startswith(("publish", "resume")) and hit == 2):
+    if (rank == 1 and site.startswith(MAIN_ONLY)) or (
+        site.startswith(("publish", "resume")) and hit == 2
+    ):
         pytest.skip("rank 0 alone passes there, or once")
     assert_survives_kill(folder, undisturbed, site, rank=rank, hit=hit, num_ranks=2)
 
@@ -56,7 +61,8 @@ def test_killed_at_every_site_on_every_rank(folder, undisturbed, site, rank, hit
 @TORTURE
 @pytest.mark.parametrize("number", range(25))
 def test_killed_at_random(folder, undisturbed, number):
-    """A rank, all ranks, the launcher or the command is killed at a random moment, until the run is done."""
+    """A rank, all ranks, the launcher or the command is killed at a random moment, until the run is
+    done."""
     rng = random.Random(number)
     for _ in range(4):
         process = begin(folder, 2)
@@ -85,7 +91,9 @@ def test_killed_while_it_converts_for_other_ranks(folder, undisturbed, site):
     assert reference(folder, 1, check=False, fault=f"{site}:0:1:kill9").returncode != 0
     again = reference(folder, 1)
     assert "resumed after step 3" in again.stdout and not list((folder / "work").glob("*"))
-    for (step, loss, _), (expected_step, expected, _) in zip(result_of(folder)[0], undisturbed(2)[0], strict=True):
+    for (step, loss, _), (expected_step, expected, _) in zip(
+        result_of(folder)[0], undisturbed(2)[0], strict=True
+    ):
         assert step == expected_step and abs(loss - expected) <= 1e-6
 
 
@@ -95,7 +103,8 @@ def lock_of(folder):
 
 @TORTURE
 def test_killed_while_an_extension_is_built(folder):
-    """DeepSpeed's Adam for offloaded optimisers is compiled at the first start; the lock of a build that was killed is not waited for."""
+    """DeepSpeed's Adam for offloaded optimisers is compiled at the first start; the lock of a build
+    that was killed is not waited for."""
     offload = ["engine.deepspeed=configs/deepspeed/zero3_offload.json"]
     process = begin(folder, 1, *offload)
     wait_for(lambda: lock_of(folder) is not None or process.poll() is not None, "the build")
@@ -107,7 +116,14 @@ def test_killed_while_an_extension_is_built(folder):
     assert lock_of(folder) is None
 
 
-@pytest.mark.parametrize("victim", ["launcher.launch", pytest.param("runner", marks=TORTURE), pytest.param("sftmix.cli", marks=TORTURE)])
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "launcher.launch",
+        pytest.param("runner", marks=TORTURE),
+        pytest.param("sftmix.cli", marks=TORTURE),
+    ],
+)
 def test_no_rank_outlives_its_launcher(folder, undisturbed, victim):
     process = begin(folder, 2, fault="train.step:0:4:sleep")  # it is not over before it is killed
     wait_for(lambda: saved_step(folder) >= 1 or process.poll() is not None, "the first checkpoint")

@@ -23,8 +23,12 @@ def is_refused(accelerator, precision):
 
 
 @pytest.mark.parametrize(("precision", "stage"), STAGES)
-@pytest.mark.parametrize(("accelerator", "kind"), [*((name, "llama") for name in ACCELERATORS), ("None True", "gemma")])
-def test_weights_states_and_exports_have_the_dtype_of_the_config(results, accelerator, precision, stage, kind):
+@pytest.mark.parametrize(
+    ("accelerator", "kind"), [*((name, "llama") for name in ACCELERATORS), ("None True", "gemma")]
+)
+def test_weights_states_and_exports_have_the_dtype_of_the_config(
+    results, accelerator, precision, stage, kind
+):
     found = results[f"{accelerator} {precision} {stage} {kind}"]
     if is_refused(accelerator, precision):
         assert "engine.precision is bf16, which" in found and "Use fp32" in found

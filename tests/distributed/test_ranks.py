@@ -1,4 +1,5 @@
-"""Loss, gradient norm and weights do not depend on how a step is cut up: real processes, ZeRO stages 0 to 3."""
+"""Loss, gradient norm and weights do not depend on how a step is cut up: real processes, ZeRO
+stages 0 to 3."""
 
 from pathlib import Path
 
@@ -19,16 +20,25 @@ def results(tmp_path_factory):
     return folder, results_of(WORKER, folder)
 
 
-LAYOUTS = ["2 x 2", "2 x 1", "one rank without a response token", "one rank without a response token at times"]
+LAYOUTS = [
+    "2 x 2",
+    "2 x 1",
+    "one rank without a response token",
+    "one rank without a response token at times",
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", ["tied", "untied"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_every_cut_gives_the_losses_and_gradient_norms_of_one_process(results, stage, model, layout):
+def test_every_cut_gives_the_losses_and_gradient_norms_of_one_process(
+    results, stage, model, layout
+):
     _, found = results
     expected = found[f"{stage} {model} 1 x 4"]
-    assert found[f"{stage} {model} {layout}"] == [pytest.approx(step, rel=1e-5) for step in expected]
+    assert found[f"{stage} {model} {layout}"] == [
+        pytest.approx(step, rel=1e-5) for step in expected
+    ]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -37,19 +47,26 @@ def test_every_cut_gives_the_losses_and_gradient_norms_of_one_process(results, s
 def test_mixing_at_the_input_does_not_depend_on_the_cut_either(results, stage, model, layout):
     _, found = results
     expected = found[f"inputs 0 {model} 1 x 4"]
-    assert found[f"inputs {stage} {model} {layout}"] == [pytest.approx(step, rel=1e-5) for step in expected]
+    assert found[f"inputs {stage} {model} {layout}"] == [
+        pytest.approx(step, rel=1e-5) for step in expected
+    ]
     at_head = found[f"0 {model} 1 x 4"][0]
-    assert expected[0][0] == pytest.approx(at_head[0]) and expected[0][1] != pytest.approx(at_head[1], rel=1e-6)
+    assert expected[0][0] == pytest.approx(at_head[0]) and expected[0][1] != pytest.approx(
+        at_head[1], rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("model", ["tied", "untied"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_zero_stage_gives_the_losses_of_stage_0(results, stage, model):
     _, found = results
-    assert found[f"{stage} {model} 1 x 4"] == [pytest.approx(step, rel=1e-5) for step in found[f"0 {model} 1 x 4"]]
+    assert found[f"{stage} {model} 1 x 4"] == [
+        pytest.approx(step, rel=1e-5) for step in found[f"0 {model} 1 x 4"]
+    ]
 
 
-def test_the_steps_differ_from_each_other(results):  # else the comparisons above would show nothing about updates
+# else the comparisons above would show nothing about updates
+def test_the_steps_differ_from_each_other(results):
     for steps in results[1].values():
         assert steps[0][0] > steps[1][0] > steps[2][0]
 
@@ -61,7 +78,9 @@ def test_the_first_losses_equal_a_plain_model(results):
     for member in [m for pair in PAIRS for m in pair[:2]]:
         batch = build_micro_batch([member], [], indices=(0,), pad_id=0)
         logits = model(input_ids=batch.input_ids).logits[0]
-        total += torch.nn.functional.cross_entropy(logits[batch.rows], batch.labels, reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(
+            logits[batch.rows], batch.labels, reduction="sum"
+        ).item()
         count += batch.labels.numel()
     assert count == COUNTS.num_ntp_tokens
     assert found["3 untied 1 x 4"][0][0] == pytest.approx(total / count, rel=1e-5)
@@ -92,7 +111,8 @@ def test_scores_do_not_depend_on_the_number_of_ranks(results):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_no_thread_of_the_process_group_outlives_it(results, rank):
-    """One that drops the last reference to a tensor when Python is torn down aborts the process, though all its work is done."""
+    """One that drops the last reference to a tensor when Python is torn down aborts the process,
+    though all its work is done."""
     folder, _ = results
     left = (folder / f"2.threads-{rank}").read_text()
     assert "gloo" not in left and "tcpstore" not in left, left

@@ -1,6 +1,8 @@
-"""A training run that is stopped, damaged, or moved to other ranks goes on as if nothing had happened, or says why it does not.
+"""A training run that is stopped, damaged, or moved to other ranks goes on as if nothing had
+happened, or says why it does not.
 
-One set of real ranks runs all scenarios of `resume_worker.py`; the oracle is an undisturbed run of the same build.
+One set of real ranks runs all scenarios of `resume_worker.py`; the oracle is an undisturbed run of
+the same build.
 """
 
 import json
@@ -41,7 +43,9 @@ def assert_same(outcome, undisturbed):
 
 def stopped_after(outcome):
     """Returns the step after which a run was stopped, the same on all ranks."""
-    assert len(set(outcome["errors"])) == 1 and outcome["errors"][0].startswith("StoppedError: stopped after step "), outcome["errors"]
+    assert len(set(outcome["errors"])) == 1 and outcome["errors"][0].startswith(
+        "StoppedError: stopped after step "
+    ), outcome["errors"]
     return int(outcome["errors"][0].split("stopped after step ")[1].split(":")[0])
 
 
@@ -82,7 +86,9 @@ def test_every_damage_is_found_before_use_and_the_checkpoint_before_it_taken(two
 
 def test_a_checkpoint_vouches_for_the_outputs_before_it_too(two_ranks):
     assert_same(two_ranks["damaged_output"], two_ranks["undisturbed"])
-    assert {"step_000002.damaged", "step_000004.damaged"} <= set(two_ranks["damaged_output"]["left"])
+    assert {"step_000002.damaged", "step_000004.damaged"} <= set(
+        two_ranks["damaged_output"]["left"]
+    )
 
 
 def test_hints_junk_clocks_and_swapped_files(two_ranks):
@@ -97,11 +103,19 @@ def test_a_disk_that_fails_on_one_rank_is_one_error_on_all_and_nothing_is_lost(t
             assert_same(outcome, two_ranks["undisturbed"])
         else:
             assert len(set(outcome["errors"])) == 1, what
-            assert outcome["errors"][0].startswith("ArtifactError: the checkpoint of step 8 could not be"), outcome["errors"]
+            assert outcome["errors"][0].startswith(
+                "ArtifactError: the checkpoint of step 8 could not be"
+            ), outcome["errors"]
             assert outcome["steps"] == [6, 3], what
     for action, words in (("enospc", "No space left"), ("edquot", "quota"), ("erofs", "Read-only")):
         message = two_ranks["full_disk"][f"checkpoint.write 1 {action}"]["errors"][0]
-        assert words in message and "rank 1 on " in message and "_states.pt" in message and "MiB free" in message and "needed" in message
+        assert (
+            words in message
+            and "rank 1 on " in message
+            and "_states.pt" in message
+            and "MiB free" in message
+            and "needed" in message
+        )
 
 
 def test_a_real_file_system_that_is_full_leaves_the_checkpoint_before(two_ranks):
@@ -112,7 +126,10 @@ def test_a_real_file_system_that_is_full_leaves_the_checkpoint_before(two_ranks)
         message = outcome["errors"][0]
         assert outcome["errors"] == [message] * 2 and outcome["steps"] == [3], outcome["errors"]
         expected = "and its volume has 0." if tenth == "0" else "No space left on device"
-        assert message.startswith("ArtifactError: the checkpoint of step 6 could not be") and expected in message
+        assert (
+            message.startswith("ArtifactError: the checkpoint of step 6 could not be")
+            and expected in message
+        )
 
 
 def test_short_writes_are_completed(two_ranks):
@@ -148,8 +165,9 @@ def test_names_that_other_nodes_see_later_are_waited_for(two_ranks):
 
 
 def assert_elastic(data, monkeypatch, *, stage, precision, bound, sizes):
-    """Runs on every number of ranks of `sizes` take up what those before it have left; each is held against the undisturbed run
-    on as many ranks as it began on, from which only rounding may tell it."""
+    """Runs on every number of ranks of `sizes` take up what those before it have left; each is held
+    against the undisturbed run on as many ranks as it began on, from which only rounding may tell
+    it."""
     monkeypatch.setenv("DROPOUT", "0")  # its streams belong to ranks
     monkeypatch.setenv("PRECISION", precision)
     folder = data / f"elastic-{stage}-{precision}"
@@ -157,21 +175,36 @@ def assert_elastic(data, monkeypatch, *, stage, precision, bound, sizes):
     (folder / "data").symlink_to(data / "data")
     undisturbed, differences = {}, {}
     for num_ranks in sizes:
-        results = outcomes(folder, num_ranks, stage, "undisturbed", "two_checkpoints", "from_other_ranks")
+        results = outcomes(
+            folder, num_ranks, stage, "undisturbed", "two_checkpoints", "from_other_ranks"
+        )
         undisturbed[num_ranks] = results["undisturbed"]["lines"]
         for source, outcome in results["from_other_ranks"].items():
             lines = undisturbed[int(source)]
-            assert not any(outcome["errors"]) and [line["step"] for line in outcome["lines"]] == [line["step"] for line in lines]
-            differences[f"{source} to {num_ranks}"] = max(abs(a[NTP] - b[NTP]) for a, b in zip(outcome["lines"], lines, strict=True))
+            assert not any(outcome["errors"]) and [line["step"] for line in outcome["lines"]] == [
+                line["step"] for line in lines
+            ]
+            differences[f"{source} to {num_ranks}"] = max(
+                abs(a[NTP] - b[NTP]) for a, b in zip(outcome["lines"], lines, strict=True)
+            )
             # lam is a function of the plan alone: the same pairs in the same steps.
-            assert [line["mixup/lam (mean)"] for line in outcome["lines"]] == [line["mixup/lam (mean)"] for line in lines]
+            assert [line["mixup/lam (mean)"] for line in outcome["lines"]] == [
+                line["mixup/lam (mean)"] for line in lines
+            ]
     print(stage, precision, differences)
     assert len(differences) >= len(sizes) and max(differences.values()) <= bound, differences
 
 
-@pytest.mark.parametrize(("stage", "precision", "bound"), [(3, "fp32", 1e-6), pytest.param(3, "bf16", 5e-4, marks=TORTURE)])
-def test_other_numbers_of_ranks_go_on_with_the_same_examples(data, monkeypatch, stage, precision, bound):
-    assert_elastic(data, monkeypatch, stage=stage, precision=precision, bound=bound, sizes=(2, 1, 4))
+@pytest.mark.parametrize(
+    ("stage", "precision", "bound"),
+    [(3, "fp32", 1e-6), pytest.param(3, "bf16", 5e-4, marks=TORTURE)],
+)
+def test_other_numbers_of_ranks_go_on_with_the_same_examples(
+    data, monkeypatch, stage, precision, bound
+):
+    assert_elastic(
+        data, monkeypatch, stage=stage, precision=precision, bound=bound, sizes=(2, 1, 4)
+    )
 
 
 @pytest.fixture
@@ -183,25 +216,35 @@ def lora(data, tmp_path, monkeypatch):
 
 
 def test_adapters_are_taken_up_to_the_last_bit(lora, monkeypatch):
-    monkeypatch.setenv("PRECISION", "bf16")  # stage and precision of the recipes that fit one GPU; with dropout
+    # stage and precision of the recipes that fit one GPU; with dropout
+    monkeypatch.setenv("PRECISION", "bf16")
     results = outcomes(lora, 1, 1, "undisturbed", "stopped_twice")
     assert_same(results["stopped_twice"][-1], results["undisturbed"])
 
 
-def test_sharded_adapters_are_taken_up_too_on_other_ranks_but_not_beside_other_weights(lora, monkeypatch):
+def test_sharded_adapters_are_taken_up_too_on_other_ranks_but_not_beside_other_weights(
+    lora, monkeypatch
+):
     monkeypatch.setenv("DROPOUT", "0")  # its streams belong to ranks
     results = outcomes(lora, 2, 3, "undisturbed", "stopped_twice", "two_checkpoints", "other_base")
     assert_same(results["stopped_twice"][-1], results["undisturbed"])
     [message] = set(results["other_base"]["errors"])
-    assert message.startswith("ArtifactError: ") and "trained beside other weights than those that model.path now has" in message
+    assert (
+        message.startswith("ArtifactError: ")
+        and "trained beside other weights than those that model.path now has" in message
+    )
     [outcome] = outcomes(lora, 1, 3, "from_other_ranks")["from_other_ranks"].values()
     lines = results["undisturbed"]["lines"]
     assert not any(outcome["errors"])
-    assert [line[NTP] for line in outcome["lines"]] == [pytest.approx(line[NTP], abs=1e-6) for line in lines]
+    assert [line[NTP] for line in outcome["lines"]] == [
+        pytest.approx(line[NTP], abs=1e-6) for line in lines
+    ]
     assert lines[0][NTP] - lines[-1][NTP] > 1e-3  # what was not taken up would show
 
 
 @TORTURE
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_any_number_of_ranks_goes_on_after_any_other(data, monkeypatch, stage):
-    assert_elastic(data, monkeypatch, stage=stage, precision="fp32", bound=1e-6, sizes=(2, 1, 4, 3, 2))
+    assert_elastic(
+        data, monkeypatch, stage=stage, precision="fp32", bound=1e-6, sizes=(2, 1, 4, 3, 2)
+    )

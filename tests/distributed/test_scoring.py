@@ -1,5 +1,6 @@
-"""Scores equal a plain loop over the unmodified model, one example at a time, for any number of ranks and both ways to hold the
-model; scores made inside a training run equal scores of its checkpoints."""
+"""Scores equal a plain loop over the unmodified model, one example at a time, for any number of
+ranks and both ways to hold the model; scores made inside a training run equal scores of its
+checkpoints."""
 
 import json
 import shutil
@@ -53,18 +54,23 @@ def scored(tmp_path_factory):
 
 @torch.no_grad()
 def plain_loss(model, ids, mask):
-    """Returns the loss in nats over one example's response tokens, and whether each is the likeliest token."""
+    """Returns the loss in nats over one example's response tokens, and whether each is the
+    likeliest token."""
     logits = model(input_ids=torch.tensor([ids])).logits[0].double()
     at = [n for n in range(len(ids)) if mask[n]]
     log_p = torch.log_softmax(logits, dim=-1)
-    return -sum(log_p[n - 1, ids[n]].item() for n in at), all(int(logits[n - 1].argmax()) == ids[n] for n in at)
+    return -sum(log_p[n - 1, ids[n]].item() for n in at), all(
+        int(logits[n - 1].argmax()) == ids[n] for n in at
+    )
 
 
 @pytest.mark.parametrize("unit_examples", [3, 8])
 @pytest.mark.parametrize("way", ["replicated", "zero3"])
 @pytest.mark.parametrize("num_ranks", [1, 3])
 @pytest.mark.parametrize("model", MODELS)
-def test_scores_equal_a_plain_loop_over_the_unmodified_model(scored, model, num_ranks, way, unit_examples):
+def test_scores_equal_a_plain_loop_over_the_unmodified_model(
+    scored, model, num_ranks, way, unit_examples
+):
     expected, results = scored
     nll_sum, is_exact = results[num_ranks][f"{model} {way} {unit_examples}"]
     assert nll_sum == pytest.approx([loss for loss, _ in expected[model]], rel=1e-5)
@@ -75,7 +81,12 @@ def test_scores_equal_a_plain_loop_over_the_unmodified_model(scored, model, num_
 def test_units_cover_every_example_once_and_keep_to_the_budget(unit_examples):
     lengths = np.random.default_rng(0).integers(1, 60, 37)
     plan = WorkPlan(lengths, unit_examples, micro_batch_tokens=100)
-    seen = [int(i) for unit in range(plan.num_units) for piece in plan.micro_batches(unit) for i in piece]
+    seen = [
+        int(i)
+        for unit in range(plan.num_units)
+        for piece in plan.micro_batches(unit)
+        for i in piece
+    ]
     assert sorted(seen) == list(range(37))
     for unit in range(plan.num_units):
         for piece in plan.micro_batches(unit):
@@ -84,25 +95,37 @@ def test_units_cover_every_example_once_and_keep_to_the_budget(unit_examples):
     assert len(cut_by_length(lengths, micro_batch_tokens=10**6)) == 1
 
 
-OPTIONS = [*TINY, "train.epochs=3", "reference.num_checkpoints=3", "train.batch_size=16", "baseline.enabled=false"]
+OPTIONS = [
+    *TINY,
+    "train.epochs=3",
+    "reference.num_checkpoints=3",
+    "train.batch_size=16",
+    "baseline.enabled=false",
+]
 
 
 def tables(folder, *path):
     where = folder.joinpath("confidence", *path)
-    return pq.read_table(where / "perplexity.parquet").to_pandas(), pq.read_table(where / "confidence.parquet").to_pandas()
+    return (
+        pq.read_table(where / "perplexity.parquet").to_pandas(),
+        pq.read_table(where / "confidence.parquet").to_pandas(),
+    )
 
 
 @pytest.fixture(scope="module")
 def all_modes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("modes") / "run"
-    done = sftmix("run", QUICKSTART, *OPTIONS, f"run.dir={folder}", "confidence.compare=[live,online]")
+    done = sftmix(
+        "run", QUICKSTART, *OPTIONS, f"run.dir={folder}", "confidence.compare=[live,online]"
+    )
     return folder, done.stdout
 
 
 def test_live_scores_are_those_of_the_checkpoints(all_modes):
     folder, _ = all_modes
     (saved, _), (live, _) = tables(folder), tables(folder, "compared", "live")
-    assert saved.drop(columns="perplexity").equals(live.drop(columns="perplexity"))  # bit for bit: same weights, same batches
+    # bit for bit: same weights, same batches
+    assert saved.drop(columns="perplexity").equals(live.drop(columns="perplexity"))
 
 
 def test_online_scores_cover_every_epoch_and_rank_like_the_checkpoints(all_modes):
@@ -118,7 +141,8 @@ def test_scoring_inside_the_run_leaves_the_training_as_it_is(all_modes, tmp_path
     sftmix("data", QUICKSTART, *OPTIONS, f"run.dir={tmp_path / 'run'}")
     sftmix("reference", QUICKSTART, *OPTIONS, f"run.dir={tmp_path / 'run'}")
     plain, scored_too = (
-        sorted((folder / "reference" / "checkpoints").glob("*/model.safetensors")) for folder in (tmp_path / "run", all_modes[0])
+        sorted((folder / "reference" / "checkpoints").glob("*/model.safetensors"))
+        for folder in (tmp_path / "run", all_modes[0])
     )
     assert len(plain) == 3
     for a, b in zip(plain, scored_too, strict=True):
@@ -127,35 +151,54 @@ def test_scoring_inside_the_run_leaves_the_training_as_it_is(all_modes, tmp_path
 
 def test_the_first_epochs_of_online_scores_can_be_left_out(all_modes):
     folder, _ = all_modes
-    later = ["confidence.mode=online", "confidence.compare=[checkpoints,live]", "confidence.online_from_epoch=2"]
+    later = [
+        "confidence.mode=online",
+        "confidence.compare=[checkpoints,live]",
+        "confidence.online_from_epoch=2",
+    ]
     shutil.copytree(folder, copy_of := folder.with_name("later"))
     sftmix("score", QUICKSTART, *OPTIONS, f"run.dir={copy_of}", *later, "--force")
     _, everything = tables(folder, "compared", "online")
     perplexities, mean = tables(copy_of)
     assert sorted(set(perplexities["checkpoint"])) == [8, 12]
     expected = -perplexities.groupby("example_id")["perplexity"].mean()
-    assert np.allclose(mean.set_index("example_id")["confidence"].loc[expected.index], expected, rtol=1e-12)
+    assert np.allclose(
+        mean.set_index("example_id")["confidence"].loc[expected.index], expected, rtol=1e-12
+    )
     assert not np.allclose(mean["confidence"], everything["confidence"])
     too_late = [*later[:2], "confidence.online_from_epoch=4", "--force"]
     refused = sftmix("score", QUICKSTART, *OPTIONS, f"run.dir={copy_of}", *too_late, check=False)
-    assert refused.returncode == 2 and "`confidence.online_from_epoch` is 4, and the last epoch of the reference run is 3" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "`confidence.online_from_epoch` is 4, and the last epoch of the reference run is 3"
+        in refused.stderr
+    )
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_online_scores_are_the_losses_of_the_weights_that_saw_the_batch(tmp_path, num_ranks):
-    """With a learning rate that moves nothing they are the losses of the first weights, in every epoch and on any rank."""
-    options = [*OPTIONS, f"run.dir={tmp_path / 'run'}", "train.learning_rate=1e-30", f"engine.num_processes={num_ranks}"]
+    """With a learning rate that moves nothing they are the losses of the first weights, in every
+    epoch and on any rank."""
+    options = [
+        *OPTIONS,
+        f"run.dir={tmp_path / 'run'}",
+        "train.learning_rate=1e-30",
+        f"engine.num_processes={num_ranks}",
+    ]
     sftmix("data", QUICKSTART, *options)
     sftmix("reference", QUICKSTART, *options, "confidence.mode=online", "confidence.compare=[live]")
     sftmix("score", QUICKSTART, *options, "confidence.mode=online", "confidence.compare=[live]")
-    assert not (tmp_path / "run" / "reference" / "checkpoints").exists()  # nothing is saved that no mode reads
+    # nothing is saved that no mode reads
+    assert not (tmp_path / "run" / "reference" / "checkpoints").exists()
     (online, _), (live, _) = tables(tmp_path / "run"), tables(tmp_path / "run", "compared", "live")
     np.testing.assert_allclose(online["nll_sum"], live["nll_sum"], rtol=1e-5)
 
 
 def test_given_models_take_the_place_of_a_reference_run(all_modes, tmp_path):
     folder, _ = all_modes
-    checkpoints = [str(path) for path in sorted((folder / "reference" / "checkpoints").iterdir())[1:]]
+    checkpoints = [
+        str(path) for path in sorted((folder / "reference" / "checkpoints").iterdir())[1:]
+    ]
     models = "confidence.models=[" + ", ".join(f"{{path: {path}}}" for path in checkpoints) + "]"
     done = sftmix("run", QUICKSTART, *OPTIONS, f"run.dir={tmp_path / 'run'}", models)
     assert not (tmp_path / "run" / "reference").exists() and "reference" not in done.stdout
@@ -170,11 +213,23 @@ def test_a_published_table_takes_the_place_of_scoring(all_modes, tmp_path):
     shutil.copytree(folder / "confidence", tmp_path / "table")
     options = [*OPTIONS, f"run.dir={tmp_path / 'run'}", f"confidence.scores={tmp_path / 'table'}"]
     done = sftmix("run", QUICKSTART, *options)
-    assert "reference" not in [line.split()[1] for line in done.stdout.splitlines() if line.startswith("[")]
-    ours, theirs = (pq.read_table(where / "pairing" / "split.parquet").to_pydict() for where in (tmp_path / "run", folder))
+    assert "reference" not in [
+        line.split()[1] for line in done.stdout.splitlines() if line.startswith("[")
+    ]
+    ours, theirs = (
+        pq.read_table(where / "pairing" / "split.parquet").to_pydict()
+        for where in (tmp_path / "run", folder)
+    )
     assert ours == theirs
-    options = [*options, "data.generator={num_train: 60, num_held_out: 12, noisy_share: 0.2}", f"run.dir={tmp_path / 'other'}"]
+    options = [
+        *options,
+        "data.generator={num_train: 60, num_held_out: 12, noisy_share: 0.2}",
+        f"run.dir={tmp_path / 'other'}",
+    ]
     refused = sftmix("run", QUICKSTART, *options, check=False)
-    assert refused.returncode == 2 and "allow_differences=[tokenizer]" in refused.stderr  # trained on the data: it changed with it
-    refused = sftmix("run", QUICKSTART, *options, "confidence.allow_differences=[tokenizer]", check=False)
+    # trained on the data: it changed with it
+    assert refused.returncode == 2 and "allow_differences=[tokenizer]" in refused.stderr
+    refused = sftmix(
+        "run", QUICKSTART, *options, "confidence.allow_differences=[tokenizer]", check=False
+    )
     assert refused.returncode == 2 and "scores_that_do_not_fit.jsonl" in refused.stderr

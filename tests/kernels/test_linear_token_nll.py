@@ -12,34 +12,52 @@ def test_equals_cross_entropy_on_all_logits(backend, transform, rows_per_chunk, 
     monkeypatch.setattr(module, "WORKSPACE_BYTES", rows_per_chunk * 13 * 8)
     monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 2)
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(9, 4, generator=generator).double(), torch.randn(13, 4, generator=generator).double()
-    bias, labels = torch.randn(13, generator=generator).double(), torch.randint(13, (9,), generator=generator)
+    hidden, weight = (
+        torch.randn(9, 4, generator=generator).double(),
+        torch.randn(13, 4, generator=generator).double(),
+    )
+    bias, labels = (
+        torch.randn(13, generator=generator).double(),
+        torch.randint(13, (9,), generator=generator),
+    )
     labels[3] = -100
     logits = (hidden @ weight.T + bias) * transform.get("logit_scale", 1.0)
     cap = transform.get("logit_softcap")
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    nll, match = linear_token_nll_and_match(hidden, weight, labels, bias, **transform, backend=backend)
+    nll, match = linear_token_nll_and_match(
+        hidden, weight, labels, bias, **transform, backend=backend
+    )
     assert torch.allclose(nll, expected.float(), rtol=1e-6)
     assert nll[3] == 0 and not match[3]
     assert torch.equal(match, logits.argmax(dim=1) == labels)
-    assert torch.equal(nll, linear_token_nll(hidden, weight, labels, bias, **transform, backend=backend))
+    assert torch.equal(
+        nll, linear_token_nll(hidden, weight, labels, bias, **transform, backend=backend)
+    )
 
 
 def test_no_rows():
-    assert linear_token_nll(torch.zeros(0, 4), torch.ones(5, 4), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+    assert linear_token_nll(
+        torch.zeros(0, 4), torch.ones(5, 4), torch.zeros(0, dtype=torch.int64)
+    ).shape == (0,)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_losses_are_float32_and_match_is_false_where_another_token_is_likelier(backend, dtype):
     if backend == "triton" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter computes bfloat16 wrongly; tests/kernels/test_gpu.py has it")
+        pytest.skip(
+            "Triton's interpreter computes bfloat16 wrongly; tests/kernels/test_gpu.py has it"
+        )
     weight = torch.eye(4, dtype=dtype)
     hidden = torch.tensor([[0.0, 3.0, 1.0, 0.0], [2.0, 0.0, 0.0, 1.0]], dtype=dtype)
     nll, match = linear_token_nll_and_match(hidden, weight, torch.tensor([1, 3]), backend=backend)
     assert nll.dtype == torch.float32 and match.tolist() == [True, False]
-    assert torch.allclose(nll, torch.nn.functional.cross_entropy(hidden.float(), torch.tensor([1, 3]), reduction="none"), rtol=1e-5)
+    assert torch.allclose(
+        nll,
+        torch.nn.functional.cross_entropy(hidden.float(), torch.tensor([1, 3]), reduction="none"),
+        rtol=1e-5,
+    )
 
 
 def test_compiled_in_one_graph_it_is_the_same():

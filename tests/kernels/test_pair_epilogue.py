@@ -17,8 +17,8 @@ IGNORED = -100
 
 
 def draw(num_rows=7, num_pairs=2, vocab_size=13, dtype=torch.float64, seed=0):
-    """Unequal weights, so that a dropped or mistaken factor shows; the row maxima stand in the last tile, so that the
-    running sums must be rescaled."""
+    """Unequal weights, so that a dropped or mistaken factor shows; the row maxima stand in the last
+    tile, so that the running sums must be rescaled."""
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(num_rows, vocab_size, generator=generator, dtype=torch.float64)
     logits[:, -1] = logits.max() + 1 + torch.arange(num_rows)
@@ -39,7 +39,9 @@ def run(version, inputs, **options):
 
 def assert_equal(version, inputs, tolerance=1e-12, **options):
     expected = run(pair_epilogue_reference, inputs, **options)
-    for name, ours, theirs in zip(("nll", "mixup", "gradient"), run(version, inputs, **options), expected, strict=True):
+    for name, ours, theirs in zip(
+        ("nll", "mixup", "gradient"), run(version, inputs, **options), expected, strict=True
+    ):
         assert torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance), name
 
 
@@ -54,7 +56,12 @@ CASES = {
     "one past a tile": {"vocab_size": 17},
     "several tiles and a rest": {"vocab_size": 71},
 }
-TRANSFORMS = {"none": {}, "scale": {"logit_scale": 0.3}, "cap": {"logit_softcap": 3.0}, "both": {"logit_scale": 0.3, "logit_softcap": 3.0}}
+TRANSFORMS = {
+    "none": {},
+    "scale": {"logit_scale": 0.3},
+    "cap": {"logit_softcap": 3.0},
+    "both": {"logit_scale": 0.3, "logit_softcap": 3.0},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +80,10 @@ def test_losses_and_gradients_equal_autograd(case, transform, version):
 @pytest.mark.parametrize("share", [0.0, 1.0, 0.5, 1e-7, 1 - 1e-7])
 def test_any_share(share, version):
     inputs = draw()
-    assert_equal(VERSIONS[version], {**inputs, "lam": torch.full_like(inputs["lam"], share, dtype=torch.float64)})
+    assert_equal(
+        VERSIONS[version],
+        {**inputs, "lam": torch.full_like(inputs["lam"], share, dtype=torch.float64)},
+    )
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -82,7 +92,8 @@ def test_a_tile_of_masked_out_tokens_has_no_part(version):
     inputs["labels"] = inputs["labels"].clamp(min=20)
     narrow = {**inputs, "logits": inputs["logits"][:, 20:].clone(), "labels": inputs["labels"] - 20}
     expected = run(pair_epilogue_reference, narrow)
-    inputs["logits"][:, :20] = -float("inf")  # all of the first tile, with which the running maximum begins
+    # all of the first tile, with which the running maximum begins
+    inputs["logits"][:, :20] = -float("inf")
     nll, mixup, gradient = run(VERSIONS[version], inputs)
     for a, b in zip((nll, mixup, gradient[:, 20:]), expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
@@ -97,7 +108,8 @@ def test_ignored_rows_leave_exact_zeros(ignored, version):
     assert_equal(VERSIONS[version], inputs)
     nll, mixup, gradient = run(VERSIONS[version], inputs)
     assert not nll[ignored].any()
-    alone = [row for row in ignored if row >= 4]  # a paired row has no mixed part either, as its partner is not mixed
+    # a paired row has no mixed part either, as its partner is not mixed
+    alone = [row for row in ignored if row >= 4]
     assert not gradient[[*ignored, *alone]].any()
     assert (mixup == 0).tolist() == [bool({0, 1} & set(ignored)), bool({2, 3} & set(ignored))]
 
@@ -129,7 +141,8 @@ def test_equal_labels_do_not_depend_on_lam_in_the_target(version):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_confident_tokens_keep_their_gradient(version):
     inputs = draw(dtype=torch.float32)
-    inputs["logits"][torch.arange(7), inputs["labels"]] += 9.0  # p within 1e-4 of 1: p - 1 must be formed in float32
+    # p within 1e-4 of 1: p - 1 must be formed in float32
+    inputs["logits"][torch.arange(7), inputs["labels"]] += 9.0
     exact = {**inputs, "logits": inputs["logits"].double()}
     truth = run(pair_epilogue_reference, exact)[2]
     error = (run(VERSIONS[version], inputs)[2] - truth).norm() / truth.norm()
@@ -141,7 +154,11 @@ def test_confident_tokens_keep_their_gradient(version):
 def test_low_precision_is_as_close_to_float64_as_autograd(dtype, version):
     inputs = draw(vocab_size=71, dtype=dtype)
     exact = {**inputs, "logits": inputs["logits"].double()}
-    truth, definition, ours = run(pair_epilogue_reference, exact), run(pair_epilogue_reference, inputs), run(VERSIONS[version], inputs)
+    truth, definition, ours = (
+        run(pair_epilogue_reference, exact),
+        run(pair_epilogue_reference, inputs),
+        run(VERSIONS[version], inputs),
+    )
     one_ulp = torch.finfo(torch.float32).eps * inputs["logits"].abs().max().item()
     for t, d, o in zip(truth, definition, ours, strict=True):
         assert (o - t).abs().max() <= 2 * (d - t).abs().max() + one_ulp
@@ -150,7 +167,10 @@ def test_low_precision_is_as_close_to_float64_as_autograd(dtype, version):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_losses_are_the_same_when_no_gradient_is_wanted(version):
     inputs = draw()
-    with_gradient, without = run(VERSIONS[version], inputs), run(VERSIONS[version], inputs, want_gradient=False)
+    with_gradient, without = (
+        run(VERSIONS[version], inputs),
+        run(VERSIONS[version], inputs, want_gradient=False),
+    )
     assert torch.equal(with_gradient[0], without[0]) and torch.equal(with_gradient[1], without[1])
 
 
@@ -159,7 +179,8 @@ def test_rows_far_apart_in_memory_are_found():
     inputs = draw(num_rows=2, num_pairs=1)
     if DEVICE == "cpu":
         stride = 2**31 // 8 + 16
-        storage = torch.empty(1, dtype=torch.float64)  # as_strided over a sparse file keeps this free of real memory
+        # as_strided over a sparse file keeps this free of real memory
+        storage = torch.empty(1, dtype=torch.float64)
         import tempfile
 
         with tempfile.NamedTemporaryFile() as file:
@@ -169,34 +190,51 @@ def test_rows_far_apart_in_memory_are_found():
             far.copy_(inputs["logits"])
             near = run(pair_epilogue, inputs)
             nll, mixup = pair_epilogue(**{**inputs, "logits": far})
-            assert torch.equal(nll.double(), near[0]) and torch.equal(mixup.double(), near[1]) and torch.equal(far, near[2])
+            assert (
+                torch.equal(nll.double(), near[0])
+                and torch.equal(mixup.double(), near[1])
+                and torch.equal(far, near[2])
+            )
 
 
 def test_triton_without_a_gpu_is_refused_with_the_remedy():
     if DEVICE == "cuda":
         pytest.skip("there is a GPU")
     code = (
-        "import torch; from sftmix.kernels.fused_linear_mixup_cross_entropy import fused_linear_mixup_cross_entropy as f;"
-        "f(torch.ones(2, 3), torch.ones(5, 3), torch.zeros(2, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.int64),"
-        " torch.zeros(0), backend='triton')"
+        "import torch; from sftmix.kernels.fused_linear_mixup_cross_entropy import"
+        " fused_linear_mixup_cross_entropy as f;f(torch.ones(2, 3), torch.ones(5, 3),"
+        " torch.zeros(2, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0),"
+        " backend='triton')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}, check=False)
-    assert done.returncode == 1 and "needs a GPU" in done.stderr and 'Use backend="torch"' in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin"},
+        check=False,
+    )
+    assert (
+        done.returncode == 1
+        and "needs a GPU" in done.stderr
+        and 'Use backend="torch"' in done.stderr
+    )
 
 
 BEYOND_INT32 = """
 import torch
 from sftmix.kernels.pair_epilogue_triton import pair_epilogue
 torch.manual_seed(0)
-STRIDE = 2**30  # the third row begins at 2**31: a row number times a stride in 32 bits would be negative
+STRIDE = 2**30  # the third row begins at 2**31: in 32 bits its offset would be negative
 try:
-    storage = torch.empty(4 * STRIDE, dtype=torch.float16)  # address space; only the rows' own pages are ever touched
+    # Address space: only the rows' own pages are ever touched.
+    storage = torch.empty(4 * STRIDE, dtype=torch.float16)
 except RuntimeError as error:
     print("SKIP", error)
     raise SystemExit
 one = torch.ones(())
 for num_pairs in (2, 0):
-    compact, labels, lam = torch.randn(4, 9).half(), torch.tensor([1, 0, 8, 3]), torch.rand(num_pairs)
+    compact, labels = torch.randn(4, 9).half(), torch.tensor([1, 0, 8, 3])
+    lam = torch.rand(num_pairs)
     spread = storage.as_strided((4, 9), (STRIDE, 1)).copy_(compact)
     results = [pair_epilogue(logits, labels, lam, one, one) for logits in (compact, spread)]
     assert all(torch.equal(a, b) for a, b in zip(*results)) and torch.equal(compact, spread)
@@ -205,7 +243,13 @@ for num_pairs in (2, 0):
 
 def test_rows_beyond_two_to_the_31_elements():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", BEYOND_INT32], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", BEYOND_INT32],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     if done.stdout.startswith("SKIP"):
         pytest.skip(f"no 8 GiB of address space: {done.stdout}")
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-1000:]}"

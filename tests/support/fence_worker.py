@@ -1,7 +1,7 @@
 """A process that claims a run folder: FOLDER hold|still|race [HOST].
 
-hold: claims, prints the attempt and renews its lease until its input ends.  still: the same without renewing.
-race: waits for a line, then claims as `hold` does; prints the error where it is refused.
+hold: claims, prints the attempt and renews its lease until its input ends.  still: the same without
+renewing. race: waits for a line, then claims as `hold` does; prints the error where it is refused.
 """
 
 import socket

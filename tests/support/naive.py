@@ -1,4 +1,5 @@
-"""The method as the paper writes it, on an unmodified Hugging Face model, and its inputs: the oracle of the loss.
+"""The method as the paper writes it, on an unmodified Hugging Face model, and its inputs: the
+oracle of the loss.
 
 Two forwards, mixed hidden states, one-hot labels, autograd, float64.
 """
@@ -22,7 +23,9 @@ def make_model(name):
     config = AutoConfig.for_model(**settings)
     torch.manual_seed(0)
     options = {"experts_implementation": "eager"} if "moe" in name else {}
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float64, **options)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float64, **options
+    )
     with torch.no_grad():
         for parameter in model.parameters():  # away from zero biases and equal norms
             parameter.add_(0.1 * torch.randn(parameter.shape, dtype=torch.float64))
@@ -40,16 +43,20 @@ def make_examples():
 
 
 def hidden_before_head(model, ids):
-    """Runs the unmodified model on one unpadded sequence; returns what its head is given, and its logits."""
+    """Runs the unmodified model on one unpadded sequence; returns what its head is given, and its
+    logits."""
     seen = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
     output = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None])
     hook.remove()
     return seen[0][0], output.logits[0]
 
 
 def naive_loss(model, examples, transform):
-    """The method as the paper writes it: means over all response tokens, and over all mixed positions."""
+    """The method as the paper writes it: means over all response tokens, and over all mixed
+    positions."""
 
     def finished(logits):
         logits = logits * transform.get("scale", 1.0)
@@ -68,7 +75,9 @@ def naive_loss(model, examples, transform):
     for c, u, share in PARTNERS:
         n = min(len(hidden[c]), len(hidden[u]))
         lam = float(np.float32(share))
-        mixed = finished(model.get_output_embeddings()(lam * hidden[c][:n] + (1 - lam) * hidden[u][:n]))
+        mixed = finished(
+            model.get_output_embeddings()(lam * hidden[c][:n] + (1 - lam) * hidden[u][:n])
+        )
         target = lam * labels[c][:n] + (1 - lam) * labels[u][:n]
         mixup.append(torch.nn.functional.cross_entropy(mixed, target, reduction="sum"))
         count += n
@@ -77,13 +86,15 @@ def naive_loss(model, examples, transform):
 
 
 def naive_mixup_of_inputs(model, examples):
-    """Each pair's sequence written out position by position, aligned at the first response token."""
+    """Each pair's sequence written out position by position, aligned at the first response
+    token."""
     table = model.get_input_embeddings()
     losses = []
     for c, u, share in PARTNERS:
         lam = float(np.float32(share))
         members = [
-            (torch.from_numpy(ids.astype(np.int64)), int(mask.argmax()), int(mask.sum())) for ids, mask in (examples[c], examples[u])
+            (torch.from_numpy(ids.astype(np.int64)), int(mask.argmax()), int(mask.sum()))
+            for ids, mask in (examples[c], examples[u])
         ]
         (ids_c, start_c, n_c), (ids_u, start_u, n_u) = members
         n, prompt = min(n_c, n_u), max(start_c, start_u)
@@ -96,10 +107,14 @@ def naive_mixup_of_inputs(model, examples):
                 sequence.append(table(ids_c[at_c]))
             else:
                 sequence.append(lam * table(ids_c[at_c]) + (1 - lam) * table(ids_u[at_u]))
-        log_p = torch.log_softmax(model(inputs_embeds=torch.stack(sequence)[None]).logits[0, prompt - 1 :], dim=-1)
+        log_p = torch.log_softmax(
+            model(inputs_embeds=torch.stack(sequence)[None]).logits[0, prompt - 1 :], dim=-1
+        )
         assert len(log_p) == n
         for k in range(n):
-            losses.append(-lam * log_p[k, ids_c[start_c + k]] - (1 - lam) * log_p[k, ids_u[start_u + k]])
+            losses.append(
+                -lam * log_p[k, ids_c[start_c + k]] - (1 - lam) * log_p[k, ids_u[start_u + k]]
+            )
     return sum(losses) / len(losses)
 
 

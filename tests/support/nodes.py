@@ -1,4 +1,5 @@
-"""Nodes for tests: an `ssh` that runs its command on this machine, in /, with an environment of its own, as a login there would."""
+"""Nodes for tests: an `ssh` that runs its command on this machine, in /, with an environment of its
+own, as a login there would."""
 
 import os
 import sys
@@ -24,8 +25,10 @@ if child:
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256)
 os.setsid()
 os.chdir("/")
-environment = {name: os.environ[name] for name in ("PATH", "SSH_LOG", "PYTHONDONTWRITEBYTECODE") if name in os.environ}
-os.execvpe("sh", ["sh", "-c", "(eval \\"$0\\"); exit $?", command],  # a shell between, as sshd is: no launcher that ranks would miss
+names = ("PATH", "SSH_LOG", "PYTHONDONTWRITEBYTECODE")
+environment = {name: os.environ[name] for name in names if name in os.environ}
+# A shell between, as sshd is: no launcher that ranks would miss.
+os.execvpe("sh", ["sh", "-c", "(eval \\"$0\\"); exit $?", command],
             {**environment, "HOME": "/nowhere", "NODE": host})
 """
 
@@ -38,6 +41,10 @@ def script(folder: Path, name: str, code: str) -> None:
 
 
 def nodes_on_this_machine(folder: Path) -> dict[str, str]:
-    """Returns variables for whoever is to find these nodes; what ssh was asked is in `folder`/ssh.log."""
+    """Returns variables for whoever is to find these nodes; what ssh was asked is in
+    `folder`/ssh.log."""
     script(folder / "bin", "ssh", SSH)
-    return {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "SSH_LOG": str(folder / "ssh.log")}
+    return {
+        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "SSH_LOG": str(folder / "ssh.log"),
+    }

@@ -1,4 +1,5 @@
-"""Four pairs whose response lengths differ much, between and within pairs, and models and a tokenizer for them."""
+"""Four pairs whose response lengths differ much, between and within pairs, and models and a
+tokenizer for them."""
 
 import json
 from pathlib import Path
@@ -34,19 +35,27 @@ COUNTS = StepCounts(2 + 9 + 1 + 3 + 25 + 4 + 2 + 2, 2 + 1 + 4 + 2)
 def micro_batch(numbers, *, mixes_inputs=False):
     examples = [member for n in numbers for member in PAIRS[n][:2]]
     partners = [(2 * place, 2 * place + 1, PAIRS[n][2]) for place, n in enumerate(numbers)]
-    return build_micro_batch(examples, partners, indices=tuple(range(len(examples))), pad_id=0, mixes_inputs=mixes_inputs)
+    return build_micro_batch(
+        examples, partners, indices=tuple(range(len(examples))), pad_id=0, mixes_inputs=mixes_inputs
+    )
 
 
 def results_of(worker: Path, folder: Path, numbers_of_ranks: tuple[int, ...] = (1, 2)) -> dict:
-    """Runs a worker on each number of ranks, on a folder with `tokenizer/` and the models `tied/` and
-    `untied/`; returns what they wrote."""
+    """Runs a worker on each number of ranks, on a folder with `tokenizer/` and the models `tied/`
+    and `untied/`; returns what they wrote."""
     character_tokenizer(chat_template=ALPACA).save_pretrained(folder / "tokenizer")
     for name in ("tied", "untied"):
         torch.manual_seed(1)
         config = AutoConfig.for_model(
-            "llama", vocab_size=99, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=64, tie_word_embeddings=name == "tied",
-        )  # fmt: skip
+            "llama",
+            vocab_size=99,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=name == "tied",
+        )
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
     found = {}
     for num_ranks in numbers_of_ranks:

@@ -1,7 +1,8 @@
-"""Trains every architecture of a file, shrunk, for two steps through the real engine, in one process.
+"""Trains every architecture of a file, shrunk, for two steps through the real engine, in one
+process.
 
-Arguments: a JSON file of name -> {architecture, lora, zero_stage}; a folder with `tokenizer/`; a file to write; DeepSpeed JSONs,
-used in turn.
+Arguments: a JSON file of name -> {architecture, lora, zero_stage}; a folder with `tokenizer/`; a
+file to write; DeepSpeed JSONs, used in turn.
 """
 
 import json
@@ -33,8 +34,14 @@ def config_for(architecture, lora, zero_stage, deepspeed_json):
             "model": {"architecture": architecture, "lora": lora},
             "tokenizer": {"path": str(folder / "tokenizer")},
             "data": {"generator": {}},
-            "train": {"learning_rate": 1e-3, "weight_decay": 0},  # what moves, moves by its gradient
-            "engine": {"zero_stage": zero_stage, "precision": "fp32", "activation_checkpointing": True, **deepspeed},
+            # what moves, moves by its gradient
+            "train": {"learning_rate": 1e-3, "weight_decay": 0},
+            "engine": {
+                "zero_stage": zero_stage,
+                "precision": "fp32",
+                "activation_checkpointing": True,
+                **deepspeed,
+            },
         }
     )
 
@@ -47,19 +54,32 @@ def train_two_steps(deepspeed_json, **described):
     for step in (1, 2):
         engine.start_step(seed=0, step=step)
         for number, pairs in enumerate(([0, 1], [2, 3]), start=1):
-            loss = engine.forward_backward(micro_batch(pairs), COUNTS, Objective(0.2), is_last=number == 2)
+            loss = engine.forward_backward(
+                micro_batch(pairs), COUNTS, Objective(0.2), is_last=number == 2
+            )
             losses.append([loss.ntp.item(), loss.mixup.item(), loss.auxiliary.item()])
         engine.step(learning_rate=1e-3)
-    moved = {name: (tensor - before[name]).abs().max().item() for name, tensor in engine.named_tensors()}
+    moved = {
+        name: (tensor - before[name]).abs().max().item() for name, tensor in engine.named_tensors()
+    }
     transform = engine.module.projection.transform
     found = {
         "class": type(engine.module.model).__name__,
-        "is_tied": engine.module.projection.weight is engine.module.model.get_input_embeddings().weight,
+        "is_tied": (
+            engine.module.projection.weight is engine.module.model.get_input_embeddings().weight
+        ),
         "softcap": transform.softcap,
         "scale": transform.scale,
         "losses": losses,
-        "is_finite": all(math.isfinite(value) for row in losses for value in row) and all(math.isfinite(value) for value in moved.values()),
-        "unmoved": sorted(name for name, change in moved.items() if change == 0 and torch.is_floating_point(before[name])),
+        "is_finite": (
+            all(math.isfinite(value) for row in losses for value in row)
+            and all(math.isfinite(value) for value in moved.values())
+        ),
+        "unmoved": sorted(
+            name
+            for name, change in moved.items()
+            if change == 0 and torch.is_floating_point(before[name])
+        ),
         "names": sorted(moved),
         "num_trained": engine.num_trained_parameters,
     }

@@ -1,4 +1,5 @@
-"""Starts the reference stage of a tiny run through the real command and its launcher, looks at what is left of it, and completes it."""
+"""Starts the reference stage of a tiny run through the real command and its launcher, looks at what
+is left of it, and completes it."""
 
 import hashlib
 import os
@@ -13,29 +14,78 @@ from tiny import TINY
 from sftmix.train.log import read_metrics
 
 QUICKSTART = "configs/quickstart.yaml"
-OPTIONS = [*TINY, "reference.num_checkpoints=2", "checkpoint.every_steps=1", "checkpoint.keep_last=2", "limits.silent_seconds=5"]
+OPTIONS = [
+    *TINY,
+    "reference.num_checkpoints=2",
+    "checkpoint.every_steps=1",
+    "checkpoint.keep_last=2",
+    "limits.silent_seconds=5",
+]
 PATIENCE = 120  # seconds until a process that does not end counts as hanging
 SITES = [
-    "checkpoint.write", "checkpoint.flush", "checkpoint.agree", "checkpoint.manifest", "checkpoint.rename", "checkpoint.latest",
-    "checkpoint.retention", "checkpoint.removal", "resume.load", "train.step", "publish.manifest", "publish.rename",
-]  # fmt: skip
-MAIN_ONLY = ("checkpoint.manifest", "checkpoint.rename", "checkpoint.latest", "checkpoint.re", "publish")
+    "checkpoint.write",
+    "checkpoint.flush",
+    "checkpoint.agree",
+    "checkpoint.manifest",
+    "checkpoint.rename",
+    "checkpoint.latest",
+    "checkpoint.retention",
+    "checkpoint.removal",
+    "resume.load",
+    "train.step",
+    "publish.manifest",
+    "publish.rename",
+]
+MAIN_ONLY = (
+    "checkpoint.manifest",
+    "checkpoint.rename",
+    "checkpoint.latest",
+    "checkpoint.re",
+    "publish",
+)
 
 
 def reference(folder, num_ranks, *more, **options):
-    return sftmix("reference", QUICKSTART, *OPTIONS, f"run.dir={folder}", f"engine.num_processes={num_ranks}", *more, **options)
+    return sftmix(
+        "reference",
+        QUICKSTART,
+        *OPTIONS,
+        f"run.dir={folder}",
+        f"engine.num_processes={num_ranks}",
+        *more,
+        **options,
+    )
 
 
 def begin(folder, num_ranks, *more, fault=None):
     """Starts the same in the background, in a process group of its own."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+    }
     if fault is not None:
         environment["SFTMIX_FAULT"] = fault
-    command = [sys.executable, "-m", "sftmix.cli", "reference", QUICKSTART, *OPTIONS, f"run.dir={folder}", *more]
+    command = [
+        sys.executable,
+        "-m",
+        "sftmix.cli",
+        "reference",
+        QUICKSTART,
+        *OPTIONS,
+        f"run.dir={folder}",
+        *more,
+    ]
     return subprocess.Popen(
         [*command, f"engine.num_processes={num_ranks}"],
-        env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def result_of(folder):
@@ -43,7 +93,9 @@ def result_of(folder):
     lines = read_metrics(folder / "reference" / "metrics.jsonl")
     models = sorted((folder / "reference" / "checkpoints").glob("*/model.safetensors"))
     digests = {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in models}
-    return [(line["step"], line["loss/ntp (nats/token)"], line["grad_norm"]) for line in lines], digests
+    return [
+        (line["step"], line["loss/ntp (nats/token)"], line["grad_norm"]) for line in lines
+    ], digests
 
 
 def wait_for(condition, what):
@@ -68,15 +120,24 @@ def processes_of(folder):
 
 
 def pids_of(folder, word):
-    return [pid for pid, command in processes_of(folder).items() if word in command.split("run.dir=")[0]]
+    return [
+        pid for pid, command in processes_of(folder).items() if word in command.split("run.dir=")[0]
+    ]
 
 
 def ranks_of(folder):
-    return [pid for pid in pids_of(folder, "launch/run.py") if "deepspeed" not in processes_of(folder).get(pid, "deepspeed")]
+    return [
+        pid
+        for pid in pids_of(folder, "launch/run.py")
+        if "deepspeed" not in processes_of(folder).get(pid, "deepspeed")
+    ]
 
 
 def saved_step(folder):
-    steps = [int(path.parent.name[5:]) for path in folder.glob("work/reference/checkpoints/step_*/manifest.json")]
+    steps = [
+        int(path.parent.name[5:])
+        for path in folder.glob("work/reference/checkpoints/step_*/manifest.json")
+    ]
     return max(steps, default=0)
 
 
@@ -85,12 +146,14 @@ def assert_nothing_left(folder):
 
 
 def assert_completed(folder, undisturbed, num_ranks, *more):
-    """The same command completes the run, with the result of an undisturbed one; something was taken up if it was saved."""
+    """The same command completes the run, with the result of an undisturbed one; something was
+    taken up if it was saved."""
     saved = saved_step(folder)
     again = reference(folder, num_ranks, *more, check=False)
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
     assert result_of(folder) == undisturbed(num_ranks)
-    assert "Set aside" not in again.stdout  # a kill leaves nothing half done under a checkpoint's name
+    # a kill leaves nothing half done under a checkpoint's name
+    assert "Set aside" not in again.stdout
     if saved:
         assert f"resumed after step {saved}" in again.stdout
     assert not list((folder / "work").glob("*")) and not list(folder.glob(".*"))

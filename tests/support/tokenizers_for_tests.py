@@ -1,4 +1,5 @@
-"""A tokenizer whose tokens can be counted by hand: one per character, and the special tokens of a template."""
+"""A tokenizer whose tokens can be counted by hand: one per character, and the special tokens of a
+template."""
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -7,7 +8,8 @@ CHARACTERS = [chr(c) for c in range(32, 127)] + ["\n"]
 
 
 def character_tokenizer(special_tokens=(), *, bos="<s>", eos="</s>", chat_template=None):
-    """Returns a fast tokenizer: id 0 unknown, then bos, eos, the special tokens, then printable ASCII and newline."""
+    """Returns a fast tokenizer: id 0 unknown, then bos, eos, the special tokens, then printable
+    ASCII and newline."""
     specials = ["<unk>", bos, eos, *[t for t in special_tokens if t not in (bos, eos)]]
     vocabulary = {token: number for number, token in enumerate([*specials, *CHARACTERS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

@@ -1,7 +1,8 @@
-"""One rank under watch, told what to do by the lines of its input (the cases at the end of this file).
+"""One rank under watch, told what to do by the lines of its input (the cases at the end of this
+file).
 
-FOLDER RANK WORLD PORT TOKEN [name=value ...] of Watch's seconds, `place=NAME` for a machine of its own. Rank 0
-takes any port; each prints port and pid, and answers each line when it is done.
+FOLDER RANK WORLD PORT TOKEN [name=value ...] of Watch's seconds, `place=NAME` for a machine of its
+own. Rank 0 takes any port; each prints port and pid, and answers each line when it is done.
 """
 
 import ctypes
@@ -38,9 +39,15 @@ listener = None
 if rank == "0":
     listener, port = listen("127.0.0.1")
 watch = Watch(
-    rank=int(rank), world_size=int(world), address=("127.0.0.1", int(port)), token=token, folder=Path(folder), listener=listener,
-    on_beat=on_beat, **{name: float(value) for name, value in settings.items()},
-)  # fmt: skip
+    rank=int(rank),
+    world_size=int(world),
+    address=("127.0.0.1", int(port)),
+    token=token,
+    folder=Path(folder),
+    listener=listener,
+    on_beat=on_beat,
+    **{name: float(value) for name, value in settings.items()},
+)
 watch.start()
 print(port, os.getpid(), flush=True)
 for command in sys.stdin:
@@ -49,7 +56,10 @@ for command in sys.stdin:
             watch.progress.position = Position(phase, int(step))
         case ["knows", number, phase, step]:  # waits until the peer is known to be there
             deadline = time.monotonic() + 60
-            while not any(int(number) == r and p.position == Position(phase, int(step)) for r, p in list(watch._peers.items())):
+            while not any(
+                int(number) == r and p.position == Position(phase, int(step))
+                for r, p in list(watch._peers.items())
+            ):
                 if time.monotonic() > deadline:
                     sys.exit(f"rank {number} was never seen in {phase}, step {step}")
                 time.sleep(0.01)

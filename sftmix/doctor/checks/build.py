@@ -1,4 +1,5 @@
-"""What DeepSpeed's and Triton's builds need, and what killed ones leave behind: locks, shared memory."""
+"""What DeepSpeed's and Triton's builds need, and what killed ones leave behind: locks, shared
+memory."""
 
 from __future__ import annotations
 
@@ -15,21 +16,30 @@ from sftmix.doctor.findings import Finding, gib
 from sftmix.errors import counted
 
 LOCKS, LEFTOVERS = "build locks", "shared memory"
-# A build that goes on touches its folder more often. Only an older lock is called stale, since its owner may be in another container.
+# A build that goes on touches its folder more often. Only an older lock is called stale, since its
+# owner may be in another container.
 STALE_MINUTES = 10.0
 SHM = Path("/dev/shm")
 _SHM_NAMES = re.compile(r"deepspeed_allreduce_buffer_.+|torch_\d+_.+|nccl-\w+|sem\.mp-\w+")
 
 
 def check_compiler(*, has_gpu: bool, offloads: bool) -> list[Finding]:
-    """has_gpu: Triton then compiles a small launcher. offloads: DeepSpeed then builds its Adam for CPUs."""
+    """has_gpu: Triton then compiles a small launcher. offloads: DeepSpeed then builds its Adam for
+    CPUs."""
     compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
     lacking = [] if compiler else ["a C++ compiler"]
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
         lacking.append("the headers of Python (Python.h)")
     if shutil.which("ninja") is None:
         lacking.append("ninja")
-    uses = [use for use, is_used in (("Triton's kernels", has_gpu), ("the CPU Adam of offload_optimizer", offloads)) if is_used]
+    uses = [
+        use
+        for use, is_used in (
+            ("Triton's kernels", has_gpu),
+            ("the CPU Adam of offload_optimizer", offloads),
+        )
+        if is_used
+    ]
     if not lacking:
         return [Finding("compiler", "ok", f"{compiler}, Python.h, ninja.")]
     found = f"missing: {', '.join(lacking)}."
@@ -42,31 +52,52 @@ def check_compiler(*, has_gpu: bool, offloads: bool) -> list[Finding]:
                 "Install them (build-essential, python3-dev, ninja).",
             )
         ]
-    return [Finding("compiler", "ok", f"{found} Needed on GPUs (Triton) and for offload_optimizer only.")]
+    return [
+        Finding(
+            "compiler", "ok", f"{found} Needed on GPUs (Triton) and for offload_optimizer only."
+        )
+    ]
 
 
 def extension_folders() -> list[Path]:
-    """Returns where torch keeps the extensions that it builds: TORCH_EXTENSIONS_DIR, or below ~/.cache."""
+    """Returns where torch keeps the extensions that it builds: TORCH_EXTENSIONS_DIR, or below
+    ~/.cache."""
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     return [Path(given)] if given else [Path.home() / ".cache" / "torch_extensions"]
 
 
-def check_locks(folders: list[Path], *, mend: bool, stale_minutes: float = STALE_MINUTES) -> list[Finding]:
-    """Finds locks of builds that no process holds: every later launch would wait for them, in silence and for ever.
+def check_locks(
+    folders: list[Path], *, mend: bool, stale_minutes: float = STALE_MINUTES
+) -> list[Finding]:
+    """Finds locks of builds that no process holds: every later launch would wait for them, in
+    silence and for ever.
 
-    torch keeps a lock file open while it builds, so its owner is whoever has it open. With `mend` those are removed which are
-    older than `stale_minutes`, lie on a disk of this machine, and whose owner would be seen from here.
+    torch keeps a lock file open while it builds, so its owner is whoever has it open. With `mend`
+    those are removed which are older than `stale_minutes`, lie on a disk of this machine, and whose
+    owner would be seen from here.
     """
-    locks = [lock for folder in folders for lock in sorted({*folder.glob("lock"), *folder.glob("*/lock"), *folder.glob("*/*/lock")})]
+    locks = [
+        lock
+        for folder in folders
+        for lock in sorted({*folder.glob("lock"), *folder.glob("*/lock"), *folder.glob("*/*/lock")})
+    ]
     held = _open_files() if locks else {}
-    findings = [finding for lock in locks if (finding := _judge_lock(lock, held, mend=mend, stale_minutes=stale_minutes)) is not None]
+    findings = [
+        finding
+        for lock in locks
+        if (finding := _judge_lock(lock, held, mend=mend, stale_minutes=stale_minutes)) is not None
+    ]
     return findings or [Finding(LOCKS, "ok", f"none in {', '.join(map(str, folders))}.")]
 
 
-def _judge_lock(lock: Path, held: dict[tuple[int, int], int], *, mend: bool, stale_minutes: float) -> Finding | None:
+def _judge_lock(
+    lock: Path, held: dict[tuple[int, int], int], *, mend: bool, stale_minutes: float
+) -> Finding | None:
     try:
         status = lock.lstat()
-        minutes = (time.time() - max(path.lstat().st_mtime for path in [lock, *lock.parent.iterdir()])) / 60
+        minutes = (
+            time.time() - max(path.lstat().st_mtime for path in [lock, *lock.parent.iterdir()])
+        ) / 60
     except FileNotFoundError:  # released while it was looked at
         return None
     if not stat.S_ISREG(status.st_mode):
@@ -76,14 +107,29 @@ def _judge_lock(lock: Path, held: dict[tuple[int, int], int], *, mend: bool, sta
         return Finding(LOCKS, "ok", f"{lock} is held by the build of pid {owner}.")
     by_hand = f"If nobody builds there, remove it: rm {lock}"
     age = counted(round(minutes), "minute")
-    found = f"{lock} ({age} old) is held by no process that can be seen from here; every launch would wait for it for ever."
+    found = (
+        f"{lock} ({age} old) is held by no process that can be seen from here; every launch would"
+        " wait for it for ever."
+    )
     if is_network(mount_of(lock)):
-        return Finding(LOCKS, "bad", f"{found} Its disk is shared: a build may run on another machine.", by_hand)
+        return Finding(
+            LOCKS,
+            "bad",
+            f"{found} Its disk is shared: a build may run on another machine.",
+            by_hand,
+        )
     if not _sees_processes_of(status.st_uid):
-        return Finding(LOCKS, "bad", f"{found} It belongs to another user, whose processes cannot be looked into.", by_hand)
+        return Finding(
+            LOCKS,
+            "bad",
+            f"{found} It belongs to another user, whose processes cannot be looked into.",
+            by_hand,
+        )
     if minutes < stale_minutes:
         limit = counted(round(stale_minutes), "minute")
-        return Finding(LOCKS, "warning", f"{found} It is too young to be called stale ({limit}).", by_hand)
+        return Finding(
+            LOCKS, "warning", f"{found} It is too young to be called stale ({limit}).", by_hand
+        )
     if not mend:
         return Finding(LOCKS, "bad", found, "Remove it with `sftmix doctor --mend`.")
     lock.unlink(missing_ok=True)
@@ -91,7 +137,8 @@ def _judge_lock(lock: Path, held: dict[tuple[int, int], int], *, mend: bool, sta
 
 
 def check_leftovers(folder: Path = SHM) -> list[Finding]:
-    """Finds shared memory of processes that are gone: 66 MiB for each rank that was killed under some launchers."""
+    """Finds shared memory of processes that are gone: 66 MiB for each rank that was killed under
+    some launchers."""
     if not folder.is_dir():
         return [Finding(LEFTOVERS, "skipped", f"there is no {folder} here.")]
     candidates = sorted(path for path in folder.iterdir() if _SHM_NAMES.fullmatch(path.name))
@@ -123,7 +170,8 @@ def _sees_processes_of(uid: int) -> bool:
 
 
 def _open_files() -> dict[tuple[int, int], int]:
-    """Returns (device, inode) -> pid of the files that processes have open, as far as this user may know."""
+    """Returns (device, inode) -> pid of the files that processes have open, as far as this user may
+    know."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*/fd"):
         try:

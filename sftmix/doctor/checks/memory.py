@@ -20,17 +20,28 @@ def machine_bytes() -> tuple[int, int]:
     available = total
     with suppress(OSError, ValueError, IndexError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        available = next(
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
+        )
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         with suppress(OSError, ValueError):
             most = int((Path("/sys/fs/cgroup") / limit).read_text())
             if most < total:
-                total, available = most, min(available, most - int((Path("/sys/fs/cgroup") / used).read_text()))
+                total, available = (
+                    most,
+                    min(available, most - int((Path("/sys/fs/cgroup") / used).read_text())),
+                )
     return total, available
 
 
-def check_machine(need: Need | None, *, has_gpu: bool, memory: tuple[int, int] | None = None) -> list[Finding]:
-    """The host holds the whole model while it is loaded; on CPUs, or with offload, the ranks' states too."""
+def check_machine(
+    need: Need | None, *, has_gpu: bool, memory: tuple[int, int] | None = None
+) -> list[Finding]:
+    """The host holds the whole model while it is loaded; on CPUs, or with offload, the ranks'
+    states too."""
     total, available = memory or machine_bytes()
     facts = {"total_bytes": total, "available_bytes": available}
     have = f"{gib(total)}, {gib(available)} of it available"
@@ -39,8 +50,20 @@ def check_machine(need: Need | None, *, has_gpu: bool, memory: tuple[int, int] |
     needed = need.host_bytes(has_gpu=has_gpu)
     facts["needed_bytes"] = needed
     found = f"{have}; the model ({need.described}) needs {gib(needed)} here, without activations."
-    remedy = "Use more nodes, engine.zero_stage=3, or a smaller model." if need.num_ranks > 1 else "Use more ranks, or a smaller model."
-    return [Finding(ITEM, _verdict(needed, total, available), found, remedy if needed > 0.8 * available else "", facts)]
+    remedy = (
+        "Use more nodes, engine.zero_stage=3, or a smaller model."
+        if need.num_ranks > 1
+        else "Use more ranks, or a smaller model."
+    )
+    return [
+        Finding(
+            ITEM,
+            _verdict(needed, total, available),
+            found,
+            remedy if needed > 0.8 * available else "",
+            facts,
+        )
+    ]
 
 
 def check_gpus(need: Need | None, gpus: list[Gpu]) -> list[Finding]:
@@ -52,7 +75,11 @@ def check_gpus(need: Need | None, gpus: list[Gpu]) -> list[Finding]:
     findings = []
     if need.local_ranks > len(gpus):
         found = f"{need.local_ranks} ranks are to run here on {counted(len(gpus), 'GPU')}."
-        findings.append(Finding("GPU memory", "bad", found, f"Use engine.num_processes={len(gpus)}, or more nodes."))
+        findings.append(
+            Finding(
+                "GPU memory", "bad", found, f"Use engine.num_processes={len(gpus)}, or more nodes."
+            )
+        )
     needed = need.gpu_bytes
     verdict = _verdict(needed, smallest.total_bytes, free)
     found = (
@@ -62,8 +89,14 @@ def check_gpus(need: Need | None, gpus: list[Gpu]) -> list[Finding]:
     )
     remedy = ""
     if needed > 0.8 * free:
-        remedy = "Use more GPUs, a higher engine.zero_stage, or engine.deepspeed=configs/deepspeed/zero3_offload.json."
-    return [*findings, Finding("GPU memory", verdict, found, remedy, {"needed_bytes": needed, "free_bytes": free})]
+        remedy = (
+            "Use more GPUs, a higher engine.zero_stage, or"
+            " engine.deepspeed=configs/deepspeed/zero3_offload.json."
+        )
+    return [
+        *findings,
+        Finding("GPU memory", verdict, found, remedy, {"needed_bytes": needed, "free_bytes": free}),
+    ]
 
 
 def _verdict(needed: int, total: int, available: int) -> Verdict:

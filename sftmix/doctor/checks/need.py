@@ -1,4 +1,5 @@
-"""What a config's model needs: bytes on a rank, on disk, and through the network. Lower bounds: activations are not in them."""
+"""What a config's model needs: bytes on a rank, on disk, and through the network. Lower bounds:
+activations are not in them."""
 
 from __future__ import annotations
 
@@ -37,7 +38,11 @@ class Need:
 
     @property
     def described(self) -> str:
-        adapters = f", {self.num_adapter_parameters:,} more of adapters" if self.num_adapter_parameters else ""
+        adapters = (
+            f", {self.num_adapter_parameters:,} more of adapters"
+            if self.num_adapter_parameters
+            else ""
+        )
         return f"{counted(self.num_parameters, 'parameter')}{adapters}"
 
     @cached_property
@@ -48,27 +53,42 @@ class Need:
 
     @cached_property
     def offload(self) -> dict[str, bool]:
-        """Returns whether the DeepSpeed JSON moves `optimizer` states and `param`eters to the host."""
+        """Returns whether the DeepSpeed JSON moves `optimizer` states and `param`eters to the
+        host."""
         from sftmix.config.deepspeed_json import read_deepspeed_json
 
         path = self.config.engine.deepspeed
-        zero: dict[str, Any] = read_deepspeed_json(path).get("zero_optimization", {}) if path else {}
-        return {name: zero.get(f"offload_{name}", {}).get("device", "none") != "none" for name in ("optimizer", "param")}
+        zero: dict[str, Any] = (
+            read_deepspeed_json(path).get("zero_optimization", {}) if path else {}
+        )
+        return {
+            name: zero.get(f"offload_{name}", {}).get("device", "none") != "none"
+            for name in ("optimizer", "param")
+        }
 
     def _shard(self, num_bytes: int, *, from_stage: int) -> int:
         """Returns a rank's part of bytes that are sharded from a ZeRO stage on."""
-        return -(-num_bytes // self.num_ranks) if self.config.engine.zero_stage >= from_stage else num_bytes
+        return (
+            -(-num_bytes // self.num_ranks)
+            if self.config.engine.zero_stage >= from_stage
+            else num_bytes
+        )
 
     @property
     def states_per_rank(self) -> int:
         """Bytes of gradient sums, float32 weights and moments."""
         master = 4 if self.bytes_per_weight < 4 else 0
         trained = self.num_trained_parameters
-        return self._shard(SUM_BYTES * trained, from_stage=2) + self._shard((8 + master) * trained, from_stage=1)
+        return self._shard(SUM_BYTES * trained, from_stage=2) + self._shard(
+            (8 + master) * trained, from_stage=1
+        )
 
     @property
     def weights_per_rank(self) -> int:
-        return self._shard((self.num_parameters + self.num_adapter_parameters) * self.bytes_per_weight, from_stage=3)
+        return self._shard(
+            (self.num_parameters + self.num_adapter_parameters) * self.bytes_per_weight,
+            from_stage=3,
+        )
 
     @property
     def gpu_bytes(self) -> int:
@@ -83,9 +103,13 @@ class Need:
 
     @property
     def disk_bytes(self) -> int:
-        """Training checkpoints, one more than are kept, and the exported models of all stages, whole ones with LoRA too."""
+        """Training checkpoints, one more than are kept, and the exported models of all stages,
+        whole ones with LoRA too."""
         state = self.num_trained_parameters * (self.bytes_per_weight + ADAM_BYTES)
-        return state * (self.config.checkpoint.keep_last + 1) + self.num_parameters * self.bytes_per_weight * self.num_exports
+        return (
+            state * (self.config.checkpoint.keep_last + 1)
+            + self.num_parameters * self.bytes_per_weight * self.num_exports
+        )
 
     @property
     def num_exports(self) -> int:
@@ -98,30 +122,38 @@ class Need:
 
     @property
     def num_micro_batches(self) -> int:
-        """Returns how many forwards a rank runs for a step, if all examples are as long as they may be."""
+        """Returns how many forwards a rank runs for a step, if all examples are as long as they may
+        be."""
         train = self.config.train
-        per_forward = max(2, train.micro_batch_tokens // self.config.data.max_length)  # a pair is never cut
+        # a pair is never cut
+        per_forward = max(2, train.micro_batch_tokens // self.config.data.max_length)
         return -(-train.batch_size // (per_forward * self.num_ranks))
 
     @property
     def step_traffic(self) -> dict[str, int]:
-        """Returns the bytes that a step gathers and reduces, whole tensors. ZeRO-3 gathers weights in every forward and backward;
-        stages 1 and 2 once after the update; stage 0 is an all-reduce, which is both."""
+        """Returns the bytes that a step gathers and reduces, whole tensors. ZeRO-3 gathers weights
+        in every forward and backward; stages 1 and 2 once after the update; stage 0 is an
+        all-reduce, which is both."""
         weights = (self.num_parameters + self.num_adapter_parameters) * self.bytes_per_weight
         trained = self.num_trained_parameters * self.bytes_per_weight
         if self.config.engine.zero_stage == 3:
-            return {"gather": 2 * weights * self.num_micro_batches, "reduce": trained * self.num_micro_batches}
+            return {
+                "gather": 2 * weights * self.num_micro_batches,
+                "reduce": trained * self.num_micro_batches,
+            }
         reductions = self.num_micro_batches if self.config.engine.zero_stage == 2 else 1
         return {"gather": trained, "reduce": trained * reductions}
 
 
 def count_parameters(config: Config) -> int:
-    """Returns the number of parameters of the target, built without memory. Tied ones count once."""
+    """Returns the number of parameters of the target, built without memory. Tied ones count
+    once."""
     return sum(parameter.numel() for parameter in _empty_target(config).parameters())
 
 
 def count_adapter_parameters(config: Config) -> int:
-    """Returns how many parameters LoRA adds to the target; 0 without it. Raises ConfigError for targets that it does not have."""
+    """Returns how many parameters LoRA adds to the target; 0 without it. Raises ConfigError for
+    targets that it does not have."""
     if config.model.lora is None:
         return 0
     from sftmix.engine.lora import num_adapter_parameters
@@ -136,7 +168,8 @@ def _empty_target(config: Config) -> Any:
 
 
 def _with_vocabulary(config: Config) -> ModelConfig:
-    """Returns the model with the size of its vocabulary, which an architecture may leave to the tokenizer."""
+    """Returns the model with the size of its vocabulary, which an architecture may leave to the
+    tokenizer."""
     model = config.model
     if model.architecture is None or "vocab_size" in model.architecture:
         return model

@@ -45,20 +45,31 @@ class Interface:
 
 
 def check_ports(port: int | None = None) -> list[Finding]:
-    """Can a free port be had, and is the one taken at which ranks would meet? port: MASTER_PORT by default, or 29500."""
+    """Can a free port be had, and is the one taken at which ranks would meet? port: MASTER_PORT by
+    default, or 29500."""
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", 0))
             free = probe.getsockname()[1]
         except OSError as error:
-            remedy = "Look at the firewall, the limits of open files, and net.ipv4.ip_local_port_range."
+            remedy = (
+                "Look at the firewall, the limits of open files, and net.ipv4.ip_local_port_range."
+            )
             return [Finding("ports", "bad", f"no free port can be had: {error.strerror}.", remedy)]
     named = os.environ.get("MASTER_PORT")
     if port is None and named is not None and not (named.isdecimal() and 0 < int(named) < 65536):
-        return [Finding("ports", "bad", f"MASTER_PORT is {named!r}, which is no port (1 to 65535).", "Correct it, or unset it.")]
+        return [
+            Finding(
+                "ports",
+                "bad",
+                f"MASTER_PORT is {named!r}, which is no port (1 to 65535).",
+                "Correct it, or unset it.",
+            )
+        ]
     wanted = port or int(named or DEFAULT_PORT)
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a port in TIME_WAIT can be had
+        # as torch does: a port in TIME_WAIT can be had
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", wanted))
             probe.listen()
@@ -66,8 +77,13 @@ def check_ports(port: int | None = None) -> list[Finding]:
             what = "MASTER_PORT" if named or port else "the default port of deepspeed and torchrun"
             found = f"{wanted} ({what}) cannot be had: {error.strerror}, by {_holder_of(wanted)}."
             is_named = bool(named or port)
-            remedy = f"Name another: --master_port {free}{' (sftmix run chooses one itself)' if not is_named else ''}."
-            return [Finding("ports", "bad" if is_named else "warning", found, remedy, {"port": wanted})]
+            remedy = (
+                "Name another: --master_port"
+                f" {free}{' (sftmix run chooses one itself)' if not is_named else ''}."
+            )
+            return [
+                Finding("ports", "bad" if is_named else "warning", found, remedy, {"port": wanted})
+            ]
     return [Finding("ports", "ok", f"{wanted} is free, and so are others.")]
 
 
@@ -76,18 +92,44 @@ def check_host_name(*, num_nodes: int = 1) -> list[Finding]:
     local = _addresses("localhost")
     if not any(address.startswith("127.") or address == "::1" for address in local):
         remedy = "Add `127.0.0.1 localhost` to /etc/hosts."
-        return [Finding("host name", "bad", f"localhost resolves to {local or 'nothing'}, not to 127.0.0.1.", remedy)]
+        return [
+            Finding(
+                "host name",
+                "bad",
+                f"localhost resolves to {local or 'nothing'}, not to 127.0.0.1.",
+                remedy,
+            )
+        ]
     name = socket.gethostname()
     own = _addresses(name)
     facts = {"name": name, "addresses": own}
     if not own:
         found = f"{name} does not resolve; ranks that look for this machine by name wait in vain."
-        return [Finding("host name", "bad" if num_nodes > 1 else "warning", found, f"Add a line for {name} to /etc/hosts.", facts)]
+        return [
+            Finding(
+                "host name",
+                "bad" if num_nodes > 1 else "warning",
+                found,
+                f"Add a line for {name} to /etc/hosts.",
+                facts,
+            )
+        ]
     if all(address.startswith("127.") or address == "::1" for address in own):
         found = f"{name} resolves to {', '.join(own)}, this machine alone"
         if num_nodes > 1 and NAMES["gloo"] not in os.environ:
-            remedy = f"Name the interface to the other nodes: {NAMES['gloo']}=<interface> in .deepspeed_env, or mend /etc/hosts."
-            return [Finding("host name", "bad", f"{found}: with gloo, the other nodes would wait in vain.", remedy, facts)]
+            remedy = (
+                f"Name the interface to the other nodes: {NAMES['gloo']}=<interface> in"
+                " .deepspeed_env, or mend /etc/hosts."
+            )
+            return [
+                Finding(
+                    "host name",
+                    "bad",
+                    f"{found}: with gloo, the other nodes would wait in vain.",
+                    remedy,
+                    facts,
+                )
+            ]
         return [Finding("host name", "ok", f"{found}: enough for one node.", facts=facts)]
     return [Finding("host name", "ok", f"{name} resolves to {', '.join(own)}.", facts=facts)]
 
@@ -98,27 +140,58 @@ def interfaces() -> list[Interface]:
 
 
 def check_interfaces(found: list[Interface] | None = None, *, num_nodes: int = 1) -> list[Finding]:
-    """Which interface would gloo and NCCL take? Several make it a matter of chance, unless one is named."""
+    """Which interface would gloo and NCCL take? Several make it a matter of chance, unless one is
+    named."""
     item = "interfaces"
     present = interfaces() if found is None else found
     names = {interface.name for interface in present}
     for library, variable in NAMES.items():
         value = os.environ.get(variable)
         if value and not _names_one(value, names):
-            return [Finding(item, "bad", f"{variable}={value}, but {library} finds only {', '.join(sorted(names))}.", "Correct it.")]
-    usable = [i for i in present if i.is_up and i.address is not None and not i.name.startswith(VIRTUAL)]
+            return [
+                Finding(
+                    item,
+                    "bad",
+                    f"{variable}={value}, but {library} finds only {', '.join(sorted(names))}.",
+                    "Correct it.",
+                )
+            ]
+    usable = [
+        i for i in present if i.is_up and i.address is not None and not i.name.startswith(VIRTUAL)
+    ]
     facts = {"interfaces": [{"name": i.name, "address": i.address} for i in usable]}
-    named = {library: os.environ[variable] for library, variable in NAMES.items() if os.environ.get(variable)}
+    named = {
+        library: os.environ[variable]
+        for library, variable in NAMES.items()
+        if os.environ.get(variable)
+    }
     if named:
-        return [Finding(item, "ok", f"named by the environment: {', '.join(f'{k} {v}' for k, v in named.items())}.", facts=facts)]
+        return [
+            Finding(
+                item,
+                "ok",
+                f"named by the environment: {', '.join(f'{k} {v}' for k, v in named.items())}.",
+                facts=facts,
+            )
+        ]
     if not usable:
-        return [Finding(item, "bad" if num_nodes > 1 else "ok", "only the loopback interface is up: enough for one node.", facts=facts)]
+        return [
+            Finding(
+                item,
+                "bad" if num_nodes > 1 else "ok",
+                "only the loopback interface is up: enough for one node.",
+                facts=facts,
+            )
+        ]
     own = _addresses(socket.gethostname())
     gloo = next((i.name for i in present if i.address in own), "lo")
     nccl = next((i.name for i in usable if i.name.startswith("ib")), usable[0].name)
     text = ", ".join(f"{i.name} ({i.address})" for i in usable)
     if len(usable) > 1:
-        remedy = f"Name the one to the other nodes: {' '.join(f'{variable}={nccl}' for variable in NAMES.values())} in .deepspeed_env."
+        remedy = (
+            "Name the one to the other nodes:"
+            f" {' '.join(f'{variable}={nccl}' for variable in NAMES.values())} in .deepspeed_env."
+        )
         found_text = f"several: {text}; gloo would take {gloo}, NCCL {nccl}."
         if num_nodes > 1:
             return [Finding(item, "warning", found_text, remedy, facts)]
@@ -127,7 +200,8 @@ def check_interfaces(found: list[Interface] | None = None, *, num_nodes: int = 1
 
 
 def _names_one(value: str, names: set[str]) -> bool:
-    """Does the value of GLOO_/NCCL_SOCKET_IFNAME fit an interface? A list of prefixes; `=` for exact names, `^` for all others."""
+    """Does the value of GLOO_/NCCL_SOCKET_IFNAME fit an interface? A list of prefixes; `=` for
+    exact names, `^` for all others."""
     wanted = value.lstrip("^=").split(",")
     if value.startswith("^"):
         return any(not name.startswith(tuple(wanted)) for name in names)
@@ -138,14 +212,20 @@ def _names_one(value: str, names: set[str]) -> bool:
 
 def _addresses(name: str) -> list[str]:
     with suppress(OSError, UnicodeError):
-        return sorted({str(entry[4][0]) for entry in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)})
+        return sorted(
+            {str(entry[4][0]) for entry in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
+        )
     return []
 
 
 def _address_of(interface: str) -> str | None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))[20:24])
+            return socket.inet_ntoa(
+                fcntl.ioctl(
+                    probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15])
+                )[20:24]
+            )
         except OSError:
             return None
 
@@ -159,13 +239,20 @@ def _is_up(interface: str) -> bool:
 
 def _holder_of(port: int) -> str:
     """Returns who listens on a port: `pid N (command)`, where this user may know."""
-    sockets = {inode for table in ("tcp", "tcp6") for inode in _listeners(Path("/proc/net") / table, port)}
+    sockets = {
+        inode for table in ("tcp", "tcp6") for inode in _listeners(Path("/proc/net") / table, port)
+    }
     for folder in Path("/proc").glob("[0-9]*/fd"):
         with suppress(OSError):
             for descriptor in folder.iterdir():
                 with suppress(OSError):
                     if str(descriptor.readlink()) in sockets:
-                        command = (folder.parent / "cmdline").read_text(errors="replace").replace("\0", " ").strip()
+                        command = (
+                            (folder.parent / "cmdline")
+                            .read_text(errors="replace")
+                            .replace("\0", " ")
+                            .strip()
+                        )
                         return f"pid {folder.parent.name} ({command[:80]})"
     return "a process that cannot be seen from here"
 

@@ -1,4 +1,5 @@
-"""The nodes of a hostfile, over ssh: each runs its own quick doctor, and what differs between them is named."""
+"""The nodes of a hostfile, over ssh: each runs its own quick doctor, and what differs between them
+is named."""
 
 from __future__ import annotations
 
@@ -24,15 +25,30 @@ CONNECT_SECONDS = 10
 NODE_SECONDS = 180.0
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}")
 # Of the environment here, what decides there which code and files are used.
-EXPORTED = ("PYTHONPATH", "TORCH_EXTENSIONS_DIR", "HF_HOME", "HF_HUB_OFFLINE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+EXPORTED = (
+    "PYTHONPATH",
+    "TORCH_EXTENSIONS_DIR",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "GLOO_SOCKET_IFNAME",
+    "NCCL_SOCKET_IFNAME",
+)
 
 
 def check_nodes(nodes: list[Node], here: Mapping[str, Any], arguments: list[str]) -> list[Finding]:
-    """Asks every node. here: the report of this machine, with which theirs are compared. arguments: for the doctor there."""
+    """Asks every node. here: the report of this machine, with which theirs are compared. arguments:
+    for the doctor there."""
     if shutil.which("ssh") is None:
         left_out = counted(len(nodes), "node was", "nodes were")
-        found = f"there is no ssh on this machine, so {left_out} not looked at; `deepspeed --hostfile` needs it too."
-        return [Finding(ITEM, "bad", found, "Install an ssh client, or run `sftmix doctor` on each node.")]
+        found = (
+            f"there is no ssh on this machine, so {left_out} not looked at; `deepspeed --hostfile`"
+            " needs it too."
+        )
+        return [
+            Finding(
+                ITEM, "bad", found, "Install an ssh client, or run `sftmix doctor` on each node."
+            )
+        ]
 
     def look(node: Node) -> list[Finding]:
         return examine(node_item(node.host), lambda: check_node(node, here, arguments))
@@ -48,7 +64,9 @@ def node_item(host: str) -> str:
 def check_node(node: Node, here: Mapping[str, Any], arguments: list[str]) -> list[Finding]:
     """Returns what is wrong with a node or differs there; one line that all is well otherwise."""
     item = node_item(node.host)
-    skew, problem = measure_skew(lambda: on_node(node.host, ["date", "+%s.%N"], CONNECT_SECONDS + 10.0))
+    skew, problem = measure_skew(
+        lambda: on_node(node.host, ["date", "+%s.%N"], CONNECT_SECONDS + 10.0)
+    )
     if problem is not None:
         remedy = f"Try: {shlex.join([*SSH, '--', node.host, 'true'])}"
         return [Finding(item, "bad", f"cannot be reached: {problem}.", remedy)]
@@ -56,30 +74,59 @@ def check_node(node: Node, here: Mapping[str, Any], arguments: list[str]) -> lis
     if skew is None:
         findings.append(Finding(item, "skipped", "its clock cannot be read by `date +%s.%N`."))
     elif abs(skew) > MAX_SKEW_SECONDS:
-        found = f"its clock is {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'}; expected at most {MAX_SKEW_SECONDS:.0f} s."
-        findings.append(Finding(item, "bad", found, "Synchronise the clocks (chrony, ntpd).", {"skew_seconds": skew}))
+        found = (
+            f"its clock is {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'}; expected at most"
+            f" {MAX_SKEW_SECONDS:.0f} s."
+        )
+        findings.append(
+            Finding(
+                item, "bad", found, "Synchronise the clocks (chrony, ntpd).", {"skew_seconds": skew}
+            )
+        )
     try:
         done = on_node(node.host, remote_command(arguments), NODE_SECONDS)
     except subprocess.TimeoutExpired:
         remedy = "Run `sftmix doctor --quick` there by hand."
-        return [*findings, Finding(item, "bad", f"its doctor gave no report within {NODE_SECONDS:.0f} s.", remedy)]
+        return [
+            *findings,
+            Finding(item, "bad", f"its doctor gave no report within {NODE_SECONDS:.0f} s.", remedy),
+        ]
     report = parse_report(done.stdout)
     if report is None:
         last = " ".join((done.stderr or done.stdout).split())[-300:] or "nothing was printed"
         remedy = f"The same Python ({sys.executable}) and folder ({Path.cwd()}) must be there."
-        return [*findings, Finding(item, "bad", f"its doctor gave no report (exit code {done.returncode}): {last}.", remedy)]
+        return [
+            *findings,
+            Finding(
+                item,
+                "bad",
+                f"its doctor gave no report (exit code {done.returncode}): {last}.",
+                remedy,
+            ),
+        ]
     findings += compare(item, here, report)
     troubles = [f for f in report["findings"] if f["verdict"] in ("bad", "warning")]
-    findings += [Finding(item, f["verdict"], f"{f['item']}: {f['found']}", f["remedy"]) for f in troubles]
+    findings += [
+        Finding(item, f["verdict"], f"{f['item']}: {f['found']}", f["remedy"]) for f in troubles
+    ]
     if not any(finding.verdict in ("bad", "warning") for finding in findings):
         shown = f", clock {skew:+.2f} s" if skew is not None else ""
-        findings.insert(0, Finding(item, "ok", f"{counted(node.slots, 'slot')}; versions, code, config and data as here{shown}."))
+        findings.insert(
+            0,
+            Finding(
+                item,
+                "ok",
+                f"{counted(node.slots, 'slot')}; versions, code, config and data as here{shown}.",
+            ),
+        )
     return findings
 
 
-def measure_skew(ask: Callable[[], subprocess.CompletedProcess[str]]) -> tuple[float | None, str | None]:
-    """Returns how far a node's clock is ahead in seconds (0 within the time that asking takes; None where it says no time), and
-    why it cannot be reached (None where it can)."""
+def measure_skew(
+    ask: Callable[[], subprocess.CompletedProcess[str]],
+) -> tuple[float | None, str | None]:
+    """Returns how far a node's clock is ahead in seconds (0 within the time that asking takes; None
+    where it says no time), and why it cannot be reached (None where it can)."""
     before = time.time()
     try:
         done = ask()
@@ -95,7 +142,9 @@ def measure_skew(ask: Callable[[], subprocess.CompletedProcess[str]]) -> tuple[f
     return (there - after if there > after else there - before if there < before else 0.0), None
 
 
-def on_node(host: str, command: list[str], limit_seconds: float) -> subprocess.CompletedProcess[str]:
+def on_node(
+    host: str, command: list[str], limit_seconds: float
+) -> subprocess.CompletedProcess[str]:
     """Runs a command on a node. ssh hands one text to the shell there, so every word is quoted."""
     assert is_host_name(host), f"{host!r} was not validated"
     return subprocess.run(
@@ -116,7 +165,8 @@ def remote_command(arguments: list[str]) -> list[str]:
 
 
 def parse_report(text: str) -> dict[str, Any] | None:
-    """Returns the report in what a node printed: the last line that is a JSON object with findings."""
+    """Returns the report in what a node printed: the last line that is a JSON object with
+    findings."""
     for line in reversed(text.splitlines()):
         if line.startswith("{"):
             try:
@@ -129,7 +179,10 @@ def parse_report(text: str) -> dict[str, Any] | None:
 
 
 WORDS = {
-    "versions": ("versions", "Install the same on all nodes; ranks of unlike versions hang or compute other numbers."),
+    "versions": (
+        "versions",
+        "Install the same on all nodes; ranks of unlike versions hang or compute other numbers.",
+    ),
     "commit": ("commit", "Check out the same commit on all nodes."),
     "code": ("code", "Copy the same files of sftmix to all nodes."),
     "config": ("config", "Use the same config on all nodes."),
@@ -139,27 +192,45 @@ WORDS = {
 
 
 def compare(item: str, here: Mapping[str, Any], there: Mapping[str, Any]) -> list[Finding]:
-    """Returns a finding for everything that decides a run's numbers and is other on a node than here."""
+    """Returns a finding for everything that decides a run's numbers and is other on a node than
+    here."""
     findings = []
     for name, (word, remedy) in WORDS.items():
         own, other = _flat(here["identity"].get(name)), _flat(there["identity"].get(name))
         differing = [key for key in sorted({*own, *other}) if own.get(key) != other.get(key)]
-        if name == "commit" and differing and here["identity"].get("code") == there["identity"].get("code"):
+        if (
+            name == "commit"
+            and differing
+            and here["identity"].get("code") == there["identity"].get("code")
+        ):
             continue  # a copy without .git
-        shown = "; ".join(f"{key + ' ' if key else ''}{_short(other.get(key))} there, {_short(own.get(key))} here" for key in differing[:5])
+        shown = "; ".join(
+            f"{key + ' ' if key else ''}{_short(other.get(key))} there, {_short(own.get(key))} here"
+            for key in differing[:5]
+        )
         if differing:
             more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
             findings.append(Finding(item, "bad", f"other {word}: {shown}{more}.", remedy))
     if there.get("sees_run_folder") is False:
-        found = "it does not see the file that was put beside the run folder here: the folder is not shared."
-        remedy = "Put run.dir on storage that all nodes share, under the same path, or start on the same nodes again."
+        found = (
+            "it does not see the file that was put beside the run folder here: the folder is not"
+            " shared."
+        )
+        remedy = (
+            "Put run.dir on storage that all nodes share, under the same path, or start on the same"
+            " nodes again."
+        )
         findings.append(Finding(item, "warning", found, remedy))
     return findings
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, Mapping):
-        return {name: leaf for key, part in value.items() for name, leaf in _flat(part, f"{prefix}.{key}" if prefix else str(key)).items()}
+        return {
+            name: leaf
+            for key, part in value.items()
+            for name, leaf in _flat(part, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
     return {prefix: value}
 
 

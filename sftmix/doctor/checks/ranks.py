@@ -1,4 +1,5 @@
-"""Starts real ranks on this machine: are their gradients right, and how fast do they exchange tensors?"""
+"""Starts real ranks on this machine: are their gradients right, and how fast do they exchange
+tensors?"""
 
 from __future__ import annotations
 
@@ -25,18 +26,28 @@ class RanksError(SftmixError):
     """The ranks of the test did not come to an end."""
 
 
-def run_ranks(num_ranks: int, wanted: list[str], *, on_gpus: bool, limit_seconds: float = LIMIT_SECONDS) -> Result:
-    """Returns what sftmix/doctor/self_test.py finds out. Raises RanksError where a rank fails or hangs."""
-    environment = {} if on_gpus else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+def run_ranks(
+    num_ranks: int, wanted: list[str], *, on_gpus: bool, limit_seconds: float = LIMIT_SECONDS
+) -> Result:
+    """Returns what sftmix/doctor/self_test.py finds out. Raises RanksError where a rank fails or
+    hangs."""
+    environment = (
+        {}
+        if on_gpus
+        else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    )
     with tempfile.TemporaryDirectory(prefix="sftmix-doctor-") as folder:
         command = [sys.executable, "-m", "sftmix.doctor.self_test", folder, *wanted]
-        ends = run_local_ranks(command, num_ranks, limit_seconds=limit_seconds, environment=environment)
+        ends = run_local_ranks(
+            command, num_ranks, limit_seconds=limit_seconds, environment=environment
+        )
         failure = first_failure(ends)
         if failure is not None:
             last_lines = " | ".join(line.strip() for line in failure.splitlines()[-4:])
             raise RanksError(
-                f"{failure.splitlines()[0]} {last_lines[-400:]}. Training on this machine would end the same way: mend what it says. "
-                "If it says nothing, look at the firewall of the loopback interface and at NCCL (NCCL_DEBUG=INFO)."
+                f"{failure.splitlines()[0]} {last_lines[-400:]}. Training on this machine would end"
+                " the same way: mend what it says. If it says nothing, look at the firewall of the"
+                " loopback interface and at NCCL (NCCL_DEBUG=INFO)."
             )
         content: Result = json.loads((Path(folder) / "result.json").read_text())
     return content
@@ -45,41 +56,68 @@ def run_ranks(num_ranks: int, wanted: list[str], *, on_gpus: bool, limit_seconds
 def check_gradients(result: Result) -> list[Finding]:
     """Judges the test that ZeRO-3's gradients, and a step's weights, are those of one process."""
     item, found = "ZeRO-3 gradients", result["gradients"]
-    worst = max(found["gradient"], found["weight"]) if not math.isnan(found["gradient"] + found["weight"]) else math.inf
+    worst = (
+        max(found["gradient"], found["weight"])
+        if not math.isnan(found["gradient"] + found["weight"])
+        else math.inf
+    )
     shown = (
-        f"{counted(result['num_ranks'], 'rank')} on {result['device']} against one process: "
-        f"largest difference of a gradient {found['gradient']:.1e} "
-        f"(relative, {found['tensor']}), of a weight after a step {found['weight']:.1e}; {found['seconds']:.1f} s."
+        f"{counted(result['num_ranks'], 'rank')} on {result['device']} against one process: largest"
+        f" difference of a gradient {found['gradient']:.1e} (relative, {found['tensor']}), of a"
+        f" weight after a step {found['weight']:.1e}; {found['seconds']:.1f} s."
     )
     if worst > TOLERANCE:
-        remedy = f"At most {TOLERANCE:.0e} is rounding. Do not train here: other versions of deepspeed, torch or NCCL may be right."
+        remedy = (
+            f"At most {TOLERANCE:.0e} is rounding. Do not train here: other versions of deepspeed,"
+            " torch or NCCL may be right."
+        )
         return [Finding(item, "bad", shown, remedy, found)]
     return [Finding(item, "ok", shown, facts=found)]
 
 
 def check_bandwidth(result: Result, need: Need | None) -> list[Finding]:
-    """Shows how fast weights are gathered and gradients reduced within this machine and, for a config, what a step spends in it."""
+    """Shows how fast weights are gathered and gradients reduced within this machine and, for a
+    config, what a step spends in it."""
     item, rows = "bandwidth", result["collectives"]
     speeds = [
-        f"{row['bytes'] / 2**20:.0f} MiB: all-gather {row['bytes'] / row['all_gather'] / 1e9:.2f} GB/s, "
-        f"reduce-scatter {row['bytes'] / row['reduce_scatter'] / 1e9:.2f} GB/s"
+        f"{row['bytes'] / 2**20:.0f} MiB: all-gather {row['bytes'] / row['all_gather'] / 1e9:.2f}"
+        f" GB/s, reduce-scatter {row['bytes'] / row['reduce_scatter'] / 1e9:.2f} GB/s"
         for row in rows
     ]
     if result["device"] == "cuda" and rows[-1]["bytes"] / rows[-1]["all_gather"] < SLOW:
-        remedy = "Look at the topology (nvidia-smi topo -m) and at what NCCL chooses (NCCL_DEBUG=INFO)."
-        slow = [Finding(item, "warning", f"GPUs of one machine exchange less than {SLOW / 1e9:.0f} GB/s.", remedy)]
+        remedy = (
+            "Look at the topology (nvidia-smi topo -m) and at what NCCL chooses (NCCL_DEBUG=INFO)."
+        )
+        slow = [
+            Finding(
+                item,
+                "warning",
+                f"GPUs of one machine exchange less than {SLOW / 1e9:.0f} GB/s.",
+                remedy,
+            )
+        ]
     else:
         slow = []
     library = "NCCL" if result["device"] == "cuda" else "gloo"
-    shown = f"{library}, {counted(result['num_ranks'], 'rank')} of this machine, whole tensors: {'; '.join(speeds)}."
+    shown = (
+        f"{library}, {counted(result['num_ranks'], 'rank')} of this machine, whole tensors:"
+        f" {'; '.join(speeds)}."
+    )
     if need is None:
         return [Finding(item, "ok", shown, facts={"sizes": rows}), *slow]
     traffic, largest = need.step_traffic, rows[-1]
-    seconds = (traffic["gather"] * largest["all_gather"] + traffic["reduce"] * largest["reduce_scatter"]) / largest["bytes"]
+    seconds = (
+        traffic["gather"] * largest["all_gather"] + traffic["reduce"] * largest["reduce_scatter"]
+    ) / largest["bytes"]
     text = (
-        f"{shown} A step of the config gathers {gib(traffic['gather'])} and reduces {gib(traffic['reduce'])} "
-        f"(at most {counted(need.num_micro_batches, 'micro-batch', 'micro-batches')}): "
-        f"{seconds:.2g} s at this speed, where nothing is computed meanwhile."
+        f"{shown} A step of the config gathers {gib(traffic['gather'])} and reduces"
+        f" {gib(traffic['reduce'])} (at most"
+        f" {counted(need.num_micro_batches, 'micro-batch', 'micro-batches')}): {seconds:.2g} s at"
+        " this speed, where nothing is computed meanwhile."
     )
-    facts = {"sizes": rows, "step_seconds": seconds, **{f"{name}_bytes": value for name, value in traffic.items()}}
+    facts = {
+        "sizes": rows,
+        "step_seconds": seconds,
+        **{f"{name}_bytes": value for name, value in traffic.items()},
+    }
     return [Finding(item, "ok", text, facts=facts), *slow]

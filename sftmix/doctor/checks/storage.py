@@ -1,4 +1,5 @@
-"""The run folder: can it be written, is there room for what the run keeps, on what disk is it, who else writes there."""
+"""The run folder: can it be written, is there room for what the run keeps, on what disk is it, who
+else writes there."""
 
 from __future__ import annotations
 
@@ -15,10 +16,12 @@ from sftmix.liveness import run_lock
 from sftmix.storage.files import sync_folder
 
 NETWORK = frozenset(
-    "nfs nfs4 cifs smb3 smbfs afs lustre gpfs beegfs ceph glusterfs wekafs panfs orangefs pvfs2 ocfs2 gfs2 9p virtiofs fuse.sshfs "
-    "fuse.glusterfs fuse.juicefs fuse.ceph fuse.s3fs fuse.gcsfuse".split()
+    "nfs nfs4 cifs smb3 smbfs afs lustre gpfs beegfs ceph glusterfs wekafs panfs orangefs pvfs2"
+    " ocfs2 gfs2 9p virtiofs fuse.sshfs fuse.glusterfs fuse.juicefs fuse.ceph fuse.s3fs"
+    " fuse.gcsfuse".split()
 )
-# They do not keep what a run relies on: that a rename is seen whole, and that a flush reaches the disk.
+# They do not keep what a run relies on: that a rename is seen whole, and that a flush reaches the
+# disk.
 WEAK = frozenset({"fuse.s3fs", "fuse.gcsfuse", "fuse.sshfs"})
 
 
@@ -37,7 +40,8 @@ def mounts(table: Path = Path("/proc/self/mounts")) -> list[Mount]:
 
 
 def mount_of(path: Path, table: list[Mount] | None = None) -> Mount | None:
-    """Returns the mount on which a path lies; None where that is not known. Of two on one place the later hides the other."""
+    """Returns the mount on which a path lies; None where that is not known. Of two on one place the
+    later hides the other."""
     real, best = str(path.resolve()), None
     for mount in mounts() if table is None else table:
         if real == mount.point or real.startswith(mount.point.rstrip("/") + "/"):
@@ -58,10 +62,18 @@ def nearest_folder(path: Path) -> Path:
 
 
 def check_writable(folder: Path) -> list[Finding]:
-    """Writes, flushes and renames a file where the run folder is, or will be: publishing a result needs all three."""
+    """Writes, flushes and renames a file where the run folder is, or will be: publishing a result
+    needs all three."""
     item, place = "run folder", nearest_folder(folder)
     if not place.is_dir():
-        return [Finding(item, "bad", f"{place} is not a folder.", "Choose another run.dir, or move what is there.")]
+        return [
+            Finding(
+                item,
+                "bad",
+                f"{place} is not a folder.",
+                "Choose another run.dir, or move what is there.",
+            )
+        ]
     name = f".doctor.{socket.gethostname()}.{os.getpid()}"
     first, second = place / f"{name}.new", place / f"{name}.published"
     started = time.monotonic()
@@ -75,18 +87,29 @@ def check_writable(folder: Path) -> list[Finding]:
         is_whole = second.read_bytes() == b"doctor"
     except OSError as error:
         remedy = "Mend its permissions or disk, or choose another run.dir."
-        return [Finding(item, "bad", f"{place} cannot be written: {error.strerror or error}.", remedy)]
+        return [
+            Finding(item, "bad", f"{place} cannot be written: {error.strerror or error}.", remedy)
+        ]
     finally:
         for path in (first, second):
             with suppress(OSError):
                 path.unlink(missing_ok=True)
     seconds = time.monotonic() - started
     if not is_whole:
-        return [Finding(item, "bad", f"{place}: a file read back after its rename differs from what was written.", "Mend the disk.")]
+        return [
+            Finding(
+                item,
+                "bad",
+                f"{place}: a file read back after its rename differs from what was written.",
+                "Mend the disk.",
+            )
+        ]
     verdict, remedy = ("ok", "") if seconds < 2 else ("warning", "Checkpoints will be slow there.")
     where = "" if place == folder.absolute() else f" (the run will make {folder})"
     found = f"{place}{where} takes a write, a flush and a rename, in {seconds:.3f} s."
-    return [Finding(item, "ok" if verdict == "ok" else "warning", found, remedy, {"seconds": seconds})]
+    return [
+        Finding(item, "ok" if verdict == "ok" else "warning", found, remedy, {"seconds": seconds})
+    ]
 
 
 def check_space(folder: Path, *, needed_bytes: int, meaning: str) -> list[Finding]:
@@ -96,14 +119,23 @@ def check_space(folder: Path, *, needed_bytes: int, meaning: str) -> list[Findin
     facts = {"free_bytes": free, "needed_bytes": needed_bytes}
     found = f"{gib(free)} free in {place}; the run needs about {gib(needed_bytes)} ({meaning})."
     if free < needed_bytes:
-        return [Finding("free space", "bad", found, "Free some, lower checkpoint.keep_last, or use a run.dir on another volume.", facts)]
+        return [
+            Finding(
+                "free space",
+                "bad",
+                found,
+                "Free some, lower checkpoint.keep_last, or use a run.dir on another volume.",
+                facts,
+            )
+        ]
     if free < 1.2 * needed_bytes:
         return [Finding("free space", "warning", found, "That is close; free some.", facts)]
     return [Finding("free space", "ok", found, facts=facts)]
 
 
 def check_file_system(folder: Path, table: list[Mount] | None = None) -> list[Finding]:
-    """Names the disk. Whether other nodes share it is seen from there: they look for a file that is put here."""
+    """Names the disk. Whether other nodes share it is seen from there: they look for a file that is
+    put here."""
     item, mount = "file system", mount_of(nearest_folder(folder), table)
     if mount is None:
         return [Finding(item, "skipped", "the mounts of this machine cannot be read.")]
@@ -112,12 +144,32 @@ def check_file_system(folder: Path, table: list[Mount] | None = None) -> list[Fi
     if mount.type in WEAK:
         return [
             Finding(
-                item, "bad", f"{found}, where a rename is not seen whole or a flush does not reach the disk.", "Use another disk.", facts
+                item,
+                "bad",
+                f"{found}, where a rename is not seen whole or a flush does not reach the disk.",
+                "Use another disk.",
+                facts,
             )
         ]
     if mount.type in ("tmpfs", "ramfs"):
-        return [Finding(item, "warning", f"{found}: memory, gone after a restart.", "Use a disk for what is to be kept.", facts)]
-    return [Finding(item, "ok", f"{found}, {'shared over the network' if is_network(mount) else 'a disk of this machine'}.", facts=facts)]
+        return [
+            Finding(
+                item,
+                "warning",
+                f"{found}: memory, gone after a restart.",
+                "Use a disk for what is to be kept.",
+                facts,
+            )
+        ]
+    return [
+        Finding(
+            item,
+            "ok",
+            f"{found},"
+            f" {'shared over the network' if is_network(mount) else 'a disk of this machine'}.",
+            facts=facts,
+        )
+    ]
 
 
 def check_writer(folder: Path) -> list[Finding]:
@@ -125,4 +177,11 @@ def check_writer(folder: Path) -> list[Finding]:
     holder = run_lock.holder(folder, patience_seconds=2.0) if folder.is_dir() else None
     if holder is None:
         return [Finding("other runs", "ok", f"nobody writes to {folder}.")]
-    return [Finding("other runs", "bad", f"{folder} is written by {holder}.", "Wait for it, stop it, or choose another run.dir.")]
+    return [
+        Finding(
+            "other runs",
+            "bad",
+            f"{folder} is written by {holder}.",
+            "Wait for it, stop it, or choose another run.dir.",
+        )
+    ]

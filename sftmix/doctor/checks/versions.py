@@ -1,5 +1,6 @@
-"""Versions of what decides a run's numbers, against what is known to be wrong and what setup.py allows; and all that must be the
-same on the nodes of a run: versions, code, config, data, model files."""
+"""Versions of what decides a run's numbers, against what is known to be wrong and what setup.py
+allows; and all that must be the same on the nodes of a run: versions, code, config, data, model
+files."""
 
 from __future__ import annotations
 
@@ -37,21 +38,42 @@ class KnownBad:
 
 
 KNOWN_BAD = (
-    KnownBad("deepspeed", "0.17.6", "0.18.2", "bad", "wrong gradients under ZeRO-2", "https://github.com/deepspeedai/DeepSpeed/issues/7718"),
     KnownBad(
-        "deepspeed", "0.18.3", "0.19.3", "bad", "wrong gradients under ZeRO-2 in bf16 where a module runs twice in a step",
+        "deepspeed",
+        "0.17.6",
+        "0.18.2",
+        "bad",
+        "wrong gradients under ZeRO-2",
+        "https://github.com/deepspeedai/DeepSpeed/issues/7718",
+    ),
+    KnownBad(
+        "deepspeed",
+        "0.18.3",
+        "0.19.3",
+        "bad",
+        "wrong gradients under ZeRO-2 in bf16 where a module runs twice in a step",
         "https://github.com/deepspeedai/DeepSpeed/issues/8224",
     ),
     KnownBad(
-        "transformers", "5.1.0", "5.1.0", "bad", "does not work with DeepSpeed", "https://github.com/huggingface/transformers/issues/43780"
+        "transformers",
+        "5.1.0",
+        "5.1.0",
+        "bad",
+        "does not work with DeepSpeed",
+        "https://github.com/huggingface/transformers/issues/43780",
     ),
     KnownBad(
-        "transformers", "5.4.0", "5.4.0", "bad", "weights of Qwen3.5 are not loaded under ZeRO-3",
+        "transformers",
+        "5.4.0",
+        "5.4.0",
+        "bad",
+        "weights of Qwen3.5 are not loaded under ZeRO-3",
         "https://github.com/huggingface/transformers/issues/45313",
     ),
-)  # fmt: skip
+)
 
-# The oldest driver of each major version of CUDA (https://docs.nvidia.com/deploy/cuda-compatibility/).
+# The oldest driver of each major version of CUDA
+# (https://docs.nvidia.com/deploy/cuda-compatibility/).
 OLDEST_DRIVER = {"12": "525.60.13", "13": "580.65.06"}
 
 
@@ -61,11 +83,15 @@ def installed() -> dict[str, str]:
 
 
 def check_versions() -> list[Finding]:
-    """Names what is installed, each release that is known to be wrong, and each outside the ranges of setup.py."""
+    """Names what is installed, each release that is known to be wrong, and each outside the ranges
+    of setup.py."""
     found = installed()
     problems = [*known_bad(found), *outside_ranges(found, requirements())]
     missing = sorted({"torch", "deepspeed", "transformers", "datasets"} - set(found))
-    problems += [Finding(ITEM, "bad", f"{name} is not installed.", f"Install it: pip install {name}") for name in missing]
+    problems += [
+        Finding(ITEM, "bad", f"{name} is not installed.", f"Install it: pip install {name}")
+        for name in missing
+    ]
     shown = ", ".join(f"{name} {version}" for name, version in found.items())
     return problems or [Finding(ITEM, "ok", f"{shown}: none known to be wrong.", facts=dict(found))]
 
@@ -76,16 +102,19 @@ def known_bad(found: Mapping[str, str]) -> list[Finding]:
         Finding(
             ITEM,
             row.verdict,
-            f"{row.package} {found[row.package]}: {row.reason} ({row.link}; {row.first} to {row.last}).",
+            f"{row.package} {found[row.package]}: {row.reason} ({row.link}; {row.first} to"
+            f" {row.last}).",
             f"Install one outside of these: pip install '{row.package}>{row.last}'.",
         )
         for row in KNOWN_BAD
-        if row.package in found and Version(row.first) <= _release(found[row.package]) <= Version(row.last)
+        if row.package in found
+        and Version(row.first) <= _release(found[row.package]) <= Version(row.last)
     ]
 
 
 def requirements() -> list[str]:
-    """Returns what setup.py asks for, as the installed package says; nothing where sftmix is not installed as one."""
+    """Returns what setup.py asks for, as the installed package says; nothing where sftmix is not
+    installed as one."""
     try:
         return importlib.metadata.requires("sftmix") or []
     except importlib.metadata.PackageNotFoundError:
@@ -97,12 +126,15 @@ def outside_ranges(found: Mapping[str, str], required: list[str]) -> list[Findin
     problems = []
     for requirement in map(Requirement, required):
         version = found.get(requirement.name)
-        if version is not None and not requirement.specifier.contains(_release(version), prereleases=True):
+        if version is not None and not requirement.specifier.contains(
+            _release(version), prereleases=True
+        ):
             problems.append(
                 Finding(
                     ITEM,
                     "bad",
-                    f"{requirement.name} {version} is outside of what setup.py asks for: {requirement.specifier}.",
+                    f"{requirement.name} {version} is outside of what setup.py asks for:"
+                    f" {requirement.specifier}.",
                     f"Install one inside: pip install '{requirement.name}{requirement.specifier}'.",
                 )
             )
@@ -110,28 +142,49 @@ def outside_ranges(found: Mapping[str, str], required: list[str]) -> list[Findin
 
 
 def check_driver(cuda: str | None, driver: str | None) -> list[Finding]:
-    """cuda: the version that torch was built for, None for a CPU build. driver: that of the GPUs, None where there is none."""
+    """cuda: the version that torch was built for, None for a CPU build. driver: that of the GPUs,
+    None where there is none."""
     item = "CUDA"
     if cuda is None:
         if driver is None:
             return [Finding(item, "skipped", "torch is a CPU build, and there is no GPU here.")]
         return [
-            Finding(item, "bad", f"there are GPUs (driver {driver}), but torch is a CPU build.", "Install torch for CUDA: pytorch.org.")
+            Finding(
+                item,
+                "bad",
+                f"there are GPUs (driver {driver}), but torch is a CPU build.",
+                "Install torch for CUDA: pytorch.org.",
+            )
         ]
     if driver is None:
-        return [Finding(item, "warning", f"torch is built for CUDA {cuda}, but nvidia-smi shows no GPU.", "Runs use the CPU.")]
+        return [
+            Finding(
+                item,
+                "warning",
+                f"torch is built for CUDA {cuda}, but nvidia-smi shows no GPU.",
+                "Runs use the CPU.",
+            )
+        ]
     oldest = OLDEST_DRIVER.get(cuda.split(".")[0])
     facts = {"cuda": cuda, "driver": driver}
     if oldest is not None and _release(driver) < Version(oldest):
         remedy = "Renew the driver, or install torch for an older CUDA."
         return [
-            Finding(item, "bad", f"driver {driver} is too old for CUDA {cuda}, which torch is built for: {oldest} at least.", remedy, facts)
+            Finding(
+                item,
+                "bad",
+                f"driver {driver} is too old for CUDA {cuda}, which torch is built for: {oldest} at"
+                " least.",
+                remedy,
+                facts,
+            )
         ]
     return [Finding(item, "ok", f"torch for CUDA {cuda}, driver {driver}.", facts=facts)]
 
 
 def _release(version: str) -> Version:
-    """Returns a version without its local part (`+cpu`), so that it compares as the release it was built from."""
+    """Returns a version without its local part (`+cpu`), so that it compares as the release it was
+    built from."""
     return Version(re.split(r"\+", version)[0])
 
 
@@ -144,24 +197,36 @@ def identity(config: Config | None) -> dict[str, Any]:
     found: dict[str, Any] = {"versions": installed(), "commit": commit(), "code": code_digest()}
     if config is not None:
         found["config"] = config.model_dump(mode="json")
-        found["data"] = {source.path: digest_of(Path(source.path)) for source in config.data.all_sources}
+        found["data"] = {
+            source.path: digest_of(Path(source.path)) for source in config.data.all_sources
+        }
         models = [config.model, config.reference_model, *config.confidence.models]
-        found["model"] = {model.path: digest_of(Path(model.path)) for model in models if model.path is not None}
+        found["model"] = {
+            model.path: digest_of(Path(model.path)) for model in models if model.path is not None
+        }
     return found
 
 
 def code_digest() -> str:
     """Returns a hash of the package's files, which also tells edits that no commit knows of."""
     root = Path(__file__).resolve().parents[2]
-    folders = [Path(folder) for folder, _, _ in os.walk(root, followlinks=True)]  # kernels/ and launch/ are links
+    # kernels/ and launch/ are links
+    folders = [Path(folder) for folder, _, _ in os.walk(root, followlinks=True)]
     files = [path for folder in folders for path in folder.glob("*.py")]
     return fingerprint({path.relative_to(root).as_posix(): sha256_of_file(path) for path in files})
 
 
 def digest_of(path: Path) -> str | None:
-    """Returns a hash of a file, or of all files of a folder; None for what is not here, such as a name on the Hub."""
+    """Returns a hash of a file, or of all files of a folder; None for what is not here, such as a
+    name on the Hub."""
     if path.is_dir():
-        return fingerprint({str(file.relative_to(path)): _digest_of_file(file) for file in sorted(path.rglob("*")) if file.is_file()})
+        return fingerprint(
+            {
+                str(file.relative_to(path)): _digest_of_file(file)
+                for file in sorted(path.rglob("*"))
+                if file.is_file()
+            }
+        )
     return _digest_of_file(path) if path.is_file() else None
 
 

@@ -23,9 +23,11 @@ def read_tokenizer(context: StageContext) -> PreTrainedTokenizerBase:
 
 
 def trained_model(start: ModelConfig, folder: Path) -> ModelConfig:
-    """Returns the model that was trained from `start` into `folder`, with its other settings (attention, trust).
-    Adapters are merged into it."""
-    return start.model_copy(update={"path": str(folder), "architecture": None, "revision": None, "lora": None})
+    """Returns the model that was trained from `start` into `folder`, with its other settings
+    (attention, trust). Adapters are merged into it."""
+    return start.model_copy(
+        update={"path": str(folder), "architecture": None, "revision": None, "lora": None}
+    )
 
 
 def checkpoint_name(step: int) -> str:

@@ -1,4 +1,5 @@
-"""The reference stage: next-token prediction on all examples, leaving what the confidence is computed from."""
+"""The reference stage: next-token prediction on all examples, leaving what the confidence is
+computed from."""
 
 from __future__ import annotations
 
@@ -20,13 +21,16 @@ from sftmix.train.plan import TrainingPlan, choose_checkpoint_steps
 
 
 def run(context: StageContext) -> Facts:
-    """Trains the reference model. Leaves what `confidence.mode` wants of it: checkpoints, each a Hugging Face folder; the
-    scores of passes inside the run (live); those of its own forwards (online)."""
+    """Trains the reference model. Leaves what `confidence.mode` wants of it: checkpoints, each a
+    Hugging Face folder; the scores of passes inside the run (live); those of its own forwards
+    (online)."""
     config, ranks = context.config, context.ranks
     assert ranks is not None, "this stage runs on all ranks"
     settings, modes = config.reference_train, config.confidence.modes
     examples, tokenizer = read_examples(context), read_tokenizer(context)
-    plan = TrainingPlan(singles(len(examples), seed=config.run.seed), settings.epochs, settings.batch_size)
+    plan = TrainingPlan(
+        singles(len(examples), seed=config.run.seed), settings.epochs, settings.batch_size
+    )
     steps = choose_checkpoint_steps(plan, config.reference.num_checkpoints)
     online = OnlineScores(ranks, len(examples)) if "online" in modes else None
     live = context.kept / "live"  # a file for each pass, so that a resumed run has those before it

@@ -1,4 +1,5 @@
-"""The score stage: every training example under every checkpoint, in units that survive a kill, and the tables of every mode."""
+"""The score stage: every training example under every checkpoint, in units that survive a kill, and
+the tables of every mode."""
 
 from __future__ import annotations
 
@@ -23,13 +24,19 @@ from sftmix.engine.ranks import should_shard
 from sftmix.errors import ArtifactError, counted
 from sftmix.pipeline.context import Facts, StageContext
 from sftmix.pipeline.order import model_identity
-from sftmix.pipeline.stages.inputs import checkpoint_name, read_examples, read_tokenizer, trained_model
+from sftmix.pipeline.stages.inputs import (
+    checkpoint_name,
+    read_examples,
+    read_tokenizer,
+    trained_model,
+)
 from sftmix.pipeline.unshared_folder import collect_units
 from sftmix.storage import provenance
 from sftmix.storage.failures import accessing
 from sftmix.storage.files import await_visible
 
-Sums = dict[int, NDArray[np.float64]]  # checkpoint -> (N,) nats over the response tokens, in dataset order
+# checkpoint -> (N,) nats over the response tokens, in dataset order
+Sums = dict[int, NDArray[np.float64]]
 
 
 def run(context: StageContext) -> Facts:
@@ -66,28 +73,40 @@ def _models(context: StageContext, mode: str) -> dict[int, ModelConfig]:
         return dict(enumerate(config.confidence.models, start=1))
     checkpoints = context.inputs["reference"] / "checkpoints"
     steps = context.facts_of("reference")["checkpoint_steps"]
-    return {step: trained_model(config.reference_model, checkpoints / checkpoint_name(step)) for step in steps}
+    return {
+        step: trained_model(config.reference_model, checkpoints / checkpoint_name(step))
+        for step in steps
+    }
 
 
 def work_plan(config: Config, examples: TokenisedExamples) -> WorkPlan:
     """Returns how the training examples are cut into work."""
-    return WorkPlan(examples.num_tokens, config.confidence.unit_examples, config.confidence.micro_batch_tokens)
+    return WorkPlan(
+        examples.num_tokens, config.confidence.unit_examples, config.confidence.micro_batch_tokens
+    )
 
 
-def score_checkpoints(context: StageContext, examples: TokenisedExamples, models: dict[int, ModelConfig]) -> tuple[Sums, str]:
-    """Scores every example under every model, by its checkpoint number; what an earlier attempt has scored is not scored
-    again. Collective: all ranks must call it. Returns the sums, on rank 0 only, and the dtype of the models' weights."""
+def score_checkpoints(
+    context: StageContext, examples: TokenisedExamples, models: dict[int, ModelConfig]
+) -> tuple[Sums, str]:
+    """Scores every example under every model, by its checkpoint number; what an earlier attempt has
+    scored is not scored again. Collective: all ranks must call it. Returns the sums, on rank 0
+    only, and the dtype of the models' weights."""
     config, ranks = context.config, context.ranks
     assert ranks is not None, "this stage runs on all ranks"
     tokenizer, plan = read_tokenizer(context), work_plan(config, examples)
-    # Of units that are there already. Only an engine of this dtype, which was examined, wrote them: their fingerprint says so.
+    # Of units that are there already. Only an engine of this dtype, which was examined, wrote them:
+    # their fingerprint says so.
     precision = resolve_precision(config.engine.precision)
     sizes = [len(plan.examples(unit)) for unit in range(plan.num_units)]
     nll_sum: Sums = {}
     for step, model in models.items():
         wanted = config.confidence.sharding
-        is_sharded = should_shard(weight_bytes(model), ranks) if wanted == "auto" else wanted == "zero3"
-        # Whatever could change a bit of a score is in a unit's fingerprint, the versions of the packages too.
+        is_sharded = (
+            should_shard(weight_bytes(model), ranks) if wanted == "auto" else wanted == "zero3"
+        )
+        # Whatever could change a bit of a score is in a unit's fingerprint, the versions of the
+        # packages too.
         parts = [
             context.identity.fingerprint,
             plan.unit_examples,
@@ -96,15 +115,31 @@ def score_checkpoints(context: StageContext, examples: TokenisedExamples, models
             provenance.versions(),
             provenance.commit(),
         ]
-        done_units = UnitFolder(context.work / f"checkpoint_{step:06d}", provenance.fingerprint(parts))
+        done_units = UnitFolder(
+            context.work / f"checkpoint_{step:06d}", provenance.fingerprint(parts)
+        )
         collect_units(ranks, done_units, sizes)  # what an earlier attempt has left on other disks
         units = ranks.from_main(done_units.pending(sizes) if ranks.is_main else [])
         if ranks.is_main and len(units) < len(sizes):
-            print(f"  checkpoint {step}: {len(sizes) - len(units)} of {counted(len(sizes), 'unit')} already scored", flush=True)
+            print(
+                f"  checkpoint {step}: {len(sizes) - len(units)} of {counted(len(sizes), 'unit')}"
+                " already scored",
+                flush=True,
+            )
         if units:
-            engine = Engine(config, model, ranks, tokenizer, is_sharded=is_sharded, progress=context.progress)
+            engine = Engine(
+                config, model, ranks, tokenizer, is_sharded=is_sharded, progress=context.progress
+            )
             precision = engine.precision
-            score_missing_units(engine, examples, plan, done_units, units, pad_id=tokenizer.pad_token_id, title=f"step {step}")
+            score_missing_units(
+                engine,
+                examples,
+                plan,
+                done_units,
+                units,
+                pad_id=tokenizer.pad_token_id,
+                title=f"step {step}",
+            )
             engine.close()
             collect_units(ranks, done_units, sizes)
         if not ranks.is_main:
@@ -114,20 +149,31 @@ def score_checkpoints(context: StageContext, examples: TokenisedExamples, models
         missing = done_units.pending(sizes)
         if missing:
             raise ArtifactError(
-                f"the scores of {counted(len(missing), 'unit')} of {len(sizes)} are missing in {done_units.folder} "
-                "though every rank has finished. "
-                "Look at whether run.dir is the same folder, whole and writable, on every node; then start again."
+                f"the scores of {counted(len(missing), 'unit')} of {len(sizes)} are missing in"
+                f" {done_units.folder} though every rank has finished. Look at whether run.dir is"
+                " the same folder, whole and writable, on every node; then start again."
             )
-        nll_sum[step] = np.concatenate([done_units.read(unit).nll_sum for unit in range(len(sizes))])
+        nll_sum[step] = np.concatenate(
+            [done_units.read(unit).nll_sum for unit in range(len(sizes))]
+        )
         mean = float(nll_sum[step].sum() / examples.num_response_tokens.sum())
-        print(f"  checkpoint {step}: {counted(len(examples), 'example')}, {mean:.4f} nats per response token", flush=True)
+        print(
+            f"  checkpoint {step}: {counted(len(examples), 'example')}, {mean:.4f} nats per"
+            " response token",
+            flush=True,
+        )
     return nll_sum, precision
 
 
 def weight_bytes(model: ModelConfig) -> int:
-    """Returns the size of a model's weight files; 0 for a model that is not a local folder, which then counts as small."""
+    """Returns the size of a model's weight files; 0 for a model that is not a local folder, which
+    then counts as small."""
     folder = Path(model.path) if model.path else None
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else 0
+    return (
+        sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        if folder is not None and folder.is_dir()
+        else 0
+    )
 
 
 def write_tables(
@@ -139,8 +185,8 @@ def write_tables(
     *,
     precision: str,
 ) -> None:
-    """Writes the two tables of one mode, and says what has no finite perplexity. precision: dtype of
-    the weights that scored."""
+    """Writes the two tables of one mode, and says what has no finite perplexity. precision: dtype
+    of the weights that scored."""
 
     config = context.config
     models = config.confidence.models or [config.reference_model]
@@ -155,18 +201,25 @@ def write_tables(
     )
     folder.mkdir(parents=True, exist_ok=True)
     summary = write_scores(
-        folder, metadata, example_ids=examples.example_ids, num_response_tokens=examples.num_response_tokens, nll_sum=nll_sum
+        folder,
+        metadata,
+        example_ids=examples.example_ids,
+        num_response_tokens=examples.num_response_tokens,
+        nll_sum=nll_sum,
     )
     for line in summary.lines():
         print(f"  {line}")
 
 
 def import_scores(context: StageContext, examples: TokenisedExamples) -> None:
-    """Takes a published table in place of scoring: checked against the data, and brought into its order."""
+    """Takes a published table in place of scoring: checked against the data, and brought into its
+    order."""
 
     settings = context.config.confidence
     assert settings.scores is not None, "the caller looked"
-    table = read_scores(settings.scores, revision=settings.scores_revision, column=settings.scores_column)
+    table = read_scores(
+        settings.scores, revision=settings.scores_revision, column=settings.scores_column
+    )
     rows = fit_scores(
         table,
         examples.example_ids,
@@ -181,12 +234,14 @@ def import_scores(context: StageContext, examples: TokenisedExamples) -> None:
 
 
 def _fingerprints(context: StageContext, precision: str) -> dict[str, str | int]:
-    """Returns what scores of this run's data carry, and what a table from elsewhere is held against."""
+    """Returns what scores of this run's data carry, and what a table from elsewhere is held
+    against."""
     return {**context.facts_of("data")["fingerprints"], "dtype": precision}
 
 
 def write_sums(path: Path, nll_sum: Sums) -> None:
-    """Writes what a training run scored itself: a column for each checkpoint, rows in dataset order."""
+    """Writes what a training run scored itself: a column for each checkpoint, rows in dataset
+    order."""
     with accessing(path):
         pq.write_table(pa.table({str(step): sums for step, sums in nll_sum.items()}), path)
 
@@ -194,5 +249,7 @@ def write_sums(path: Path, nll_sum: Sums) -> None:
 def read_sums(path: Path, num_examples: int) -> Sums:
     """Returns what `write_sums` wrote."""
     table: Any = pq.read_table(path)
-    assert table.num_rows == num_examples, f"{path} is of other data than the data stage, whose digest its stage carries"
+    assert table.num_rows == num_examples, (
+        f"{path} is of other data than the data stage, whose digest its stage carries"
+    )
     return {int(name): table[name].to_numpy() for name in table.column_names}

@@ -1,4 +1,5 @@
-"""The split stage: confident and unconfident examples, and how much of them a matching would mix."""
+"""The split stage: confident and unconfident examples, and how much of them a matching would
+mix."""
 
 from __future__ import annotations
 
@@ -9,9 +10,15 @@ from sftmix.pipeline.stages.inputs import read_examples
 
 
 def run(context: StageContext) -> Facts:
-    """Writes split.parquet and the lists of each part. Prints the mix coverage of either way of matching."""
+    """Writes split.parquet and the lists of each part. Prints the mix coverage of either way of
+    matching."""
     config, examples = context.config, read_examples(context)
-    sizes = split_scores(context.inputs["score"] / CONFIDENCE, examples.table.data.table, config.split, context.folder)
+    sizes = split_scores(
+        context.inputs["score"] / CONFIDENCE,
+        examples.table.data.table,
+        config.split,
+        context.folder,
+    )
     print("  " + ", ".join(f"{count:,} {part}" for part, count in sizes.items()))
     lengths = examples.column("num_response_tokens")
     write_parts(context.folder, sizes, lengths)

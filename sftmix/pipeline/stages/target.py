@@ -1,4 +1,5 @@
-"""The baseline and train stages: the target model, with next-token prediction alone and with SFTMix."""
+"""The baseline and train stages: the target model, with next-token prediction alone and with
+SFTMix."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def run_train(context: StageContext) -> Facts:
 
 
 def _train_target(context: StageContext, name: str, *, mixup_weight: float) -> Facts:
-    """Trains the target model. name: "baseline" or "sftmix". mixup_weight: mu; 0 is next-token prediction."""
+    """Trains the target model. name: "baseline" or "sftmix". mixup_weight: mu; 0 is next-token
+    prediction."""
     config = context.config
     settings = config.train
     examples, tokenizer = read_examples(context), read_tokenizer(context)
@@ -31,7 +33,9 @@ def _train_target(context: StageContext, name: str, *, mixup_weight: float) -> F
     if objective.mixes_inputs:
         examples.check_single_spans()
     matching = open_matching(context.inputs["split"], config.mixup, config.run.seed)
-    assert matching.num_examples == len(examples), "the split is of other data than the data stage, whose digest it carries"
+    assert matching.num_examples == len(examples), (
+        "the split is of other data than the data stage, whose digest it carries"
+    )
     plan = TrainingPlan(matching, settings.epochs, settings.batch_size)
 
     def save_model(engine: Engine, step: int) -> None:

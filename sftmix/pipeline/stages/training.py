@@ -1,4 +1,5 @@
-"""What the three trainings share: reference, baseline and SFTMix differ in the plan, the objective and what they save."""
+"""What the three trainings share: reference, baseline and SFTMix differ in the plan, the objective
+and what they save."""
 
 from __future__ import annotations
 
@@ -38,22 +39,33 @@ def train_model(
     save: Callable[[Engine, int], None],
     online: OnlineScores | None = None,
 ) -> Facts:
-    """Trains one model, from its last checkpoint if there is one. `save(engine, step)` writes the outputs into
-    `context.kept`. Returns the facts of the training. Collective: all ranks must call it."""
+    """Trains one model, from its last checkpoint if there is one. `save(engine, step)` writes the
+    outputs into `context.kept`. Returns the facts of the training. Collective: all ranks must call
+    it."""
     config, ranks, kept = context.config, context.ranks, context.kept
     assert ranks is not None, "this stage runs on all ranks"
     tokenizer = read_tokenizer(context)
     engine = Engine(config, model, ranks, tokenizer, train=settings, progress=context.progress)
     check = context.lock.check if context.lock is not None else None
     checkpoints = TrainingCheckpoints(
-        ranks, context.work / "checkpoints", kept, config.checkpoint, context.stop, **vars(context.identity), check=check
+        ranks,
+        context.work / "checkpoints",
+        kept,
+        config.checkpoint,
+        context.stop,
+        **vars(context.identity),
+        check=check,
     )
-    limit = max(config.limits.skipped_steps, FP16_SKIPPED_STEPS if engine.precision == "fp16" else 0)
+    limit = max(
+        config.limits.skipped_steps, FP16_SKIPPED_STEPS if engine.precision == "fp16" else 0
+    )
     log = RunLog(
         name,
         ranks,
         metrics=kept / "metrics.jsonl",
-        tensorboard=config.run.dir / "logs" / "tensorboard" / name if config.log.tensorboard else None,
+        tensorboard=(
+            config.run.dir / "logs" / "tensorboard" / name if config.log.tensorboard else None
+        ),
         every_steps=config.log.every_steps,
         has_mixup=objective.mixup_weight > 0,
         has_router=engine.module.has_router,
@@ -71,7 +83,9 @@ def train_model(
         save_checkpoint=lambda step: save(engine, step),
         log=log,
         checkpoints=checkpoints,
-        skipped=SkippedSteps(ranks, kept / "skipped_steps.jsonl", examples.example_ids, limit=limit),
+        skipped=SkippedSteps(
+            ranks, kept / "skipped_steps.jsonl", examples.example_ids, limit=limit
+        ),
         online=online,
     )
     context.stop.listen()
@@ -80,7 +94,8 @@ def train_model(
     finally:
         context.stop.close()
     if ranks.is_main:
-        # Linked, not moved: the checkpoints record the hashes of these files until the output is published.
+        # Linked, not moved: the checkpoints record the hashes of these files until the output is
+        # published.
         shutil.copytree(kept, context.folder, copy_function=_link, dirs_exist_ok=True)
     facts: dict[str, Any] = {
         "num_parameters": engine.num_parameters,
