@@ -57,7 +57,8 @@ from sftmix.engine.precision import resolve_precision
 from sftmix.engine.process_group import init_ranks
 from sftmix.engine.ranks import has_gpu
 from sftmix.loss.objective import Objective
-from sftmix.pairing.matching import StepUnits, match_parts, split_by_confidence
+from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT, Matching, StepUnits
+from sftmix.pairing.split import split_values
 from sftmix.pipeline import preflight
 from sftmix.storage.files import write_json
 
@@ -172,14 +173,14 @@ def build_work(config: Config, folder: Path, *, num_rounds: int) -> Work:
     reference run."""
     prepare(config, folder)
     examples = TokenisedExamples(folder / "train.arrow")
-    parts = split_by_confidence(
-        examples.example_ids.to_pylist(), np.random.default_rng(0).random(len(examples))
+    parts = np.array(
+        split_values(examples.example_ids, np.random.default_rng(0).random(len(examples)))
     )
-    matching = match_parts(
-        np.array(parts),
-        examples.num_response_tokens,
-        seed=config.run.seed,
-        alpha=config.mixup.alpha,
+    confident, unconfident, middle = (
+        np.flatnonzero(parts == part) for part in (CONFIDENT, UNCONFIDENT, MIDDLE)
+    )
+    matching = Matching(
+        confident, unconfident, middle, seed=config.run.seed, alpha=config.mixup.alpha
     )
     plan = matching.units(0, 0, matching.num_units)
     pairs = np.flatnonzero(plan.units[:, 1] >= 0)

@@ -5,6 +5,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from matchings import match_parts, split_by_confidence
 
 from sftmix.batches.collate import build_micro_batch
 from sftmix.batches.cut import count_step, cut_step
@@ -13,7 +14,6 @@ from sftmix.confidence import scoring
 from sftmix.confidence.scoring import cut_by_length
 from sftmix.engine.ranks import Ranks
 from sftmix.errors import DataError
-from sftmix.pairing.matching import match_parts, split_by_confidence
 from sftmix.train.plan import TrainingPlan
 
 

@@ -1,14 +1,9 @@
 import numpy as np
 import pytest
+from matchings import match_parts
 
-from sftmix.pairing.matching import (
-    CONFIDENT,
-    MIDDLE,
-    UNCONFIDENT,
-    match_parts,
-    singles,
-    split_by_confidence,
-)
+from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT, singles
+from sftmix.pairing.split import split_values
 
 
 def ids(count):
@@ -17,7 +12,7 @@ def ids(count):
 
 def halves(count):
     confidence = -np.random.default_rng(0).random(count)
-    return confidence, split_by_confidence(ids(count), confidence)
+    return confidence, split_values(ids(count), confidence)
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 11, 101])
@@ -34,7 +29,7 @@ def test_halves_are_equal_and_an_odd_one_is_left_in_the_middle(count):
 )
 def test_any_shares(confident, unconfident):
     confidence, _ = halves(30)
-    parts = split_by_confidence(
+    parts = split_values(
         ids(30), confidence, confident_share=confident, unconfident_share=unconfident
     )
     assert (parts.count(CONFIDENT), parts.count(UNCONFIDENT)) == (
@@ -45,16 +40,16 @@ def test_any_shares(confident, unconfident):
 
 def test_equal_confidences_are_split_by_id_whatever_their_order():
     names = ids(10)
-    parts = dict(zip(names, split_by_confidence(names, np.zeros(10)), strict=True))
+    parts = dict(zip(names, split_values(names, np.zeros(10)), strict=True))
     shuffled = list(reversed(names))
-    assert dict(zip(shuffled, split_by_confidence(shuffled, np.zeros(10)), strict=True)) == parts
+    assert dict(zip(shuffled, split_values(shuffled, np.zeros(10)), strict=True)) == parts
     assert list(parts.values()).count(CONFIDENT) == 5
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_confidence_that_is_not_finite_is_never_ranked(bad):
     with pytest.raises(ValueError, match=r"not finite.*id0002"):
-        split_by_confidence(ids(5), np.array([0.0, 1.0, bad, 2.0, 3.0]))
+        split_values(ids(5), np.array([0.0, 1.0, bad, 2.0, 3.0]))
 
 
 @pytest.mark.parametrize("by_length", [False, True])
@@ -67,7 +62,7 @@ def test_every_example_is_seen_exactly_once_in_every_epoch(
 ):
     confidence, _ = halves(count)
     parts = np.array(
-        split_by_confidence(
+        split_values(
             ids(count), confidence, confident_share=confident, unconfident_share=unconfident
         )
     )

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matchings import split_by_confidence
 from matplotlib.figure import Figure
 
 from sftmix.confidence.definition import CONFIDENCE_SCHEMA
@@ -27,7 +28,7 @@ from sftmix.evaluation.report_examples import (
     extremes,
     truncated,
 )
-from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT, split_by_confidence
+from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT
 from sftmix.storage import artifacts
 from sftmix.storage.files import write_json
 
@@ -129,6 +130,32 @@ def test_agreement_is_taken_over_what_is_finite_in_both():
         ).same_part
         == 1.0
     )
+
+
+@pytest.mark.parametrize("settings", [{}, {"highest_is_confident": False}])
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.3, 0.4)])
+def test_agreement_splits_as_the_run_does(settings, shares):
+    """Within strata, from the side that the config calls confident: sorted by hand."""
+    rng = np.random.default_rng(0)
+    ids, strata = [f"id{n:02}" for n in range(41)], np.array(["x", "y"])[rng.integers(0, 2, 41)]
+    scores = rng.random((2, 41))
+    sign = 1 if settings.get("highest_is_confident", True) else -1
+    expected = np.zeros((2, 41), dtype=object)
+    for table, values in zip(expected, scores, strict=True):
+        for stratum in "xy":
+            rows = np.flatnonzero(strata == stratum)
+            table[rows] = split_by_confidence(
+                [ids[n] for n in rows],
+                sign * values[rows],
+                confident_share=shares[0],
+                unconfident_share=shares[1],
+            )
+    split = SplitConfig(
+        **settings, stratify_by="group", confident_share=shares[0], unconfident_share=shares[1]
+    )
+    given = pa.chunked_array([strata.tolist()])
+    found = agreement_of(pa.chunked_array([ids]), *scores, split, "a, b", strata=given)
+    assert found.same_part == (expected[0] == expected[1]).mean()
 
 
 def test_agreement_of_too_few_examples_is_no_figure():

@@ -4,9 +4,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matchings import split_by_confidence
 
 from sftmix.pairing import split
-from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT, split_by_confidence
+from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT
 from sftmix.pairing.split import NotFiniteError, split_table
 
 

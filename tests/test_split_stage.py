@@ -5,6 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matchings import match_parts, split_by_confidence
 
 from sftmix.batches.examples import TokenisedExamples
 from sftmix.confidence import table_files
@@ -12,7 +13,6 @@ from sftmix.config.schema import Config
 from sftmix.data.prepare import SCHEMA
 from sftmix.errors import ArtifactError
 from sftmix.pairing import on_files
-from sftmix.pairing.matching import match_parts, split_by_confidence
 
 COUNT = 1003
 

@@ -469,11 +469,13 @@ def _floats(column: pa.ChunkedArray) -> NDArray[np.float64]:
     return np.asarray(column.to_numpy(), dtype=np.float64)  # null becomes NaN
 
 
-def read_confidence(path: Path, example_ids: pa.ChunkedArray) -> NDArray[np.float64]:
-    """Returns the (N,) confidences of a table of this run, in the order of `example_ids`; infinite
-    and NaN ones as they are.
+def read_confidence(
+    path: Path, example_ids: pa.ChunkedArray, column: str = "confidence"
+) -> NDArray[np.float64]:
+    """Returns a column (N,) of a table of this run, in the order of `example_ids`; infinite and NaN
+    values as they are.
 
     Raises ArtifactError where the table lacks or adds an example, or cannot be read.
     """
-    table = read_scores(path, column="confidence")
+    table = read_scores(path, column=column)
     return table.values[match_rows(table, example_ids)]

@@ -15,12 +15,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from sftmix.batches.examples import TokenisedExamples
 from sftmix.confidence.definition import agreement
-from sftmix.confidence.table import read_confidence
+from sftmix.confidence.table import ScoreMetadata, read_confidence
+from sftmix.confidence.table_files import CONFIDENCE
 from sftmix.config.schema import Config, SplitConfig
 from sftmix.errors import counted
-from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT, split_by_confidence
+from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT
 from sftmix.pairing.on_files import SPLIT
+from sftmix.pairing.split import split_values
 from sftmix.storage.artifacts import read_manifest
 
 NUM_SHOWN = 10  # rows of a table of examples
@@ -71,11 +74,8 @@ class ScoredExamples:
 def read_scored_examples(run: RunOutputs) -> ScoredExamples:
     """Returns the run's examples with its confidences and its split. Only the columns above are
     held in memory."""
-    from sftmix.batches.examples import TokenisedExamples
-    from sftmix.confidence.table import ScoreMetadata
-
     examples = TokenisedExamples(run.inputs["data"] / "train.arrow")
-    path = run.inputs["score"] / "confidence.parquet"
+    path = run.inputs["score"] / CONFIDENCE
     scores = pq.read_table(path, columns=["example_id", "confidence", "variability"])
     split = pq.read_table(run.inputs["split"] / SPLIT)
     for table in (scores, split):
@@ -252,22 +252,17 @@ class Agreement:
 
 
 def agreements(run: RunOutputs, scored: ScoredExamples) -> list[Agreement]:
-    """Returns how far the run's confidences agree with those of every mode that it was compared
-    with."""
-    confidence, rows = run.config.confidence, []
-    for mode in confidence.compare:
-        other = read_confidence(
-            run.inputs["score"] / "compared" / mode / "confidence.parquet", scored.example_ids
-        )
-        rows.append(
-            agreement_of(
-                scored.example_ids,
-                scored.confidence,
-                other,
-                run.config.split,
-                f"{confidence.mode}, {mode}",
-            )
-        )
+    """Returns how far the run's scores agree with those of every mode that it was compared with, in
+    the column that is split."""
+    settings, split, rows = run.config.confidence, run.config.split, []
+    strata = scored.table.data.table[split.stratify_by] if split.stratify_by else None
+    own, *others = (
+        read_confidence(run.inputs["score"] / folder / CONFIDENCE, scored.example_ids, split.column)
+        for folder in ("", *(f"compared/{mode}" for mode in settings.compare))
+    )
+    for mode, other in zip(settings.compare, others, strict=True):
+        modes = f"{settings.mode}, {mode}"
+        rows.append(agreement_of(scored.example_ids, own, other, split, modes, strata=strata))
     return rows
 
 
@@ -277,17 +272,24 @@ def agreement_of(
     b: NDArray[np.float64],
     split: SplitConfig,
     modes: str,
+    *,
+    strata: pa.ChunkedArray | None = None,
 ) -> Agreement:
-    """Returns how far two scorings of the same examples agree; both are split among the examples
-    that are finite in both."""
-    both = np.flatnonzero(np.isfinite(a) & np.isfinite(b))
-    ids = example_ids.take(pa.array(both)).to_pylist()
-    shares = {
-        "confident_share": split.confident_share,
-        "unconfident_share": split.unconfident_share,
-    }
-    parts = [split_by_confidence(ids, confidence[both], **shares) for confidence in (a, b)]
-    figures = agreement(a[both], b[both], *parts)
+    """Returns how far two scorings of the same examples agree. Both are split, as the run splits,
+    among the examples that are finite in both. strata: the column of `split.stratify_by`."""
+    both = pa.array(np.flatnonzero(np.isfinite(a) & np.isfinite(b)))
+    parts = [
+        split_values(
+            example_ids.take(both),
+            values[both.to_numpy()],
+            highest_first=split.highest_is_confident,
+            confident_share=split.confident_share,
+            unconfident_share=split.unconfident_share,
+            strata=None if strata is None else strata.take(both),
+        )
+        for values in (a, b)
+    ]
+    figures = agreement(a[both.to_numpy()], b[both.to_numpy()], *parts)
     return Agreement(
         modes, figures["spearman"], figures["same_part"], len(both), len(a) - len(both)
     )

@@ -1,4 +1,4 @@
-"""Split by confidence, and pairs: pure functions of scores, seed and epoch. NumPy only.
+"""The pairs of every epoch: pure functions of the parts, seed and epoch. NumPy only.
 
 The paper splits at the median into equal halves, D^c (confident) and D^u (unconfident), and pairs
 at random (https://arxiv.org/abs/2410.05248, section 3). Here one epoch of pairs is a matching:
@@ -31,38 +31,6 @@ from sftmix.pairing.permutation import Index, permute, symmetric_beta
 CONFIDENT, MIDDLE, UNCONFIDENT = "confident", "middle", "unconfident"
 
 
-def split_by_confidence(
-    example_ids: list[str],
-    confidence: NDArray[np.float64],
-    *,
-    confident_share: float = 0.5,
-    unconfident_share: float = 0.5,
-) -> list[str]:
-    """Returns the part ("confident", "middle", "unconfident") of every example, in memory;
-    `split.py` does the same on files.
-
-    Sizes are rounded down, so halves are equal and an odd example out is in the middle. Of equal
-    confidences the lower id is the more confident. Raises ValueError for a confidence that is not
-    finite: it must not be ranked in silence.
-    """
-    if not np.isfinite(confidence).all():
-        bad = [example_ids[i] for i in np.flatnonzero(~np.isfinite(confidence))[:5]]
-        raise ValueError(
-            f"the confidence of {counted(int((~np.isfinite(confidence)).sum()), 'example')} is not"
-            f" finite, first: {bad}"
-        )
-    total = len(example_ids)
-    num_unconfident, num_confident = (
-        int(unconfident_share * total + 1e-9),
-        int(confident_share * total + 1e-9),
-    )
-    ranking = np.lexsort((np.array(example_ids), -confidence))  # most confident first
-    parts = np.full(total, MIDDLE, dtype=object)
-    parts[ranking[total - num_unconfident :]] = UNCONFIDENT
-    parts[ranking[:num_confident]] = CONFIDENT
-    return [str(part) for part in parts]
-
-
 @dataclass(frozen=True)
 class StepUnits:
     """What one optimiser step trains on, or any other range of an epoch, in order.
@@ -74,28 +42,6 @@ class StepUnits:
 
     units: NDArray[np.int64]
     lam: NDArray[np.float64]
-
-
-def match_parts(
-    parts: NDArray[np.str_],
-    num_response_tokens: NDArray[np.int64],
-    *,
-    seed: int,
-    alpha: float,
-    by_length: bool = False,
-    block_pairs: int = 256,
-) -> Matching:
-    """Returns the matching of (N,) parts: random as in the paper, or `by_length` within blocks of
-    about `block_pairs` pairs of like response length."""
-    confident, unconfident, middle = (
-        np.flatnonzero(parts == part) for part in (CONFIDENT, UNCONFIDENT, MIDDLE)
-    )
-    if by_length:
-        confident, unconfident = (
-            rows[np.argsort(num_response_tokens[rows], kind="stable")]
-            for rows in (confident, unconfident)
-        )
-    return Matching(confident, unconfident, middle, seed, alpha, block_pairs if by_length else None)
 
 
 def singles(num_examples: int, *, seed: int) -> Matching:

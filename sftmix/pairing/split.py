@@ -21,7 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
+from numpy.typing import NDArray
 
+from sftmix.errors import counted
 from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT
 
 SAMPLE_ROWS = 500_000
@@ -33,7 +36,7 @@ class NotFiniteError(ValueError):
 
     def __init__(self, column: str, count: int, first_ids: list[str]):
         super().__init__(
-            f"{column} of {count:,} examples is missing or not finite; first:"
+            f"{column} of {counted(count, 'example')} is missing or not finite; first:"
             f" {', '.join(first_ids)}"
         )
         self.count, self.first_ids = count, first_ids
@@ -74,20 +77,53 @@ def split_table(
     stratum: a column within each of whose values the shares are taken. Raises NotFiniteError for
     NaN, infinite or missing values, and ValueError for shares, columns or ids that make no split.
     """
-    confident, unconfident = exact_share(confident_share), exact_share(unconfident_share)
-    if confident + unconfident > 1:
-        raise ValueError(
-            f"confident_share {confident_share} and unconfident_share {unconfident_share} are more"
-            " than the whole"
-        )
     rows = pl.scan_parquet([str(path) for path in sources], glob=False).select(
         pl.col("example_id").alias("id"),
         pl.col(value).alias("value"),
         (pl.col(stratum) if stratum else pl.lit(0)).alias("stratum"),
     )
+    shares = (confident_share, unconfident_share)
+    written, sizes = _assign(rows, value, shares, highest_first, is_stratified=stratum is not None)
+    written.sink_parquet(target, compression="zstd", compression_level=1, engine="streaming")
+    return sizes
+
+
+def split_values(
+    example_ids: Sequence[str] | pa.ChunkedArray,
+    values: NDArray[Any],
+    *,
+    highest_first: bool = True,
+    confident_share: float = 0.5,
+    unconfident_share: float = 0.5,
+    strata: Sequence[Any] | pa.ChunkedArray | None = None,
+) -> list[str]:
+    """Returns the part of every example, in memory: `split_table` of a table with these columns.
+    Raises as it does."""
+    columns = {"id": example_ids, "value": values, "stratum": strata or [0] * len(values)}
+    rows = pl.DataFrame({name: pl.Series(column) for name, column in columns.items()}).lazy()
+    shares = (confident_share, unconfident_share)
+    written, _ = _assign(rows, "value", shares, highest_first, is_stratified=strata is not None)
+    return written.collect()["part"].to_list()
+
+
+def _assign(
+    rows: pl.LazyFrame,
+    column: str,
+    shares: tuple[float, float],
+    highest_first: bool,
+    *,
+    is_stratified: bool,
+) -> tuple[pl.LazyFrame, dict[str, int]]:
+    """Returns example_id and part of every row (id, value, stratum), and the sizes of the parts."""
+    confident, unconfident = (exact_share(share) for share in shares)
+    if confident + unconfident > 1:
+        raise ValueError(
+            f"confident_share {shares[0]} and unconfident_share {shares[1]} are more than the whole"
+        )
     if not highest_first:
-        rows = rows.with_columns(_reversed(rows.collect_schema()["value"]).alias("value"))
-    totals = _check(rows, value, stratum is not None)
+        kind = rows.collect_schema()["value"]
+        rows = rows.with_columns(_reversed(kind).alias("value"))
+    totals = _check(rows, column, is_stratified)
     first = {key: math.floor(confident * total) for key, total in totals.items()}
     second = {key: total - math.floor(unconfident * total) for key, total in totals.items()}
     first_cuts = _find_cuts(rows, totals, first)
@@ -100,12 +136,11 @@ def split_table(
         .otherwise(pl.lit(UNCONFIDENT))
     )
     written = rows.select(_ID.alias("example_id"), part.alias("part"))
-    written.sink_parquet(target, compression="zstd", compression_level=1, engine="streaming")
     sizes = {
         CONFIDENT: sum(first.values()),
         UNCONFIDENT: sum(totals.values()) - sum(second.values()),
     }
-    return {
+    return written, {
         CONFIDENT: sizes[CONFIDENT],
         MIDDLE: sum(totals.values()) - sum(sizes.values()),
         UNCONFIDENT: sizes[UNCONFIDENT],

@@ -14,8 +14,11 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
 import numpy as np
 import torch
+from matchings import match_parts
 
 from sftmix.batches.examples import TokenisedExamples
 from sftmix.config.schema import Config
@@ -25,7 +28,6 @@ from sftmix.engine.process_group import init_ranks
 from sftmix.errors import SftmixError
 from sftmix.liveness.stopping import StopRequest
 from sftmix.loss.objective import Objective
-from sftmix.pairing.matching import match_parts
 from sftmix.storage import faults, provenance
 from sftmix.storage.checkpoints import OWN_DIGEST
 from sftmix.storage.files import sha256_of_file, write_json
