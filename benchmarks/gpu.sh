@@ -33,12 +33,12 @@ part() { # name, seconds allowed, command ...
 
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "no GPU: writing rows that say so"
-    part kernels 60 "$PYTHON" benchmarks/kernels.py --device cuda --out "$OUT/kernels_gpu.json"
+    part kernels 60 "$PYTHON" benchmarks/loss_kernels.py --device cuda --out "$OUT/kernels_gpu.json"
     part step 60 "$PYTHON" benchmarks/step.py --device cuda --out "$OUT/step_gpu.json"
 else
     nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.max.sm --format=csv,noheader || true
     part "kernels against the reference" 120 "$PYTHON" -m pytest -q -x --no-header tests/kernels/test_gpu.py
-    part "kernels against the peers" 200 "$PYTHON" benchmarks/kernels.py --rounds 10 --memory --out "$OUT/kernels_gpu.json"
+    part "kernels against the peers" 200 "$PYTHON" benchmarks/loss_kernels.py --rounds 10 --memory --out "$OUT/kernels_gpu.json"
     part "whole training step" 60 "$PYTHON" benchmarks/step.py --hidden-size 1024 --layers 8 --vocab-size 32000 --zero-stage 3 --out "$OUT/step_gpu.json"
     part "quickstart, end to end" 90 "$PYTHON" -m sftmix.cli run configs/quickstart.yaml run.dir=runs/quickstart-gpu
 fi

@@ -1,4 +1,4 @@
-"""The losses that `benchmarks/kernels.py` times: ours, the textbook form, and the peers' where they
+"""The losses that `benchmarks/loss_kernels.py` times: ours, the textbook form, and the peers' where they
 are installed.
 
 Each provider is a function of a `Problem` that gives a scalar loss, or tensors where nothing is

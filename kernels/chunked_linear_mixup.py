@@ -31,6 +31,14 @@ MIN_CHUNK_ROWS = 2048
 ROW_MULTIPLE = 128
 
 
+# Positions in the signature of `chunked_linear_mixup`, for autograd, which sees it as a tuple.
+NUM_ARGUMENTS = 16
+ONE_OVER_NTP = 6
+DIFFERENTIABLE = slice(0, 3)  # hidden, weight, bias
+WANTED = slice(13, 16)  # which of these three need a gradient
+GRADIENTS = slice(4, 7)  # of these three, among the outputs
+
+
 @torch.library.custom_op("sftmix::chunked_linear_mixup", mutates_args=())
 def chunked_linear_mixup(
     hidden: Tensor,
@@ -135,16 +143,18 @@ def _(hidden, weight, bias, labels, pairs, lam, one_over_ntp, *options):  # type
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     # no zeros of the weight's size for outputs that nothing is derived from
     ctx.set_materialize_grads(False)
-    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
-    ctx.wanted = inputs[-3:]
-    ctx.save_for_backward(*(gradient.detach() for gradient in output[4:]), inputs[6])
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[DIFFERENTIABLE]]
+    ctx.wanted = inputs[WANTED]
+    ctx.save_for_backward(
+        *(gradient.detach() for gradient in output[GRADIENTS]), inputs[ONE_OVER_NTP]
+    )
 
 
 def _backward(
     ctx: Any, d_loss: Tensor | None, *d_others: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if d_loss is None:
-        return (None,) * 16
+        return (None,) * NUM_ARGUMENTS
     if any(d is not None for d in d_others):
         raise RuntimeError(
             "only the first output of chunked_linear_mixup, the loss, has a gradient"
@@ -163,7 +173,7 @@ def _backward(
         _scaled(gradient, factor, dtype) if wanted else None
         for gradient, wanted, dtype in zip(gradients, ctx.wanted, ctx.dtypes, strict=True)
     ]
-    return (*scaled, *[None] * 13)
+    return (*scaled, *[None] * (NUM_ARGUMENTS - len(scaled)))
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from sftmix.kernels.backends import softcapped_with_derivative
 
-CACHE_BYTES = 1 << 20  # of logits in one piece on a CPU; measured in benchmarks/kernels.py
+CACHE_BYTES = 1 << 20  # of logits in one piece on a CPU; measured in benchmarks/loss_kernels.py
 
 
 def pair_epilogue_reference(

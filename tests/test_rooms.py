@@ -170,10 +170,13 @@ BANNED = (
     "except Exception",
     "except:",
 )
+# The doctor examines machines that are not as they should be: any failure of a check is a finding.
+ALLOWED = {"sftmix/doctor/findings": ("except Exception",)}
 
 
 @pytest.mark.parametrize("path", FILES, ids=room)
 def test_nothing_unpickles_or_reaches_a_shell_or_swallows_errors(path):
     text = path.read_text(encoding="utf-8")
+    allowed = ALLOWED.get(room(path), ())
     assert text.isascii()
-    assert not [word for word in BANNED if word in text]
+    assert not [word for word in BANNED if word in text and word not in allowed]

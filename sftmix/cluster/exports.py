@@ -17,6 +17,7 @@ from pathlib import Path
 from sftmix.cluster.environment import CARRIED
 from sftmix.errors import ConfigError
 
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]  # the folder that holds `sftmix`
 PREFIXES = (
     "SFTMIX_",
     "NCCL_",
@@ -45,7 +46,7 @@ def is_secret(name: str) -> bool:
     return _SECRET.search(name) is not None
 
 
-def wanted(environment: Mapping[str, str], package_root: Path) -> dict[str, str]:
+def wanted(environment: Mapping[str, str], package_root: Path = PACKAGE_ROOT) -> dict[str, str]:
     """Returns the variables that ranks on other nodes are to see, by name. package_root: the folder
     that holds `sftmix`.
 

@@ -269,7 +269,7 @@ class ScoreTable:
     @cached_property
     def values(self) -> NDArray[np.float64]:
         """(N,) float64: the confidence, or the column that stands for it; NaN where it is null."""
-        return _floats(read_column(self.path, self.column, pa.float64()))
+        return as_floats(read_column(self.path, self.column, pa.float64()))
 
     @cached_property
     def confidence(self) -> pa.Table:
@@ -465,7 +465,7 @@ def _report(path: Path | None, records: Iterator[dict[str, Any]]) -> str:
     return f"; all of them are in {path}"
 
 
-def _floats(column: pa.ChunkedArray) -> NDArray[np.float64]:
+def as_floats(column: pa.ChunkedArray) -> NDArray[np.float64]:
     return np.asarray(column.to_numpy(), dtype=np.float64)  # null becomes NaN
 
 

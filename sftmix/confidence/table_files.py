@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sftmix.errors import ArtifactError, ConfigError
+from sftmix.storage.files import looks_local
 
 PERPLEXITY, CONFIDENCE, NOT_FINITE = "perplexity.parquet", "confidence.parquet", "not_finite.jsonl"
 # a few MiB: what is held in memory beside the sums while a table is written
@@ -28,10 +29,7 @@ def locate(source: str, revision: str | None, name: str) -> Path:
                 " Give the folder."
             )
         return path
-    looks_local = (
-        source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix == ".parquet"
-    )
-    if not path.is_dir() and looks_local:
+    if not path.is_dir() and (looks_local(source) or path.suffix == ".parquet"):
         raise ArtifactError(
             f"{source} does not exist. Give a folder with {CONFIDENCE}, a Parquet file, or a Hub"
             " name (`owner/name`)."

@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 
 from sftmix.config.schema import DataSource
 from sftmix.errors import DataError, counted
-from sftmix.storage.files import sha256_of_file
+from sftmix.storage.files import looks_local, sha256_of_file
 from sftmix.storage.provenance import fingerprint
 
 Row = dict[str, Any]
@@ -317,12 +317,7 @@ def _read_saved_dataset(path: Path, source: DataSource) -> Iterator[tuple[str, R
 
 def _check_hub_name(source: DataSource) -> None:
     name = source.path
-    looks_local = (
-        name.startswith((".", "/", "~"))
-        or name.count("/") > 1
-        or Path(name).suffix in (*TEXT_FORMATS, *COMPRESSED, ".parquet")
-    )
-    if looks_local:
+    if looks_local(name) or Path(name).suffix in (*TEXT_FORMATS, *COMPRESSED, ".parquet"):
         raise DataError(
             f"data: {name} does not exist. Give the path of a file or folder, or a Hub name such as"
             " `owner/name`."

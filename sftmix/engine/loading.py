@@ -23,6 +23,7 @@ from torch import nn
 from sftmix.config.schema import ModelConfig
 from sftmix.data.tokenizer import NOT_LOADED, why_not_loaded
 from sftmix.errors import ConfigError, counted, did_you_mean, first_line
+from sftmix.storage.files import looks_local
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -122,7 +123,7 @@ def check_model_folder(path: str, *, name: str = "model") -> None:
     weights."""
     folder = Path(path)
     if not folder.is_dir():
-        if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        if looks_local(path):
             raise ConfigError(
                 f"{name}.path: {path} does not exist. Give a folder, or a Hub name such as"
                 " `owner/name`."

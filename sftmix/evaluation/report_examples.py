@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sftmix.batches.examples import TokenisedExamples
 from sftmix.confidence.definition import agreement
-from sftmix.confidence.table import ScoreMetadata, read_confidence
+from sftmix.confidence.table import ScoreMetadata, as_floats, read_confidence
 from sftmix.confidence.table_files import CONFIDENCE
 from sftmix.config.schema import Config, SplitConfig
 from sftmix.errors import counted
@@ -85,18 +85,14 @@ def read_scored_examples(run: RunOutputs) -> ScoredExamples:
         )
     return ScoredExamples(
         examples.example_ids,
-        _floats(scores["confidence"]),
-        _floats(scores["variability"]),
+        as_floats(scores["confidence"]),
+        as_floats(scores["variability"]),
         np.asarray(split["part"].to_pylist()),
         examples.num_response_tokens,
         np.array(examples.table["is_truncated"], dtype=bool),
         ScoreMetadata.of_file(path) is not None,
         examples.table,
     )
-
-
-def _floats(column: pa.ChunkedArray) -> NDArray[np.float64]:
-    return np.asarray(column.to_numpy(), dtype=np.float64)  # null becomes NaN
 
 
 def ranking(scored: ScoredExamples) -> NDArray[np.int64]:

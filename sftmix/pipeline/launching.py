@@ -51,7 +51,6 @@ from sftmix.pipeline.run import (
 )
 from sftmix.storage.artifacts import MANIFEST
 
-PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 Environment = dict[str, str]
 
 
@@ -166,10 +165,11 @@ def _start(plan: Plan, node_rank: int | None, environment: Environment) -> int:
     end."""
     if node_rank is not None:
         return run_commands(
-            [node_command(plan, node_rank)], environment | exports.wanted(environment, PACKAGE_ROOT)
+            [node_command(plan, node_rank)],
+            environment | exports.wanted(environment),
         )
     if plan.launcher in ON_EACH_NODE:
-        variables = exports.wanted(environment, PACKAGE_ROOT)
+        variables = exports.wanted(environment)
         return run_commands(
             [ssh_command(plan, number, variables) for number in range(len(plan.nodes))], environment
         )
@@ -234,7 +234,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
 def _show(plan: Plan, node_rank: int | None) -> None:
     """Prints what would be started."""
     environment = _environment(threads_of_rank(None, max(node.slots for node in plan.nodes)))
-    variables = exports.wanted(environment, PACKAGE_ROOT)
+    variables = exports.wanted(environment)
     variables[ATTEMPT] = "(number of the attempt)"
     command = None if plan.launcher in ON_EACH_NODE else runner_command(plan)
     if node_rank is not None:
@@ -252,7 +252,7 @@ def _for_runner(plan: Plan, environment: Mapping[str, str]) -> Iterator[dict[str
     """Yields the environment for DeepSpeed's runner, which takes what is for the ranks from a file
     of ours, made anew each time; the lines of the user's own are in it. What DeepSpeed would send
     on by itself, and nobody here needs, is taken out."""
-    variables = exports.wanted(environment, PACKAGE_ROOT)
+    variables = exports.wanted(environment)
     rest = {
         name: value
         for name, value in environment.items()

@@ -28,6 +28,7 @@ from sftmix.storage.files import sha256_of_file, sync_folder, write_json, write_
 
 STAGE = "training checkpoint"
 OWN_DIGEST = "manifest_sha256"
+ADAM_BYTES = 12  # of a parameter in a checkpoint: its float32 copy and two moments
 
 
 @dataclass(frozen=True)

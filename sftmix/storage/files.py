@@ -18,6 +18,12 @@ from sftmix.storage.failures import accessing
 VISIBLE_SECONDS = 90.0
 
 
+def looks_local(name: str) -> bool:
+    """Returns whether a name that is no file or folder here was meant as a path, and not as a name
+    on the Hub (`owner/name`)."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never a part."""
     write_text(path, json.dumps(content, indent=2, default=str) + "\n")

@@ -33,14 +33,19 @@ from sftmix.engine.ranks import Ranks
 from sftmix.errors import ArtifactError, StoppedError, counted
 from sftmix.liveness.stopping import StopRequest, exit_code_of
 from sftmix.storage import artifacts, faults, provenance
-from sftmix.storage.checkpoints import STAGE, CheckpointFolder, check_space, find_problem
+from sftmix.storage.checkpoints import (
+    ADAM_BYTES,
+    STAGE,
+    CheckpointFolder,
+    check_space,
+    find_problem,
+)
 from sftmix.storage.files import await_visible, sha256_of_file, write_text
 
 if TYPE_CHECKING:
     from sftmix.engine.engine import Engine
     from sftmix.engine.state import StateFiles
 
-ADAM_BYTES = 12  # of a parameter's float32 copy and two moments
 NOT_HASHED = ("metrics.jsonl", "skipped_steps.jsonl")  # of what is kept: they grow
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from sftmix.config.schema import TrainConfig
 from sftmix.pairing.matching import Matching
 
+EVERY_EPOCH_FROM = 3  # epochs; with fewer there are 3 evenly spaced checkpoints
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -56,12 +58,13 @@ def choose_checkpoint_steps(plan: TrainingPlan, num_checkpoints: int | None) -> 
     there are fewer than 3 epochs; `num_checkpoints` spaces that many evenly.
     """
     steps = plan.steps()
-    if num_checkpoints is None:
-        if plan.num_epochs >= 3:
-            last_of_epoch = {epoch: number for number, (epoch, _, _) in enumerate(steps, start=1)}
-            return sorted(last_of_epoch.values())
-        num_checkpoints = 3
-    num_checkpoints = min(num_checkpoints, len(steps))
-    return sorted(
-        {math.ceil(len(steps) * n / num_checkpoints) for n in range(1, num_checkpoints + 1)}
-    )
+    if num_checkpoints is None and plan.num_epochs >= EVERY_EPOCH_FROM:
+        last_of_epoch = {epoch: number for number, (epoch, _, _) in enumerate(steps, start=1)}
+        return sorted(last_of_epoch.values())
+    count = min(num_reference_checkpoints(plan.num_epochs, num_checkpoints), len(steps))
+    return sorted({math.ceil(len(steps) * n / count) for n in range(1, count + 1)})
+
+
+def num_reference_checkpoints(num_epochs: int, num_checkpoints: int | None) -> int:
+    """Returns how many checkpoints a reference run keeps, where it has as many steps."""
+    return num_checkpoints or max(num_epochs, EVERY_EPOCH_FROM)

@@ -9,8 +9,9 @@ from typing import Any
 
 from sftmix.config.schema import Config, ModelConfig
 from sftmix.errors import counted
+from sftmix.storage.checkpoints import ADAM_BYTES
+from sftmix.train.plan import num_reference_checkpoints
 
-ADAM_BYTES = 12  # of a parameter's float32 copy and two moments
 SUM_BYTES = 4  # of the float32 sum of its gradients
 
 
@@ -117,7 +118,7 @@ class Need:
         exports = 1 + config.baseline.enabled
         if "checkpoints" in config.confidence.modes:
             epochs = config.reference_train.epochs
-            exports += config.reference.num_checkpoints or (epochs if epochs >= 3 else 3)
+            exports += num_reference_checkpoints(epochs, config.reference.num_checkpoints)
         return exports
 
     @property

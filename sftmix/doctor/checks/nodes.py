@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from sftmix.cluster.exports import wanted
 from sftmix.cluster.hostfile import Node, is_host_name
 from sftmix.doctor.findings import Finding, examine
 from sftmix.errors import counted
@@ -24,15 +25,6 @@ MAX_SKEW_SECONDS = 1.0
 CONNECT_SECONDS = 10
 NODE_SECONDS = 180.0
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}")
-# Of the environment here, what decides there which code and files are used.
-EXPORTED = (
-    "PYTHONPATH",
-    "TORCH_EXTENSIONS_DIR",
-    "HF_HOME",
-    "HF_HUB_OFFLINE",
-    "GLOO_SOCKET_IFNAME",
-    "NCCL_SOCKET_IFNAME",
-)
 
 
 def check_nodes(nodes: list[Node], here: Mapping[str, Any], arguments: list[str]) -> list[Finding]:
@@ -159,7 +151,7 @@ def on_node(
 
 def remote_command(arguments: list[str]) -> list[str]:
     """Returns what a node runs: this Python, in this folder, as DeepSpeed's launchers do."""
-    exported = [f"{name}={os.environ[name]}" for name in EXPORTED if name in os.environ]
+    exported = [f"{name}={value}" for name, value in wanted(os.environ).items()]
     doctor = ["env", *exported, sys.executable, "-m", "sftmix.cli", "doctor", *arguments]
     return ["sh", "-c", f"cd -- {shlex.quote(str(Path.cwd()))} && exec {shlex.join(doctor)}"]
 

@@ -1,7 +1,7 @@
 """The loss of SFTMix beside NTP alone, the textbook form, the peers, and the bare matrix products,
 in one run.
 
-    python benchmarks/kernels.py [--shapes 2048,512,32000 ...] [--rounds 10] [--memory] [--out
+    python benchmarks/loss_kernels.py [--shapes 2048,512,32000 ...] [--rounds 10] [--memory] [--out
     FILE.json]
 
 Each round times every provider once, in rotating order, so that drift of clocks and load falls on
@@ -268,7 +268,7 @@ def main() -> None:
         report |= {"device": "not measured: no GPU", "results": dict.fromkeys(shapes, rows)}
         print("no GPU here: every row is not measured")
     else:
-        report |= machine(device, "benchmarks/kernels.py", packages=PEERS)
+        report |= machine(device, "benchmarks/loss_kernels.py", packages=PEERS)
         report["results"] = {}
         for shape in shapes:
             print(f"T, D, V = {shape}, {dtype}, {device}", flush=True)
