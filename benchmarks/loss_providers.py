@@ -1,5 +1,5 @@
-"""The losses that `benchmarks/loss_kernels.py` times: ours, the textbook form, and the peers' where they
-are installed.
+"""The losses that `benchmarks/loss_kernels.py` times: ours, the textbook form, and the peers'
+where they are installed.
 
 Each provider is a function of a `Problem` that gives a scalar loss, or tensors where nothing is
 differentiated. A peer that cannot run here raises `NotMeasured` with the reason, which becomes its

@@ -34,11 +34,11 @@ from sftmix.cluster.launch_commands import (
 )
 from sftmix.cluster.run_commands import run_commands
 from sftmix.cluster.templates import print_template
-from sftmix.config.reader import load_config
+from sftmix.config.reader import dump_config, load_config
 from sftmix.config.schema import Config
 from sftmix.engine.process_group import threads_of_rank
 from sftmix.engine.ranks import has_gpu
-from sftmix.errors import INTERRUPTED, STOPPED, ConfigError, counted
+from sftmix.errors import INTERRUPTED, STOPPED, ConfigError, StoppedError, TrainingError, counted
 from sftmix.liveness.stopping import STOP_FILE, asking_to_stop
 from sftmix.pipeline import preflight
 from sftmix.pipeline.guard import ATTEMPT, holding
@@ -52,6 +52,42 @@ from sftmix.pipeline.run import (
 from sftmix.storage.artifacts import MANIFEST
 
 Environment = dict[str, str]
+
+
+def run(
+    config: Config | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    stage: str | None = None,
+    force: bool = False,
+    restart: bool = False,
+) -> Path:
+    """Runs the recipe, or one stage, from Python, as `sftmix run` does. Returns the run folder.
+
+    config: a config, or what `sftmix run` takes. overrides: `key=value`, for a config that is read
+    here. force, restart: as on the command line. Call it from the main thread, which receives
+    signals. Raises SftmixError for what `sftmix run` would print in one line; TrainingError where
+    the ranks of `engine.num_processes` failed, and StoppedError where they were asked to stop.
+    """
+    loaded = config if isinstance(config, Config) else load_config(config, overrides)
+    preflight.check(loaded)
+    request = Request(stage, force, restart)
+    mask = os.umask(0o077)  # data and weights are the user's own
+    try:
+        if loaded.engine.num_processes == 1:
+            run_pipeline(loaded, request)
+            return loaded.run.dir
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+            file.write(dump_config(loaded))
+            file.flush()
+            code = launch_here(loaded, file.name, [], request)
+    finally:
+        os.umask(mask)
+    if code in (STOPPED, INTERRUPTED):
+        raise StoppedError("the run was stopped and has saved its state; run it again", code)
+    if code:
+        raise TrainingError(f"the ranks ended with exit code {code}; what they printed says why")
+    return loaded.run.dir
 
 
 def launch_here(

@@ -53,7 +53,7 @@ def test_a_rank_that_hangs_is_named_and_stacks_are_written(folder, undisturbed, 
         and len(re.findall(r"error: rank 1 \(\S+, pid \d+\) has not answered for 5 s", output)) == 1
     )
     stacks = (folder / "logs" / "stacks" / "rank_0001.txt").read_text()
-    assert "faults.py" in stacks and "train.py" in stacks
+    assert "faults.py" in stacks and "loop.py" in stacks
     assert (folder / "logs" / "stacks" / "rank_0000.txt").read_text()
     assert_nothing_left(folder)
     assert_completed(folder, undisturbed, 2)
