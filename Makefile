@@ -5,7 +5,7 @@
 # make check        lint, formatting and types
 SHELL := /bin/bash
 VENV := .venv
-# A pyenv shim is there for versions that are not: each is tried, in silence.
+# A pyenv shim is there for versions that are not: each is tried, silently.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 # Without a GPU the CPU build of torch is enough, and gigabytes smaller; constraints-cpu.txt pins one that the registry has as such.

@@ -55,7 +55,7 @@ SCORES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of `sftmix`. Returns the exit code: 0 done, 2 a mistake that the user can mend,
+    """Entry point of `sftmix`. Returns the exit code: 0 done, 2 a mistake that the user can fix,
     75 stopped on request and saved (to be started again), 130 the same after Control-C, 1 anything
     else."""
     _open_closed_output()
@@ -304,7 +304,7 @@ def _add_doctor(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave out what starts ranks: the gradient test and the bandwidth",
     )
-    command.add_argument("--mend", action="store_true", help="remove stale build locks")
+    command.add_argument("--fix", action="store_true", help="remove stale build locks")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     # for the doctors of other nodes
     for name, kind in (("--nodes", int), ("--ranks", int), ("--look-for", Path)):

@@ -273,7 +273,7 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path):
 def test_a_duplicate_key_is_refused_with_both_places(tmp_path, text, key, first, second):
     file, _ = write(tmp_path, text)
     assert refusal(file) == [
-        f"{file}:{second}: `{key}` stands twice (first at {file}:{first}). Keep one of them."
+        f"{file}:{second}: `{key}` is defined twice (first at {file}:{first}). Remove one."
     ]
 
 

@@ -215,7 +215,7 @@ def test_a_key_that_stands_twice_in_a_base_is_refused_there(tmp_path):
     [message] = refusal(
         write(tmp_path, base="run: {dir: a}\nrun: {dir: b}\n", run="base: base.yaml\n")
     )
-    assert message.startswith(f"{tmp_path}/base.yaml:2: `run` stands twice")
+    assert message.startswith(f"{tmp_path}/base.yaml:2: `run` is defined twice")
 
 
 @pytest.mark.parametrize("text", ["- a\n", "run: [\n", ""])

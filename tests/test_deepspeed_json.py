@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: nothing in it is ignored in silence, and nothing in it contradicts the
+"""The DeepSpeed JSON: nothing in it is ignored silently, and nothing in it contradicts the
 YAML."""
 
 import json
@@ -74,7 +74,7 @@ def parse_by_deepspeed(content):
 )
 def test_an_unknown_key_is_refused_with_a_suggestion(tmp_path, key, meant):
     message = refusal(tmp_path, {key: {}})
-    assert f"`{key}` is no key of DeepSpeed" in message and message.endswith(
+    assert f"`{key}` is not a DeepSpeed key" in message and message.endswith(
         f"Did you mean `{meant}`?"
     )
 
@@ -91,7 +91,7 @@ def test_an_unknown_key_that_resembles_none_is_refused(tmp_path):
     ],
 )
 def test_a_duplicate_key_is_refused_at_any_depth(tmp_path, text, key):
-    assert f"`{key}` stands twice" in refusal(tmp_path, text)
+    assert f"`{key}` is defined twice" in refusal(tmp_path, text)
 
 
 @pytest.mark.parametrize(

@@ -157,22 +157,22 @@ def test_a_killed_builds_lock_is_found_and_mended_and_a_living_ones_stays(tmp_pa
     owner = start(f"file = open({str(alive)!r}, 'rb')")
     killed = start(f"file = open({str(dead)!r}, 'rb')")
     os.utime(young.parent / "build.ninja")
-    assert [f.verdict for f in build.check_locks([tmp_path], mend=True)] == ["ok", "ok", "warning"]
+    assert [f.verdict for f in build.check_locks([tmp_path], fix=True)] == ["ok", "ok", "warning"]
     assert dead.exists()  # its owner lives
     killed.send_signal(signal.SIGKILL)
     killed.wait()
 
-    held, stale, fresh = build.check_locks([tmp_path], mend=False)
+    held, stale, fresh = build.check_locks([tmp_path], fix=False)
     assert held.verdict == "ok" and f"pid {owner.pid}" in held.found
     assert (
         stale.verdict == "bad"
         and str(dead) in stale.found
-        and "--mend" in stale.remedy
+        and "--fix" in stale.remedy
         and dead.exists()
     )
     assert fresh.verdict == "warning" and "too young" in fresh.found
 
-    assert [f.verdict for f in build.check_locks([tmp_path], mend=True)] == ["ok", "ok", "warning"]
+    assert [f.verdict for f in build.check_locks([tmp_path], fix=True)] == ["ok", "ok", "warning"]
     assert (
         not dead.exists()
         and alive.exists()
@@ -188,7 +188,7 @@ def test_a_lock_whose_owner_could_not_be_seen_is_not_mended(tmp_path, monkeypatc
         monkeypatch.setattr(build, "mount_of", lambda path: storage.Mount("/", "nfs4"))
     else:
         monkeypatch.setattr(build, "_sees_processes_of", lambda uid: False)
-    finding = only(build.check_locks([tmp_path], mend=True))
+    finding = only(build.check_locks([tmp_path], fix=True))
     assert finding.verdict == "bad" and f"rm {lock}" in finding.remedy and lock.exists()
 
 
@@ -262,7 +262,7 @@ def test_a_taken_port_is_named_with_its_holder(monkeypatch):
 @pytest.mark.parametrize("value", ["http", "0", "70000"])
 def test_a_master_port_that_is_none_is_refused(monkeypatch, value):
     monkeypatch.setenv("MASTER_PORT", value)
-    assert "is no port" in only(network.check_ports()).found
+    assert "is not a port" in only(network.check_ports()).found
 
 
 @pytest.mark.parametrize(

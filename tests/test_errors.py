@@ -273,12 +273,12 @@ FOUND_BEFORE_ANYTHING_STARTS = {
     ),
     "index that is a list": (
         model("model-index-list"),
-        "index.json is no index of weights",
+        "index.json is not an index of weights",
         "Copy or download it again",
     ),
     "index that is no JSON": (
         model("model-index-cut"),
-        "index.json is no index of weights",
+        "index.json is not an index of weights",
         "Copy or download it again",
     ),
     "config that is no JSON": (
@@ -374,7 +374,7 @@ FOUND_BEFORE_ANYTHING_STARTS = {
         "model.architecture (model_type 'vit')",
         "language model",
     ),
-    "size that is no number": (
+    "size that is not a number": (
         ["model.architecture.hidden_size=wide"],
         "model.architecture (model_type 'llama')",
         "hidden_size",
@@ -421,7 +421,7 @@ FOUND_BEFORE_ANYTHING_STARTS = {
     ),
     "misspelt key of ZeRO": (
         ["engine.deepspeed=GIVEN/zero.json"],
-        "`zero_optimization.overlap_com` is no key of DeepSpeed",
+        "`zero_optimization.overlap_com` is not a DeepSpeed key",
         "Did you mean `overlap_comm`?",
     ),
     "format beside sources": (
@@ -489,7 +489,7 @@ def test_keys_that_transformers_honours_are_taken_in_an_architecture(overrides, 
             "GIVEN/rows.txt: unknown kind of file",
             "Expected .json, .jsonl",
         ),
-        ("data.path=owner/name", "owner/name is no local file", "download it and give its path"),
+        ("data.path=owner/name", "owner/name is not a local file", "download it and give its path"),
         (
             "tokenizer.train.vocab_size=90000",
             "cannot be trained",
@@ -503,7 +503,7 @@ def test_keys_that_transformers_honours_are_taken_in_an_architecture(overrides, 
         ),
         (
             "run.dir=GIVEN/tokenizer",
-            "GIVEN/tokenizer is not empty and is no run folder",
+            "GIVEN/tokenizer is not empty and is not a run folder",
             "Name another, or an empty one",
         ),
     ],

@@ -10,16 +10,16 @@ from sftmix.errors import ConfigError
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("-oProxyCommand=x slots=2", "is no host name"),
-        ("-v slots=2", "is no host name"),
-        ("a$(id) slots=2", "is no host name"),
-        ("a;rm slots=2", "is no host name"),
+        ("-oProxyCommand=x slots=2", "is not a host name"),
+        ("-v slots=2", "is not a host name"),
+        ("a$(id) slots=2", "is not a host name"),
+        ("a;rm slots=2", "is not a host name"),
         ("a slots=0", "expected 1 to"),
         ("a slots=99999999", "expected 1 to"),
         ("a slots=99999999999", "expected `host slots=N`"),
         ("a", "expected `host slots=N`"),
         ("a slots=2 and more", "expected `host slots=N`"),
-        ("a slots=2\na slots=2", "hosts:2: a stands twice"),
+        ("a slots=2\na slots=2", "hosts:2: a is listed twice"),
         ("# nothing\n", "names no node"),
     ],
 )

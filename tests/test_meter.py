@@ -132,7 +132,7 @@ class Stage:
 
         def resume(engine, parts):
             if self.saved is not None:
-                parts["log"].take_up(self.saved[0], json.loads(self.saved[1]), {})
+                parts["log"].restore(self.saved[0], json.loads(self.saved[1]), {})
             return self.saved[0] if self.saved else 0
 
         def save(engine, step, parts, *, in_background):
@@ -316,12 +316,12 @@ def test_other_ranks_share_out_what_was_counted_since_the_last_line(tmp_path):
         log.meter.tokens = {"real": 100.0, "response": 40.0, "padded": 160.0}
         rows.append(log.progress()[0])
     same = log_of(1, 2, tmp_path)
-    same.take_up(1, rows, {})
+    same.restore(1, rows, {})
     assert same.meter.window_tokens["real"] == 11.0
     for world_size in (1, 3):
         logs = [log_of(rank, world_size, tmp_path) for rank in range(world_size)]
         for log in logs:
-            log.take_up(1, rows, {})
+            log.restore(1, rows, {})
         assert sum(log.meter.window_tokens["real"] for log in logs) == 21.0
         # totals are of all ranks already
         assert {log.meter.tokens["real"] for log in logs} == {100.0}

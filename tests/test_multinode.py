@@ -189,8 +189,8 @@ def test_what_a_launcher_cannot_do_is_refused(launcher, nodes, where, words):
     [
         ([], "--hostfile is missing"),
         (["--hostfile", "hosts", "--set", "a=b"], "--set belongs to --template"),
-        (["--hostfile", "hosts", "--master-port", "0"], "--master-port 0 is no port"),
-        (["--hostfile", "hosts", "--master-addr=-v"], "--master-addr '-v' is no host name"),
+        (["--hostfile", "hosts", "--master-port", "0"], "--master-port 0 is not a port"),
+        (["--hostfile", "hosts", "--master-addr=-v"], "--master-addr '-v' is not a host name"),
         (
             ["--hostfile", "hosts", "--node-rank", "0"],
             "--node-rank is for --launcher ssh and torchrun",
@@ -324,7 +324,7 @@ def test_ranks_on_two_nodes_see_arguments_and_environment_as_they_were_given(
         with launching._for_runner(made, environment) as prepared:
             assert run_commands([launch_commands.runner_command(made)], prepared) == 0
     else:
-        variables = exports.wanted(environment, launching.PACKAGE_ROOT)
+        variables = exports.wanted(environment, exports.PACKAGE_ROOT)
         assert (
             run_commands(
                 [launch_commands.ssh_command(made, number, variables) for number in (0, 1)],

@@ -102,7 +102,7 @@ def test_ranks_may_begin_their_logs_before_rank_0_claims_the_folder(tmp_path):
         assert hold.attempt == 1 and hold.outcome() is None
     (tmp_path / "run/config.yaml").unlink()
     with (
-        pytest.raises(ArtifactError, match="is not empty and is no run folder"),
+        pytest.raises(ArtifactError, match="is not empty and is not a run folder"),
         guard.holding(config),
     ):
         pass

@@ -43,8 +43,8 @@ BAD_LINES = {
     "two objects": (GOOD + b" " + GOOD, "two values on one line"),
     "NaN": (b'{"a": NaN}', "NaN is not JSON"),
     "minus infinity": (b'{"a": -Infinity}', "-Infinity is not JSON"),
-    "a key twice": (b'{"a": "x", "b": "y", "a": "z"}', "the key 'a' stands twice"),
-    "a key twice inside": (b'{"a": {"b": 1, "b": 2}}', "the key 'b' stands twice"),
+    "a key twice": (b'{"a": "x", "b": "y", "a": "z"}', "the key 'a' occurs twice in one object"),
+    "a key twice inside": (b'{"a": {"b": 1, "b": 2}}', "the key 'b' occurs twice in one object"),
     "NUL in a text": (b'{"a": "x\0"}', "Invalid control character"),
     "nothing but NUL": (b"\0" * 8, "not one JSON object"),
     "bad UTF-8": (b'{"a": "\xff"}', "not UTF-8 at byte 7 of the line"),
@@ -154,7 +154,7 @@ def test_an_element_that_is_no_object_is_named_and_the_others_are_read(tmp_path,
     [
         (b',\n{"a" "x"}\n]', "rows.json:3: not valid JSON: Expecting ':' delimiter"),
         (b',\n{"a": NaN}\n]', "rows.json:3: NaN is not JSON"),
-        (b',\n{"a": 1, "a": 2}\n]', "rows.json:3: the key 'a' stands twice"),
+        (b',\n{"a": 1, "a": 2}\n]', "rows.json:3: the key 'a' occurs twice in one object"),
         (b',\n{"a": "x\0"}\n]', "rows.json:3: not valid JSON: Invalid control character"),
         (b',\n{"a": "\xff"}\n]', "rows.json:3: not UTF-8"),
         (b",\n" + DEEP + b"\n]", "rows.json:3: .*(recursion|nested)"),
@@ -368,7 +368,7 @@ def test_a_hub_dataset_is_read_by_its_split_and_a_silent_hub_is_named(tmp_path, 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(
         DataError,
-        match=r"owner/name is no local file, and the Hub does not give it \(ConnectionError\)",
+        match=r"owner/name is not a local file, and the Hub does not give it \(ConnectionError\)",
     ):
         read("owner/name")
 

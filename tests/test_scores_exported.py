@@ -211,7 +211,8 @@ def test_a_name_that_the_hub_does_not_give_is_refused(name, monkeypatch):
     with pytest.raises(
         ArtifactError,
         match=(
-            f"{name} is no local folder, and the Hub does not give .*at revision v1.*Check the name"
+            f"{name} is not a local folder, and the Hub does not give .*"
+            "at revision v1.*Check the name"
         ),
     ):
         read_scores(name, "v1")

@@ -42,7 +42,7 @@ def place_of(environment: Mapping[str, str] = os.environ) -> Place | None:
     started alone.
 
     RANK counts before mpirun's names, and those before srun's: mpirun starts its helpers by srun,
-    and either may start torchrun. The batch script of a SLURM job is no task of a step, whatever
+    and either may start torchrun. The batch script of a SLURM job is not a task of a step, whatever
     SLURM_NTASKS says of the job.
     """
     if "RANK" in environment:

@@ -49,8 +49,8 @@ def read_hostfile(path: Path) -> list[Node]:
         host, slots = match[1], int(match[2])
         if not is_host_name(host):
             raise ConfigError(
-                f"{path}:{number}: {host[:80]!r} is no host name: letters, digits and . _ : - only,"
-                " no - in front. Correct it."
+                f"{path}:{number}: {host[:80]!r} is not a host name: letters, digits and"
+                " . _ : - only, no - in front. Correct it."
             )
         if not 1 <= slots <= MAX_SLOTS:
             raise ConfigError(
@@ -58,7 +58,7 @@ def read_hostfile(path: Path) -> list[Node]:
                 " Correct it."
             )
         if host in nodes:
-            raise ConfigError(f"{path}:{number}: {host} stands twice. Keep one of the lines.")
+            raise ConfigError(f"{path}:{number}: {host} is listed twice. Remove one line.")
         nodes[host] = Node(host, slots)
     if not nodes:
         raise ConfigError(f"{path} names no node. Give a file with lines of `host slots=N`.")

@@ -35,15 +35,15 @@ class OnlineScores:
             )
 
     def progress(self) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
-        """Returns what is collected so far, to be taken up from: see
-        `sftmix/train/checkpointing.py`. All ranks call it."""
+        """Returns what is collected so far, to be resumed from: see
+        `sftmix/train/checkpointing.py`. Collective: all ranks must call it."""
         sums = self._ranks.sum(self._sums.clone()).cpu().numpy()
         return {}, {
             "sums": sums,
             **{f"epoch_{step:06d}": values for step, values in self.nll_sum.items()},
         }
 
-    def take_up(
+    def restore(
         self, step: int, numbers: list[dict[str, float]], arrays: dict[str, NDArray[np.float64]]
     ) -> None:
         """Goes on from what `progress` returned. Each example is seen by one rank, so the sums are
@@ -54,7 +54,7 @@ class OnlineScores:
         self._sums = torch.from_numpy(arrays["sums"] * self._ranks.is_main).to(self._ranks.device)
 
     def end_epoch(self, step: int) -> None:
-        """Closes an epoch whose last step is `step`. All ranks call it."""
+        """Closes an epoch whose last step is `step`. Collective: all ranks must call it."""
         nll_sum, seen = self._ranks.sum(self._sums).cpu().numpy()
         assert (seen == 1).all(), (
             "an epoch that shows an example twice, or not at all, cannot score it"

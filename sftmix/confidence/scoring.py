@@ -71,7 +71,7 @@ class WorkPlan:
 def score_examples(
     engine: Engine, examples: TokenisedExamples, plan: WorkPlan, *, pad_id: int, title: str
 ) -> Scores:
-    """Returns the scores of all examples, on every rank. All ranks call it."""
+    """Returns the scores of all examples, on every rank. Collective: all ranks must call it."""
     rows = [torch.zeros(0, 3, dtype=torch.float64)]
 
     def keep(unit: int, scores: UnitScores) -> None:
@@ -100,7 +100,7 @@ def score_missing_units(
     **shown: Any,
 ) -> None:
     """Scores `units`, the same list on all ranks, and publishes each as a shard when it is done.
-    All ranks call it."""
+    Collective: all ranks must call it."""
     score_units(engine, examples, plan, units, shards.write, **shown)
     engine.ranks.barrier()
 

@@ -67,7 +67,7 @@ def download(name: str, revision: str | None, file: str) -> Path:
         ValueError,
     ) as error:  # the Hub's own errors, no connection; a name that cannot be one
         raise ArtifactError(
-            f"{name} is no local folder, and the Hub does not give a dataset of this name"
+            f"{name} is not a local folder, and the Hub does not give a dataset of this name"
             f"{f' at revision {revision}' if revision else ''} ({type(error).__name__}). "
             "Check the name and the connection, or download it and give its path."
         ) from None

@@ -1,7 +1,7 @@
-"""Scores on their way: one file per unit of work, each there whole or not at all.
+"""Partial scores: one atomically written file per work unit, so scoring can resume.
 
 A unit is a fixed range of examples under one checkpoint, whatever the number of ranks. Its scores
-are written to a temporary file, flushed, renamed, and then vouched for by a manifest with size and
+are written to a temporary file, flushed, renamed, and then recorded in a manifest with size and
 SHA-256, written the same way. A shard without a manifest that fits does not exist: after a kill at
 any point, what is missing is scored again and nothing else.
 """
@@ -49,7 +49,7 @@ class UnitFolder:
         return self.folder / f"unit_{unit:06d}.parquet"
 
     def manifest(self, unit: int) -> Path:
-        """Returns where the file is that vouches for a unit's scores."""
+        """Returns the path of the manifest of a unit's scores."""
         return self.folder / f"unit_{unit:06d}.json"
 
     def write(self, unit: int, scores: UnitScores) -> None:

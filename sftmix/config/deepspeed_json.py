@@ -1,6 +1,6 @@
 """The DeepSpeed config of a run: a JSON file that the field's people know, completed from the YAML.
 
-DeepSpeed takes unknown top-level keys in silence (`zero_optimisation` runs stage 0), so they are
+DeepSpeed takes unknown top-level keys silently (`zero_optimisation` runs stage 0), so they are
 refused here; and a value that contradicts the YAML is refused with both values named.
 """
 
@@ -54,7 +54,7 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         seen: dict[str, Any] = {}
         for key, value in pairs:
             if key in seen:
-                raise ConfigError(f"{path}: the key `{key}` stands twice. Keep one of them.")
+                raise ConfigError(f"{path}: the key `{key}` is defined twice. Remove one.")
             seen[key] = value
         return seen
 
@@ -67,15 +67,14 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
             f"engine.deepspeed: {path}: {error.strerror}. Give the path of a DeepSpeed JSON file."
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}. Mend the file.") from None
+        raise ConfigError(f"{path}: not valid JSON: {error}. Fix the file.") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(content).__name__}.")
     for key in content:
         if key not in KNOWN_KEYS:
             remedy = did_you_mean(key, KNOWN_KEYS, "Remove it.")
             raise ConfigError(
-                f"{path}: `{key}` is no key of DeepSpeed, which would ignore it in silence."
-                f" {remedy}"
+                f"{path}: `{key}` is not a DeepSpeed key, which would ignore it silently. {remedy}"
             )
     return content
 

@@ -217,8 +217,8 @@ def _record_places(node: yaml.Node, prefix: KeyPath, path: Path, places: Places)
             key = (*prefix, key_node.value)
             if key in places:
                 raise ConfigError(
-                    f"{place}: `{dotted(key)}` stands twice (first at {places[key]}). Keep one of"
-                    " them."
+                    f"{place}: `{dotted(key)}` is defined twice (first at"
+                    f" {places[key]}). Remove one."
                 )
             places[key] = place
             _record_places(value_node, key, path, places)

@@ -15,9 +15,9 @@ from pydantic_core import PydanticCustomError
 
 
 def _no_bool(value: Any) -> Any:
-    """`yes` is no number, though Python takes it for 1."""
+    """Rejects booleans: YAML `yes` becomes True, which Python accepts as 1."""
     if isinstance(value, bool):
-        raise ValueError(f"{value} is no number")
+        raise ValueError(f"{value} is not a number")
     return value
 
 
@@ -487,10 +487,14 @@ class LimitsConfig(Section):
     silent_seconds: Float = Field(
         20.0,
         gt=1,
-        description="A rank from which nothing is heard for so long is given up, and all stop.",
+        description="Abort the run if a rank sends no heartbeat for this many seconds.",
     )
     stall_minutes: Float = Field(
-        30.0, gt=0, description="If no rank gets on for so long, all write their stacks and stop."
+        30.0,
+        gt=0,
+        description=(
+            "Dump all stack traces and abort if no rank makes progress for this many minutes."
+        ),
     )
 
 

@@ -1,7 +1,7 @@
 """Rows of files, each with its place (`file:line`), checked one by one.
 
 JSON and CSV are parsed here and not by `datasets`, which takes missing keys, nulls, mixed types and
-two objects on a line in silence and names no line in its errors. Parquet, saved datasets and the
+two objects on a line silently and names no line in its errors. Parquet, saved datasets and the
 Hub, which carry a schema, are read with `datasets`.
 """
 
@@ -216,11 +216,11 @@ def _read_json_array(path: Path, content: bytes, bad: BadRows) -> Iterator[tuple
             row, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise DataError(
-                f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}). Mend"
+                f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}). Fix"
                 " the file."
             ) from None
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{place}: {error}. Mend the file.") from None
+            raise DataError(f"{place}: {error}. Fix the file.") from None
         expect_item, has_items = False, True
         if isinstance(row, dict):
             yield place, row
@@ -233,7 +233,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> Row:
     if len(row) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
     return row
 
 
@@ -269,7 +269,7 @@ def _read_csv(path: Path, bad: BadRows) -> Iterator[tuple[str, Row]]:
                 else:
                     yield place, row
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}:{line}: not valid CSV in UTF-8: {error}. Mend the file.") from None
+        raise DataError(f"{path}:{line}: not valid CSV in UTF-8: {error}. Fix the file.") from None
     except UNREADABLE as error:
         raise DataError(
             f"{path}: cannot be read: {error}. Check that the file is whole and of the kind its"
@@ -288,7 +288,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
                 number += 1
                 yield f"{path}:row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet: {error}. Mend the file.") from None
+        raise DataError(f"{path}: cannot be read as Parquet: {error}. Fix the file.") from None
 
 
 def _read_saved_dataset(path: Path, source: DataSource) -> Iterator[tuple[str, Row]]:
@@ -337,7 +337,7 @@ def _read_hub(source: DataSource) -> Iterator[tuple[str, Row]]:
 
 def _not_reachable(source: DataSource, error: Exception) -> DataError:
     return DataError(
-        f"data: {source.path} is no local file, and the Hub does not give it"
+        f"data: {source.path} is not a local file, and the Hub does not give it"
         f" ({type(error).__name__}). Check the name and the connection, or download it and give its"
         " path."
     )

@@ -72,7 +72,7 @@ def choose_template(named: str | None, own: str | None) -> str:
     except TemplateSyntaxError as error:
         raise ConfigError(
             f"tokenizer.chat_template: {named}:{error.lineno}: not a Jinja template:"
-            f" {error.message}. Mend it."
+            f" {error.message}. Fix it."
         ) from None
     return text
 
@@ -101,7 +101,7 @@ def rendering(where: str) -> Iterator[None]:
 
 
 def marker_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Returns the ids that can end a turn: special tokens, and added ones that are no white space
+    """Returns the ids that can end a turn: special tokens, and added ones that are not white space
     (Gemma adds newlines)."""
     added = {
         number

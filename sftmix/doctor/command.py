@@ -102,7 +102,7 @@ def _items(
     yield "CUDA", lambda: versions.check_driver(_torch_cuda(), cards[0].driver if cards else None)
     offloads = need is not None and need.offload["optimizer"]
     yield "compiler", lambda: build.check_compiler(has_gpu=bool(cards), offloads=offloads)
-    yield build.LOCKS, lambda: build.check_locks(build.extension_folders(), mend=options.mend)
+    yield build.LOCKS, lambda: build.check_locks(build.extension_folders(), fix=options.fix)
     yield build.LEFTOVERS, build.check_leftovers
     yield "ports", network.check_ports
     yield "host name", lambda: network.check_host_name(num_nodes=num_nodes)

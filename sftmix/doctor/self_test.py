@@ -103,7 +103,8 @@ def textbook_loss(model: Any, pairs: list[Pair], counts: StepCounts) -> Tensor:
 
 def compare_gradients(ranks: Ranks, folder: Path) -> dict[str, Any]:
     """Returns the largest differences to one process: of a gradient, relative to the largest
-    element of its tensor; and of a weight after the step, absolute. All ranks call it."""
+    element of its tensor; and of a weight after the step, absolute. Collective: all ranks must call
+    it."""
     started = time.monotonic()
     json_path = folder / f"deepspeed.{ranks.rank}.json"
     json_path.write_text(json.dumps(DEEPSPEED))

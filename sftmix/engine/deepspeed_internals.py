@@ -50,7 +50,7 @@ def release_leftovers(module: torch.nn.Module) -> None:
     """Lets go of what DeepSpeed 0.19 keeps of a destroyed engine to the end of the process: the
     model, by two names that hold all else with it (ZeRO-3: this rank's share of the weights), and
     the group of ranks that `zero_hpz_partition_size` made, because of which it would refuse to make
-    it for the next engine. All ranks call it."""
+    it for the next engine. Collective: all ranks must call it."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.utils import groups
@@ -137,7 +137,7 @@ def check_zero_section(section: dict[str, Any], where: str) -> None:
             remedy = did_you_mean(
                 str(detail["loc"][-1]), DeepSpeedZeroConfig.model_fields, "Remove it."
             )
-            raise ConfigError(f"{where}: `{name}` is no key of DeepSpeed. {remedy}") from None
+            raise ConfigError(f"{where}: `{name}` is not a DeepSpeed key. {remedy}") from None
         raise ConfigError(
             f"{where}: `{name}` is {detail['input']!r}: {detail['msg'].lower()}. Correct the value."
         ) from None

@@ -87,14 +87,14 @@ def hf_config(
         ) from None
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ConfigError(
-            f"{where} is no causal language model of transformers. Name one, for example llama."
+            f"{where} is not a causal language model of transformers. Name one, for example llama."
         )
     read = _words_of_model_code(type(config))
     for key in model.architecture:
         if key not in read and key not in config.attribute_map and key != "model_type":
             remedy = did_you_mean(key, type(config)().to_dict(), "Remove it.")
             raise ConfigError(
-                f"{where}: `{key}` is no key of {type(config).__name__}, which would ignore it."
+                f"{where}: `{key}` is not a key of {type(config).__name__}, which would ignore it."
                 f" {remedy}"
             )
     return config
@@ -102,7 +102,7 @@ def hf_config(
 
 def _words_of_model_code(config_class: type) -> set[str]:
     """Returns every word in the code that reads a config of this class. transformers keeps any key
-    it is given in silence, and no list says which it reads: some are old names, some are read with
+    it is given silently, and no list says which it reads: some are old names, some are read with
     a default far from the class."""
     modules = (
         config_class.__module__,
@@ -186,7 +186,7 @@ def _weight_files(folder: Path, *, name: str) -> list[Path]:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(
-            f"{name}.path: {index} is no index of weights (JSON with a `weight_map`). Copy or"
+            f"{name}.path: {index} is not an index of weights (JSON with a `weight_map`). Copy or"
             " download it again."
         ) from None
     missing = [file for file in names if not (folder / file).is_file()]

@@ -44,8 +44,8 @@ def target_names(model: Any, lora: LoraConfig, *, name: str) -> list[str]:
     """Returns the dotted names of the modules that get an adapter. `model`: a transformers model,
     with memory or without.
 
-    name: of the model in the config. Raises ConfigError for a target that is no module, no linear
-    one, or the head or embedding.
+    name: of the model in the config. Raises ConfigError for a target that is not a module, no
+    linear one, or the head or embedding.
     """
     from transformers.pytorch_utils import Conv1D
 

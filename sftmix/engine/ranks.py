@@ -59,7 +59,7 @@ class Ranks:
         return sent.numpy().tobytes()
 
     def join_leaders(self) -> None:
-        """Makes the group that `bytes_to_leaders` needs. All ranks call it."""
+        """Makes the group that `bytes_to_leaders` needs. Collective: all ranks must call it."""
         _leaders_group(self.storage)
 
     def barrier(self) -> None:
@@ -72,7 +72,8 @@ class Ranks:
         return bool(self.from_main([int(value)])[0])
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Returns the element-wise sum over all ranks. All ranks call it, with the same shape."""
+        """Returns the element-wise sum over all ranks. Collective: all ranks must call it, with the
+        same shape."""
         values = values.to(self.device)
         if self.world_size > 1:
             torch.distributed.all_reduce(values)
@@ -105,8 +106,8 @@ class Ranks:
         return list(json.loads(self.text_from_main(json.dumps(values))))
 
     def agree(self, values: list[int | bool]) -> list[bool]:
-        """Returns for each value whether it is true on any rank. All ranks call it; nothing waits
-        for a GPU."""
+        """Returns for each value whether it is true on any rank. Collective: all ranks must call
+        it; nothing waits for a GPU."""
         if self.world_size == 1:
             return [bool(value) for value in values]
         flags = torch.tensor([int(value) for value in values])
@@ -135,7 +136,7 @@ class Ranks:
 
     def first_text(self, text: str) -> str:
         """Returns the text of the lowest rank that has one, on every rank; empty where none has.
-        All ranks call it."""
+        Collective: all ranks must call it."""
         return next((found for found in self.gather_texts(text) if found), "")
 
     def text_from_main(self, text: str) -> str:

@@ -158,8 +158,8 @@ def save_state(
 
 
 def load_state(deepspeed_engine: Any, folder: Path, *, is_universal: bool) -> None:
-    """Loads what `save_state` has written, or its universal form, into a new engine. All ranks call
-    it. The files were verified."""
+    """Loads what `save_state` has written, or its universal form, into a new engine. Collective:
+    all ranks must call it. The files were verified."""
     use_state_files(deepspeed_engine, StateFiles())
     # ours, inside ZeRO's
     optimizer = getattr(deepspeed_engine.optimizer, "optimizer", deepspeed_engine.optimizer)

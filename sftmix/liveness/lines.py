@@ -7,7 +7,7 @@ import socket
 import time
 from typing import Any
 
-LONGEST_LINE = 1 << 18  # bytes; more without a line's end is no rank of this run
+LONGEST_LINE = 1 << 18  # bytes; more without a line's end is not a rank of this run
 
 Message = dict[str, Any]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "sftmix")
 # A shell that started a run in the background may end long before it, and the run goes on: a shell
-# is no launcher, whatever stands in its command line.
+# is not a launcher, whatever stands in its command line.
 SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "fish", "csh", "tcsh", "busybox"})
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
@@ -54,8 +54,8 @@ def namespace() -> dict[str, str | None]:
 
 
 def launchers() -> list[Process]:
-    """Returns the ancestors that launch ranks, nearest first, up to the first that is no launcher.
-    Empty without /proc."""
+    """Returns the ancestors that launch ranks, nearest first, up to the first that is not a
+    launcher. Empty without /proc."""
     found: list[Process] = []
     pid = os.getppid()
     while pid > 0:

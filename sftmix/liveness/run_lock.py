@@ -149,7 +149,7 @@ def claim(folder: Path, *, patience_seconds: float = 5.0) -> RunLock:
         return _claim(folder, attempts, time.monotonic() + patience_seconds)
     except OSError as error:
         raise ArtifactError(
-            f"{attempts} cannot be written ({error}). Mend its permissions or disk, or choose"
+            f"{attempts} cannot be written ({error}). Fix its permissions or disk, or choose"
             " another run.dir."
         ) from None
 

@@ -3,7 +3,7 @@
 Found through `get_output_embeddings`, not by a list of families. The transformer runs unchanged,
 reaches its head as always, and the head turns the hidden states into a loss where its weight is:
 ZeRO-3's hooks gather the weight for this module once per micro-batch, whatever the number of
-chunks, and never for the rest of the model (`docs/architecture.md` says what fails otherwise).
+chunks, and never for the rest of the model (`docs/decisions.md` says what fails otherwise).
 
 What a model does to its logits behind the head (Gemma's soft-cap, Cohere's scale) is not read from
 a config key but measured, by sending a known ramp through the model's own forward:

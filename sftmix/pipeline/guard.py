@@ -80,7 +80,8 @@ def _make_run_folder(config: Config) -> None:
     )
     if is_used and not (folder / "config.yaml").is_file():
         raise ArtifactError(
-            f"run.dir: {folder} is not empty and is no run folder. Name another, or an empty one."
+            f"run.dir: {folder} is not empty and is not a run folder. Name another,"
+            " or an empty one."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

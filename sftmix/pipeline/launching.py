@@ -238,11 +238,11 @@ def plan_of(options: argparse.Namespace) -> Plan:
         )
     if options.master_port is not None and not 1 <= options.master_port <= 65535:
         raise ConfigError(
-            f"--master-port {options.master_port} is no port (1 to 65535). Name another."
+            f"--master-port {options.master_port} is not a port (1 to 65535). Name another."
         )
     if options.master_addr is not None and not is_host_name(options.master_addr):
         raise ConfigError(
-            f"--master-addr {options.master_addr[:80]!r} is no host name or address. Correct it."
+            f"--master-addr {options.master_addr[:80]!r} is not a host name or address. Correct it."
         )
     nodes = read_hostfile(options.hostfile)
     if options.node_rank is not None:

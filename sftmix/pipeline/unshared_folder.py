@@ -66,7 +66,7 @@ def find_storage(ranks: Ranks, folder: Path) -> Ranks:
         except OSError as error:
             problem = (
                 f"run.dir: {folder} cannot be written on {socket.gethostname()} ({error.strerror})."
-                " Mend it, or name another folder."
+                " Fix it, or name another folder."
             )
     agree(ranks, problem)
     deadline = time.monotonic() + LOOK_SECONDS
@@ -85,7 +85,7 @@ def find_storage(ranks: Ranks, folder: Path) -> Ranks:
 
 def say_storage(ranks: Ranks, config: Config) -> None:
     """Says once which nodes do not see rank 0's run folder, and what must be there on every node.
-    All ranks call it."""
+    Collective: all ranks must call it."""
     if ranks.is_storage_shared:
         return
     names = ranks.gather_texts(socket.gethostname())
@@ -111,9 +111,9 @@ def say_storage(ranks: Ranks, config: Config) -> None:
 
 
 def hold_others(ranks: Ranks, config: Config, held: contextlib.ExitStack) -> RunLock | None:
-    """Makes this run the only writer of every other disk's run folder too. All ranks call it.
-    Returns this rank's hold; None for a rank that leads no disk but rank 0's. Raises ArtifactError,
-    on all ranks, where a folder has another writer."""
+    """Makes this run the only writer of every other disk's run folder too. Collective: all ranks
+    must call it. Returns this rank's hold; None for a rank that leads no disk but rank 0's. Raises
+    ArtifactError, on all ranks, where a folder has another writer."""
     if ranks.is_storage_shared:
         return None
     hold, problem = None, ""
@@ -239,8 +239,8 @@ def _send(
 
 
 def collect_units(ranks: Ranks, shards: UnitFolder, sizes: list[int]) -> None:
-    """Brings the scores of other disks that rank 0's lacks to it. All ranks call it. sizes:
-    examples of each unit."""
+    """Brings the scores of other disks that rank 0's lacks to it. Collective: all ranks must call
+    it. sizes: examples of each unit."""
     if ranks.is_storage_shared:
         return
     lacking = (

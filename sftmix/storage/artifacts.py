@@ -155,7 +155,7 @@ def read_manifest(folder: Path) -> Manifest | None:
             *manifest.files.values(),
         )
         if not all(isinstance(part, dict) for part in parts):
-            raise TypeError("a part of it is no object")
+            raise TypeError("a part of it is not an object")
         return manifest
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise ArtifactError(

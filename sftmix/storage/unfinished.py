@@ -2,7 +2,7 @@
 until its output is published.
 
 It belongs to the settings and inputs that it was made with (`work.json`). Work of hours is not
-thrown away because a line of the config changed, nor is it taken up by a run that it does not
+discarded because a line of the config changed, nor is it resumed by a run that it does not
 belong to: that run is refused, with the differences.
 """
 
@@ -73,7 +73,7 @@ def refusal(stage: str, progress: str, differences: list[str]) -> ArtifactError:
     changed = "\n".join(f"  {line}" for line in differences)
     return ArtifactError(
         f"the unfinished stage {stage} ({progress}) was made with other settings:\n{changed}\nPut"
-        " them back to go on from there, name another run.dir, or throw the work away with"
+        " them back to go on from there, name another run.dir, or discard it with"
         " --restart."
     )
 

@@ -1,10 +1,10 @@
-"""When a training stage saves its state, when it stops on request, and where it takes up again.
+"""Save, stop and resume a training stage.
 
-All ranks call every method together. What is saved: DeepSpeed's state (model, or of one with LoRA
-the adapters; optimiser, loss scaler), the log's running sums, and what `online` has collected.
-Everything else (order of the data, pairs, lam, learning rate, dropout streams) is a function of the
-step. So a resumed run's losses and weights are those of a run that nothing stopped, bit for bit on
-as many ranks.
+Collective: all ranks must call every method together. What is saved: DeepSpeed's state (model, or
+of one with LoRA the adapters; optimiser, loss scaler), the log's running sums, and what `online`
+has collected. Everything else (order of the data, pairs, lam, learning rate, dropout streams) is a
+function of the step. So a resumed run's losses and weights are those of a run that nothing stopped,
+bit for bit on as many ranks.
 
 Where nodes have disks of their own, each holds the files of its ranks with its own manifest; a
 checkpoint counts if all disks have their part.
@@ -54,9 +54,9 @@ class Resumable(Protocol):
 
     def progress(self) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
         """Returns this rank's numbers, of the same names on every rank, and arrays that are the
-        same for all. All ranks call it."""
+        same for all. Collective: all ranks must call it."""
 
-    def take_up(
+    def restore(
         self, step: int, numbers: list[dict[str, float]], arrays: dict[str, NDArray[np.float64]]
     ) -> None:
         """Goes on after `step`, from the numbers of all ranks that saved them, and the arrays."""
@@ -77,8 +77,8 @@ class TrainingCheckpoints:
     """Saves, finds and loads the checkpoints of one training stage.
 
     kept: a folder of the stage's finished outputs so far (exports, metrics), whose files a
-    checkpoint vouches for too. fingerprint, settings, inputs: of the stage; a checkpoint of another
-    is refused. check: raises where this process must not publish (any more).
+    checkpoint manifest covers too. fingerprint, settings, inputs: of the stage; a checkpoint of
+    another is refused. check: raises where this process must not publish (any more).
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class TrainingCheckpoints:
                 if key.startswith(f"{name}.")
             }
             try:
-                part.take_up(step, manifest.facts["numbers"][name], mine)
+                part.restore(step, manifest.facts["numbers"][name], mine)
             except (KeyError, TypeError) as error:
                 raise ArtifactError(
                     f"{self.checkpoints.path(step)} was saved by another version of sftmix (commit"
@@ -448,7 +448,7 @@ class TrainingCheckpoints:
             message = (
                 f"the checkpoint of step {pending.step} could not be written: {problem}"
                 f" ({free:,.1f} MiB free in {self.checkpoints.folder}, {self._needed / 2**20:,.1f}"
-                f" MiB needed); {before}. Make room or mend the disk, and start again."
+                f" MiB needed); {before}. Make room or fix the disk, and start again."
             )
             # what is free changes from look to look
             raise ArtifactError(self.ranks.text_from_main(message), on_all_ranks=True)

@@ -98,7 +98,7 @@ class RunLog:
         self._clear()
 
     def progress(self) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
-        """Returns the running sums of this rank, to be taken up from: see
+        """Returns the running sums of this rank, to be resumed from: see
         `sftmix/train/checkpointing.py`."""
         self.meter.read()
         own = dict(zip(LOSSES, self._losses.tolist(), strict=True)) | self.meter.window_tokens
@@ -113,7 +113,7 @@ class RunLog:
         }
         return {**own, **shared}, {}
 
-    def take_up(
+    def restore(
         self, step: int, numbers: list[dict[str, float]], arrays: dict[str, NDArray[np.float64]]
     ) -> None:
         """Goes on from the sums of all ranks that saved them; lines of steps that will be taken

@@ -1,4 +1,4 @@
-"""Runs on every rank: one small SFTMix run again and again, stopped, damaged and taken up in many
+"""Runs on every rank: one small SFTMix run again and again, stopped, damaged and resumed in many
 ways; writes what came of it (rank 0).
 
 resume_worker.py FOLDER STAGE RESULT [SCENARIO ...]      without names, all scenarios
@@ -414,7 +414,7 @@ def other_run():
 
 
 def other_base():
-    """Adapters are taken up beside other weights, which the settings do not tell."""
+    """Adapters are resumed beside other weights, which the settings do not tell."""
     return run(fresh("base", "two"), seed=1)
 
 

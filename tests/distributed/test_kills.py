@@ -32,7 +32,7 @@ TORTURE = pytest.mark.torture
 def assert_survives_kill(folder, undisturbed, site, *, rank, hit, num_ranks):
     if site == "resume.load":
         reference(folder, num_ranks, check=False, fault="train.step:0:4:kill9")
-    for _ in range(5 if site == "resume.load" else 1):  # killed while it takes up, again and again
+    for _ in range(5 if site == "resume.load" else 1):  # killed while it resumes, again and again
         done = reference(folder, num_ranks, check=False, fault=f"{site}:{rank}:{hit}:kill9")
         assert done.returncode != 0, f"{site} was not reached:\n{done.stdout[-1500:]}"
         assert_nothing_left(folder)

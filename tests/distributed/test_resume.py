@@ -239,7 +239,7 @@ def test_sharded_adapters_are_taken_up_too_on_other_ranks_but_not_beside_other_w
     assert [line[NTP] for line in outcome["lines"]] == [
         pytest.approx(line[NTP], abs=1e-6) for line in lines
     ]
-    assert lines[0][NTP] - lines[-1][NTP] > 1e-3  # what was not taken up would show
+    assert lines[0][NTP] - lines[-1][NTP] > 1e-3  # what was not resumed would show
 
 
 @TORTURE

@@ -86,7 +86,7 @@ def assert_survives(folder, undisturbed, *, fault, killed_ranks, restart_ranks):
     again = score(folder, restart_ranks, check=False)
     assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
     assert tables_of(folder) == undisturbed
-    # What was whole is taken up, not scored again.
+    # What was whole is resumed, not scored again.
     kept = sum(
         int(count) for count in re.findall(r"(\d+) of \d+ units already scored", again.stdout)
     )

@@ -358,7 +358,7 @@ WRONG = {
     "one dimension": {"embeddings": torch.zeros(5)},
     "integer embeddings": {"embeddings": torch.zeros(9, 5, dtype=torch.int64)},
     "pairs of one member": {"pairs": torch.zeros(5, dtype=torch.int64)},
-    "pairs that are no integers": {"pairs": torch.zeros(5, 2)},
+    "pairs that are not integers": {"pairs": torch.zeros(5, 2)},
     "fewer shares than pairs": {"lam": torch.zeros(4)},
     "one lam for all": {"lam": torch.tensor(0.5)},
     "lam in low precision": {"lam": torch.zeros(5, dtype=torch.bfloat16)},

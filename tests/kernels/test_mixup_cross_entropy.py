@@ -539,7 +539,7 @@ WRONG = {
     },
     "labels of one member": {"labels": torch.zeros(5, dtype=torch.int64)},
     "more labels than pairs": {"labels": torch.zeros(6, 2, dtype=torch.int64)},
-    "labels that are no integers": {"labels": torch.zeros(5, 2)},
+    "labels that are not integers": {"labels": torch.zeros(5, 2)},
     "one lam for all": {"lam": torch.tensor(0.5)},
     "lam in low precision": {"lam": torch.zeros(5, dtype=torch.bfloat16)},
 }

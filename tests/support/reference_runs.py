@@ -147,7 +147,7 @@ def assert_nothing_left(folder):
 
 def assert_completed(folder, undisturbed, num_ranks, *more):
     """The same command completes the run, with the result of an undisturbed one; something was
-    taken up if it was saved."""
+    resumed if it was saved."""
     saved = saved_step(folder)
     again = reference(folder, num_ranks, *more, check=False)
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]

@@ -67,12 +67,12 @@ def extension_folders() -> list[Path]:
 
 
 def check_locks(
-    folders: list[Path], *, mend: bool, stale_minutes: float = STALE_MINUTES
+    folders: list[Path], *, fix: bool, stale_minutes: float = STALE_MINUTES
 ) -> list[Finding]:
     """Finds locks of builds that no process holds: every later launch would wait for them, in
     silence and for ever.
 
-    torch keeps a lock file open while it builds, so its owner is whoever has it open. With `mend`
+    torch keeps a lock file open while it builds, so its owner is whoever has it open. With `fix`
     those are removed which are older than `stale_minutes`, lie on a disk of this machine, and whose
     owner would be seen from here.
     """
@@ -85,13 +85,13 @@ def check_locks(
     findings = [
         finding
         for lock in locks
-        if (finding := _judge_lock(lock, held, mend=mend, stale_minutes=stale_minutes)) is not None
+        if (finding := _judge_lock(lock, held, fix=fix, stale_minutes=stale_minutes)) is not None
     ]
     return findings or [Finding(LOCKS, "ok", f"none in {', '.join(map(str, folders))}.")]
 
 
 def _judge_lock(
-    lock: Path, held: dict[tuple[int, int], int], *, mend: bool, stale_minutes: float
+    lock: Path, held: dict[tuple[int, int], int], *, fix: bool, stale_minutes: float
 ) -> Finding | None:
     try:
         status = lock.lstat()
@@ -130,8 +130,8 @@ def _judge_lock(
         return Finding(
             LOCKS, "warning", f"{found} It is too young to be called stale ({limit}).", by_hand
         )
-    if not mend:
-        return Finding(LOCKS, "bad", found, "Remove it with `sftmix doctor --mend`.")
+    if not fix:
+        return Finding(LOCKS, "bad", found, "Remove it with `sftmix doctor --fix`.")
     lock.unlink(missing_ok=True)
     return Finding(LOCKS, "ok", f"{lock} ({age} old, held by no process) was removed.")
 

@@ -62,7 +62,7 @@ def check_ports(port: int | None = None) -> list[Finding]:
             Finding(
                 "ports",
                 "bad",
-                f"MASTER_PORT is {named!r}, which is no port (1 to 65535).",
+                f"MASTER_PORT is {named!r}, which is not a port (1 to 65535).",
                 "Correct it, or unset it.",
             )
         ]
@@ -119,7 +119,7 @@ def check_host_name(*, num_nodes: int = 1) -> list[Finding]:
         if num_nodes > 1 and NAMES["gloo"] not in os.environ:
             remedy = (
                 f"Name the interface to the other nodes: {NAMES['gloo']}=<interface> in"
-                " .deepspeed_env, or mend /etc/hosts."
+                " .deepspeed_env, or fix /etc/hosts."
             )
             return [
                 Finding(

@@ -46,7 +46,7 @@ def run_ranks(
             last_lines = " | ".join(line.strip() for line in failure.splitlines()[-4:])
             raise RanksError(
                 f"{failure.splitlines()[0]} {last_lines[-400:]}. Training on this machine would end"
-                " the same way: mend what it says. If it says nothing, look at the firewall of the"
+                " the same way: fix what it says. If it says nothing, look at the firewall of the"
                 " loopback interface and at NCCL (NCCL_DEBUG=INFO)."
             )
         content: Result = json.loads((Path(folder) / "result.json").read_text())

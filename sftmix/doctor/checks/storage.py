@@ -86,7 +86,7 @@ def check_writable(folder: Path) -> list[Finding]:
         sync_folder(place)
         is_whole = second.read_bytes() == b"doctor"
     except OSError as error:
-        remedy = "Mend its permissions or disk, or choose another run.dir."
+        remedy = "Fix its permissions or disk, or choose another run.dir."
         return [
             Finding(item, "bad", f"{place} cannot be written: {error.strerror or error}.", remedy)
         ]
@@ -101,7 +101,7 @@ def check_writable(folder: Path) -> list[Finding]:
                 item,
                 "bad",
                 f"{place}: a file read back after its rename differs from what was written.",
-                "Mend the disk.",
+                "Fix the disk.",
             )
         ]
     verdict, remedy = ("ok", "") if seconds < 2 else ("warning", "Checkpoints will be slow there.")
