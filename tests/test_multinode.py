@@ -1,6 +1,7 @@
 """`sftmix launch`: what reaches the nodes is what was given here, whatever letters are in it, and
 nothing of it is run by a shell."""
 
+import base64
 import json
 import os
 import shlex
@@ -447,3 +448,21 @@ def test_a_launcher_whose_program_is_missing_is_refused(launcher, program, monke
         _check_programs(launcher)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     _check_programs(launcher)
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [("", [0, 1]), ("2,3", ["2", "3"]), ("GPU-a,GPU-b,GPU-c", ["GPU-a", "GPU-b"])],
+)
+def test_ranks_of_this_machine_get_the_devices_that_are_visible(visible, expected):
+    command = launch_commands.local_command(2, ["c.yaml"], port=1, visible_devices=visible)
+    (given,) = [word for word in command if word.startswith("--world_info=")]
+    world = json.loads(base64.urlsafe_b64decode(given.removeprefix("--world_info=")))
+    assert world == {"localhost": expected} and command[-1] == "c.yaml"
+
+
+def test_more_ranks_than_visible_devices_are_refused():
+    with pytest.raises(
+        ConfigError, match="num_processes is 3, and CUDA_VISIBLE_DEVICES=0,1 names 2"
+    ):
+        launch_commands.local_command(3, [], port=1, visible_devices="0,1")

@@ -109,23 +109,37 @@ def _check_for_pdsh(nodes: Sequence[Node]) -> None:
             )
 
 
-def local_command(num_ranks: int, arguments: Sequence[str], *, port: int) -> list[str]:
-    """Returns the command that starts the ranks of this machine alone. arguments: of
-    launch/run.py."""
+def local_command(
+    num_ranks: int, arguments: Sequence[str], *, port: int, visible_devices: str = ""
+) -> list[str]:
+    """Returns the command that starts the ranks of this machine alone. arguments: of launch/run.py.
+
+    visible_devices: CUDA_VISIBLE_DEVICES of the user, the first of which the ranks get. DeepSpeed's
+    runner would ignore them; its launcher, which the runner starts, takes what it is told. Raises
+    ConfigError where there are fewer than ranks.
+    """
+    devices: Sequence[str | int] = [name for name in visible_devices.split(",") if name.strip()]
+    if devices and len(devices) < num_ranks:
+        raise ConfigError(
+            f"engine.num_processes is {num_ranks}, and CUDA_VISIBLE_DEVICES={visible_devices} names"
+            f" {counted(len(devices), 'device')}. Start one process for each GPU."
+        )
+    host = {"localhost": list(devices[:num_ranks] or range(num_ranks))}
+    return [*_launcher(host, 0, "127.0.0.1", port), str(RUN_SCRIPT), *arguments]
+
+
+def _launcher(
+    hosts: Mapping[str, Sequence[str | int]], number: int, address: str | None, port: int | None
+) -> list[str]:
+    """Returns DeepSpeed's launcher of one node. hosts: the devices of every node, in rank order."""
+    world = base64.urlsafe_b64encode(
+        json.dumps({host: list(ids) for host, ids in hosts.items()}).encode()
+    ).decode()
     return [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
+        sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}",
+        f"--node_rank={number}", f"--master_addr={address}", f"--master_port={port}",
         "--no_local_rank",
-        "--num_accelerators",
-        str(num_ranks),
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        str(port),
-        str(RUN_SCRIPT),
-        *arguments,
-    ]
+    ]  # fmt: skip
 
 
 def runner_command(plan: Plan) -> list[str]:
@@ -182,19 +196,8 @@ def node_command(plan: Plan, number: int) -> list[str]:
             str(plan.port),
             *script,
         ]
-    world = json.dumps({node.host: list(range(node.slots)) for node in plan.nodes})
-    return [
-        sys.executable,
-        "-u",
-        "-m",
-        "deepspeed.launcher.launch",
-        f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}",
-        f"--node_rank={number}",
-        f"--master_addr={plan.address}",
-        f"--master_port={plan.port}",
-        "--no_local_rank",
-        *script,
-    ]
+    hosts = {node.host: range(node.slots) for node in plan.nodes}
+    return [*_launcher(hosts, number, plan.address, plan.port), *script]
 
 
 def ssh_command(plan: Plan, number: int, variables: Mapping[str, str]) -> list[str]:

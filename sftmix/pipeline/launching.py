@@ -97,8 +97,12 @@ def launch_here(
     exit code."""
     options = [config_path, *overrides, *_options(request)]
 
+    visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES", "") if has_gpu() else ""
+    command = local_command(
+        config.engine.num_processes, options, port=free_port(), visible_devices=visible_devices
+    )
+
     def start(environment: Environment) -> int:
-        command = local_command(config.engine.num_processes, options, port=free_port())
         if not has_gpu():
             environment.setdefault("DS_ACCELERATOR", "cpu")
         return run_commands([command], environment)

@@ -67,7 +67,7 @@ def test_killed_at_random(folder, undisturbed, number):
     for _ in range(4):
         process = begin(folder, 2)
         is_over = partial(lambda started: started.poll() is not None, process)
-        victim = rng.choice(["rank", "ranks", "launcher.launch", "runner", "sftmix.cli"])
+        victim = rng.choice(["rank", "ranks", "launcher.launch", "sftmix.cli"])
         wait_for(lambda is_over=is_over: len(ranks_of(folder)) == 2 or is_over(), "start")
         deadline = time.monotonic() + rng.uniform(0, 14)
         while time.monotonic() < deadline and not is_over():
@@ -120,7 +120,6 @@ def test_killed_while_an_extension_is_built(folder):
     "victim",
     [
         "launcher.launch",
-        pytest.param("runner", marks=TORTURE),
         pytest.param("sftmix.cli", marks=TORTURE),
     ],
 )
