@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sftmix import __version__
-from sftmix.cluster.environment import place_of, translate
+from sftmix.cluster.environment import launched_rank, translate
 from sftmix.errors import INTERRUPTED, SftmixError, StoppedError
 from sftmix.liveness import processes
 
@@ -385,7 +385,7 @@ def _dispatch(options: argparse.Namespace) -> int:
         return launch_on_nodes(options)
     # Found before torch is imported, which takes seconds: a launcher that ends in that time must
     # not be missed.
-    place = place_of()
+    place = launched_rank()
     launchers = processes.launchers() if place is not None else []
     if options.command == "scores":
         from sftmix.pipeline.preflight import check_scores

@@ -9,7 +9,7 @@ import sys
 import pytest
 from processes import ROOT
 
-from sftmix.cluster.environment import first_host, place_of, rank_of, translate
+from sftmix.cluster.environment import first_host, launched_rank, rank_of, translate
 from sftmix.errors import ConfigError
 from sftmix.liveness.stopping import asking_to_stop
 
@@ -74,7 +74,7 @@ def test_an_address_that_is_set_stays():
     ],
 )
 def test_what_is_no_rank_is_left_as_it_is(alone):
-    assert place_of(alone) is None and rank_of(alone) == 0 and translated(**alone) == alone
+    assert launched_rank(alone) is None and rank_of(alone) == 0 and translated(**alone) == alone
 
 
 def test_processes_of_mpirun_are_ranks_and_must_be_told_where_they_meet():
@@ -88,8 +88,8 @@ def test_processes_of_mpirun_are_ranks_and_must_be_told_where_they_meet():
     here = translated(**{**MPIRUN, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"})
     assert (
         here["MASTER_ADDR"] == "127.0.0.1"
-        and not place_of(here).is_on_many_nodes
-        and place_of(environment).is_on_many_nodes
+        and not launched_rank(here).is_on_many_nodes
+        and launched_rank(environment).is_on_many_nodes
     )
 
 
@@ -105,7 +105,7 @@ def test_the_nearest_launcher_counts():
     }
     found = translated(**SRUN, **MPIRUN, **inner)
     # LOCAL_SIZE is DeepSpeed's word
-    assert companions(found) == ("1", "2", "1", "1", "a") and place_of(found).is_on_many_nodes
+    assert companions(found) == ("1", "2", "1", "1", "a") and launched_rank(found).is_on_many_nodes
 
 
 def test_what_was_carried_under_another_name_gets_its_own_back():
@@ -185,8 +185,8 @@ def test_a_rank_whose_companions_are_missing_or_wrong_is_refused(wrong, words):
 
 
 def test_tasks_per_node_that_are_not_told_are_not_guessed():
-    assert place_of({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}).local_size == 4
-    assert place_of({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "many"}).local_size is None
+    assert launched_rank({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}).local_size == 4
+    assert launched_rank({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "many"}).local_size is None
 
 
 def test_the_watch_and_the_engine_see_the_same_rank(monkeypatch):
@@ -194,7 +194,7 @@ def test_the_watch_and_the_engine_see_the_same_rank(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RANK", raising=False)
     assert rank_of() == 5
-    code = "from sftmix.cluster.environment import place_of; print(place_of().rank)"
+    code = "from sftmix.cluster.environment import launched_rank; print(launched_rank().rank)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ,

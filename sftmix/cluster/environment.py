@@ -22,7 +22,7 @@ CARRIED = "SFTMIX_SET_"
 
 
 @dataclass(frozen=True)
-class Place:
+class LaunchedRank:
     """launcher: who says so. rank, world_size: of all processes; local_*: on this machine, None
     where the launcher does not say."""
 
@@ -37,7 +37,7 @@ class Place:
         return self.local_size is not None and self.local_size < self.world_size
 
 
-def place_of(environment: Mapping[str, str] = os.environ) -> Place | None:
+def launched_rank(environment: Mapping[str, str] = os.environ) -> LaunchedRank | None:
     """Returns where this process stands among those that a launcher started; None where it was
     started alone.
 
@@ -49,7 +49,9 @@ def place_of(environment: Mapping[str, str] = os.environ) -> Place | None:
         local_size = _number(environment, "LOCAL_WORLD_SIZE", _number(environment, "LOCAL_SIZE"))
         rank, world_size = _needed(environment, "RANK"), _number(environment, "WORLD_SIZE", 1)
         assert world_size is not None, "a default was given"
-        return Place("RANK", rank, world_size, _number(environment, "LOCAL_RANK"), local_size)
+        return LaunchedRank(
+            "RANK", rank, world_size, _number(environment, "LOCAL_RANK"), local_size
+        )
     if "OMPI_COMM_WORLD_RANK" in environment:
         names = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
         return _many("mpirun", *(_needed(environment, name) for name in names))
@@ -60,13 +62,13 @@ def place_of(environment: Mapping[str, str] = os.environ) -> Place | None:
             rank, local_rank = (
                 _needed(environment, name) for name in ("SLURM_PROCID", "SLURM_LOCALID")
             )
-            return Place("srun", rank, size, local_rank, _tasks_here(environment))
+            return LaunchedRank("srun", rank, size, local_rank, _tasks_here(environment))
     return None
 
 
 def rank_of(environment: Mapping[str, str] = os.environ) -> int:
     """Returns this process's rank; 0 without a launcher."""
-    place = place_of(environment)
+    place = launched_rank(environment)
     return place.rank if place is not None else 0
 
 
@@ -77,7 +79,7 @@ def translate(environment: MutableMapping[str, str] = os.environ) -> None:
     """
     for name in [name for name in environment if name.startswith(CARRIED)]:
         environment[name.removeprefix(CARRIED)] = environment.pop(name)
-    place = place_of(environment)
+    place = launched_rank(environment)
     if place is None:
         return
     if place.local_size is not None:
@@ -139,7 +141,7 @@ def first_host(nodes: str) -> str:
     return host
 
 
-def _address(place: Place, environment: Mapping[str, str]) -> str:
+def _address(place: LaunchedRank, environment: Mapping[str, str]) -> str:
     if place.local_size == place.world_size:
         return "127.0.0.1"
     nodes = next(
@@ -163,7 +165,7 @@ def _address(place: Place, environment: Mapping[str, str]) -> str:
     )
 
 
-def _port(place: Place, environment: Mapping[str, str]) -> int:
+def _port(place: LaunchedRank, environment: Mapping[str, str]) -> int:
     """Returns a port that all ranks come to by themselves; jobs and steps that share a node get
     others."""
     if place.launcher != "srun":
@@ -175,8 +177,10 @@ def _port(place: Place, environment: Mapping[str, str]) -> int:
 
 def _many(
     launcher: str, rank: int, world_size: int, local_rank: int, local_size: int
-) -> Place | None:
-    return Place(launcher, rank, world_size, local_rank, local_size) if world_size > 1 else None
+) -> LaunchedRank | None:
+    return (
+        LaunchedRank(launcher, rank, world_size, local_rank, local_size) if world_size > 1 else None
+    )
 
 
 def _tasks_here(environment: Mapping[str, str]) -> int | None:

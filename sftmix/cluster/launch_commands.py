@@ -138,7 +138,7 @@ def _launcher(
     return [
         sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}",
         f"--node_rank={number}", f"--master_addr={address}", f"--master_port={port}",
-        "--no_local_rank",
+        "--no_local_rank", "--log_level=warning",
     ]  # fmt: skip
 
 

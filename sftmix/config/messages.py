@@ -11,10 +11,10 @@ from sftmix.config.schema import Config
 from sftmix.errors import did_you_mean
 
 KeyPath = tuple[str | int, ...]
-Places = dict[KeyPath, str]  # key -> "file:line", or "override `...`"
+Locations = dict[KeyPath, str]  # key -> "file:line", or "override `...`"
 
 
-def explain(detail: Any, path: Path, places: Places) -> str:
+def explain(detail: Any, path: Path, places: Locations) -> str:
     """Returns one line for a mistake that pydantic found. detail: of `ValidationError.errors()`.
     path: of the config file."""
     location: KeyPath = tuple(detail["loc"])

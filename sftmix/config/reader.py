@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from sftmix.config.messages import KeyPath, Places, dotted, explain
+from sftmix.config.messages import KeyPath, Locations, dotted, explain
 from sftmix.config.schema import Config
 from sftmix.config.shipped import find_config, nearest_config, packaged
 from sftmix.errors import ConfigError
@@ -88,12 +88,12 @@ def dump_config(config: Config) -> str:
     )
 
 
-def _read_with_bases(path: Path) -> tuple[dict[str, Any], Places]:
+def _read_with_bases(path: Path) -> tuple[dict[str, Any], Locations]:
     layers = _layers(path, (), set())
     if len(layers) == 1:
         return layers[0]
     merged: dict[str, Any] = {}
-    places: Places = {}
+    places: Locations = {}
     for raw, raw_places in layers:
         _lay_over(merged, places, raw, raw_places, ())
     return merged, places
@@ -101,7 +101,7 @@ def _read_with_bases(path: Path) -> tuple[dict[str, Any], Places]:
 
 def _layers(
     path: Path, chain: tuple[Path, ...], seen: set[Path]
-) -> list[tuple[dict[str, Any], Places]]:
+) -> list[tuple[dict[str, Any], Locations]]:
     """Returns the content of a file after that of its bases; a file that several name comes once,
     where it is named first."""
     raw, places = _read_yaml(path)
@@ -146,9 +146,9 @@ def _beside(path: Path, name: str) -> Path:
 
 def _lay_over(
     below: dict[str, Any],
-    places: Places,
+    places: Locations,
     above: dict[str, Any],
-    above_places: Places,
+    above_places: Locations,
     prefix: KeyPath,
 ) -> None:
     """Changes `below` and its places: mappings merge key by key, anything else replaces, null takes
@@ -174,18 +174,18 @@ def _lay_over(
         )
 
 
-def _forget(places: Places, key: KeyPath) -> None:
+def _forget(places: Locations, key: KeyPath) -> None:
     for inside in [place for place in places if place[: len(key)] == key]:
         del places[inside]
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], Places]:
+def _read_yaml(path: Path) -> tuple[dict[str, Any], Locations]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file. {nearest_config(path)}")
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=_Loader)
-        places: Places = {}
+        places: Locations = {}
         if node is not None:
             _record_places(node, (), path, places)
         raw = _Loader(text).get_single_data()
@@ -205,7 +205,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Places]:
     return raw, places
 
 
-def _record_places(node: yaml.Node, prefix: KeyPath, path: Path, places: Places) -> None:
+def _record_places(node: yaml.Node, prefix: KeyPath, path: Path, places: Locations) -> None:
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
             place = f"{path}:{key_node.start_mark.line + 1}"
@@ -228,7 +228,7 @@ def _record_places(node: yaml.Node, prefix: KeyPath, path: Path, places: Places)
             _record_places(item, (*prefix, index), path, places)
 
 
-def _apply_override(raw: dict[str, Any], places: Places, override: str) -> None:
+def _apply_override(raw: dict[str, Any], places: Locations, override: str) -> None:
     name, equals, value = override.partition("=")
     if not equals or not name:
         raise ConfigError(
@@ -243,7 +243,7 @@ def _apply_override(raw: dict[str, Any], places: Places, override: str) -> None:
     _set(raw, places, name, parsed, f"override `{override}`")
 
 
-def _set(raw: dict[str, Any], places: Places, name: str, value: Any, place: str) -> None:
+def _set(raw: dict[str, Any], places: Locations, name: str, value: Any, place: str) -> None:
     """Sets a dotted key. place: what an error about it names."""
     keys = name.split(".")
     section = raw
