@@ -9,15 +9,15 @@ import sys
 import threading
 import time
 from itertools import permutations
-from pathlib import Path
 
 import pytest
+from processes import ROOT
 
 from sftmix.liveness import processes
 from sftmix.liveness.last_words import LastWords
 from sftmix.liveness.progress import Position
 
-WORKER = Path(__file__).parent / "support" / "watch_worker.py"
+WORKER = ROOT / "tests/support/watch_worker.py"
 TOKEN = "0123abcd"
 LIMIT_SECONDS = 30  # far more than any of these takes; a hang fails instead of waiting for ever
 QUICK = ("interval=0.1", "silent_seconds=2")

@@ -5,15 +5,15 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
+from processes import ROOT
 
 from sftmix.errors import ArtifactError
 from sftmix.liveness import run_lock
 from sftmix.storage.files import write_json
 
-WORKER = Path(__file__).parent / "support" / "fence_worker.py"
+WORKER = ROOT / "tests/support/run_lock_worker.py"
 
 
 @pytest.fixture

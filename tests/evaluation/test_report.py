@@ -5,7 +5,6 @@ import html
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from matchings import split_by_confidence
 from matplotlib.figure import Figure
+from processes import ROOT
 
 from sftmix.confidence.definition import CONFIDENCE_SCHEMA
 from sftmix.confidence.table import ScoreMetadata
@@ -510,7 +510,7 @@ def test_the_report_shows_what_was_waited_for_and_the_times_apart(finished, caps
 def test_every_place_with_a_table_says_that_one_seed_decides_nothing(finished, capsys, tmp_path):
     run = finished(confidence=-np.arange(1.0, 31.0))
     build_report(run, tmp_path / "report")
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     page = text_of((tmp_path / "report" / "index.html").read_text())
     texts = [capsys.readouterr().out, page, (tmp_path / "report" / "report.md").read_text(), readme]
     assert [text.replace("\n", " ").count(ONE_SEED) for text in texts] == [1] * 4
