@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"sftmix: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
-        print("sftmix: interrupted. The same command goes on from what is saved.", file=sys.stderr)
+        print("sftmix: interrupted. The same command resumes from what is saved.", file=sys.stderr)
         return INTERRUPTED
     except (
         SftmixError,

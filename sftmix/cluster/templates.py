@@ -95,7 +95,7 @@ def print_template(options: argparse.Namespace) -> int:
     for name in ("hostfile", "node_rank", "master_addr", "master_port"):
         if getattr(options, name) is not None:
             raise ConfigError(
-                f"--{name.replace('_', '-')} is of no use with --template {options.template}. Leave"
+                f"--{name.replace('_', '-')} does nothing with --template {options.template}. Leave"
                 " it out; see --set."
             )
     given, overrides = _pairs(options)

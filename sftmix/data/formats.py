@@ -86,7 +86,7 @@ def to_messages(
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise BadRow("the text holds half of a surrogate pair, which is no character") from None
+            raise BadRow("the text holds an unpaired surrogate, which is not a character") from None
     return tuple(messages), None if group is None else str(group)
 
 

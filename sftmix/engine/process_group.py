@@ -120,7 +120,7 @@ def _join_over_loopback(backend: str, join_limit: timedelta) -> None:
             listener = socket.create_server(where)
         except OSError as error:
             raise ConfigError(
-                f"port {where[1]} of {where[0]} cannot be had ({error.strerror}). Set another"
+                f"port {where[1]} of {where[0]} is not available ({error.strerror}). Set another"
                 " MASTER_PORT, or start again."
             ) from None
         store = TCPStore(*where, is_master=True, master_listen_fd=listener.detach(), **options)

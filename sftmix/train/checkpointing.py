@@ -152,7 +152,7 @@ class TrainingCheckpoints:
                 raise ArtifactError(
                     f"{self.checkpoints.path(step)} was saved by another version of sftmix (commit"
                     f" {manifest.commit or 'unknown'}), and its running sums have other names. Use"
-                    " that version, or begin anew with --restart.",
+                    " that version, or start over with --restart.",
                     on_all_ranks=True,
                 ) from error
         self._last_step, self._last_saved = step, time.monotonic()
@@ -185,7 +185,7 @@ class TrainingCheckpoints:
             raise ArtifactError(
                 f"{folder} on {', '.join(strangers)} has no part of the training state that other"
                 " nodes have: without shared storage it lies on the disks of the nodes that saved"
-                " it. Run on the same nodes, in the same order; or begin anew with --restart.",
+                " it. Run on the same nodes, in the same order; or start over with --restart.",
                 on_all_ranks=True,
             )
         newest = max(set.intersection(*(set(disk["steps"]) for disk in disks)), default=0)
@@ -284,7 +284,7 @@ class TrainingCheckpoints:
                 f"{self.checkpoints.path(step)} was written with"
                 f" engine.zero_stage={manifest.facts['zero_stage']}, and this run has"
                 f" {engine.zero_stage}: what one stage saves another cannot read. Put it back, or"
-                " begin anew with --restart.",
+                " start over with --restart.",
                 on_all_ranks=True,
             )
         if manifest.facts.get("frozen", "") != engine.frozen_checksum():

@@ -174,7 +174,7 @@ def test_hostile_values_are_refused(template, name):
         ("slurm", ["--set", "nodes=2"], "also needs --set gpus=.*--set time=.*24:00:00"),
         ("slurm", ["--set", "node=2"], "slurm has no such value. Did you mean `nodes`"),
         ("slurm", ["--set", "nodes"], "expected NAME=VALUE"),
-        ("slurm", ["--hostfile", "h"], "--hostfile is of no use with --template slurm"),
+        ("slurm", ["--hostfile", "h"], "--hostfile does nothing with --template slurm"),
         ("pdsh", ["--set", "hostfile=/h", "run.dir=a\nb"], "holds a line break"),
         ("pdsh", ["--set", "hostfile=/h", "run.dri=a"], "run.dri"),
     ],

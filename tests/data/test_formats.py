@@ -206,8 +206,8 @@ HALF = "half of a pair: \ud83d"
             {},
             "turn 1 of 'conversations' has no 'from' and 'value'",
         ),
-        ("qa", {**QA, "answer": HALF}, {}, "half of a surrogate pair"),
-        ("qa", {**QA, "group": HALF}, {}, "half of a surrogate pair"),
+        ("qa", {**QA, "answer": HALF}, {}, "an unpaired surrogate"),
+        ("qa", {**QA, "group": HALF}, {}, "an unpaired surrogate"),
     ],
 )
 def test_a_row_that_lacks_something_is_refused_with_what_it_lacks(
@@ -248,7 +248,7 @@ QUESTION = {"role": "user", "content": "p"}
             [QUESTION, {"role": "assistant", "content": ["r"]}],
             "turn 2 of 'messages' is list, expected text",
         ),
-        ([QUESTION, {"role": "assistant", "content": HALF}], "half of a surrogate pair"),
+        ([QUESTION, {"role": "assistant", "content": HALF}], "an unpaired surrogate"),
         ([QUESTION], "no turn of 'messages' is the assistant's"),
     ],
 )

@@ -83,7 +83,7 @@ def test_half_a_surrogate_pair_is_named(tmp_path):
         "tokenizer": {"path": "none"},
     }
     with pytest.raises(
-        DataError, match=r"rows.jsonl:2: the text holds half of a surrogate pair(.|\n)*1 bad row\."
+        DataError, match=r"rows.jsonl:2: the text holds an unpaired surrogate(.|\n)*1 bad row\."
     ):
         prepare(Config.model_validate({**config, "data": {"path": str(path)}}), tmp_path)
 

@@ -131,7 +131,7 @@ def test_ranks_that_do_not_come_and_ports_that_are_taken_are_one_clear_error(fol
             busy = start_rank(folder, **place, MASTER_PORT=port)
             assert (
                 busy.returncode == 2
-                and f"port {port} of 127.0.0.1 cannot be had" in busy.stderr
+                and f"port {port} of 127.0.0.1 is not available" in busy.stderr
                 and "MASTER_PORT" in busy.stderr
             )
     alone = start_rank(folder, **place, MASTER_PORT=port)

@@ -84,7 +84,7 @@ def test_control_c_saves_and_exits_with_130_and_a_second_ends_at_once(
             and "SIGINT was received" in output
         )
         assert saved_step(folder) == int(re.search(r"stopped after step (\d+)", output)[1])
-        assert "the same command goes on from here" in output
+        assert "the same command resumes from here" in output
     else:
         assert process.returncode in (130, -signal.SIGINT), output
     assert_nothing_left(folder)
