@@ -75,7 +75,8 @@ def check_ports(port: int | None = None) -> list[Finding]:
             probe.listen()
         except OSError as error:
             what = "MASTER_PORT" if named or port else "the default port of deepspeed and torchrun"
-            found = f"{wanted} ({what}) is not available: {error.strerror}, by {_holder_of(wanted)}."
+            holder = _holder_of(wanted)
+            found = f"{wanted} ({what}) is not available: {error.strerror}, by {holder}."
             is_named = bool(named or port)
             remedy = (
                 "Name another: --master_port"
