@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sftmix.engine.ranks import has_gpu
-from sftmix.errors import ConfigError, did_you_mean
+from sftmix.errors import ConfigError, TrainingError, did_you_mean
 
 KNOWN = "0.19."  # versions whose private state is known; setup.py has the same bounds
 
@@ -141,3 +141,34 @@ def check_zero_section(section: dict[str, Any], where: str) -> None:
         raise ConfigError(
             f"{where}: `{name}` is {detail['input']!r}: {detail['msg'].lower()}. Correct the value."
         ) from None
+
+
+def master_weights(optimizer: Any) -> list[torch.Tensor]:
+    """Returns the tensors that the optimiser updates. Raises TrainingError for one of DeepSpeed's
+    optimisers that keeps them in no known place."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    for attribute in (
+        "fp32_partitioned_groups_flat",  # ZeRO-3
+        "single_partition_of_fp32_groups",  # ZeRO-1 and 2
+        "fp32_groups_flat_partition",  # bf16 without ZeRO
+    ):
+        if hasattr(optimizer, attribute):
+            return list(getattr(optimizer, attribute))
+    raise TrainingError(
+        f"{type(optimizer).__name__} keeps its master weights in no place that sftmix knows, so"
+        " their precision cannot be checked. Install a version of deepspeed that setup.py allows.",
+        on_all_ranks=True,
+    )
+
+
+def shard_of(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """Returns this rank's part of a parameter under ZeRO-3; None elsewhere."""
+    shard: torch.Tensor | None = getattr(parameter, "ds_tensor", None)
+    return shard
+
+
+def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """Returns the shape of a parameter, which is empty itself where ZeRO-3 shards it."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape

@@ -19,7 +19,7 @@ from sftmix.batches.collate import MicroBatch
 from sftmix.batches.cut import StepCounts
 from sftmix.config.deepspeed_json import deepspeed_config
 from sftmix.config.schema import Config, ModelConfig, TrainConfig
-from sftmix.engine.deepspeed_internals import import_deepspeed, release_leftovers
+from sftmix.engine.deepspeed_internals import import_deepspeed, release_leftovers, whole_shape
 from sftmix.engine.export import write_model, write_on_main
 from sftmix.engine.loading import build_model, empty_model, hf_config
 from sftmix.engine.lora import (
@@ -135,7 +135,7 @@ class Engine:
         for parameter in self.module.parameters():
             if parameter.requires_grad:
                 # a sharded parameter is empty here
-                shape = getattr(parameter, "ds_shape", parameter.shape)
+                shape = whole_shape(parameter)
                 (decayed if len(shape) >= 2 else plain).append(parameter)
         groups = [
             {"params": decayed, "weight_decay": train.weight_decay},
@@ -217,14 +217,12 @@ class Engine:
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model, adapters included; tied ones count once."""
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+        return sum(whole_shape(p).numel() for p in self.module.parameters())
 
     @property
     def num_trained_parameters(self) -> int:
         """Those that have a gradient and optimiser states: all, or with LoRA the adapters'."""
-        return sum(
-            getattr(p, "ds_numel", p.numel()) for p in self.module.parameters() if p.requires_grad
-        )
+        return sum(whole_shape(p).numel() for p in self.module.parameters() if p.requires_grad)
 
     @property
     def was_step_skipped(self) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sftmix.engine.deepspeed_internals import import_deepspeed
+from sftmix.engine.deepspeed_internals import import_deepspeed, master_weights, shard_of
 from sftmix.engine.ranks import Ranks, has_gpu
 from sftmix.errors import ArtifactError, ConfigError, TrainingError
 
@@ -110,7 +110,7 @@ def _dtypes(
     """Yields (name, expected dtype, found dtype) of every floating-point tensor of an engine."""
     for name, parameter in module.named_parameters():
         yield f"the weight {name}", expected.weights, parameter.dtype
-        shard = getattr(parameter, "ds_tensor", None)  # ZeRO-3: this rank's part of it
+        shard = shard_of(parameter)
         if shard is not None:
             yield f"this rank's part of the weight {name}", expected.weights, shard.dtype
     for name, buffer in module.named_buffers():
@@ -124,25 +124,6 @@ def _dtypes(
         for key, value in state.items():
             if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
                 yield f"the optimiser state {key} of group {number}", expected.states, value.dtype
-
-
-def master_weights(optimizer: Any) -> list[Tensor]:
-    """Returns the tensors that the optimiser updates. Raises TrainingError for one of DeepSpeed's
-    optimisers that keeps them in no known place."""
-    if isinstance(optimizer, torch.optim.Optimizer):
-        return [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    for attribute in (
-        "fp32_partitioned_groups_flat",  # ZeRO-3
-        "single_partition_of_fp32_groups",  # ZeRO-1 and 2
-        "fp32_groups_flat_partition",  # bf16 without ZeRO
-    ):
-        if hasattr(optimizer, attribute):
-            return list(getattr(optimizer, attribute))
-    raise TrainingError(
-        f"{type(optimizer).__name__} keeps its master weights in no place that sftmix knows, so"
-        " their precision cannot be checked. Install a version of deepspeed that setup.py allows.",
-        on_all_ranks=True,
-    )
 
 
 def precision_of(module: nn.Module) -> str:
