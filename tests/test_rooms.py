@@ -1,6 +1,7 @@
 """The import law of docs/architecture.md, and what importing costs."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -99,15 +100,31 @@ def test_only_the_engine_knows_deepspeed_and_ranks(path):
         ), module
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        p
-        for p in OURS
-        if room(p).split("/")[1] in ("errors", "storage", "cluster", "liveness", "pairing")
-    ],
-    ids=room,
-)
+@pytest.mark.parametrize("path", OURS, ids=room)
+def test_importing_reads_no_environment_no_clock_and_no_process_table(path):
+    """What is read at import is read once, at a moment that nobody chose."""
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+    called = [
+        ast.unparse(node.func)
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body
+        if not isinstance(statement, definitions) and "__main__" not in ast.unparse(statement)
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Call)
+    ]
+    banned = ("os.environ", "os.getenv", "time.", "subprocess.", "socket.", "processes.")
+    assert not [name for name in called if name.startswith(banned)]
+
+
+def test_private_state_of_deepspeed_is_touched_in_one_file():
+    private = re.compile(r"\bds_(tensor|shape|numel|id|status)\b|_deepspeed\._|deepspeed_engine\._")
+    touching = {room(p) for p in OURS if private.search(p.read_text(encoding="utf-8"))}
+    assert touching <= {"sftmix/engine/deepspeed_internals"}
+
+
+LIGHT = ("errors", "storage", "cluster", "liveness", "pairing")
+
+
+@pytest.mark.parametrize("path", [p for p in OURS if room(p).split("/")[1] in LIGHT], ids=room)
 def test_what_no_model_is_needed_for_does_not_load_torch(path):
     assert not [module for module, _ in imports(path) if module.split(".")[0] == "torch"]
 
