@@ -22,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 import side_by_side
-from step import build_config, build_work
+from step import Setup, build_config, build_work
 
 from sftmix.engine import state
 from sftmix.engine.engine import Engine
@@ -59,20 +59,10 @@ def main() -> None:
     options = parser.parse_args()
     ranks = init_ranks()
     record = side_by_side.machine(ranks.device, "benchmarks/checkpoint.py")
-    defaults = {
-        "data": None,
-        "limit": 200,
-        "max_length": 256,
-        "model": None,
-        "precision": "auto",
-        "zero_stage": 3,
-        "batch_size": 8,
-        "micro_batch_tokens": 2048,
-        "backend": None,
-    }
+    sizes = {"limit": 200, "max_length": 256, "batch_size": 8, "micro_batch_tokens": 2048}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        config = build_config(argparse.Namespace(**{**defaults, **vars(options)}), folder)
+        config = build_config(Setup.of(options, zero_stage=3, **sizes), folder)
         work = build_work(config, folder, num_rounds=1)
         engine = Engine(config, config.model, ranks, work.tokenizer, train=config.train)
         from sftmix.batches.collate import collate

@@ -24,7 +24,7 @@ import numpy as np
 import side_by_side
 import torch
 from numpy.typing import NDArray
-from step import Work, build_config, build_work
+from step import Setup, Work, build_config, build_work
 
 from sftmix.batches.collate import collate
 from sftmix.batches.cut import count_step
@@ -173,16 +173,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     ranks: Ranks = init_ranks()
-    defaults = {
-        "precision": "auto",
-        "zero_stage": None,
-        "batch_size": 32,
-        "micro_batch_tokens": 8192,
-        "backend": None,
-    }
     record = side_by_side.machine(ranks.device, "benchmarks/scoring.py")
     with tempfile.TemporaryDirectory() as name:
-        config = build_config(argparse.Namespace(**vars(options), **defaults), Path(name))
+        config = build_config(Setup.of(options), Path(name))
         work = build_work(config, Path(name), num_rounds=1 + 4 * options.rounds)
         engine = Engine(config, config.model, ranks, work.tokenizer, is_sharded=False)
         model = load_source(

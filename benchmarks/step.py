@@ -34,7 +34,7 @@ import argparse
 import importlib.util
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -128,39 +128,63 @@ class Work:
 Step = Callable[[int], StepResult]
 
 
-def build_config(options: argparse.Namespace, folder: Path) -> Config:
+@dataclass(frozen=True)
+class Setup:
+    """The model, the data and the sizes of a benchmark. data: a file; None is generated. model: a
+    folder; None is a Llama of these sizes with random weights. zero_stage: None is 0 in fp32, 1 in
+    other precisions. Sizes are in tokens, examples and elements."""
+
+    hidden_size: int = 256
+    layers: int = 4
+    vocab_size: int = 4000
+    data: str | None = None
+    limit: int = 800
+    max_length: int = 512
+    model: str | None = None
+    precision: str = "auto"
+    zero_stage: int | None = None
+    batch_size: int = 32
+    micro_batch_tokens: int = 8192
+    backend: str | None = None
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, **fixed: Any) -> Setup:
+        """Returns the setup of a benchmark's options; `fixed` is for what it has no option for."""
+        names = {field.name for field in fields(cls)} & vars(options).keys()
+        return cls(**{name: getattr(options, name) for name in names} | fixed)
+
+
+def build_config(setup: Setup, folder: Path) -> Config:
     """Returns a config of the recipe with the model, the data and the sizes asked for. Raises
     ConfigError."""
-    precision = resolve_precision(options.precision)
-    stage = (
-        options.zero_stage if options.zero_stage is not None else 0 if precision == "fp32" else 1
-    )
+    precision = resolve_precision(setup.precision)
+    stage = setup.zero_stage if setup.zero_stage is not None else 0 if precision == "fp32" else 1
     architecture = {
         "model_type": "llama",
-        "vocab_size": options.vocab_size,
-        "hidden_size": options.hidden_size,
-        "intermediate_size": 3 * options.hidden_size,
-        "num_hidden_layers": options.layers,
-        "num_attention_heads": max(1, options.hidden_size // 32),
-        "max_position_embeddings": options.max_length,
+        "vocab_size": setup.vocab_size,
+        "hidden_size": setup.hidden_size,
+        "intermediate_size": 3 * setup.hidden_size,
+        "num_hidden_layers": setup.layers,
+        "num_attention_heads": max(1, setup.hidden_size // 32),
+        "max_position_embeddings": setup.max_length,
         "tie_word_embeddings": True,
     }
     # small data does not hold more; the head may be wider
-    num_pieces = min(options.vocab_size, 4000 if options.data else 500)
-    source = {"path": options.data, "limit": options.limit, "held_out_share": 0}
-    generated = {"generator": {"num_train": options.limit, "num_held_out": 2}}
+    num_pieces = min(setup.vocab_size, 4000 if setup.data else 500)
+    source = {"path": setup.data, "limit": setup.limit, "held_out_share": 0}
+    generated = {"generator": {"num_train": setup.limit, "num_held_out": 2}}
     values: dict[str, Any] = {
         "run": {"dir": str(folder)},
-        "model": {"path": options.model} if options.model else {"architecture": architecture},
-        "tokenizer": {} if options.model else {"train": {"vocab_size": num_pieces}},
-        "data": {"max_length": options.max_length, **(source if options.data else generated)},
+        "model": {"path": setup.model} if setup.model else {"architecture": architecture},
+        "tokenizer": {} if setup.model else {"train": {"vocab_size": num_pieces}},
+        "data": {"max_length": setup.max_length, **(source if setup.data else generated)},
         "train": {
-            "batch_size": options.batch_size,
-            "micro_batch_tokens": options.micro_batch_tokens,
+            "batch_size": setup.batch_size,
+            "micro_batch_tokens": setup.micro_batch_tokens,
         },
         "engine": (
             {"zero_stage": stage, "precision": precision}
-            | ({"kernel_backend": options.backend} if options.backend else {})
+            | ({"kernel_backend": setup.backend} if setup.backend else {})
         ),
     }
     config = Config.model_validate(values)
@@ -548,7 +572,7 @@ def main() -> None:
     record = side_by_side.machine(device, "benchmarks/step.py", packages=("trl", "accelerate"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = build_config(options, folder)
+        config = build_config(Setup.of(options), folder)
         work = build_work(config, folder, num_rounds=NUM_WARMUP_ROUNDS + options.rounds)
         is_there = importlib.util.find_spec("trl") is not None
         steps = (

@@ -37,12 +37,7 @@ def permute(indices: Index, n: int, *key: int | str, tweak: Index | None = None)
 
     tweak: chooses among permutations of the same key, one number for each index.
     """
-    return _walk(indices, n, key, tweak, inverse=False)
-
-
-def unpermute(indices: Index, n: int, *key: int | str, tweak: Index | None = None) -> Index:
-    """Returns the indices that `permute` sends to `indices`."""
-    return _walk(indices, n, key, tweak, inverse=True)
+    return _walk(indices, n, key, tweak)
 
 
 def uniform(indices: Index, *key: int | str) -> NDArray[np.float64]:
@@ -71,9 +66,7 @@ def symmetric_beta(indices: Index, alpha: float, *key: int | str) -> NDArray[np.
     return np.where(cosine < 0, tail, 1 - tail)
 
 
-def _walk(
-    indices: Index, n: int, key: tuple[int | str, ...], tweak: Index | None, *, inverse: bool
-) -> Index:
+def _walk(indices: Index, n: int, key: tuple[int | str, ...], tweak: Index | None) -> Index:
     if not 0 <= n <= _MAX:
         raise ValueError(f"a range has between 0 and 2**48 indices, not {n}")
     start = np.asarray(indices)
@@ -89,28 +82,26 @@ def _walk(
     for low in range(0, len(flat), _BLOCK):
         block = flat[low : low + _BLOCK]
         mixed = None if tweaks is None else _mix(tweaks[low : low + _BLOCK] + words[0])
-        block[:] = _feistel(block, n, words[1:], mixed, inverse)
+        block[:] = _feistel(block, n, words[1:], mixed)
         while len(outside := np.flatnonzero(block >= n)):
             block[outside] = _feistel(
-                block[outside], n, words[1:], None if mixed is None else mixed[outside], inverse
+                block[outside], n, words[1:], None if mixed is None else mixed[outside]
             )
     return flat.astype(np.int64).reshape(start.shape)
 
 
-def _feistel(indices: _Words, n: int, words: _Words, tweak: _Words | None, inverse: bool) -> _Words:
+def _feistel(indices: _Words, n: int, words: _Words, tweak: _Words | None) -> _Words:
     a = math.isqrt(n - 1) + 1
     a += a % 2
     bases = (np.uint64(a), np.uint64(-(-n // a)))
     right = indices // bases[0]
     digits = [indices - right * bases[0], right]
-    for step in range(len(words))[:: -1 if inverse else 1]:
+    for step in range(len(words)):
         base, changed = bases[step % 2], step % 2
         word = digits[1 - changed] + words[step]
         if tweak is not None:
             word += tweak
         shift = ((_mix(word) >> np.uint64(32)) * base) >> np.uint64(32)  # below base
-        if inverse:
-            shift = base - shift
         moved = digits[changed] + shift
         # modulo base: where moved < base, moved - base wraps to a huge number
         digits[changed] = np.minimum(moved, moved - base)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sftmix.pairing.permutation import permute, symmetric_beta, uniform, unpermute
+from sftmix.pairing.permutation import permute, symmetric_beta, uniform
 
 
 def p_value(
@@ -28,20 +28,18 @@ def permutations(n: int, count: int, *key: int | str) -> NDArray[np.int64]:
     ).reshape(count, n)
 
 
-def test_is_one_to_one_on_every_short_range_and_undone_by_its_inverse() -> None:
+def test_is_one_to_one_on_every_short_range() -> None:
     for n in range(1, 2001):
         indices = np.arange(n)
         moved = permute(indices, n, "test", n)
         assert np.array_equal(np.sort(moved), indices), n
-        assert np.array_equal(unpermute(moved, n, "test", n), indices), n
 
 
 @pytest.mark.parametrize("n", [10**6, 2**26 + 1, 10**8, 10**9 + 7, 2**40 + 15, 2**48])
-def test_is_undone_by_its_inverse_on_long_ranges(n: int) -> None:
+def test_is_one_to_one_on_long_ranges(n: int) -> None:
     indices = np.unique(np.r_[0, n - 1, np.random.default_rng(n).integers(0, n, 20_000)])
     moved = permute(indices, n, "test")
     assert moved.min() >= 0 and moved.max() < n and len(np.unique(moved)) == len(indices)
-    assert np.array_equal(unpermute(moved, n, "test"), indices)
     assert not np.array_equal(np.sort(moved), indices)
 
 
