@@ -1,1 +1,1 @@
-"""batches."""
+"""One optimiser step as tensors: the encoded examples, the cut into micro-batches, the batches."""

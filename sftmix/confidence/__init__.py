@@ -1,1 +1,1 @@
-"""confidence."""
+"""The confidence of examples: its definition, scoring under checkpoints, and score tables."""

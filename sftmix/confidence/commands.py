@@ -10,7 +10,8 @@ import numpy as np
 import yaml
 
 from sftmix.confidence.merge import merge_scores
-from sftmix.confidence.table import MAX_NAMED, ScoreMetadata, ScoreTable, named, read_scores
+from sftmix.confidence.metadata import ScoreMetadata
+from sftmix.confidence.table import MAX_NAMED, ScoreTable, named, read_scores
 from sftmix.confidence.table_files import CONFIDENCE, PERPLEXITY, refuse_existing
 from sftmix.errors import counted
 from sftmix.storage.files import write_text

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sftmix.confidence.metadata import ScoreMetadata
 from sftmix.confidence.table import (
     MAX_NAMED,
-    ScoreMetadata,
     ScoreSummary,
     ScoreTable,
     named,

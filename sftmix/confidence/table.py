@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from sftmix.confidence.definition import (
     confidence_ranks,
     perplexity,
 )
+from sftmix.confidence.metadata import ScoreMetadata
 from sftmix.confidence.table_files import (
     CONFIDENCE,
     NOT_FINITE,
@@ -44,72 +45,7 @@ from sftmix.errors import ArtifactError, counted
 from sftmix.storage import artifacts
 from sftmix.storage.failures import accessing
 
-FORMAT = 1  # of the two tables
-KEY = b"sftmix"
 MAX_NAMED = 20  # ids in one message
-_KINDS = {
-    "format": int,
-    "mode": str,
-    "models": list,
-    "checkpoints": list,
-    "fingerprints": dict,
-    "dataset": list,
-    "versions": dict,
-}
-
-
-@dataclass(frozen=True)
-class ScoreMetadata:
-    """mode: checkpoints, live, online or models. models: what was scored with (path, revision,
-    architecture). checkpoints: steps of the reference run, or the models' numbers. fingerprints:
-    tokenizer, template, mask_policy, max_length, dtype, data. dataset: names of the sources.
-    versions, commit: of the packages and the code that scored."""
-
-    mode: str
-    models: list[dict[str, Any]]
-    checkpoints: list[int]
-    fingerprints: dict[str, str | int]
-    dataset: list[str]
-    versions: dict[str, str]
-    commit: str | None = None
-    format: int = FORMAT
-
-    def to_schema(self, schema: pa.Schema) -> pa.Schema:
-        """Returns the schema with this in its metadata."""
-        return schema.with_metadata({KEY: json.dumps(asdict(self), default=str).encode()})
-
-    @classmethod
-    def of_file(cls, path: Path) -> ScoreMetadata | None:
-        """Returns what a Parquet file says of itself; None if it was not written by sftmix. Raises
-        ArtifactError."""
-        content = (read_schema(path).metadata or {}).get(KEY)
-        if content is None:
-            return None
-        try:
-            found = json.loads(content)
-        except ValueError as error:
-            raise ArtifactError(
-                f"{path}: its sftmix metadata is not JSON ({error}). Get the table again."
-            ) from None
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            version = found.get("format") if isinstance(found, dict) else found
-            raise ArtifactError(
-                f"{path}: the format of its sftmix metadata is {version!r}; this version reads"
-                f" {FORMAT}. Update sftmix."
-            )
-        names = {field.name for field in fields(cls)}
-        wrong = sorted(names ^ set(found)) or [
-            name for name, kind in _KINDS.items() if not isinstance(found[name], kind)
-        ]
-        for name, kind in (("checkpoints", int), ("models", dict)) if not wrong else ():
-            if not found[name] or not all(isinstance(item, kind) for item in found[name]):
-                wrong.append(name)
-        if wrong:
-            raise ArtifactError(
-                f"{path}: in its sftmix metadata, {', '.join(wrong)} is missing, unknown, empty or"
-                " of a wrong type. Get it again."
-            )
-        return cls(**found)
 
 
 MEANING = "minus the perplexity of a response; -1 is the highest possible"

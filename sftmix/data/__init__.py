@@ -1,1 +1,1 @@
-"""From files to micro-batches: readers -> formats -> template -> prepare (Arrow) -> batches."""
+"""From files to encoded examples: readers -> formats -> template -> tokenizer -> Arrow."""

@@ -1,1 +1,1 @@
-"""The only room that knows DeepSpeed and ranks: load, head, backward, step, save."""
+"""One model on DeepSpeed: load, forward, backward, step, save. Only this room knows DeepSpeed."""

@@ -1,1 +1,1 @@
-"""evaluation."""
+"""What came of a run: held-out figures, the report, model cards."""

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from sftmix.batches.examples import TokenisedExamples
 from sftmix.confidence.definition import agreement
-from sftmix.confidence.table import ScoreMetadata, as_floats, read_confidence
+from sftmix.confidence.metadata import ScoreMetadata
+from sftmix.confidence.table import as_floats, read_confidence
 from sftmix.confidence.table_files import CONFIDENCE
 from sftmix.config.schema import Config, SplitConfig
 from sftmix.errors import counted

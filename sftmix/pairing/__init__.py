@@ -1,1 +1,1 @@
-"""pairing."""
+"""Which examples are confident, and which are paired: split, matching, keyed permutations."""

@@ -1,1 +1,1 @@
-"""train."""
+"""Training: the plan, the loop, checkpoints, the log and its meter."""

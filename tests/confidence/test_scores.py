@@ -13,7 +13,8 @@ from score_tables import COUNTS, FINGERPRINTS, IDS, METADATA, NAN, SUMS, rows_of
 
 import sftmix.confidence.table as score_table
 from sftmix.confidence import table_files
-from sftmix.confidence.table import ScoreMetadata, fit_scores, read_scores, write_scores
+from sftmix.confidence.metadata import ScoreMetadata
+from sftmix.confidence.table import fit_scores, read_scores, write_scores
 from sftmix.errors import ArtifactError
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from processes import ROOT
 
 from sftmix.confidence.definition import CONFIDENCE_SCHEMA
-from sftmix.confidence.table import ScoreMetadata
+from sftmix.confidence.metadata import ScoreMetadata
 from sftmix.config.schema import Config, SplitConfig
 from sftmix.data.prepare import SCHEMA
 from sftmix.evaluation import plots

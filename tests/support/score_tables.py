@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sftmix.confidence.table import ScoreMetadata, write_scores
+from sftmix.confidence.metadata import ScoreMetadata
+from sftmix.confidence.table import write_scores
 
 NAN = float("nan")
 FINGERPRINTS = {

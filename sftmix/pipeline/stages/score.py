@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sftmix.batches.examples import TokenisedExamples
+from sftmix.confidence.metadata import ScoreMetadata
 from sftmix.confidence.scoring import WorkPlan, score_missing_units
-from sftmix.confidence.table import ScoreMetadata, fit_scores, read_scores, write_scores
+from sftmix.confidence.table import fit_scores, read_scores, write_scores
 from sftmix.confidence.table_files import CONFIDENCE
 from sftmix.confidence.units import UnitFolder
 from sftmix.config.schema import Config, ModelConfig
