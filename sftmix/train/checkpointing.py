@@ -228,7 +228,7 @@ class TrainingCheckpoints:
             raise ArtifactError(
                 f"{self.checkpoints.path(step)} on {other} holds the part of other ranks, or was"
                 " saved with a run.dir that was shared otherwise. Without shared storage a run"
-                " goes on only on the same nodes, in the same order; or begin anew with"
+                " goes on only on the same nodes, in the same order; or start over with"
                 " --restart.",
                 on_all_ranks=True,
             )
@@ -290,7 +290,7 @@ class TrainingCheckpoints:
         if manifest.facts.get("frozen", "") != engine.frozen_checksum():
             raise ArtifactError(
                 f"{self.checkpoints.path(step)} holds adapters that were trained beside other"
-                " weights than those that model.path now has. Put them back, or begin anew with"
+                " weights than those that model.path now has. Put them back, or start over with"
                 " --restart.",
                 on_all_ranks=True,
             )
@@ -375,8 +375,8 @@ class TrainingCheckpoints:
         if should_stop and not is_last:
             reason = self.ranks.first_text(self.stop.reason or "")
             raise StoppedError(
-                f"stopped after step {step}: {reason}. The state is saved; the same command goes on"
-                " from here",
+                f"stopped after step {step}: {reason}. The state is saved; the same command"
+                " resumes from here",
                 exit_code_of(reason),
             )
 
