@@ -4,6 +4,7 @@ well."""
 import mmap
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,9 +17,10 @@ import pytest
 from doctoring import only, stand_in
 from processes import ROOT
 
+from sftmix.cluster import exports
 from sftmix.cluster.local_ranks import first_failure, run_local_ranks
 from sftmix.config.reader import load_config
-from sftmix.doctor.checks import build, gpus, memory, network, ranks, storage, versions
+from sftmix.doctor.checks import build, gpus, memory, network, nodes, ranks, storage, versions
 from sftmix.doctor.checks.need import Need
 from sftmix.doctor.findings import Finding, count, examine
 from sftmix.errors import SftmixError
@@ -561,3 +563,14 @@ def test_ranks_that_cannot_start_are_a_finding(monkeypatch):
     monkeypatch.setattr(ranks.sys, "executable", "/bin/false")
     finding = only(examine("ranks", lambda: ranks.run_ranks(2, ["gradients"], on_gpus=False)))
     assert finding.verdict == "bad" and "rank 0 of 2 ended with 1" in finding.found
+
+
+def test_the_doctor_of_a_node_gets_the_environment_that_a_run_gives_it(monkeypatch):
+    """Else it examines another machine than the ranks will see."""
+    given = {"NCCL_IB_HCA": "mlx5_0", "PYTORCH_ALLOC_CONF": "a:b c", "SFTMIX_X": "1"}
+    for name, value in {**given, "HF_TOKEN": "secret", "EDITOR": "vi"}.items():
+        monkeypatch.setenv(name, value)
+    words = shlex.split(nodes.remote_command(["--quick"])[-1])
+    sent = dict(word.split("=", 1) for word in words[words.index("env") + 1 :] if "=" in word)
+    assert sent == exports.wanted(os.environ)
+    assert given.items() <= sent.items() and not {"HF_TOKEN", "EDITOR"} & sent.keys()
