@@ -40,7 +40,7 @@ setup(
     },
     install_requires=[
         "torch>=2.11",
-        "deepspeed>=0.19.5,<0.20",
+        "deepspeed>=0.19.8,<0.20",
         "transformers>=5.12,<6",
         "datasets>=4.8,<6",
         "sentencepiece>=0.2",
@@ -50,10 +50,10 @@ setup(
         "pyyaml>=6",
         "numpy>=1.26",
         "pyarrow>=21",
-        "polars>=1.30",
+        "polars>=1.32.3",
         "jinja2>=3.1",
         "matplotlib>=3.8",
-        "rich>=13",
+        "rich>=13.8.1",
     ],
     extras_require={
         "lora": LORA,

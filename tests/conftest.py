@@ -3,6 +3,10 @@
 import os
 import subprocess
 
+# Two files run at a time on two cores: a second thread of each process would only wait for a core.
+# Tests of threads set engine.num_threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
