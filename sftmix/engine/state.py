@@ -77,7 +77,7 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
         return torch.load(path, map_location=map_location, weights_only=True)
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
-        """The run publishes; DeepSpeed's word counts for nothing."""
+        """Does nothing: the run itself publishes checkpoints."""
         return True
 
     @property

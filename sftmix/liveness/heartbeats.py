@@ -148,7 +148,7 @@ class Watch:
         end(self.exit_code)
 
     def close(self) -> None:
-        """Says goodbye: that this rank is heard no more is no alarm."""
+        """Ends the heartbeat. The others do not take the silence for a failure."""
         self._is_closing = True
         self._wake()
         self._thread.join(GOODBYE_SECONDS + self._silent_seconds)
@@ -243,7 +243,7 @@ class Watch:
                 del self._peers[rank]
 
     def _welcome(self, line: Connection) -> None:
-        """Makes a stranger a peer once it has introduced itself; drops it if it is none of this
+        """Accepts a connection once it has introduced itself; closes it if it is not of this
         run."""
         messages = line.receive()
         if messages:
@@ -420,7 +420,7 @@ class Watch:
         )
 
     def _say_goodbye(self) -> None:
-        """Rank 0 answers a goodbye by closing the connection, and the others answer rank 0's so."""
+        """Rank 0 answers a goodbye by closing the connection; the others answer rank 0 alike."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None

@@ -52,7 +52,7 @@ def export(config: Config, *, which: str, to: Path, adapter: bool = False) -> Pa
                 shutil.copyfile(path, target)  # without its mode
         write_model_card(to, config, which, is_adapter=adapter, metrics=metrics)
     except OSError:
-        shutil.rmtree(to, ignore_errors=True)  # a part of a model is none
+        shutil.rmtree(to, ignore_errors=True)  # no part of a model stays
         raise
     return to
 

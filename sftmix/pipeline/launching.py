@@ -289,9 +289,11 @@ def _show(plan: Plan, node_rank: int | None) -> None:
 
 @contextlib.contextmanager
 def _for_runner(plan: Plan, environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Yields the environment for DeepSpeed's runner, which takes what is for the ranks from a file
-    of ours, made anew each time; the lines of the user's own are in it. What DeepSpeed would send
-    on by itself, and nobody here needs, is taken out."""
+    """Yields the environment for DeepSpeed's runner.
+
+    The runner reads the variables of the ranks from a file. This writes one, with the lines of the
+    user's own in it, and removes what DeepSpeed would send by itself and no rank needs.
+    """
     variables = exports.wanted(environment)
     rest = {
         name: value

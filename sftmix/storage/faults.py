@@ -13,7 +13,7 @@ happens:
     enospc       OSError(ENOSPC) is raised;  likewise eio, edquot, erofs, eacces
     short-write  the site is told to write only a part at once, as the system may at any time
     sleep        it is late by SFTMIX_FAULT_SECONDS (6)
-    hold         it waits for ever without letting go of the interpreter's lock
+    hold         it waits for ever and holds the interpreter's lock
     segfault     it reads where nothing is;  abort: it calls abort()
 
 Without the variable a site costs one dictionary look-up. Sites are named where they stand:

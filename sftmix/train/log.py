@@ -271,7 +271,7 @@ class RunLog:
 
     @contextmanager
     def _tensorboard_may_fail(self) -> Iterator[None]:
-        """Goes on without TensorBoard where its files cannot be written, and says so: metrics.jsonl
+        """Continues without TensorBoard where its files cannot be written, and says so; metrics.jsonl
         holds the same figures."""
         try:
             yield
