@@ -271,8 +271,8 @@ class RunLog:
 
     @contextmanager
     def _tensorboard_may_fail(self) -> Iterator[None]:
-        """Continues without TensorBoard where its files cannot be written, and says so; metrics.jsonl
-        holds the same figures."""
+        """Continues without TensorBoard where its files cannot be written, and says so;
+        metrics.jsonl holds the same figures."""
         try:
             yield
         except OSError as error:
