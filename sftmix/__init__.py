@@ -12,12 +12,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sftmix.batches.pair_rows import pair_rows
     from sftmix.confidence.table import read_scores
     from sftmix.config.reader import load_config
     from sftmix.kernels.fused_linear_mixup_cross_entropy import (
         fused_linear_mixup_cross_entropy as sftmix_loss,
     )
-    from sftmix.loss.pair_rows import pair_rows
     from sftmix.pipeline.launching import run
 
 __version__ = "0.1.0"
@@ -26,7 +26,7 @@ __all__ = ["load_config", "pair_rows", "read_scores", "run", "sftmix_loss"]
 _LOSS = "fused_linear_mixup_cross_entropy"
 _WHERE = {  # name -> module, and the name there
     "load_config": ("sftmix.config.reader", "load_config"),
-    "pair_rows": ("sftmix.loss.pair_rows", "pair_rows"),
+    "pair_rows": ("sftmix.batches.pair_rows", "pair_rows"),
     "read_scores": ("sftmix.confidence.table", "read_scores"),
     "run": ("sftmix.pipeline.launching", "run"),
     "sftmix_loss": (f"sftmix.kernels.{_LOSS}", _LOSS),

@@ -70,6 +70,16 @@ def test_pair_rows_are_those_of_a_micro_batch():
         assert torch.equal(getattr(found, name), getattr(batch, name)), name
 
 
+def test_rows_are_counted_by_hand():
+    """Three examples of width 4, the last alone; the pair mixes two positions."""
+    input_ids = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 0], [9, 4, 0, 0]])
+    mask = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 0, 0]], dtype=torch.bool)
+    found = sftmix.pair_rows(input_ids, mask, torch.tensor([[1, 0]]), torch.tensor([0.25]))
+    assert found.rows.tolist() == [0, 1, 2, 4, 5, 8]
+    assert found.labels.tolist() == [6, 7, 8, 2, 3, 4]
+    assert found.pairs.tolist() == [[3, 0], [4, 1]] and found.lam.tolist() == [0.25, 0.25]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

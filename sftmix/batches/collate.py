@@ -15,6 +15,7 @@ from torch import Tensor
 from sftmix.batches.cut import Units
 from sftmix.batches.examples import TokenisedExamples
 from sftmix.batches.mixed_inputs import MixedInputs, mix_inputs
+from sftmix.batches.pair_rows import pair_rows
 from sftmix.pairing.matching import StepUnits
 
 
@@ -95,38 +96,23 @@ def build_micro_batch(
     attention = np.zeros_like(input_ids)
     if not tokens:
         attention[0, 0] = 1  # attention over nothing at all is NaN in some models
-    rows, labels, owner, first_row = [], [], [], []
-    num_rows = 0
-    for place, (ids, mask) in enumerate(tokens):
-        input_ids[place, : len(ids)] = ids
-        attention[place, : len(ids)] = 1
-        positions = np.flatnonzero(mask[1:])  # position s predicts token s + 1
-        rows.append(place * width + positions)
-        labels.append(ids[positions + 1].astype(np.int64))
-        owner.append(np.full(len(positions), place, dtype=np.int64))
-        first_row.append(num_rows)
-        num_rows += len(positions)
-    pairs, lam = [], []
-    for a, b, share in partners:
-        mixed = np.arange(min(len(rows[a]), len(rows[b])))
-        pairs.append(np.stack([first_row[a] + mixed, first_row[b] + mixed], axis=1))
-        lam.append(np.full(len(mixed), share, dtype=np.float32))
-
-    def joined(parts: list[NDArray[np.int64]]) -> Tensor:
-        return (
-            torch.from_numpy(np.concatenate(parts).astype(np.int64))
-            if parts
-            else torch.zeros(0, dtype=torch.int64)
-        )
-
+    is_response = np.zeros(input_ids.shape, dtype=bool)
+    for place, (tokens_here, mask) in enumerate(tokens):
+        input_ids[place, : len(tokens_here)] = tokens_here
+        attention[place, : len(tokens_here)] = 1
+        is_response[place, : len(tokens_here)] = mask
+    ids = torch.from_numpy(input_ids)
+    members = torch.tensor([(a, b) for a, b, _ in partners], dtype=torch.int64).reshape(-1, 2)
+    lam = torch.tensor([share for _, _, share in partners], dtype=torch.float64)
+    found = pair_rows(ids, torch.from_numpy(is_response), members, lam)
     return MicroBatch(
-        input_ids=torch.from_numpy(input_ids),
+        input_ids=ids,
         attention_mask=torch.from_numpy(attention),
-        rows=joined(rows),
-        labels=joined(labels),
-        owner=joined(owner),
-        pairs=joined(pairs).reshape(-1, 2),
-        lam=torch.from_numpy(np.concatenate(lam)) if lam else torch.zeros(0),
+        rows=found.rows,
+        labels=found.labels,
+        owner=found.rows // width,
+        pairs=found.pairs,
+        lam=found.lam,
         indices=indices,
         mixed_inputs=mix_inputs(tokens, partners, width=width) if mixes_inputs else None,
     )
