@@ -109,10 +109,8 @@ def _check_for_pdsh(nodes: Sequence[Node]) -> None:
             )
 
 
-def local_command(
-    num_ranks: int, arguments: Sequence[str], *, port: int, visible_devices: str = ""
-) -> list[str]:
-    """Returns the command that starts the ranks of this machine alone. arguments: of launch/run.py.
+def devices_of_ranks(num_ranks: int, visible_devices: str = "") -> list[str | int]:
+    """Returns the device of each rank of this machine.
 
     visible_devices: CUDA_VISIBLE_DEVICES of the user, the first of which the ranks get. DeepSpeed's
     runner would ignore them; its launcher, which the runner starts, takes what it is told. Raises
@@ -124,7 +122,15 @@ def local_command(
             f"engine.num_processes is {num_ranks}, and CUDA_VISIBLE_DEVICES={visible_devices} names"
             f" {counted(len(devices), 'device')}. Start one process for each GPU."
         )
-    host = {"localhost": list(devices[:num_ranks] or range(num_ranks))}
+    return list(devices[:num_ranks] or range(num_ranks))
+
+
+def local_command(
+    devices: Sequence[str | int], arguments: Sequence[str], *, port: int
+) -> list[str]:
+    """Returns the command that starts a rank for each device of this machine alone. arguments: of
+    launch/run.py."""
+    host = {"localhost": devices}
     return [*_launcher(host, 0, "127.0.0.1", port), str(RUN_SCRIPT), *arguments]
 
 

@@ -26,6 +26,7 @@ from sftmix.cluster.launch_commands import (
     ON_EACH_NODE,
     Plan,
     describe,
+    devices_of_ranks,
     local_command,
     make_plan,
     node_command,
@@ -96,16 +97,14 @@ def launch_here(
     """Runs `engine.num_processes` ranks on this machine, through DeepSpeed's launcher. Returns the
     exit code."""
     options = [config_path, *overrides, *_options(request)]
-
     visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES", "") if has_gpu() else ""
-    command = local_command(
-        config.engine.num_processes, options, port=free_port(), visible_devices=visible_devices
-    )
+    devices = devices_of_ranks(config.engine.num_processes, visible_devices)  # before the data
 
     def start(environment: Environment) -> int:
         if not has_gpu():
             environment.setdefault("DS_ACCELERATOR", "cpu")
-        return run_commands([command], environment)
+        # The port is chosen now: the data may have taken hours.
+        return run_commands([local_command(devices, options, port=free_port())], environment)
 
     threads = threads_of_rank(config.engine.num_threads, config.engine.num_processes)
     return _launch(config, request, start, threads=threads)

@@ -455,7 +455,9 @@ def test_a_launcher_whose_program_is_missing_is_refused(launcher, program, monke
     [("", [0, 1]), ("2,3", ["2", "3"]), ("GPU-a,GPU-b,GPU-c", ["GPU-a", "GPU-b"])],
 )
 def test_ranks_of_this_machine_get_the_devices_that_are_visible(visible, expected):
-    command = launch_commands.local_command(2, ["c.yaml"], port=1, visible_devices=visible)
+    command = launch_commands.local_command(
+        launch_commands.devices_of_ranks(2, visible), ["c.yaml"], port=1
+    )
     (given,) = [word for word in command if word.startswith("--world_info=")]
     world = json.loads(base64.urlsafe_b64decode(given.removeprefix("--world_info=")))
     assert world == {"localhost": expected} and command[-1] == "c.yaml"
@@ -465,4 +467,4 @@ def test_more_ranks_than_visible_devices_are_refused():
     with pytest.raises(
         ConfigError, match="num_processes is 3, and CUDA_VISIBLE_DEVICES=0,1 names 2"
     ):
-        launch_commands.local_command(3, [], port=1, visible_devices="0,1")
+        launch_commands.devices_of_ranks(3, "0,1")
