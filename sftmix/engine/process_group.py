@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed import DistNetworkError, DistStoreError  # type: ignore[attr-defined]
 
 from sftmix.cluster.environment import free_port, translate
 from sftmix.engine.deepspeed_internals import build_no_extension, forget_groups, import_deepspeed
@@ -56,7 +57,7 @@ def init_ranks(join_limit: timedelta = RENDEZVOUS_LIMIT) -> Ranks:
                 _join_over_loopback(backend, join_limit)
             else:
                 torch.distributed.init_process_group(backend, timeout=join_limit)
-        except (torch.distributed.DistStoreError, torch.distributed.DistNetworkError) as error:  # type: ignore[attr-defined]
+        except (DistStoreError, DistNetworkError) as error:
             raise ConfigError(
                 f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others"
                 f" at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within"

@@ -52,9 +52,7 @@ class Ranks:
     def bytes_to_leaders(self, content: bytes, length: int) -> bytes:
         """Returns `length` bytes of rank 0 on every rank that leads a disk; where rank 0 has fewer,
         zeros follow. All of those ranks call it, and each knows the length."""
-        sent = torch.zeros(length, dtype=torch.uint8)
-        if self.is_main and content:
-            sent[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        sent = _as_tensor(content if self.is_main else b"", length)
         torch.distributed.broadcast(sent, src=0, group=_leaders_group(self.storage))
         return sent.numpy().tobytes()
 
@@ -124,9 +122,7 @@ class Ranks:
         content, group = text.encode(), _control_group()
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         torch.distributed.all_gather(lengths, torch.tensor([len(content)]), group=group)
-        padded = torch.zeros(max(1, *(int(length) for length in lengths)), dtype=torch.uint8)
-        if content:
-            padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        padded = _as_tensor(content, max(1, *(int(length) for length in lengths)))
         gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
         torch.distributed.all_gather(gathered, padded, group=group)
         return [
@@ -148,9 +144,7 @@ class Ranks:
             return content
         group, length = _control_group(), torch.tensor([len(content)])
         torch.distributed.broadcast(length, src=0, group=group)
-        sent = torch.zeros(int(length), dtype=torch.uint8)
-        if self.is_main and content:
-            sent[:] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        sent = _as_tensor(content if self.is_main else b"", int(length))
         if len(sent):
             torch.distributed.broadcast(sent, src=0, group=group)
         return sent.numpy().tobytes()
@@ -170,6 +164,14 @@ class Ranks:
         gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
         torch.distributed.all_gather(gathered, padded)
         return torch.cat([part[: int(c)] for part, c in zip(gathered, counts, strict=True)]).cpu()
+
+
+def _as_tensor(content: bytes, length: int) -> torch.Tensor:
+    """Returns bytes as a tensor (length,) of uint8; where there are fewer, zeros follow."""
+    tensor = torch.zeros(length, dtype=torch.uint8)
+    if content:
+        tensor[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    return tensor
 
 
 @functools.cache

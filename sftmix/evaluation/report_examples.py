@@ -25,7 +25,7 @@ from sftmix.errors import counted
 from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT
 from sftmix.pairing.on_files import SPLIT
 from sftmix.pairing.split import split_values
-from sftmix.storage.artifacts import read_manifest
+from sftmix.storage.artifacts import read_facts
 
 NUM_SHOWN = 10  # rows of a table of examples
 MAX_CHARACTERS = 400  # of a message
@@ -41,9 +41,7 @@ class RunOutputs:
 
     def facts_of(self, stage: str) -> dict[str, Any]:
         """Returns the facts in a stage's manifest."""
-        manifest = read_manifest(self.inputs[stage])
-        assert manifest is not None, f"{stage} was verified before the report started"
-        return manifest.facts
+        return read_facts(self.inputs[stage])
 
 
 @dataclass(frozen=True)

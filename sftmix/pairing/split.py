@@ -99,7 +99,8 @@ def split_values(
 ) -> list[str]:
     """Returns the part of every example, in memory: `split_table` of a table with these columns.
     Raises as it does."""
-    columns = {"id": example_ids, "value": values, "stratum": strata or [0] * len(values)}
+    one = [0] * len(values)
+    columns = {"id": example_ids, "value": values, "stratum": one if strata is None else strata}
     rows = pl.DataFrame({name: pl.Series(column) for name, column in columns.items()}).lazy()
     shares = (confident_share, unconfident_share)
     written, _ = _assign(rows, "value", shares, highest_first, is_stratified=strata is not None)

@@ -120,7 +120,7 @@ def _differences(config: Config, stage: Stage, made_with: dict[str, Any]) -> lis
     anywhere = config.model_copy(
         update={"engine": config.engine.model_copy(update={"precision": "fp32"})}
     )
-    now = json.loads(json.dumps(stage.settings(anywhere), default=str))
+    now = stage.settings(anywhere)
     if "precision" in now:
         given = config.engine.precision
         now["precision"] = made_with.get("precision") if given == "auto" else given

@@ -148,8 +148,9 @@ class _Run:
                 continue
             context = self._prepare(stage)
             if context is not None:
-                facts = self._execute(stage, context)
-                self._publish(stage, context, facts)
+                start = time.perf_counter()
+                facts = stage.run(context)
+                self._publish(stage, context, facts, seconds=time.perf_counter() - start)
             if self._is_main:
                 manifest = artifacts.read_manifest(self._folder(stage))
                 assert manifest is not None, f"{stage.name} was published or verified just now"
@@ -216,14 +217,10 @@ class _Run:
             lock=self.guard.lock,
         )
 
-    def _execute(self, stage: Stage, context: StageContext) -> Facts:
-        start = time.perf_counter()
-        facts = stage.run(context)
-        self._seconds = time.perf_counter() - start
-        return facts
-
-    def _publish(self, stage: Stage, context: StageContext, facts: Facts) -> None:
-        """Puts the output into its place, with its manifest."""
+    def _publish(
+        self, stage: Stage, context: StageContext, facts: Facts, *, seconds: float
+    ) -> None:
+        """Puts the output into its place, with its manifest. seconds: that the stage took."""
         if not self._is_main:
             if context.lock is not None:  # of another disk
                 unfinished.discard(context.work, context.identity.fingerprint)
@@ -236,7 +233,7 @@ class _Run:
         artifacts.replace_folder(context.folder, self._folder(stage), check=context.lock.check)
         # what the folder now holds
         write_text(self.config.run.dir / "config.yaml", dump_config(self.config))
-        self._say(f"{self._title(stage)}: {self._seconds:.1f} s")
+        self._say(f"{self._title(stage)}: {seconds:.1f} s")
 
     def _identity(self, stage: Stage) -> Identity:
         settings = stage.settings(self.config)
@@ -264,9 +261,7 @@ class _Run:
         manifest = artifacts.read_manifest(self._folder(stage))
         if manifest is None:
             return
-        changed = provenance.differences(
-            manifest.settings, json.loads(json.dumps(settings, default=str))
-        )
+        changed = provenance.differences(manifest.settings, settings)
         for later in self._stages:
             progress = unfinished.describe(self._work(later))
             builds_on_it = later is not stage and stage in needed_stages(self._stages, later.name)

@@ -3,7 +3,6 @@ never replaced without a word: `refuse_changed` names what differs, before anyth
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -86,7 +85,7 @@ def refusal(config: Config, lines: list[str]) -> ArtifactError:
 def differing_keys(config: Config, stage: Stage, before: Mapping[str, Any]) -> list[str]:
     """Returns a line for each setting of a stage that differs, by its key in the config. before:
     those of its output."""
-    now = json.loads(json.dumps(stage.settings(config), default=str))
+    now = stage.settings(config)
     return [config_key(config, stage.name, line) for line in provenance.differences(before, now)]
 
 

@@ -163,6 +163,13 @@ def read_manifest(folder: Path) -> Manifest | None:
         ) from None
 
 
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Returns the facts in the manifest of a published folder."""
+    manifest = read_manifest(folder)
+    assert manifest is not None, f"{folder} was verified before it was given to a stage"
+    return manifest.facts
+
+
 def verify(folder: Path, *, digests: bool = True) -> Manifest:
     """Returns the manifest of a folder all of whose files are there, whole and unchanged.
 

@@ -20,16 +20,20 @@ def fingerprint(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Returns a line for each value that differs: `a.b: 1 before, 2 now`."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each value that differs: `a.b: 1 before, 2 now`. Values are compared as
+    JSON, as which manifests keep them."""
+    old, new = (json.loads(json.dumps(each, default=str)) for each in (before, now))
+    return _differences(old, new, "")
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str) -> list[str]:
     lines = []
     for key in sorted({*before, *now}, key=str):
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += differences(old, new, f"{prefix}{key}.")
-        elif json.dumps(old, sort_keys=True, default=str) != json.dumps(
-            new, sort_keys=True, default=str
-        ):
+            lines += _differences(old, new, f"{prefix}{key}.")
+        elif json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
             lines.append(f"{prefix}{key}: {_shown(old)} before, {_shown(new)} now")
     return lines
 

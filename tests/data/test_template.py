@@ -100,7 +100,8 @@ def test_llama3():
         (True, "Yes.<|eot_id|>"),
         (
             False,
-            "<|start_header_id|>user<|end_header_id|>\n\nSo?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+            "<|start_header_id|>user<|end_header_id|>\n\nSo?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
         ),
         (True, "No<|eot_id|>"),
     ]

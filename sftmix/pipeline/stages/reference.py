@@ -52,6 +52,7 @@ def run(context: StageContext) -> Facts:
         name="reference",
         model=config.reference_model,
         settings=settings,
+        tokenizer=tokenizer,
         examples=examples,
         plan=plan,
         objective=Objective(),

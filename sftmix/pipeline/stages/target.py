@@ -52,6 +52,7 @@ def _train_target(context: StageContext, name: str, *, mixup_weight: float) -> F
         name=name,
         model=config.model,
         settings=settings,
+        tokenizer=tokenizer,
         examples=examples,
         plan=plan,
         objective=objective,

@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from sftmix.batches.examples import TokenisedExamples
 from sftmix.confidence.online import OnlineScores
 from sftmix.config.schema import ModelConfig, TrainConfig
@@ -15,7 +17,6 @@ from sftmix.engine.engine import Engine
 from sftmix.engine.process_group import use_threads
 from sftmix.loss.objective import Objective
 from sftmix.pipeline.context import Facts, StageContext
-from sftmix.pipeline.stages.inputs import read_tokenizer
 from sftmix.train.checkpointing import TrainingCheckpoints
 from sftmix.train.log import RunLog
 from sftmix.train.loop import TrainingRun, train
@@ -32,6 +33,7 @@ def train_model(
     name: str,
     model: ModelConfig,
     settings: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
     examples: TokenisedExamples,
     plan: TrainingPlan,
     objective: Objective,
@@ -44,7 +46,6 @@ def train_model(
     it."""
     config, ranks, kept = context.config, context.ranks, context.kept
     assert ranks is not None, "this stage runs on all ranks"
-    tokenizer = read_tokenizer(context)
     engine = Engine(config, model, ranks, tokenizer, train=settings, progress=context.progress)
     check = context.lock.check if context.lock is not None else None
     checkpoints = TrainingCheckpoints(
