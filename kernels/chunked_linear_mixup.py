@@ -23,11 +23,10 @@ from sftmix.kernels.pair_epilogue import pair_epilogue_torch
 
 # Bytes of raw logits that live at once. Chunks are balanced, and a pair is never split between two.
 WORKSPACE_BYTES = 1 << 30
-# A product of fewer rows waits for memory, not for arithmetic: it reads the whole weight for little
-# work.
+# With fewer rows the product is limited by memory: it reads the whole weight for little arithmetic.
 MIN_CHUNK_ROWS = 2048
-# Rows of a chunk are a multiple of this where there are that many: tiles of a GPU's matrix product
-# are full.
+# Chunks have a multiple of this many rows, if there are enough, so that the tiles of a GPU's matrix
+# product are full.
 ROW_MULTIPLE = 128
 
 
@@ -58,9 +57,9 @@ def chunked_linear_mixup(
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns loss, ntp, mixup (scalars), token_nll (T,) float32, and what `backward` scales:
-    d_hidden (T, D), d_weight (V, D), d_bias (V,), each before the factor `one_over_ntp`, and empty
-    where not wanted.
+    """Returns loss, ntp, mixup (scalars), token_nll (T,) float32, and the gradients d_hidden (T,
+    D), d_weight (V, D), d_bias (V,). The gradients lack the factor `one_over_ntp`, which `backward`
+    applies. Unwanted gradients are empty.
 
     Arguments as `fused_linear_mixup_cross_entropy`, which checks their shapes; the normalisers as
     0-d tensors.
@@ -141,7 +140,7 @@ def _(hidden, weight, bias, labels, pairs, lam, one_over_ntp, *options):  # type
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # no zeros of the weight's size for outputs that nothing is derived from
+    # do not allocate zero gradients of the weight's size for outputs without one
     ctx.set_materialize_grads(False)
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[DIFFERENTIABLE]]
     ctx.wanted = inputs[WANTED]
@@ -165,9 +164,9 @@ def _backward(
             ' Use backend="reference", which has all.'
         )
     *gradients, one_over_ntp = ctx.saved_tensors
-    # In float32 until the end: a loss scale of 2**16 is infinite in float16. Cast here, since
-    # autograd would do so without a word. New tensors: a second backward through a retained graph
-    # finds the saved ones as they were.
+    # Compute in float32: a loss scale of 2**16 overflows float16. Cast explicitly, because autograd
+    # would cast silently. Make new tensors, so that a second backward through a retained graph
+    # finds the saved ones unchanged.
     factor = d_loss.to(one_over_ntp.dtype) * one_over_ntp
     scaled = [
         _scaled(gradient, factor, dtype) if wanted else None
@@ -177,7 +176,7 @@ def _backward(
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    # the weight's: rounded while it is written, without a second float32 copy
+    # the weight's dtype: rounded while it is written, without a second float32 copy
     if gradient.dtype == factor.dtype != dtype:
         return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
     return (gradient.to(factor.dtype) * factor).to(dtype)
@@ -189,17 +188,17 @@ chunked_linear_mixup.register_autograd(_backward, setup_context=_save)
 def _epilogue(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     if backend == "torch":
         return pair_epilogue_torch
-    # Imported when asked for: triton does not exist on every platform, and decides then whether to
-    # interpret.
+    # Import triton only when it is used: it is not available on every platform, and it reads
+    # TRITON_INTERPRET when it is imported.
     from sftmix.kernels.pair_epilogue_triton import pair_epilogue
 
     return pair_epilogue
 
 
 def check_rows(labels: Tensor, pairs: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Refuses labels outside the vocabulary, and rows that are no row or stand in two pairs: they
-    would read and write memory of others. Raises ValueError on a CPU; on a GPU the assertion fails
-    there, so that nothing waits for it."""
+    """Checks that labels are in the vocabulary, and that each row of `pairs` exists and is in one
+    pair only. Otherwise the kernels would access memory out of bounds. Raises ValueError on a CPU;
+    on a GPU a device-side assertion fails, which avoids a synchronisation."""
     num_rows = labels.shape[0]
     known = (labels == ignore_index) | ((labels >= 0) & (labels < vocab_size))
     inside = (pairs >= 0) & (pairs < num_rows)

@@ -14,8 +14,8 @@ mixed logits are a combination of logits that NTP computes anyway. With p, p~ th
     d loss / d logits_c = g_ntp (p_c - onehot(y_c)) + g_mix lam       (p~ - y~)
     d loss / d logits_u = g_ntp (p_u - onehot(y_u)) + g_mix (1 - lam) (p~ - y~)
 
-hence three matrix products in all (logits, d hidden, d weight), as for NTP. A final soft-cap
-(cap tanh(logits / cap)) is applied after the mixing, since only raw logits are affine in z.
+hence three matrix products in all (logits, d hidden, d weight), as for NTP. A final soft-cap (cap
+tanh(logits / cap)) is applied after mixing, because only raw logits are affine in z.
 
 Axes: T rows that predict a response token, M mixed positions, D hidden size, V vocabulary.
 """
@@ -65,27 +65,26 @@ def fused_linear_mixup_cross_entropy(
 ) -> FusedLossOutput:
     """Returns the SFTMix loss of `logits = softcap(logit_scale * (hidden @ weight.T + bias))`.
 
-    hidden: (T, D) rows that predict a token; bf16, fp16, fp32 or fp64. Leave other rows out: each
-    costs as much as
-        one with a label.
-    weight: (V, D), bias: (V,) or None; the linear head. All in the dtype of hidden, or under
-    autocast. labels: (T,) int64; rows with `ignore_index` contribute nothing to NTP. pairs: (M, 2)
-    int64; the row of the confident and of the unconfident member of each mixed position.
-        A row may occur once at most. A pair with an ignored member contributes nothing.
+    hidden: (T, D) rows that predict a token; bf16, fp16, fp32 or fp64. Leave out rows without a
+    label: they cost as much as the others. weight: (V, D), bias: (V,) or None; the linear head. All
+    in the dtype of hidden, or under autocast. labels: (T,) int64; rows with `ignore_index`
+    contribute nothing to NTP. pairs: (M, 2) int64; the row of the confident and of the unconfident
+    member of each mixed position.
+        Each row occurs at most once. A pair with an ignored member contributes nothing.
     lam: (M,) float32 in [0, 1]; share of the confident member.
     num_ntp_tokens, num_mixup_tokens: what the sums are divided by; default: this call's own counts.
-        Pass the counts of the whole optimiser step to make the result independent of how it is cut
-        up.
+        Pass the counts of the whole optimiser step to make the result independent of how the step
+        is divided.
     backend: "triton" or "torch" (chunked: no (T, V) tensor lives beyond a chunk) or "reference"
     (materialised,
-        plain autograd); default "triton" for tensors on a GPU, else "torch". What is asked for is
-        what runs.
+        plain autograd); default "triton" for tensors on a GPU, else "torch". An explicit backend is
+        never replaced by another.
 
-    With no rows the loss is 0 with exact zero gradients and the graph attached, so that every rank
-    of a sharded run takes part in the same collectives. Nothing waits for the device. Raises
-    ValueError for arguments that do not fit each other, an unknown backend, or Triton without a
-    GPU, and RuntimeError for a weight that ZeRO-3 has not gathered. On a GPU a label outside the
-    vocabulary or a row in two pairs fails as a device-side assertion.
+    Without rows the loss is 0, the gradients are exact zeros and the graph is attached, so that
+    every rank of a sharded run takes part in the same collectives. The call does not synchronise
+    with the device. Raises ValueError for inconsistent arguments, an unknown backend, or Triton
+    without a GPU, and RuntimeError for a weight that ZeRO-3 has not gathered. On a GPU a label
+    outside the vocabulary or a row in two pairs fails as a device-side assertion.
     """
     hidden, weight, bias = under_autocast(hidden, weight, bias)
     check_arguments(hidden, weight, labels, pairs, lam, bias)
@@ -105,7 +104,7 @@ def fused_linear_mixup_cross_entropy(
     )
     if backend == "reference":
         return _reference(hidden, weight, bias, labels, pairs, lam, scales)
-    # Gradients are formed in the forward: it has to know which are wanted.
+    # The forward computes the gradients, so it must know which ones are needed.
     want = [
         torch.is_grad_enabled() and t is not None and t.requires_grad
         for t in (hidden, weight, bias)
@@ -128,8 +127,8 @@ class _Scales(NamedTuple):
 def under_autocast(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns the three cast as autocast, if it is on, would cast them for a linear layer; it does
-    not see into our ops."""
+    """Casts the three as autocast would for a linear layer; autocast does not act inside custom
+    operators."""
     if not torch.is_autocast_enabled(hidden.device.type):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -144,8 +143,8 @@ def check_arguments(
     lam: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> None:
-    """Raises RuntimeError for a weight that ZeRO-3 has not gathered, ValueError for shapes or
-    dtypes that do not fit."""
+    """Raises RuntimeError for a weight that ZeRO-3 has not gathered, ValueError for wrong shapes or
+    dtypes."""
     if weight.numel() == 0:
         raise RuntimeError(
             "the head's weight is empty: ZeRO-3 holds it sharded. Call the loss inside the forward"
@@ -197,7 +196,7 @@ def _reference(
     lam: Tensor,
     scales: _Scales,
 ) -> FusedLossOutput:
-    """The definition: hidden states are mixed, projected again, and differentiated by autograd."""
+    """The definition: mix hidden states, project them, and differentiate by autograd."""
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
 
     def log_probabilities(rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Token losses of a linear head without gradients: what scoring and evaluation read.
+"""Token losses of a linear head, without gradients, for scoring and evaluation.
 
     nll[t] = logsumexp(logits[t]) - logits[t, labels[t]],  logits = softcap(scale * (hidden @
     weight.T + bias))
@@ -54,9 +54,9 @@ def linear_token_nll_and_match(
     ignore_index: int = IGNORE_INDEX,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the (T,) float32 losses of `linear_token_nll` and a (T,) bool tensor: is no token
-    more likely than the label? A response all of whose tokens match is what greedy decoding would
-    have written (ties apart)."""
+    """Returns the (T,) float32 losses of `linear_token_nll` and a (T,) bool tensor that is True
+    where no token is more likely than the label. If all tokens of a response match, greedy decoding
+    would have produced it (except for ties)."""
     hidden, weight, bias = under_autocast(
         hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     )
@@ -140,8 +140,7 @@ def row_nll_torch(
     nll: Tensor,
     match: Tensor,
 ) -> None:
-    """Fills nll (N,) and match (N,) from raw logits (N, V), whose content is undefined
-    afterwards."""
+    """Fills nll (N,) and match (N,) from raw logits (N, V), which are overwritten."""
     accumulate = torch.promote_types(logits.dtype, torch.float32)
     for rows in pieces_in_cache(logits, accumulate):
         piece = logits[rows].to(accumulate)

@@ -3,15 +3,15 @@ gradient.
 
 Manifold Mixup below the head: row m of the result is lam_m E[c_m] + (1 - lam_m) E[u_m]. A row of E
 is the confident member of one pair at most and the unconfident member of one pair at most, so its
-gradient has two terms at most. They are found by two inverse maps (row -> pair), and no two threads
-ever add to one number:
+gradient has two terms at most. Two inverse maps (row -> pair) find them, so no two threads add to
+the same number:
 
     dE[r] = lam_m g_m + (1 - lam_n) g_n
 
 where r is the confident member of pair m, and the unconfident member of pair n
 
-Where only one member exists (the longer of two responses goes on alone) the pair (r, r) gives the
-row itself.
+Where only one member exists (the rest of the longer response), the pair (r, r) gives the row
+itself.
 
 Axes: T rows, M pairs, D hidden size.
 """
@@ -30,9 +30,9 @@ def mixed_embeddings(
     """Returns (M, D) `lam * embeddings[pairs[:, 0]] + (1 - lam) * embeddings[pairs[:, 1]]` in the
     dtype of the embeddings.
 
-    embeddings: (T, D); interpolated in float32 (float64 where they are that) and rounded once, and
-    so is their gradient. pairs: (M, 2) int64 or int32; the row of the confident and of the
-    unconfident member. No row twice in one column;
+    embeddings: (T, D); interpolated in float32 (float64 for float64) and rounded once; the gradient
+    likewise. pairs: (M, 2) int64 or int32; the row of the confident and of the unconfident member.
+    No row twice in one column;
         in both is allowed, also in one pair, (r, r), whose result is the row bit for bit whatever
         lam is.
     lam: (M,) float32 or float64 in [0, 1], the share of the confident member; gets no gradient.
@@ -48,27 +48,26 @@ def mixed_embeddings(
     _check(embeddings, pairs, lam)
     accumulate = torch.promote_types(embeddings.dtype, torch.float32)
     slots = inverse_maps(pairs, embeddings.shape[0])
-    # All of a row paired with itself, not two shares of it: lam x + (1 - lam) x is x up to rounding
-    # only.
+    # A row paired with itself is copied: lam x + (1 - lam) x equals x only up to rounding.
     share = lam.detach().to(accumulate).masked_fill(pairs[:, 0] == pairs[:, 1], 1.0)
     if backend != "triton":
-        # before the rows are taken: the two terms of the gradient are then added unrounded
+        # cast before indexing, so that the two terms of the gradient are added before rounding
         rows = embeddings.to(accumulate)
         mixed = share[:, None] * rows[pairs[:, 0]] + (1 - share[:, None]) * rows[pairs[:, 1]]
         return mixed.to(embeddings.dtype)
-    # Imported when asked for: triton does not exist on every platform, and decides then whether to
-    # interpret.
+    # Import triton only when it is used: it is not available on every platform, and it reads
+    # TRITON_INTERPRET when it is imported.
     from sftmix.kernels.mixed_embeddings_triton import mixed_forward
 
     return mixed_forward(embeddings, pairs, share, slots)
 
 
 def inverse_maps(pairs: Tensor, num_rows: int) -> Tensor:
-    """Returns (2, T) int64: the pair of which each row is the confident and the unconfident member,
-    -1 where of none.
+    """Returns (2, T) int64: for each row, the pair of which it is the confident and the unconfident
+    member, or -1.
 
-    Refuses a row that is twice in one column of `pairs`: by ValueError on a CPU, by an assertion of
-    the device elsewhere and in compiled code (RuntimeError on a CPU).
+    A row that is twice in one column of `pairs` is an error: ValueError on a CPU, a device-side
+    assertion elsewhere and in compiled code (RuntimeError on a CPU).
     """
     remedy = "A row may be the confident member of one pair, and the unconfident member of one."
     order = torch.arange(pairs.shape[0], device=pairs.device)
@@ -76,7 +75,7 @@ def inverse_maps(pairs: Tensor, num_rows: int) -> Tensor:
     for column, member in enumerate(("confident", "unconfident")):
         rows = pairs[:, column].long()
         slots[column].index_copy_(0, rows, order)
-        # Of two pairs that wrote to one row one finds the other's number there.
+        # If two pairs wrote to one row, one of them finds the other's number.
         repeated = slots[column].index_select(0, rows) != order
         if pairs.device.type == "cpu" and not torch.compiler.is_compiling():
             if repeated.any():
@@ -85,7 +84,7 @@ def inverse_maps(pairs: Tensor, num_rows: int) -> Tensor:
                     f"mixed_embeddings: row {row} is the {member} member of more than one pair."
                     f" {remedy}"
                 )
-        else:  # a look at the value would wait for the device, and cannot be compiled
+        else:  # reading the value would synchronise with the device, and cannot be compiled
             torch._assert_async(
                 ~repeated.any(),
                 f"mixed_embeddings: a row is the {member} member of more than one pair. {remedy}",

@@ -1,10 +1,10 @@
-"""The Triton version of `mixed_embeddings.py`, where the mathematics stand: gather and
-interpolation in one pass.
+"""Triton version of `mixed_embeddings.py` (see there for the mathematics): gather and interpolation
+in one pass.
 
 Forward: one program per pair. Backward: one program per row of the embeddings, which finds its two
-terms by the inverse maps and writes the row, also where it is in no pair; nothing is added
-atomically. Both are custom operators, which `torch.compile` takes as they are; the backward's own
-backward refuses.
+terms by the inverse maps and writes the row, even if it is in no pair. There are no atomic
+additions. Both are custom operators, which `torch.compile` does not look into. A second derivative
+raises an error.
 
 Compiled ahead of time for sm_80, sm_90, sm_100 and gfx942 in `tests/kernels/test_ahead_of_time.py`:
 no spills.
@@ -102,8 +102,8 @@ mixed_backward.register_autograd(_refuse)
 
 
 def _rows(tensor):
-    """Returns the tensor with neighbouring columns (its rows may lie apart), and the launch options
-    of its width."""
+    """Returns the tensor with contiguous columns (rows may be strided), and the launch options for
+    its width."""
     rows = tensor if tensor.stride(1) == 1 else tensor.contiguous()
     return rows, {"BLOCK": min(MAX_BLOCK, triton.next_power_of_2(rows.shape[1])), "num_warps": 4}
 
@@ -131,7 +131,7 @@ def _backward_kernel(
     row = tl.program_id(0).to(tl.int64)
     slot_c = tl.load(slots_ptr + row)
     slot_u = tl.load(slots_ptr + T + row)
-    # A row that is no such member reads nothing: 0 for the share and for the gradient, hence exact
+    # A row that is no such member loads nothing: its share and gradient are 0, which gives exact
     # zeros.
     has_c = slot_c >= 0
     has_u = slot_u >= 0
@@ -140,7 +140,7 @@ def _backward_kernel(
     for start in range(0, D, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < D
-        # where, not &: in the interpreter a tile & a scalar is no longer boolean.
+        # `where` instead of `&`: in the interpreter, tile & scalar is not boolean.
         g_c = tl.load(
             d_mixed_ptr + slot_c * row_stride + column,
             mask=tl.where(has_c, inside, False),

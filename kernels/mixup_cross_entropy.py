@@ -1,5 +1,5 @@
-"""Cross-entropy of mixed logits against mixed labels, one loss per pair: definition, and the way to
-the Triton version.
+"""Cross-entropy of mixed logits against mixed labels, one loss per pair: definition, and dispatch
+to the Triton version.
 
 SFTMix (Xiao et al., https://arxiv.org/abs/2410.05248) trains the mixture of a confident and an
 unconfident position against the mixture of their one-hot labels. Cross-entropy is linear in its
@@ -9,15 +9,14 @@ z_u the raw logits of the members,
     z = lam z_c + (1 - lam) z_u        l = s(scale z)
     loss = logsumexp(l) - lam l[y_c] - (1 - lam) l[y_u]
 
-The mixing comes before the soft-cap, since only raw logits are affine in the hidden states. Where
-the mixing is done already (mixed embeddings or hidden states went through the head), z is the only
-logits there are. The gradients are
+Mixing comes before the soft-cap, because only raw logits are affine in the hidden states. If the
+embeddings or hidden states were already mixed, z is given directly. The gradients are
 
     g = scale s'(scale z) (softmax(l) - lam onehot(y_c) - (1 - lam) onehot(y_u))
     dz_c = lam g        dz_u = (1 - lam) g
 
-Unlike `fused_linear_mixup_cross_entropy`, this takes logits, returns a loss per pair, and leaves
-its arguments alone.
+Unlike `fused_linear_mixup_cross_entropy`, this function takes logits, returns one loss per pair,
+and does not modify its arguments.
 
 Axes: M pairs, V vocabulary.
 """
@@ -66,8 +65,8 @@ def mixup_cross_entropy(
             logit_softcap,
             ignore_index,
         )
-    # Imported when asked for: triton does not exist on every platform, and decides then whether to
-    # interpret.
+    # Import triton only when it is used: it is not available on every platform, and it reads
+    # TRITON_INTERPRET when it is imported.
     from sftmix.kernels.mixup_cross_entropy_triton import mixup_forward
 
     scale = 1.0 if logit_scale is None else float(logit_scale)

@@ -1,10 +1,9 @@
-"""The Triton version of `mixup_cross_entropy.py`, where the mathematics stand: one program per
-pair.
+"""Triton version of `mixup_cross_entropy.py` (see there for the mathematics): one program per pair.
 
 Forward: one online log-sum-exp pass over V, which keeps the maximum and the sum of each pair.
 Backward: the logits are read once more and the gradients written to new tensors, so that a graph
-can be retained. Both are custom operators, which `torch.compile` takes as they are; the backward's
-own backward refuses.
+can be retained. Both are custom operators, which `torch.compile` does not look into. A second
+derivative raises an error.
 
 Compiled ahead of time for sm_80, sm_90, sm_100 and gfx942 in `tests/kernels/test_ahead_of_time.py`:
 no spills.
@@ -160,8 +159,8 @@ mixup_backward.register_autograd(_refuse)
 def _common(confident, unconfident, labels, lam, scale, cap, ignore_index):
     """Returns what both kernels begin with, and their compile-time options."""
     accumulate = torch.promote_types(confident.dtype, torch.float32)
-    # Rows may lie apart (every second row of a larger tensor), columns may not: the kernels read 16
-    # bytes at a time.
+    # Rows may be strided (every second row of a larger tensor), columns may not: the kernels read
+    # 16 bytes at a time.
     confident = confident if confident.stride(1) == 1 else confident.contiguous()
     if unconfident is not None and unconfident.stride(1) != 1:
         unconfident = unconfident.contiguous()
@@ -188,8 +187,8 @@ def _mixed(
     CAP: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    # Padding is 0, and masked to -inf after the mixing by who needs that: lam * -inf + 0 * -inf
-    # would be NaN.
+    # Padding is 0. A caller that needs -inf masks after mixing, because lam * -inf + 0 * -inf is
+    # NaN.
     z = tl.load(c_ptr + column, mask=mask, other=0.0).to(ACCUMULATE)
     if u_ptr is not None:
         z = lam * z + (1.0 - lam) * tl.load(u_ptr + column, mask=mask, other=0.0).to(ACCUMULATE)
@@ -241,8 +240,7 @@ def _forward_kernel(
     at_u = tl.where(
         known_u, _mixed(c_ptr, u_ptr, y_u, known_u, lam, SCALE, CAP, ACCUMULATE), float("nan")
     )
-    # Shifted by the maximum before anything is subtracted from the logarithm: no cancellation
-    # between large logits.
+    # Subtract the maximum from the logits first: large logits would cancel.
     loss = tl.log(total) - (lam * (at_c - maximum) + (1.0 - lam) * (at_u - maximum))
     alive = (y_c != ignore_index) & (y_u != ignore_index)
     tl.store(loss_ptr + pair, tl.where(alive, loss, 0.0))
@@ -290,8 +288,8 @@ def _backward_kernel(
         gradient = (
             d_loss * (tl.exp(logits - maximum) / total - target) * _d_softcap(logits, CAP) * SCALE
         )
-        # Selected, not multiplied by 0: a dead pair leaves exact zeros where its logits are
-        # infinite, too.
+        # Select instead of multiplying by 0: an ignored pair must give exact zeros even for
+        # infinite logits.
         gradient = tl.where(alive, gradient, 0.0)
         if d_c_ptr is not None:
             d_c = gradient if u_ptr is None else lam * gradient

@@ -1,8 +1,8 @@
 """The losses and logit gradients of a chunk of raw logits, in place: definition and plain PyTorch.
 
 Rows 2i and 2i + 1 of the chunk are the confident and the unconfident member of pair i; the rows
-behind the pairs stand alone. With z the scaled raw logits, s the soft-cap (identity where there is
-none), y the labels,
+after the pairs have no partner. With z the scaled raw logits, s the soft-cap (identity where there
+is none), y the labels,
 
     l_c = s(z_c)    l_u = s(z_u)    l_m = s(lam z_c + (1 - lam) z_u)
     nll_r = logsumexp(l_r) - l_r[y_r]
@@ -105,7 +105,7 @@ def pair_epilogue_torch(
             raw *= logit_scale
         mixed = None
         if pairs is not None and piece.start < 2 * len(lam):
-            # The mixed part is read off the raw logits first: the NTP part then overwrites them.
+            # The mixed part comes first, because the NTP part overwrites the raw logits.
             mixed = pairs.mix(
                 raw,
                 slice(piece.start // 2, min(piece.stop // 2, len(lam))),
@@ -136,8 +136,8 @@ def pair_epilogue_torch(
 
 
 def pieces_in_cache(logits: Tensor, accumulate: torch.dtype) -> Iterator[slice]:
-    """Yields ranges of whole pairs of rows. A dozen passes go over the logits: on a CPU, over a
-    piece that stays in its cache meanwhile; elsewhere all rows are one piece."""
+    """Yields ranges of whole pairs of rows. The epilogue makes about twelve passes over the logits.
+    On a CPU a piece fits into the cache; elsewhere all rows are one piece."""
     num_rows, vocab_size = logits.shape
     size = max(1, num_rows)
     if logits.device.type == "cpu":
@@ -148,9 +148,9 @@ def pieces_in_cache(logits: Tensor, accumulate: torch.dtype) -> Iterator[slice]:
 
 @dataclass
 class _Rows:
-    """What is known of all rows of a chunk before their softmax, (N, 1) each, and, filled piece by
-    piece, maximum and total of it. All that touches single logits is done here for the whole chunk:
-    a call for each piece would cost more than its work.
+    """Per-row values of a chunk, (N, 1) each: those known before the softmax, and its maximum and
+    total, which are filled piece by piece. Operations on single logits run here once per chunk,
+    because one call per piece would cost more than its work.
 
     at_label: the (capped) logit at the label. at_label_gradient: what is added to the gradient
     there.
@@ -194,8 +194,7 @@ class _Rows:
         )
 
     def losses(self) -> Tensor:
-        # Shifted by the maximum before anything is subtracted from the logarithm: no cancellation
-        # between large logits.
+        # Subtract the maximum from the logits first: large logits would cancel.
         return torch.where(
             self.alive, self.total.log() - (self.at_label - self.maximum), 0.0
         ).squeeze(1)
@@ -258,7 +257,8 @@ class _Pairs:
         )
         share, rest = self.share[pairs, :1], self.share[pairs, 1:]
         maximum, total = self.maximum[pairs], self.total[pairs]
-        # lerp takes one pass instead of two, but a difference, which is NaN where both are -inf.
+        # lerp needs one pass instead of two, but it takes a difference, which is NaN if both are
+        # -inf.
         is_cpu = raw.device.type == "cpu"
         mixed = (
             torch.lerp(unconfident, confident, share)
@@ -291,8 +291,8 @@ class _Pairs:
 
 
 class _Mixed(NamedTuple):
-    """A piece's mixed gradient on its way to its members: factor * exponentials, and what is added
-    at the labels."""
+    """The mixed gradient of a piece, before it is added to the members: factor * exponentials, plus
+    terms at the labels."""
 
     exponentials: Tensor
     factors: tuple[Tensor, Tensor]
@@ -310,8 +310,8 @@ def _exponentials_in_place(
     logits: Tensor, maximum: Tensor, total: Tensor, softcap: float | None, want_gradient: bool
 ) -> Tensor | None:
     """Overwrites (n, V) logits, whose maximum (n, 1) is given, by exp of the capped logits less
-    their maximum; leaves that in `maximum` and the sum in `total`. exp is taken once, for the loss
-    and the gradient both. Returns the soft-cap's derivative."""
+    their maximum; stores that in `maximum` and the sum in `total`. exp is computed once, for both
+    loss and gradient. Returns the soft-cap's derivative."""
     d_softcap: Tensor | None = None
     if softcap is not None:
         logits.div_(softcap).tanh_()
@@ -323,7 +323,8 @@ def _exponentials_in_place(
 
 
 def _clear(rows: Tensor, alive: Tensor) -> None:
-    # Filled, not multiplied by 0: a dead row leaves exact zeros where its logits are infinite, too.
+    # Fill instead of multiplying by 0: an ignored row must give exact zeros even for infinite
+    # logits.
     if rows.device.type == "cpu":
         rows.index_fill_(0, (~alive).squeeze(1).nonzero().squeeze(1), 0.0)
     else:  # the same without waiting for the device

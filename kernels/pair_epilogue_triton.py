@@ -1,4 +1,4 @@
-"""The Triton version of `pair_epilogue.py`, where the mathematics stand: one program per pair of
+"""Triton version of `pair_epilogue.py` (see there for the mathematics): one program per pair of
 logit rows.
 
 Three log-sum-exps run online in one pass over V; a second pass reads the logits again and
@@ -99,7 +99,7 @@ def row_nll(
 
 
 def need_gpu(tensor: Tensor) -> None:
-    """Raises ValueError where a kernel could not run on the tensor."""
+    """Raises ValueError if a kernel cannot run on the tensor."""
     if not tensor.is_cuda and not INTERPRETED:
         raise ValueError(
             f'backend="triton" needs a GPU, and the tensors are on {tensor.device}. Use'
@@ -199,8 +199,7 @@ def _pair_kernel(
     uu = tl.load(u_ptr + at_u).to(ACCUMULATE) * SCALE
     mixed_c = _softcap(lam * cc + rest * uc, CAP)
     mixed_u = _softcap(lam * cu + rest * uu, CAP)
-    # Shifted by the maximum before anything is subtracted from the logarithm: no cancellation
-    # between large logits.
+    # Subtract the maximum from the logits first: large logits would cancel.
     nll_c = tl.log(s_c) - (_softcap(cc, CAP) - m_c)
     nll_u = tl.log(s_u) - (_softcap(uu, CAP) - m_u)
     nll_m = tl.log(s_m) - (lam * (mixed_c - m_m) + rest * (mixed_u - m_m))
@@ -230,8 +229,8 @@ def _pair_kernel(
                 * (tl.exp(l_m - m_m) / s_m - lam * hit_c - rest * hit_u)
                 * _d_softcap(l_m, CAP)
             )
-            # Selected, not multiplied by 0: an ignored row leaves exact zeros where its logits are
-            # infinite, too.
+            # Select instead of multiplying by 0: an ignored row must give exact zeros even for
+            # infinite logits.
             g_m = tl.where(has_c & has_u, g_m, zero)
             d_c = (tl.where(has_c, g_c, zero) + lam * g_m) * SCALE
             d_u = (tl.where(has_u, g_u, zero) + rest * g_m) * SCALE

@@ -1,4 +1,4 @@
-"""The package triton, for the modules that need it; where it is missing, one line that says so."""
+"""Imports triton for the modules that need it, with a clear error if it is missing."""
 
 from __future__ import annotations
 

@@ -1,1 +1,2 @@
-"""One optimiser step as tensors: the encoded examples, the cut into micro-batches, the batches."""
+"""One optimiser step as tensors: encoded examples, their division into micro-batches, and the
+tensors of each."""

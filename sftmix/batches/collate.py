@@ -25,8 +25,8 @@ class MicroBatch:
     hidden state predicts a response token; partners' rows need not be neighbours. labels: (T,)
     int64, the tokens predicted. owner: (T,) int64, which of the B examples a row belongs to. pairs:
     (M, 2) int64 indices into the T rows. lam: (M,) float32. indices: dataset index of each example;
-    empty in a micro-batch that only keeps step. mixed_inputs: the third sequences, where mixing
-    happens at the input embeddings."""
+    empty in a micro-batch that a rank runs only to stay in lock step. mixed_inputs: the third
+    sequences, where mixing happens at the input embeddings."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -43,8 +43,8 @@ class MicroBatch:
         return int(self.attention_mask.sum()) if self.indices else 0
 
     def sum_by_example(self, values: Tensor) -> Tensor:
-        """Returns (B,) float64 sums of (T,) values over each example's response tokens, where the
-        values are."""
+        """Returns (B,) float64: sums of (T,) values over each example's response tokens, on the
+        device of the values."""
         owner = self.owner.to(values.device, non_blocking=True)
         sums = torch.zeros(len(self.indices), dtype=torch.float64, device=values.device)
         return sums.index_add_(0, owner, values.double())
@@ -65,7 +65,7 @@ def collate(
     pad_id: int,
     mixes_inputs: bool = False,
 ) -> MicroBatch:
-    """Returns the tensors of one micro-batch; for no units, one padding token that carries no loss.
+    """Returns the tensors of one micro-batch; without units, one padding token without loss.
     `mixes_inputs` adds the sequences of mixed input embeddings."""
     indices: list[int] = []
     partners: list[tuple[int, int, float]] = []  # places in `indices` of a pair, and its lam
@@ -95,7 +95,7 @@ def build_micro_batch(
     input_ids = np.full((max(1, len(tokens)), width), pad_id, dtype=np.int64)
     attention = np.zeros_like(input_ids)
     if not tokens:
-        attention[0, 0] = 1  # attention over nothing at all is NaN in some models
+        attention[0, 0] = 1  # an empty attention mask gives NaN in some models
     is_response = np.zeros(input_ids.shape, dtype=bool)
     for place, (tokens_here, mask) in enumerate(tokens):
         input_ids[place, : len(tokens_here)] = tokens_here

@@ -1,8 +1,8 @@
-"""How a step's examples are cut up over ranks and micro-batches.
+"""Divides a step's examples among ranks and micro-batches.
 
 The cut is a pure function of the plan, the lengths and the number of ranks, known to every rank.
 Token counts of the whole step need no communication, and all ranks run the same number of
-micro-batches, empty ones where a rank has nothing left, so that no collective ever depends on data.
+micro-batches, padded with empty ones, so that collectives never depend on data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sftmix.pairing.matching import StepUnits
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Token counts of a whole optimiser step, all ranks: what its loss sums are divided by."""
+    """Token counts of a whole optimiser step, over all ranks: the divisors of its loss sums."""
 
     num_ntp_tokens: int
     num_mixup_tokens: int
@@ -30,8 +30,8 @@ def count_step(plan: StepUnits, units: Units, num_response_tokens: NDArray[np.in
     """Returns the counts of a step. A pair mixes min(N^c, N^u) positions, aligned from the first
     response token.
 
-    The first token of a sequence is predicted by nothing; no template begins with a response, so
-    none is lost.
+    Nothing predicts the first token of a sequence. No template begins with a response, so no
+    response token is lost.
     """
     members = plan.units[units]
     is_pair = members[:, 1] >= 0
@@ -54,9 +54,9 @@ def cut_step(
     """Returns the micro-batches of every rank: lists of units, the same number of lists for each
     rank.
 
-    Units of like length share a micro-batch; its padded size (examples times longest) stays within
-    `micro_batch_tokens` unless a single unit exceeds it. A pair is never cut. Where there are too
-    few micro-batches to go round, the largest are halved; what is still missing is empty.
+    Units of similar length share a micro-batch; its padded size (examples times longest) stays
+    within `micro_batch_tokens` unless a single unit exceeds it. A pair is never divided. If there
+    are fewer micro-batches than ranks, the largest are halved; then empty ones are added.
     """
     members = plan.units[units]
     size = 1 + (members[:, 1] >= 0)

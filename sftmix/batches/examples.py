@@ -14,8 +14,8 @@ from sftmix.errors import ArtifactError, DataError, counted
 
 
 class TokenisedExamples:
-    """The rows of one Arrow file of the data stage, memory-mapped; only the lengths become arrays,
-    when they are asked for."""
+    """The rows of one Arrow file of the data stage, memory-mapped. Only the lengths become arrays,
+    on first use."""
 
     def __init__(self, path: Path):
         import datasets

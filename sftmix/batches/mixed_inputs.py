@@ -3,8 +3,8 @@ input_embeddings`).
 
 An ablation, not the method: the transformer reads a third sequence per pair, made of both members'
 input embeddings, and its head predicts both members' tokens. Members are aligned at their first
-response token; where only one has a token (the longer prompt's beginning), its embedding stands
-alone. The sequence ends with the shorter response.
+response token; where only one has a token (the beginning of the longer prompt), its embedding is
+used unmixed. The sequence ends with the shorter response.
 
 Axes: B examples, S positions of the micro-batch; P pairs, L positions of all mixed sequences
 together, R their width, M mixed positions that predict.
@@ -23,10 +23,10 @@ from torch import Tensor
 @dataclass(frozen=True)
 class MixedInputs:
     """sources: (L, 2) int64, flat positions b * S + s of the confident and of the unconfident
-    embedding, equal where one stands alone. source_lam: (L,) float32. places: (L,) int64, flat
-    positions p * R + r where they go. attention_mask: (P, R) int64. rows: (M,) int64, flat
-    positions p * R + r that predict. labels: (M, 2) int64, the confident's and the unconfident's
-    token. lam: (M,) float32. Without pairs: one masked-out position, M = 0."""
+    embedding, equal if unmixed. source_lam: (L,) float32. places: (L,) int64, their flat positions
+    p * R + r in the result. attention_mask: (P, R) int64. rows: (M,) int64, flat positions p * R +
+    r that predict. labels: (M, 2) int64, the confident's and the unconfident's token. lam: (M,)
+    float32. Without pairs: one masked-out position, M = 0."""
 
     sources: Tensor
     source_lam: Tensor
@@ -51,7 +51,7 @@ def mix_inputs(
 ) -> MixedInputs:
     """Returns the mixed sequences of a micro-batch of (ids, response mask) examples padded to
     `width`; `partners` lists (confident, unconfident, lam). Every response must be one span, as
-    `check_single_spans` makes sure."""
+    `check_single_spans` ensures."""
     sequences = []
     for confident, unconfident, lam in partners:
         (ids_c, mask_c), (ids_u, mask_u) = tokens[confident], tokens[unconfident]
@@ -76,7 +76,7 @@ def mix_inputs(
     longest = max((len(sources) for sources, *_ in sequences), default=1)
     attention = torch.zeros(max(1, len(sequences)), longest, dtype=torch.int64)
     if not sequences:
-        attention[0, 0] = 1  # attention over nothing at all is NaN in some models
+        attention[0, 0] = 1  # an empty attention mask gives NaN in some models
     for row, (sources, *_) in enumerate(sequences):
         attention[row, : len(sources)] = 1
 

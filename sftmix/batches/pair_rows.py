@@ -30,13 +30,12 @@ def pair_rows(input_ids: Tensor, response_mask: Tensor, pairs: Tensor, lam: Tens
     """Returns the rows of a batch, aligned at the first response token of each pair's members.
 
     A pair mixes the first min(N_c, N_u) response tokens (https://arxiv.org/abs/2410.05248, section
-    3); the rest of the longer response is predicted alone.
+    3); the rest of the longer response has next-token prediction only.
 
-    input_ids: (B, S) int64. response_mask: (B, S) bool, True for tokens of the response.
-    pairs: (P, 2) int64, the confident and the unconfident example of each pair; an example is in
-    one pair at most. lam: (P,) floats in [0, 1]. The first token of a sequence is predicted by
-    nothing, so its mask is ignored. Raises ValueError for shapes that do not fit, and for an
-    example that is in two pairs.
+    input_ids: (B, S) int64. response_mask: (B, S) bool, True for tokens of the response. pairs: (P,
+    2) int64, the confident and the unconfident example of each pair; an example is in one pair at
+    most. lam: (P,) floats in [0, 1]. Nothing predicts the first token of a sequence, so its mask is
+    ignored. Raises ValueError for wrong shapes, and for an example in two pairs.
     """
     if input_ids.dim() != 2 or response_mask.shape != input_ids.shape:
         raise ValueError(
