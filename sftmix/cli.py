@@ -55,11 +55,11 @@ SCORES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of `sftmix`. Returns the exit code: 0 done, 2 a mistake that the user can fix,
-    75 stopped on request and saved (to be started again), 130 the same after Control-C, 1 anything
-    else."""
+    """Entry point of `sftmix`. Returns the exit code: 0 success, 2 a mistake that the user can fix,
+    75 stopped on request with the state saved (start again to resume), 130 the same after
+    Control-C, 1 anything else."""
     _open_closed_output()
-    # The deepspeed launcher adds --local_rank to what it starts; the environment says the same.
+    # The deepspeed launcher adds --local_rank to the command; the environment has the same value.
     given = [
         a
         for a in (sys.argv[1:] if arguments is None else arguments)
@@ -70,10 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
     if any(argument.startswith("-") for argument in rest) or (rest and "overrides" not in options):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.overrides += rest  # overrides may stand behind an option
+        options.overrides += rest  # overrides may follow an option
     try:
         code = _dispatch(options)
-        sys.stdout.flush()  # a full disk behind it shows here, and not when Python ends
+        sys.stdout.flush()  # report a full disk here, not when Python exits
         return code
     except StoppedError as stopped:
         if _is_main():
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         RuntimeError,
     ) as error:  # RuntimeError: torch's, out of memory
         is_lost = _forget_lost_output()
-        # `sftmix inspect CONFIG | head`: nobody wants to read more
+        # `sftmix inspect CONFIG | head`: the reader has closed the pipe
         if is_lost and isinstance(error, BrokenPipeError):
             return 1
         from sftmix.storage.failures import explain
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
             if isinstance(error, SftmixError)
             else explain(error, None if is_lost else getattr(options, "writes_to", None))
         )
-        # not a mistake of the user or the machine: a bug of sftmix
+        # neither the user nor the machine is the cause: a bug of sftmix
         if known is None or getattr(options, "debug", False):
             raise
         for line in str(known).splitlines() if _is_main() or not known.on_all_ranks else []:
@@ -108,8 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _open_closed_output() -> None:
-    """Lets what is printed go nowhere where stdout or stderr is closed (`>&-`): else the next file
-    that is opened would get it."""
+    """Replaces a closed stdout or stderr (`>&-`) by the null device: otherwise the next file that
+    is opened would receive the output."""
     for name, number in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -120,9 +120,8 @@ def _open_closed_output() -> None:
 
 
 def _forget_lost_output() -> bool:
-    """Returns whether stdout takes nothing any more (a closed pipe, a full disk). Python would say
-    so again when it ends, so what it still holds, and what is printed from here on, goes
-    nowhere."""
+    """Returns whether stdout can no longer be written (a closed pipe, a full disk). Python would
+    report that again on exit, so buffered and later output is discarded."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -138,7 +137,7 @@ def _is_main() -> bool:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Names what is missing alone, and shows an example."""
+    """Argument parser whose error names only what is missing, with an example."""
 
     MISSING = "the following arguments are required: "
 
@@ -383,8 +382,8 @@ def _dispatch(options: argparse.Namespace) -> int:
         from sftmix.pipeline.launching import launch_on_nodes
 
         return launch_on_nodes(options)
-    # Found before torch is imported, which takes seconds: a launcher that ends in that time must
-    # not be missed.
+    # Find launchers before the import of torch, which takes seconds: a launcher that ends in that
+    # time must be noticed.
     place = launched_rank()
     launchers = processes.launchers() if place is not None else []
     if options.command == "scores":
@@ -400,7 +399,7 @@ def _dispatch(options: argparse.Namespace) -> int:
         return 0
     translate()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.umask(0o077)  # data and weights are the user's own
+    os.umask(0o077)  # only the user may read data and weights
     if place is not None and place.is_on_many_nodes and options.command != "inspect":
         from sftmix.cluster import rank_log
 
@@ -430,8 +429,8 @@ def _dispatch(options: argparse.Namespace) -> int:
 
 
 def _say_what_next(config: Config) -> None:
-    """Prints where the model is, and commands that go on from it; the run folder stands for its
-    config."""
+    """Prints where the model is, and commands for the next steps. They name the run folder instead
+    of the config."""
     folder = config.run.dir
     export = [_found("sftmix"), "export", str(folder), "--to", "my-model"]
     board = [_found("tensorboard"), "--logdir", str(folder / "logs/tensorboard")]
@@ -445,7 +444,7 @@ def _say_what_next(config: Config) -> None:
 
 
 def _found(command: str) -> str:
-    """Returns a command as it can be typed here: with its folder where the environment is not
+    """Returns a command as the user can type it: with its folder if the environment is not
     activated."""
     beside = Path(sys.executable).with_name(command)
     if shutil.which(command) or not beside.is_file():

@@ -1,1 +1,1 @@
-"""Where a run runs: hosts, launchers, the environment of the ranks, their logs."""
+"""Hosts, launchers, the environment of the ranks, and their logs."""

@@ -1,7 +1,7 @@
-"""Which rank is this process, in the words of whatever launcher started it.
+"""The rank of this process, from the environment variables of its launcher.
 
-torchrun and DeepSpeed set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. mpirun of
-OpenMPI and srun set names of their own, and no address: `translate` completes them. All else in
+torchrun and DeepSpeed set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. OpenMPI's
+mpirun and srun set other variables and no address; `translate` adds the usual ones. The rest of
 sftmix reads RANK and its companions.
 """
 
@@ -17,14 +17,14 @@ from sftmix.cluster.hostfile import is_host_name
 from sftmix.errors import ConfigError
 
 DEFAULT_PORT = 29500  # of deepspeed and torchrun
-# in front of a variable that a launcher would have garbled under its own name
+# prefix of a variable that a launcher would otherwise garble
 CARRIED = "SFTMIX_SET_"
 
 
 @dataclass(frozen=True)
 class LaunchedRank:
-    """launcher: who says so. rank, world_size: of all processes; local_*: on this machine, None
-    where the launcher does not say."""
+    """launcher: name of the launcher. rank, world_size: among all processes. local_*: on this
+    machine; None if the launcher does not set them."""
 
     launcher: str
     rank: int
@@ -38,12 +38,12 @@ class LaunchedRank:
 
 
 def launched_rank(environment: Mapping[str, str] = os.environ) -> LaunchedRank | None:
-    """Returns where this process stands among those that a launcher started; None where it was
-    started alone.
+    """Returns the place of this process among those that a launcher started; None without a
+    launcher.
 
-    RANK counts before mpirun's names, and those before srun's: mpirun starts its helpers by srun,
-    and either may start torchrun. The batch script of a SLURM job is not a task of a step, whatever
-    SLURM_NTASKS says of the job.
+    RANK takes precedence over mpirun's variables, and those over srun's: mpirun starts its helpers
+    by srun, and either may start torchrun. The batch script of a SLURM job is not a task of a step,
+    even if SLURM_NTASKS is set.
     """
     if "RANK" in environment:
         local_size = _number(environment, "LOCAL_WORLD_SIZE", _number(environment, "LOCAL_SIZE"))
@@ -73,9 +73,9 @@ def rank_of(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def translate(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sets RANK and its companions from what mpirun or srun say, and LOCAL_WORLD_SIZE from
-    DeepSpeed's LOCAL_SIZE. A process that no launcher started is left as it is. Doing it again
-    changes nothing. Raises ConfigError where the ranks could not find each other.
+    """Sets RANK and its companions from the variables of mpirun or srun, and LOCAL_WORLD_SIZE from
+    DeepSpeed's LOCAL_SIZE. Does nothing without a launcher. Idempotent. Raises ConfigError if the
+    ranks could not find each other.
     """
     for name in [name for name in environment if name.startswith(CARRIED)]:
         environment[name.removeprefix(CARRIED)] = environment.pop(name)
@@ -99,8 +99,8 @@ def translate(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _check_companions(environment: Mapping[str, str]) -> None:
-    """Raises ConfigError for a RANK whose companions are missing or contradict it, as a left-over
-    of another job."""
+    """Raises ConfigError for a RANK whose companions are missing or contradict it, for example left
+    over from another job."""
     remedy = (
         "Unset RANK to run without a launcher (`env -u RANK sftmix ...`), or start the ranks with"
         " torchrun, deepspeed or `sftmix launch`, which set all of RANK, WORLD_SIZE, LOCAL_RANK,"
@@ -130,7 +130,7 @@ def _check_companions(environment: Mapping[str, str]) -> None:
 
 def first_host(nodes: str) -> str:
     """Returns the first host of a SLURM node list: `gpu003` of `gpu[003-010,20],login1`. Raises
-    ConfigError for what is none."""
+    ConfigError for anything else."""
     first = re.match(r"(?:[^,\[\]]|\[[^\[\]]*\])+(?=,|$)", nodes)
     host = re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0]) if first else ""
     if not is_host_name(host):
@@ -166,13 +166,13 @@ def _address(place: LaunchedRank, environment: Mapping[str, str]) -> str:
 
 
 def _port(place: LaunchedRank, environment: Mapping[str, str]) -> int:
-    """Returns a port that all ranks come to by themselves; jobs and steps that share a node get
-    others."""
+    """Returns a port that every rank can compute by itself. Jobs and steps that share a node get
+    different ports."""
     if place.launcher != "srun":
         return DEFAULT_PORT
     job, step = _number(environment, "SLURM_JOB_ID", 0), _number(environment, "SLURM_STEP_ID", 0)
     assert job is not None and step is not None, "defaults were given"
-    return 10000 + (job * 31 + step) % 20000  # below the ports that the kernel hands out by itself
+    return 10000 + (job * 31 + step) % 20000  # below the kernel's ephemeral ports
 
 
 def _many(
@@ -221,7 +221,7 @@ def _number(environment: Mapping[str, str], name: str, otherwise: int | None = N
 
 
 def free_port() -> int:
-    """Returns a TCP port of the loopback interface that nobody listens on."""
+    """Returns a free TCP port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,10 +1,11 @@
-"""What of the environment here the ranks on other nodes need, and how it gets there unchanged.
+"""Which environment variables the ranks on other nodes receive, quoted so that they arrive
+unchanged.
 
 DeepSpeed sends variables that begin with PYTHON, UCX, MV2, MLFLOW and, where it sees CUDA, NCCL,
-and the lines of `.deepspeed_env`. It puts a value with unusual letters between double quotes and
-leaves what is special inside those as it is: a shell on the node would run `$(...)`, and mpirun and
-srun, which have no shell, would keep the quotes. So each value is written for the launcher that
-reads it.
+and the lines of `.deepspeed_env`. It puts a value with unusual characters between double quotes but
+does not escape what is special inside them: a shell on the node would run `$(...)`, and mpirun and
+srun, which use no shell, would keep the quotes. So each value is quoted for the launcher that reads
+it.
 """
 
 from __future__ import annotations
@@ -36,22 +37,22 @@ NAMES = frozenset({"OMP_NUM_THREADS", "DS_ACCELERATOR", "TOKENIZERS_PARALLELISM"
 SENT_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 ENV_FILE = "DS_ENV_FILE"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_PLAIN = re.compile(r"[\w@%+=:,./-]*")  # what DeepSpeed leaves without quotes
-# on a command line every user of the node could read it
+_PLAIN = re.compile(r"[\w@%+=:,./-]*")  # values that DeepSpeed does not quote
+# every user of the node can read command lines
 _SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|KEY)$")
 
 
 def is_secret(name: str) -> bool:
-    """Is this the name of something that must not stand on a command line?"""
+    """Returns whether this names a secret, which must not appear on a command line."""
     return _SECRET.search(name) is not None
 
 
 def wanted(environment: Mapping[str, str], package_root: Path = PACKAGE_ROOT) -> dict[str, str]:
-    """Returns the variables that ranks on other nodes are to see, by name. package_root: the folder
-    that holds `sftmix`.
+    """Returns the variables for ranks on other nodes, by name. package_root: the folder that holds
+    `sftmix`.
 
-    The lines of the user's own `.deepspeed_env` (in the home folder, then here, as DeepSpeed reads
-    them) come on top.
+    The lines of the user's `.deepspeed_env` (in the home folder, then here, as DeepSpeed reads
+    them) override them.
     """
     found = {
         name: value
@@ -90,8 +91,8 @@ def _read(path: Path) -> dict[str, str]:
 
 def env_file_text(variables: Mapping[str, str], launcher: str) -> str:
     """Returns the content of a `.deepspeed_env` that gives the ranks these values. Raises
-    ConfigError for one that the launcher cannot carry: mpirun would be given DeepSpeed's quotes as
-    part of it."""
+    ConfigError for a value that the launcher cannot transport: mpirun would receive DeepSpeed's
+    quotes as part of it."""
     lines = []
     for name, value in variables.items():
         if launcher == "openmpi" and _PLAIN.fullmatch(value) is None:
@@ -109,21 +110,20 @@ def env_file_text(variables: Mapping[str, str], launcher: str) -> str:
 
 
 def in_double_quotes(text: str) -> str:
-    """Returns what must stand between the double quotes that DeepSpeed adds, for the shell on the
-    node to see `text`."""
+    """Escapes `text` for the double quotes that DeepSpeed adds, so that the shell on the node sees
+    `text`."""
     return re.sub(r'([\\"$`])', r"\\\1", text)
 
 
 def for_pdsh(text: str) -> str:
-    """Returns the text as pdsh must be given it: it puts host names and numbers in place of %h, %u
-    and %n."""
+    """Escapes the text for pdsh, which replaces %h, %u and %n."""
     return text.replace("%", "%%")
 
 
 def for_srun(variables: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment for srun, which hands on all of its own. What DeepSpeed would repeat
-    on srun's command line, where a comma ends a value, goes under another name;
-    `launch_environment.translate` gives it back its own."""
+    """Returns the environment for srun, which passes on all of it. A variable that DeepSpeed would
+    repeat on srun's command line, where a comma ends a value, gets another name;
+    `environment.translate` restores it."""
     own = {}
     for name, value in variables.items():
         is_garbled = name.startswith(SENT_BY_DEEPSPEED) and (

@@ -1,5 +1,5 @@
-"""The nodes of a run: lines of `host slots=N`, as DeepSpeed's launchers read them, and nothing that
-a shell or ssh could misread."""
+"""The nodes of a run: lines of `host slots=N` as DeepSpeed's launchers read them, restricted to
+names that are safe for ssh and shells."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 
 from sftmix.errors import ConfigError
 
-# DeepSpeed's own parser takes anything, an option of ssh too
+# DeepSpeed's own parser accepts anything, even an option of ssh
 _HOST = re.compile(r"[A-Za-z0-9._:-]+")
 MAX_SLOTS = 1024
 
 
 def is_host_name(text: str) -> bool:
-    """Can this be given to ssh, pdsh and mpirun as a host, and be nothing else?"""
+    """Returns whether ssh, pdsh and mpirun can only read this as a host."""
     return _HOST.fullmatch(text) is not None and not text.startswith("-")
 
 
 @dataclass(frozen=True)
 class Node:
-    """slots: ranks that it takes, one for each of its GPUs."""
+    """slots: its number of ranks, one per GPU."""
 
     host: str
     slots: int

@@ -1,4 +1,4 @@
-"""The commands that start the ranks of all nodes, for each launcher, with every word safe from the
+"""The commands that start the ranks of all nodes, for each launcher, with every word quoted for the
 shells on its way.
 
 pdsh, openmpi, slurm   one command here: `deepspeed --launcher ...`
@@ -24,7 +24,7 @@ from sftmix.errors import ConfigError, counted
 RUN_SCRIPT = Path(__file__).resolve().parent / "launch" / "run.py"
 ON_EACH_NODE = frozenset({"ssh", "torchrun"})  # launchers that need a command on every node
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-# a node that is cut off ends its connection
+# end the connection to a node that is unreachable
 ALIVE = ("ServerAliveInterval=15", "ServerAliveCountMax=3")
 SSH = (
     "ssh",
@@ -34,14 +34,14 @@ SSH = (
     "ConnectTimeout=10",
     *(word for option in ALIVE for word in ("-o", option)),
 )
-# in paths that DeepSpeed hands to a shell as they are
+# in paths that DeepSpeed passes to a shell unquoted
 _UNQUOTED = re.compile(r"[A-Za-z0-9@+=:,./_-]+")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """arguments: of launch/run.py. address, port: where the ranks meet; under slurm None where the
-    ranks find it by themselves."""
+    """arguments: of launch/run.py. address, port: where the ranks meet; None under slurm, where
+    ranks can find it themselves."""
 
     nodes: tuple[Node, ...]
     hostfile: Path
@@ -69,9 +69,9 @@ def make_plan(
     address: str | None,
     port: int | None,
 ) -> Plan:
-    """Returns how the ranks are started. Raises ConfigError for what the launcher could not do, or
-    would do otherwise."""
-    if launcher != "slurm":  # there the ranks read both off what srun tells them
+    """Returns how the ranks are started. Raises ConfigError for what the launcher cannot do, or
+    would do differently."""
+    if launcher != "slurm":  # there the ranks derive both from srun's variables
         address, port = address or nodes[0].host, port or DEFAULT_PORT
     if len(nodes) > 1 and address in LOOPBACK:
         raise ConfigError(
@@ -112,9 +112,9 @@ def _check_for_pdsh(nodes: Sequence[Node]) -> None:
 def devices_of_ranks(num_ranks: int, visible_devices: str = "") -> list[str | int]:
     """Returns the device of each rank of this machine.
 
-    visible_devices: CUDA_VISIBLE_DEVICES of the user, the first of which the ranks get. DeepSpeed's
-    runner would ignore them; its launcher, which the runner starts, takes what it is told. Raises
-    ConfigError where there are fewer than ranks.
+    visible_devices: CUDA_VISIBLE_DEVICES of the user; the ranks get the first of them. DeepSpeed's
+    runner would ignore the variable; its launcher, which the runner starts, uses what it is given.
+    Raises ConfigError if there are fewer devices than ranks.
     """
     devices: Sequence[str | int] = [name for name in visible_devices.split(",") if name.strip()]
     if devices and len(devices) < num_ranks:
@@ -161,7 +161,7 @@ def runner_command(plan: Plan) -> list[str]:
         sys.executable, "-m", "deepspeed.launcher.runner",
         "--hostfile", str(plan.hostfile.resolve()),
         "--launcher", plan.launcher,
-        # one node too is reached as the hostfile says: DeepSpeed would take it for this machine
+        # reach a single node by the hostfile too: DeepSpeed would assume that it is this machine
         "--force_multi",
         "--no_local_rank",
         "--master_addr", plan.address or "unused",  # else DeepSpeed asks the first node over ssh
@@ -172,17 +172,17 @@ def runner_command(plan: Plan) -> list[str]:
 
 
 def pdsh_argument(text: str) -> str:
-    """Returns an argument so that the shell on the node sees `text`: DeepSpeed puts one with a
-    space between double quotes, escapes those inside and nothing else, and leaves all others as
-    they are."""
+    """Quotes an argument so that the shell on the node sees `text`. DeepSpeed puts an argument with
+    a space between double quotes and escapes only quotes inside it; it does not quote other
+    arguments."""
     if " " in text:
         return for_pdsh(re.sub(r"([\\$`])", r"\\\1", text))
     return for_pdsh(shlex.quote(text))
 
 
 def node_command(plan: Plan, number: int) -> list[str]:
-    """Returns what runs on a node: DeepSpeed's launcher of one node, which `deepspeed --no_ssh` and
-    pdsh start too, or torchrun."""
+    """Returns the command of one node: DeepSpeed's launcher for one node, which `deepspeed
+    --no_ssh` and pdsh also start, or torchrun."""
     script = [str(RUN_SCRIPT), *plan.arguments]
     if plan.launcher == "torchrun":
         return [
@@ -207,8 +207,8 @@ def node_command(plan: Plan, number: int) -> list[str]:
 
 
 def ssh_command(plan: Plan, number: int, variables: Mapping[str, str]) -> list[str]:
-    """Returns the command that starts a node's part over ssh, which hands one text to the shell
-    there: every word is quoted."""
+    """Returns the command that starts a node's ranks over ssh. ssh passes one string to the shell
+    there, so every word is quoted."""
     there = shlex.join(
         [
             "env",
@@ -225,7 +225,7 @@ def ssh_command(plan: Plan, number: int, variables: Mapping[str, str]) -> list[s
 
 
 def describe(plan: Plan, variables: Mapping[str, str], command: Sequence[str] | None) -> list[str]:
-    """Returns lines for people: what is started here (`command`), and what each node does."""
+    """Returns readable lines: the command that is started here, and the command of each node."""
     where = f"{plan.address}:{plan.port}" if plan.address else "the first node of SLURM's list"
     lines = [
         f"{counted(len(plan.nodes), 'node')}, {counted(plan.num_ranks, 'rank')}, meeting at"

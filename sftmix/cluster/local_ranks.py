@@ -1,5 +1,5 @@
-"""Starts a command once for each of several ranks on this machine, joined over the loopback
-interface, and waits for all."""
+"""Starts a command once per rank on this machine, connected over the loopback interface, and waits
+for all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-GRACE_SECONDS = 5.0  # that the others have to end by themselves, after a rank has failed
+GRACE_SECONDS = 5.0  # for the others to end by themselves after a rank has failed
 OF_A_LAUNCHER = frozenset(
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE LOCAL_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT"
     " TORCHELASTIC_USE_AGENT_STORE".split()
@@ -20,8 +20,8 @@ OF_A_LAUNCHER = frozenset(
 
 @dataclass(frozen=True)
 class RankEnd:
-    """code: what it exited with; None where it was killed, since another had failed or the time was
-    over. output: both streams."""
+    """code: exit code; None if it was killed because another had failed or the time was over.
+    output: both streams."""
 
     code: int | None
     output: str
@@ -34,8 +34,8 @@ def run_local_ranks(
     limit_seconds: float,
     environment: Mapping[str, str] | None = None,
 ) -> list[RankEnd]:
-    """Returns how each rank ended, in rank order. None is left running. environment: laid over that
-    of this process."""
+    """Returns how each rank ended, in rank order. No process is left running. environment: merged
+    over that of this process."""
     from sftmix.cluster.environment import free_port
 
     shared = {
@@ -49,7 +49,7 @@ def run_local_ranks(
     deadline = time.monotonic() + limit_seconds
     processes: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as stack:
-        # a full pipe would stop a rank
+        # a full pipe would block a rank
         outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(num_ranks)]
         try:
             for rank, output in enumerate(outputs):
@@ -81,8 +81,8 @@ def run_local_ranks(
 
 
 def first_failure(ends: list[RankEnd]) -> str | None:
-    """Returns which rank failed, and the end of what it wrote; None where all ended well. One that
-    was killed only follows from another."""
+    """Returns which rank failed and the end of its output; None if all succeeded. A killed rank is
+    only a consequence of another failure."""
     failed = [(rank, end) for rank, end in enumerate(ends) if end.code != 0]
     if not failed:
         return None

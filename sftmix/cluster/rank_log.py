@@ -1,9 +1,9 @@
-"""What a rank prints, in a file of its own as well: launchers of many nodes mix the output of
-ranks, and lose the last of it.
+"""Copies a rank's output to a file of its own: launchers of several nodes mix the output of ranks,
+and lose the end of it.
 
-A process of its own copies, so that the last words of a rank that is killed are kept too. It is
-forked before torch is imported, and lives until nobody writes to it any more: the ranks of a
-machine end without waiting for it, except at a normal end.
+A separate process copies, so that the last lines of a killed rank are kept too. It is forked before
+torch is imported, and ends when all writers have closed the pipe. Ranks wait for it only at a
+normal end.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def name_of(rank: int) -> str:
 
 
 def start(folder: Path, rank: int) -> None:
-    """From here on, what this process and its children print goes to `folder` too, after what
-    earlier attempts have left there.
+    """From here on, the output of this process and its children is also appended to a file in
+    `folder`.
 
-    A file that cannot be written is said on stderr, and the rank goes on. Call it before threads
-    are started.
+    If the file cannot be written, stderr says so and the rank continues. Call it before threads are
+    started.
     """
     path = folder / name_of(rank)
     try:
@@ -55,7 +55,7 @@ def start(folder: Path, rank: int) -> None:
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    # until it has said what it does with them
+    # until it has chosen how to handle them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_COPIER)
     copier = os.fork()
     if copier == 0:
@@ -71,14 +71,14 @@ def start(folder: Path, rank: int) -> None:
 
 
 def _copy(reading: int, log: int) -> None:
-    """Copies to the log and to the stdout of this process, until nobody writes any more; never
+    """Copies to the log and to the stdout of this process until all writers have closed; never
     returns."""
     for number in NOT_FOR_COPIER:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(BaseException):
         while part := os.read(reading, 1 << 16):
             for descriptor in (log, 1):
-                # a full disk, a connection that has gone: the other goes on
+                # a full disk or a lost connection: the other target continues
                 with contextlib.suppress(OSError):
                     _write_all(descriptor, part)
     os._exit(0)
@@ -90,8 +90,8 @@ def _write_all(descriptor: int, part: bytes) -> None:
 
 
 def _finish(copier: int, owner: int) -> None:
-    """Waits until all is copied, where nobody else holds the pipe: in a container the end of the
-    rank is the end of the copier."""
+    """Waits until everything is copied, if no other process holds the pipe: in a container the
+    copier ends with the rank."""
     if os.getpid() != owner:
         return
     sys.stdout.flush()

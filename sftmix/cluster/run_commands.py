@@ -11,19 +11,19 @@ from collections.abc import Mapping, Sequence
 
 from sftmix.errors import INTERRUPTED, STOPPED
 
-# that other commands have to end, after one has: their ranks have heard of it by heartbeat
+# for the other commands to end after one has; heartbeats have told their ranks
 GRACE_SECONDS = 60.0
 
 
 def run_commands(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> int:
-    """Runs the commands side by side, until all have ended or one has failed and the others had
-    time to end too. Returns 0, 75 or 130 where one ended with it, or another of their codes. None
-    is left running here, not after an interrupt either."""
+    """Runs the commands side by side until all have ended, or until one has failed and the others
+    had time to end. Returns 0, or the code of a command that failed, with 75 and 130 preferred. No
+    command is left running, even after an interrupt."""
     processes: list[subprocess.Popen[bytes]] = []
     deadline = None
     try:
         for command in commands:
-            # Of their own session: an interrupt from the terminal is ours to handle.
+            # In their own session, so that this process handles an interrupt from the terminal.
             processes.append(
                 subprocess.Popen(
                     command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True

@@ -1,5 +1,5 @@
-"""Files for batch systems, filled in from `launch/templates/`: every value is checked against what
-it may be, and arguments are quoted."""
+"""Files for batch systems, filled in from `launch/templates/`: every value is validated, and
+arguments are quoted."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ FILES = {
 
 @dataclass(frozen=True)
 class Value:
-    """pattern: of the whole value. meaning: with an example. default: None where it must be
-    given."""
+    """pattern: of the whole value. meaning: with an example. default: None if it is required."""
 
     pattern: str
     meaning: str
@@ -36,7 +35,7 @@ class Value:
 
 _COUNT = r"[1-9]\d{0,3}"
 _PATH = r"/[A-Za-z0-9@+=:,./_-]*"
-# of a Kubernetes service: a pod's own is longer by its index
+# of a Kubernetes service: a pod's name appends its index
 _NAME = r"[a-z]([a-z0-9-]{0,40}[a-z0-9])?"
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}"
 _COMMON = {
@@ -90,8 +89,8 @@ VALUES: dict[str, dict[str, Value]] = {
 
 
 def print_template(options: argparse.Namespace) -> int:
-    """Prints the file. Returns 0. Raises ConfigError for options that are not a template's, and for
-    values that are missing or wrong."""
+    """Prints the file. Returns 0. Raises ConfigError for options that the template does not have,
+    and for missing or wrong values."""
     for name in ("hostfile", "node_rank", "master_addr", "master_port"):
         if getattr(options, name) is not None:
             raise ConfigError(
@@ -115,14 +114,14 @@ def print_template(options: argparse.Namespace) -> int:
 def _pairs(options: argparse.Namespace) -> tuple[dict[str, str], list[str]]:
     """Returns the values of --set, and the overrides of the config.
 
-    `--set nodes=2 gpus=8` leaves the second pair among the overrides; no key of a config has a
-    value's name.
+    `--set nodes=2 gpus=8` leaves the second pair among the overrides; no config key has the name of
+    a template value.
     """
     names = "|".join(VALUES[options.template])
     behind = [text for text in options.overrides if re.match(f"({names})=", text)]
     given: dict[str, str] = {}
     for text in [*options.set, *behind]:
-        # a comma before anything else is the value's own
+        # any other comma belongs to the value
         for pair in re.split(rf",\s*(?=(?:{names})=|$)", text):
             name, sign, value = pair.partition("=")
             if pair and not sign:
@@ -169,7 +168,7 @@ def render(
                 f"{argument[:80]!r} holds a line break or another letter that cannot be printed."
                 " Write it into the config file."
             )
-    for name in ("folder", "python"):  # defaults, which no pattern has seen
+    for name in ("folder", "python"):  # defaults, which were not validated
         if name in filled:
             filled[name] = shlex.quote(filled[name])
     filled |= {
