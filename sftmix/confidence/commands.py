@@ -36,8 +36,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def show_scores(source: str, *, num: int = 5, column: str | None = None) -> list[str]:
-    """Returns lines that say what a table holds, with the `num` most and least confident
-    examples."""
+    """Returns lines that describe a table, with its `num` most and least confident examples."""
     table = read_scores(source, column=column)
     values, variability = table.values, table.confidence["variability"].to_numpy()
     ranks = table.confidence["rank"].to_numpy()
@@ -60,7 +59,7 @@ def show_scores(source: str, *, num: int = 5, column: str | None = None) -> list
             else "  no finite value"
         )
         lines.append(f"{name:<14}{found}")
-    # NaN, where there is no rank, comes last
+    # NaN (no rank) comes last
     rows = np.argsort(ranks)[: int(np.isfinite(ranks).sum())]
     for title, chosen in (
         ("most confident", rows[: max(0, num)]),
@@ -77,7 +76,7 @@ def show_scores(source: str, *, num: int = 5, column: str | None = None) -> list
 
 
 def describe(metadata: ScoreMetadata) -> list[str]:
-    """Returns lines that say how a table was made."""
+    """Returns lines that describe how a table was made."""
     models = []
     for model in metadata.models:
         revision = f" at {model['revision']}" if model.get("revision") else ""
@@ -103,7 +102,7 @@ def describe(metadata: ScoreMetadata) -> list[str]:
 def export_scores(source: str, to: Path) -> Path:
     """Copies a table into a new folder with a dataset card, ready for the Hub. Returns `to`.
 
-    Raises ArtifactError for a table that is not whole, ConfigError where `to` exists.
+    Raises ArtifactError for an incomplete table, ConfigError if `to` exists.
     """
     refuse_existing(to)
     table = read_scores(source)
@@ -119,12 +118,12 @@ def export_scores(source: str, to: Path) -> Path:
     for path, name in files:
         shutil.copyfile(path, staging / name)
     write_text(staging / "README.md", text)
-    staging.rename(to)  # without a manifest: the card is its owner's to edit
+    staging.rename(to)  # without a manifest, because the owner may edit the card
     return to
 
 
 def dataset_card(metadata: ScoreMetadata, *, num_examples: int, num_not_finite: int) -> str:
-    """Returns README.md of an exported table: what the Hub reads, how it was made, how to use
+    """Returns README.md of an exported table: metadata for the Hub, how it was made, how to use
     it."""
     configs = [
         {"config_name": "confidence", "data_files": CONFIDENCE, "default": True},

@@ -1,5 +1,5 @@
-"""What confidence is: definitions over arrays, and the columns of the score tables (written and
-read by `scores.py`).
+"""The definition of confidence over arrays, and the columns of the score tables (`table.py` writes
+and reads them).
 
     Conf(Y | X) = -(1/C) sum_c PPL_c(Y | X)          (https://arxiv.org/abs/2410.05248, section 3.1)
     PPL_c = exp(mean negative log-likelihood per response token)
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 PERPLEXITY_SCHEMA = pa.schema(
     [
         ("example_id", pa.string()),
-        # optimiser step of the reference run, or number of the model in confidence.models
+        # optimiser step of the reference run, or index of the model in confidence.models
         ("checkpoint", pa.int64()),
         ("nll_sum", pa.float64()),  # nats
         ("num_response_tokens", pa.int64()),
@@ -33,20 +33,20 @@ PERPLEXITY_SCHEMA = pa.schema(
 CONFIDENCE_SCHEMA = pa.schema(
     [
         ("example_id", pa.string()),
-        ("confidence", pa.float64()),  # minus the mean perplexity over the checkpoints
+        ("confidence", pa.float64()),  # negative mean perplexity over the checkpoints
         # standard deviation (population) of the perplexity over the checkpoints
         ("variability", pa.float64()),
         ("minimum", pa.float64()),  # of the perplexity
         ("maximum", pa.float64()),
-        ("rank", pa.int64()),  # 1 is the most confident; null where the confidence is not finite
+        ("rank", pa.int64()),  # 1 is the most confident; null if the confidence is not finite
     ]
 )
 
 
 @dataclass(frozen=True)
 class Aggregate:
-    """Of every example over the checkpoints, (N,) float64 each, as in CONFIDENCE_SCHEMA. Infinite
-    or NaN perplexities make the confidence infinite or NaN, never an error."""
+    """Statistics of every example over the checkpoints, (N,) float64 each, as in CONFIDENCE_SCHEMA.
+    Infinite or NaN perplexities give an infinite or NaN confidence, not an error."""
 
     confidence: NDArray[np.float64]
     variability: NDArray[np.float64]
@@ -57,7 +57,7 @@ class Aggregate:
 def perplexity(
     nll_sum: NDArray[np.float64], num_response_tokens: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Returns exp(nll_sum / num_response_tokens); infinite where it exceeds float64, never an
+    """Returns exp(nll_sum / num_response_tokens); infinite if it overflows float64, not an
     error."""
     with np.errstate(over="ignore"):
         return np.exp(nll_sum / num_response_tokens)
@@ -69,8 +69,8 @@ def aggregate(
     """Returns confidence, variability and extremes; `nll_sum` maps each checkpoint to (N,) sums in
     nats.
 
-    Sums run over ascending checkpoints, example by example, so a table that was merged from parts
-    has the same bits.
+    Sums run over ascending checkpoints, example by example, so a merged table is bit-identical to
+    one made at once.
     """
     steps = sorted(nll_sum)
     assert steps, "confidence is a mean over at least one checkpoint"
@@ -83,15 +83,15 @@ def aggregate(
             np.minimum(minimum, values, out=minimum)
             np.maximum(maximum, values, out=maximum)
         mean = total / len(steps)
-        # a second pass: the difference of two large sums would lose a small deviation
+        # in two passes: the difference of two large sums would lose a small deviation
         for step in steps:
             squares += (perplexity(nll_sum[step], num_response_tokens) - mean) ** 2
         return Aggregate(-mean, np.sqrt(squares / len(steps)), minimum, maximum)
 
 
 def confidence_ranks(example_ids: pa.ChunkedArray, confidence: NDArray[np.float64]) -> pa.Array:
-    """Returns (N,) int64: 1 for the most confident, equal ones by ascending id, null where the
-    confidence is not finite."""
+    """Returns (N,) int64: 1 for the most confident, ties by ascending id, null if the confidence is
+    not finite."""
     is_finite = np.isfinite(confidence)
     ranked = pa.table(
         {"confidence": confidence[is_finite], "example_id": example_ids.filter(pa.array(is_finite))}

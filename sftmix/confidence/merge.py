@@ -1,5 +1,4 @@
-"""One score table made of several: of disjoint examples, or of the same examples under disjoint
-checkpoints."""
+"""Merge score tables: of disjoint examples, or of the same examples under disjoint checkpoints."""
 
 from __future__ import annotations
 
@@ -32,12 +31,12 @@ Sums = dict[int, NDArray[np.float64]]  # checkpoint -> (N,) nats
 
 
 def merge_scores(sources: Sequence[str], to: Path) -> ScoreSummary:
-    """Publishes the merged table as a folder with a manifest. Ranks and aggregates are computed
-    anew; all tables are held in memory.
+    """Publishes the merged table as a folder with a manifest. Ranks and aggregates are recomputed.
+    All tables are held in memory.
 
-    Disjoint examples need equal metadata (the data aside), equal examples the same mode and
-    fingerprints. Raises ArtifactError for anything else, with the reason, and ConfigError where
-    `to` exists.
+    Disjoint examples need equal metadata except for the data; equal examples need the same mode and
+    fingerprints. Raises ArtifactError for anything else, with the reason, and ConfigError if `to`
+    exists.
     """
     refuse_existing(to)
     if len(set(sources)) < max(2, len(sources)):
@@ -82,7 +81,7 @@ def _metadata_of_more_examples(tables: Sequence[ScoreTable]) -> ScoreMetadata:
         ("mode", "models", "checkpoints", "fingerprints", "versions", "commit"),
         "different examples",
     )
-    # it is of no data stage
+    # it belongs to no data stage
     fingerprints = {key: value for key, value in metadata[0].fingerprints.items() if key != "data"}
     return replace(
         metadata[0], dataset=_each_once(m.dataset for m in metadata), fingerprints=fingerprints
@@ -91,7 +90,7 @@ def _metadata_of_more_examples(tables: Sequence[ScoreTable]) -> ScoreMetadata:
 
 def _metadata_of_more_checkpoints(tables: Sequence[ScoreTable]) -> ScoreMetadata:
     metadata = [_metadata(table) for table in tables]
-    # The steps of two reference runs would stand beside each other as if they were one run's.
+    # The steps of two reference runs would look like those of one run.
     is_models = metadata[0].mode == "models"
     _refuse_differences(
         tables, ("mode", "fingerprints", *(() if is_models else ("models",))), "the same examples"
@@ -147,8 +146,8 @@ def _refuse_differences(tables: Sequence[ScoreTable], names: Sequence[str], what
 
 
 def _flat(metadata: ScoreMetadata, names: Sequence[str]) -> dict[str, Any]:
-    """Returns fields of the metadata, fingerprints one by one; without that of the data, which ids
-    and counts stand for."""
+    """Returns the metadata fields to compare, each fingerprint separately. The data fingerprint is
+    left out, because ids and counts are compared instead."""
     found = {
         name: value
         for name, value in asdict(metadata).items()

@@ -27,8 +27,8 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class ScoreMetadata:
-    """mode: checkpoints, live, online or models. models: what was scored with (path, revision,
-    architecture). checkpoints: steps of the reference run, or the models' numbers. fingerprints:
+    """mode: checkpoints, live, online or models. models: the models that scored (path, revision,
+    architecture). checkpoints: steps of the reference run, or indices of the models. fingerprints:
     tokenizer, template, mask_policy, max_length, dtype, data. dataset: names of the sources.
     versions, commit: of the packages and the code that scored."""
 
@@ -42,12 +42,12 @@ class ScoreMetadata:
     format: int = FORMAT
 
     def to_schema(self, schema: pa.Schema) -> pa.Schema:
-        """Returns the schema with this in its metadata."""
+        """Returns the schema with this object in its metadata."""
         return schema.with_metadata({KEY: json.dumps(asdict(self), default=str).encode()})
 
     @classmethod
     def of_file(cls, path: Path) -> ScoreMetadata | None:
-        """Returns what a Parquet file says of itself; None if it was not written by sftmix. Raises
+        """Reads the metadata of a Parquet file; None if sftmix did not write it. Raises
         ArtifactError."""
         content = (read_schema(path).metadata or {}).get(KEY)
         if content is None:

@@ -1,5 +1,4 @@
-"""Online scores: the token losses of a training run's own forwards, collected per example and
-epoch."""
+"""Online scores: token losses of the training forwards, collected per example and epoch."""
 
 from __future__ import annotations
 
@@ -13,10 +12,10 @@ from sftmix.loss.requests import LossResult
 
 
 class OnlineScores:
-    """Scores of a training run without a pass of their own.
+    """Scores of a training run without an additional pass.
 
-    The losses stay on the device and are summed over the ranks once per epoch. An example's score
-    is from the moment in the epoch at which it was seen, before the step that learnt from it.
+    The losses stay on the device and are summed over the ranks once per epoch. An example is scored
+    when the epoch reaches it, before the step that learns from it.
     """
 
     def __init__(self, ranks: Ranks, num_examples: int):
@@ -26,7 +25,7 @@ class OnlineScores:
         self.nll_sum: dict[int, NDArray[np.float64]] = {}  # last step of the epoch -> (N,) nats
 
     def add(self, batch: MicroBatch, loss: LossResult) -> None:
-        """Adds one micro-batch. Nothing waits for the device."""
+        """Adds one micro-batch, without synchronising with the device."""
         if batch.indices:
             indices = torch.tensor(batch.indices).to(self._sums.device, non_blocking=True)
             self._sums[0].index_add_(0, indices, batch.sum_by_example(loss.token_nll))
@@ -35,8 +34,8 @@ class OnlineScores:
             )
 
     def progress(self) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
-        """Returns what is collected so far, to be resumed from: see
-        `sftmix/train/checkpointing.py`. Collective: all ranks must call it."""
+        """Returns the state to resume from: see `sftmix/train/checkpointing.py`. Collective: all
+        ranks must call it."""
         sums = self._ranks.sum(self._sums.clone()).cpu().numpy()
         return {}, {
             "sums": sums,
@@ -46,8 +45,8 @@ class OnlineScores:
     def restore(
         self, step: int, numbers: list[dict[str, float]], arrays: dict[str, NDArray[np.float64]]
     ) -> None:
-        """Goes on from what `progress` returned. Each example is seen by one rank, so the sums are
-        the same on any number of ranks."""
+        """Restores what `progress` returned. One rank sees each example, so the sums do not depend
+        on the number of ranks."""
         self.nll_sum = {
             int(name[6:]): values for name, values in arrays.items() if name.startswith("epoch_")
         }

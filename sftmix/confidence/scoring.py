@@ -1,10 +1,10 @@
-"""Response losses of every example under one model, shared out over the ranks in units of work.
+"""Response losses of every example under one model; the ranks share the work in units.
 
-A unit is a fixed range of examples; inside it examples are sorted by length and cut into
-micro-batches. Neither depends on the number of ranks, so that the scores do not either. Where every
-rank holds the whole model a rank takes the next unit when it is free. Where ZeRO-3 shards the model
-every forward gathers weights from all ranks: they take units in turns and run the same number of
-forwards, empty ones where a rank has run out.
+A unit is a fixed range of examples; its examples are sorted by length and divided into
+micro-batches. Neither depends on the number of ranks, so the scores do not either. If every rank
+holds the whole model, a free rank takes the next unit. If ZeRO-3 shards the model, every forward
+gathers weights from all ranks: they take units in rounds and run the same number of forwards, empty
+ones if a rank has no more.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from sftmix.storage import faults
 @dataclass(frozen=True)
 class Scores:
     """One entry per example, in dataset order. nll_sum: nats over the response tokens, end-of-turn
-    tokens included. is_exact: would greedy decoding have written exactly this response, ended where
-    it ends."""
+    tokens included. is_exact: whether greedy decoding would produce exactly this response,
+    including its end."""
 
     nll_sum: NDArray[np.float64]
     num_response_tokens: NDArray[np.int64]
@@ -41,7 +41,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class WorkPlan:
-    """How a data set is cut into work. unit_examples: examples of a unit; micro_batch_tokens:
+    """How a data set is divided into work. unit_examples: examples per unit; micro_batch_tokens:
     padded tokens of a forward."""
 
     num_tokens: NDArray[np.int64]
@@ -99,8 +99,8 @@ def score_missing_units(
     units: list[int],
     **shown: Any,
 ) -> None:
-    """Scores `units`, the same list on all ranks, and publishes each as a shard when it is done.
-    Collective: all ranks must call it."""
+    """Scores `units` (the same list on all ranks) and publishes each as a shard when it is
+    complete. Collective: all ranks must call it."""
     score_units(engine, examples, plan, units, shards.write, **shown)
     engine.ranks.barrier()
 
@@ -147,15 +147,15 @@ def _score_piece(
 
 
 def _as_free(ranks: Ranks, units: list[int]) -> Iterator[tuple[int | None, int]]:
-    """Yields this rank's units: the next that nobody has taken, each time it comes back for one."""
+    """Yields units to this rank: each time the next one that no rank has taken."""
     take = ranks.counter()
     while (number := take()) < len(units):
         yield units[number], 0
 
 
 def _in_turns(ranks: Ranks, plan: WorkPlan, units: list[int]) -> Iterator[tuple[int | None, int]]:
-    """Yields this rank's unit of every turn, or None, and the number of forwards that all ranks run
-    in it."""
+    """Yields this rank's unit in every round, or None, and the number of forwards that all ranks
+    run in that round."""
     for start in range(0, len(units), ranks.world_size):
         turn = units[start : start + ranks.world_size]
         num_forwards = max(len(plan.micro_batches(unit)) for unit in turn)
@@ -179,8 +179,7 @@ def cut_by_length(
 
 
 class _Progress:
-    """Examples/s, tokens/s and the time left, of all ranks as far as rank 0 can tell: by units of
-    its own."""
+    """Examples/s, tokens/s and time left of all ranks, estimated by rank 0 from its own units."""
 
     def __init__(self, ranks: Ranks, plan: WorkPlan, units: list[int], title: str):
         self._plan, self._is_main, self._title = plan, ranks.is_main, title
@@ -202,7 +201,7 @@ class _Progress:
         now = time.perf_counter()
         seconds = max(now - self._start, 1e-9)
         done = min(self._total, self._examples * self._num_ranks)
-        tokens = self._tokens * done / self._examples  # of as many examples as are counted as done
+        tokens = self._tokens * done / self._examples  # of the examples counted as done
         rates = f"{done / seconds:,.0f} examples/s {tokens / seconds:,.0f} tok/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, info=rates)

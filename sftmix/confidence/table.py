@@ -1,4 +1,5 @@
-"""The score tables as an artifact: written once, read by any run, refused where they do not fit.
+"""The score tables as an artifact: written once, read by any run, refused if they do not match its
+data.
 
     perplexity.parquet   one row per checkpoint and example, in the order of checkpoints and data
     confidence.parquet   one row per example, in the data's order
@@ -53,8 +54,8 @@ MEANING = "minus the perplexity of a response; -1 is the highest possible"
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """mean_confidence: over the finite ones, NaN for none. not_finite: the first 20 ids; all are in
-    not_finite.jsonl."""
+    """mean_confidence: over the finite ones, NaN for none. not_finite: the first 20 ids;
+    not_finite.jsonl has all."""
 
     num_examples: int
     num_checkpoints: int
@@ -63,7 +64,7 @@ class ScoreSummary:
     not_finite: list[str]
 
     def lines(self) -> list[str]:
-        """Returns what is shown on screen."""
+        """Returns lines for the screen."""
         sizes = (
             f"{counted(self.num_examples, 'example')},"
             f" {counted(self.num_checkpoints, 'checkpoint')}"
@@ -100,7 +101,7 @@ def write_scores(
     assert (num_response_tokens > 0).all() and pc.count_distinct(ids).as_py() == num_examples, (
         "ids are unique, responses not empty"
     )
-    # Ids do not repeat inside a row group: a dictionary of them would only cost.
+    # Ids do not repeat within a row group, so dictionary encoding would not help.
     written: dict[str, Any] = {
         "compression": "zstd",
         "use_dictionary": ["checkpoint"],
@@ -151,8 +152,8 @@ def _not_finite(
     num_response_tokens: NDArray[np.int64],
     nll_sum: Mapping[int, NDArray[np.float64]],
 ) -> Iterator[dict[str, Any]]:
-    """Yields a line for every infinite or NaN perplexity. Where only the sum over the checkpoints
-    exceeds float64: no checkpoint."""
+    """Yields a line for every infinite or NaN perplexity. If only the sum over the checkpoints
+    overflows float64, the line names no checkpoint."""
     values = {
         step: perplexity(nll_sum[step][rows], num_response_tokens[rows]) for step in sorted(nll_sum)
     }
@@ -170,9 +171,9 @@ def _not_finite(
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """A table that was found; its columns are read when asked for. source: as the user named it.
-    path: of the file with one row per example. metadata: None for a table from elsewhere. column:
-    what is taken for the confidence."""
+    """An opened table; columns are read on first use. source: the name that the user gave. path:
+    the file with one row per example. metadata: None for a table that sftmix did not make. column:
+    the column used as confidence."""
 
     source: str
     path: Path
@@ -182,8 +183,7 @@ class ScoreTable:
 
     @cached_property
     def example_ids(self) -> pa.ChunkedArray:
-        """(N,) strings. Raises ArtifactError for a row without one, and for an id that stands
-        twice."""
+        """(N,) strings. Raises ArtifactError for a missing or duplicate id."""
         ids = read_column(self.path, "example_id", pa.string())
         if ids.null_count:
             rows = counted(ids.null_count, "row has", "rows have")
@@ -204,13 +204,13 @@ class ScoreTable:
 
     @cached_property
     def values(self) -> NDArray[np.float64]:
-        """(N,) float64: the confidence, or the column that stands for it; NaN where it is null."""
+        """(N,) float64: the confidence, or the column used instead; NaN for null."""
         return as_floats(read_column(self.path, self.column, pa.float64()))
 
     @cached_property
     def confidence(self) -> pa.Table:
-        """The columns of CONFIDENCE_SCHEMA. Where another column stands for the confidence, the
-        rank is its own, and what is not known is null."""
+        """The columns of CONFIDENCE_SCHEMA. If another column is used as confidence, the rank
+        follows that column, and unknown columns are null."""
         is_ours = self.metadata is not None and self.column == "confidence"
         has = set(read_schema(self.path).names) if self.column == "confidence" else set()
         columns: dict[str, Any] = {"example_id": self.example_ids, "confidence": self.values}
@@ -235,8 +235,8 @@ class ScoreTable:
 
     @cached_property
     def perplexity_path(self) -> Path:
-        """Where the other file is, with one row per checkpoint and example. Raises ArtifactError
-        where it does not belong to this one."""
+        """The path of the other file, with one row per checkpoint and example. Raises ArtifactError
+        if it does not belong to this table."""
         path = locate(self.source, self.revision, PERPLEXITY)
         metadata = ScoreMetadata.of_file(path)
         if metadata is None or metadata != self.metadata:
@@ -264,9 +264,8 @@ def read_scores(
     """Returns the table of a folder, of a Hub dataset (at `revision`), or of a Parquet file. A
     manifest in the folder is verified.
 
-    `column` is taken for the confidence (higher is more confident); it must be named for a table
-    without sftmix metadata. Raises ArtifactError for a table that is not there, damaged, or of
-    another make.
+    `column` is used as confidence (higher is more confident); a table without sftmix metadata needs
+    it. Raises ArtifactError for a missing, damaged or unknown table.
     """
     if revision is not None and Path(source).exists():
         raise ArtifactError(
@@ -297,14 +296,14 @@ def fit_scores(
 ) -> NDArray[np.int64]:
     """Returns the row of the table for each example, (N,) int64, in the order of `example_ids`.
 
-    fingerprints: of the data, as in ScoreMetadata; `data` itself is not compared, its ids are. A
-    table without metadata cannot be compared; that is printed. Raises ArtifactError for other
-    fingerprints that are not in `allow_differences`, for missing or surplus ids, and for
-    confidences that are not finite unless allowed. `report_to` takes all ids of which a message
-    names 20.
+    fingerprints: of the data, as in ScoreMetadata; `data` itself is not compared, its ids are. For
+    a table without metadata a message says that fingerprints cannot be compared. Raises
+    ArtifactError for other fingerprints that are not in `allow_differences`, for missing or surplus
+    ids, and for confidences that are not finite unless allowed. `report_to`: file for all ids; a
+    message names 20.
     """
     if report_to is not None:
-        report_to.unlink(missing_ok=True)  # of an earlier attempt
+        report_to.unlink(missing_ok=True)  # left by an earlier attempt
     if table.metadata is None:
         print(
             f"  {table.source} has no sftmix metadata: only its ids are compared with the data, not"
@@ -354,8 +353,8 @@ def match_rows(
     *,
     report_to: Path | None = None,
 ) -> NDArray[np.int64]:
-    """Returns the row of each id, (N,) int64. Raises ArtifactError for ids that the table lacks or
-    adds."""
+    """Returns the row of each id, (N,) int64. Raises ArtifactError for missing or additional
+    ids."""
     wanted, ids = string_column(example_ids), table.example_ids
     rows: NDArray[np.int64] = (
         pc.index_in(wanted, value_set=ids).fill_null(-1).to_numpy().astype(np.int64)
@@ -409,9 +408,9 @@ def read_confidence(
     path: Path, example_ids: pa.ChunkedArray, column: str = "confidence"
 ) -> NDArray[np.float64]:
     """Returns a column (N,) of a table of this run, in the order of `example_ids`; infinite and NaN
-    values as they are.
+    values unchanged.
 
-    Raises ArtifactError where the table lacks or adds an example, or cannot be read.
+    Raises ArtifactError for missing or additional examples, or a table that cannot be read.
     """
     table = read_scores(path, column=column)
     return table.values[match_rows(table, example_ids)]

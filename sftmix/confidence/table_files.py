@@ -1,5 +1,4 @@
-"""The files of a score table: where they are, and their columns, checked as they are read. Knows
-nothing of what they mean."""
+"""The files of a score table: their paths, and their columns, which are validated on reading."""
 
 from __future__ import annotations
 
@@ -13,14 +12,14 @@ from sftmix.errors import ArtifactError, ConfigError
 from sftmix.storage.files import looks_local
 
 PERPLEXITY, CONFIDENCE, NOT_FINITE = "perplexity.parquet", "confidence.parquet", "not_finite.jsonl"
-# a few MiB: what is held in memory beside the sums while a table is written
+# a few MiB in memory, beside the sums, while a table is written
 ROWS_PER_GROUP = 1 << 17
-UNREADABLE = (pa.ArrowException, OSError)  # a file that is cut off, damaged, or no Parquet
+UNREADABLE = (pa.ArrowException, OSError)  # a truncated or damaged file, or not Parquet
 
 
 def locate(source: str, revision: str | None, name: str) -> Path:
-    """Returns the path of one of the two files of a table. Raises ArtifactError where it is not
-    there."""
+    """Returns the path of one of the two files of a table. Raises ArtifactError if it is
+    missing."""
     path = Path(source)
     if path.is_file():
         if name != CONFIDENCE:
@@ -47,15 +46,14 @@ def locate(source: str, revision: str | None, name: str) -> Path:
 
 
 def refuse_existing(to: Path) -> None:
-    """Raises ConfigError for a target of `--to` that exists: nothing of a user's is ever
-    replaced."""
+    """Raises ConfigError for a target of `--to` that exists: a user's files are never replaced."""
     if to.exists():
         raise ConfigError(f"--to: {to} exists. Name a new folder.")
 
 
 def download(name: str, revision: str | None, file: str) -> Path:
-    """Returns a local folder with one file of a dataset repository on the Hub, if it is there.
-    Nothing is unpickled or run."""
+    """Downloads one file of a dataset repository on the Hub, if it exists, and returns its folder.
+    Nothing is unpickled or executed."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -65,7 +63,7 @@ def download(name: str, revision: str | None, file: str) -> Path:
     except (
         OSError,
         ValueError,
-    ) as error:  # the Hub's own errors, no connection; a name that cannot be one
+    ) as error:  # errors of the Hub, no connection, an invalid name
         raise ArtifactError(
             f"{name} is not a local folder, and the Hub does not give a dataset of this name"
             f"{f' at revision {revision}' if revision else ''} ({type(error).__name__}). "
@@ -112,14 +110,14 @@ def read_column(path: Path, name: str, kind: pa.DataType) -> pa.ChunkedArray:
         column.validate(full=True)  # text that is not UTF-8
     except UNREADABLE as error:
         raise unreadable(path, error) from None
-    # the header of a page is in no checksum, and what is not known as a page is passed over
+    # checksums do not cover page headers, and unknown pages are skipped
     if len(column) != num_rows:
         raise unreadable(path, f"{len(column)} of {num_rows} rows are in the column {name!r}.")
     return column
 
 
 def unreadable(path: Path, error: Exception | str) -> ArtifactError:
-    """Returns the error of a file whose content cannot be trusted."""
+    """Returns the error for a damaged file."""
     return ArtifactError(
         f"{path}: cannot be read as Parquet: {' '.join(str(error).split())} Get the table again."
     )

@@ -1,9 +1,9 @@
 """Partial scores: one atomically written file per work unit, so scoring can resume.
 
-A unit is a fixed range of examples under one checkpoint, whatever the number of ranks. Its scores
-are written to a temporary file, flushed, renamed, and then recorded in a manifest with size and
-SHA-256, written the same way. A shard without a manifest that fits does not exist: after a kill at
-any point, what is missing is scored again and nothing else.
+A unit is a fixed range of examples under one checkpoint, for any number of ranks. Its scores are
+written to a temporary file, flushed, renamed, and then recorded in a manifest with size and
+SHA-256, written the same way. A shard without a matching manifest is ignored. After a kill at any
+point only the missing units are scored again.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ SCHEMA = pa.schema([("nll_sum", pa.float64()), ("num_misses", pa.int64())])
 @dataclass(frozen=True)
 class UnitScores:
     """Of the examples of one unit, in dataset order. nll_sum: (n,) float64, nats over the response
-    tokens. num_misses: (n,) int64, response tokens that greedy decoding would have chosen
-    otherwise."""
+    tokens. num_misses: (n,) int64, response tokens that greedy decoding would not choose."""
 
     nll_sum: NDArray[np.float64]
     num_misses: NDArray[np.int64]
@@ -39,8 +38,8 @@ class UnitScores:
 
 @dataclass(frozen=True)
 class UnitFolder:
-    """The shards of one checkpoint. fingerprint: of all that the scores depend on; shards with
-    another are not ours."""
+    """The shards of one checkpoint. fingerprint: hash of everything that the scores depend on;
+    shards with another one are ignored."""
 
     folder: Path
     fingerprint: str
@@ -55,7 +54,8 @@ class UnitFolder:
     def write(self, unit: int, scores: UnitScores) -> None:
         """Publishes one unit's scores."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Named by process: a straggler of an earlier attempt must not write into the same file.
+        # Named by process, because a straggler of an earlier attempt must not write into the same
+        # file.
         temporary = self.folder / f".unit_{unit:06d}.{socket.gethostname()}.{os.getpid()}.tmp"
         faults.point("shard.write")
         table = pa.table([pa.array(scores.nll_sum), pa.array(scores.num_misses)], schema=SCHEMA)
@@ -78,7 +78,7 @@ class UnitFolder:
         faults.point("shard.done")
 
     def problem(self, unit: int, num_examples: int) -> str | None:
-        """Returns why a unit must be scored (again), or None if its shard is there and whole."""
+        """Returns why a unit must be scored (again), or None if its shard is complete."""
         manifest = self._read_manifest(unit)
         if manifest is None:
             return "not scored yet"
@@ -104,8 +104,8 @@ class UnitFolder:
         return content if isinstance(content, dict) else None
 
     def pending(self, sizes: list[int]) -> list[int]:
-        """Returns the units that must be scored, of which `sizes` are the numbers of examples. What
-        is damaged is set aside under another name and said."""
+        """Returns the units that must be scored. sizes: number of examples of each unit. Damaged
+        shards are renamed and reported."""
         units = []
         for unit, size in enumerate(sizes):
             problem = self.problem(unit, size)

@@ -1,2 +1,1 @@
-"""The config: its schema, how a YAML file is read, how its mistakes are worded, and the DeepSpeed
-config made from it."""
+"""The config: schema, YAML reader, wording of errors, and the DeepSpeed config made from it."""

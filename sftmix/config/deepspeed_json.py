@@ -1,7 +1,7 @@
-"""The DeepSpeed config of a run: a JSON file that the field's people know, completed from the YAML.
+"""The DeepSpeed config of a run: the user's DeepSpeed JSON, completed from the YAML.
 
-DeepSpeed takes unknown top-level keys silently (`zero_optimisation` runs stage 0), so they are
-refused here; and a value that contradicts the YAML is refused with both values named.
+DeepSpeed ignores unknown top-level keys silently (`zero_optimisation` runs stage 0), so they are
+refused here. A value that contradicts the YAML is refused too; the error names both values.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KNOWN_KEYS = frozenset(
     """.split()
 )
 
-# Decided by the YAML or by what follows from it; the JSON may leave them out or say "auto".
+# Decided by the YAML. The JSON may omit them or say "auto".
 OWNED_BY_SFTMIX = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_tokens",
@@ -47,8 +47,8 @@ OWNED_BY_SFTMIX = {
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
     """Returns the content of a file, or of one of the package (`deepspeed/zero3.json`).
 
-    Raises ConfigError where it is missing, no JSON object, or has a duplicate or unknown top-level
-    key."""
+    Raises ConfigError if it is missing, is not a JSON object, or has a duplicate or unknown
+    top-level key."""
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
@@ -85,7 +85,7 @@ def deepspeed_config(
     """Returns the complete config for `deepspeed.initialize`.
 
     precision: "bf16", "fp16" or "fp32", already resolved. The batch sizes are nominal: the batch
-    plan decides how many micro-batches a step has, and the engine scales the loss itself.
+    plan decides the number of micro-batches per step, and the engine scales the loss itself.
     """
     path = config.engine.deepspeed
     content = read_deepspeed_json(path) if path else {}
@@ -127,9 +127,9 @@ def deepspeed_config(
             f"engine.precision ({precision})",
         )
 
-    # Gradients of the micro-batches are summed in float32 whatever the weights' dtype.
+    # Gradients of the micro-batches are summed in float32 for any dtype of the weights.
     _section(content, "data_types", where).setdefault("grad_accum_dtype", "fp32")
-    content.setdefault("steps_per_print", 2**62)  # progress is shown by runlog, not by DeepSpeed
+    content.setdefault("steps_per_print", 2**62)  # sftmix shows the progress itself
     content["train_micro_batch_size_per_gpu"] = 1
     content["gradient_accumulation_steps"] = 1
     content["train_batch_size"] = world_size

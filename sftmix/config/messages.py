@@ -1,4 +1,4 @@
-"""The wording of mistakes in a config: where, what was found, what to do."""
+"""The wording of config errors: where, what was found, what to do."""
 
 from __future__ import annotations
 

@@ -25,12 +25,12 @@ RUN_CONFIG = "config.yaml"  # in a run folder: the resolved config of what it ho
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which knows no Python types, with numbers such as 2e-6, which YAML 1.1 takes
-    for text."""
+    """The safe loader, which has no Python types, extended by numbers such as 2e-6, which YAML 1.1
+    reads as text."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Its counterpart, which quotes text that looks like such a number."""
+    """The matching dumper, which quotes text that looks like such a number."""
 
 
 for _side in (_Loader, _Dumper):
@@ -45,9 +45,8 @@ def load_config(
     path: str | Path, overrides: Sequence[str] = (), *, values: Mapping[str, Any] | None = None
 ) -> Config:
     """Returns the checked config of a YAML file merged over its bases, with `key.sub=value`
-    overrides applied on top. path: of the file, of a run folder, whose own config counts then, or
-    the name of a config of the package. values: what a command sets by itself, by dotted key, after
-    the overrides.
+    overrides applied on top. path: a file, a run folder (whose own config is read), or the name of
+    a config of the package. values: set by the command itself, by dotted key, after the overrides.
 
     Raises ConfigError for a missing file, YAML that does not parse, bases that name each other, a
     duplicate or unknown key, a wrong type or value, and settings that contradict each other.
@@ -57,7 +56,7 @@ def load_config(
     path = folder / RUN_CONFIG if is_run_folder else find_config(path)
     raw, places = _read_with_bases(path)
     if is_run_folder:
-        raw["run"] = {**raw.get("run", {}), "dir": str(folder)}  # it may have been moved
+        raw["run"] = {**raw.get("run", {}), "dir": str(folder)}  # the folder may have moved
     for override in overrides:
         _apply_override(raw, places, override)
     for name, value in (values or {}).items():
@@ -66,7 +65,7 @@ def load_config(
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        # What `reference.train` inherits from `train` is reported where it stands.
+        # An error in what `reference.train` inherits is reported at its line under `train`.
         inherited = {
             ("train", *d["loc"][2:])
             for d in error.errors()
@@ -102,8 +101,8 @@ def _read_with_bases(path: Path) -> tuple[dict[str, Any], Locations]:
 def _layers(
     path: Path, chain: tuple[Path, ...], seen: set[Path]
 ) -> list[tuple[dict[str, Any], Locations]]:
-    """Returns the content of a file after that of its bases; a file that several name comes once,
-    where it is named first."""
+    """Returns the content of a file after that of its bases; a file that several files name is
+    merged once, at its first mention."""
     raw, places = _read_yaml(path)
     base, place = raw.pop("base", []), places.get(("base",), "")
     names = [base] if isinstance(base, str) else base
@@ -151,8 +150,8 @@ def _lay_over(
     above_places: Locations,
     prefix: KeyPath,
 ) -> None:
-    """Changes `below` and its places: mappings merge key by key, anything else replaces, null takes
-    away what is below."""
+    """Merges into `below` and its places: mappings merge key by key, other values replace, null
+    removes."""
     for name, value in above.items():
         key = (*prefix, name)
         if isinstance(value, dict):
@@ -164,7 +163,7 @@ def _lay_over(
             _lay_over(below[name], places, value, above_places, key)
             continue
         _forget(places, key)
-        # in there, null is a value of transformers
+        # inside it, null is a value for transformers
         if value is None and name in below and "architecture" not in prefix:
             del below[name]
             continue
@@ -194,7 +193,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Locations]:
         ValueError,
         RecursionError,
         OSError,
-    ) as error:  # ValueError: no UTF-8, no date, too many digits
+    ) as error:  # ValueError: not UTF-8, an invalid date, too many digits
         text = " ".join(str(error).split()).replace('"<unicode string>"', str(path))
         raise ConfigError(f"{path}: not valid YAML: {text}") from None
     if not isinstance(raw, dict) or node is None:
@@ -244,7 +243,7 @@ def _apply_override(raw: dict[str, Any], places: Locations, override: str) -> No
 
 
 def _set(raw: dict[str, Any], places: Locations, name: str, value: Any, place: str) -> None:
-    """Sets a dotted key. place: what an error about it names."""
+    """Sets a dotted key. place: the location for errors."""
     keys = name.split(".")
     section = raw
     for depth, key in enumerate(keys[:-1]):
@@ -256,8 +255,8 @@ def _set(raw: dict[str, Any], places: Locations, name: str, value: Any, place: s
             section[key] = {}
         section = section[key]
     section[keys[-1]] = value
-    _forget(places, tuple(keys))  # what the file says there is replaced
-    for depth in range(len(keys)):  # an error inside the value is this one's, not the file's
+    _forget(places, tuple(keys))  # replaces the value of the file
+    for depth in range(len(keys)):  # errors in the value belong to the override
         places.setdefault(tuple(keys[: depth + 1]), place)
     places[tuple(keys)] = place
 

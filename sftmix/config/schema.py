@@ -1,4 +1,4 @@
-"""The one schema. A run is described by one YAML file, checked here before anything is started.
+"""The one schema. One YAML file describes a run. It is validated here before anything starts.
 
 Every field is named, typed and described below; an unknown key is refused. `sftmix run CONFIG
 key=value` overrides single fields by their dotted name. Reading the file is in
@@ -343,7 +343,7 @@ class ConfidenceConfig(Section):
 
     @property
     def modes(self) -> list[ScoreMode]:
-        """Returns the modes that are scored, the one that counts first."""
+        """Returns the modes to score, beginning with the one that the split uses."""
         return [self.mode, *self.compare] if self.has_reference else []
 
 
@@ -551,5 +551,5 @@ class Config(Section):
 
     @property
     def tokenizer_source(self) -> str | None:
-        """Folder or Hub name of a ready tokenizer; None where one is trained."""
+        """Folder or Hub name of a tokenizer; None if one is trained."""
         return None if self.tokenizer.train else self.tokenizer.path or self.model.path

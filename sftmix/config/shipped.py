@@ -1,15 +1,15 @@
-"""The configs that come with the package. They are known by name, and work from any folder."""
+"""The configs of the package. Users name them from any folder."""
 
 from __future__ import annotations
 
 import difflib
 from pathlib import Path
 
-CONFIGS = (Path(__file__).parent / "files").resolve()  # a link to configs/; in a wheel a folder
+CONFIGS = (Path(__file__).parent / "files").resolve()  # a link in a checkout, a folder in a wheel
 
 
 def packaged(name: str | Path) -> Path | None:
-    """Returns the file of the package that a name stands for, None where there is none.
+    """Returns the file of the package with this name; None if there is none.
 
     A name is a path below configs/; `configs/` itself and `.yaml` may be left out."""
     parts = Path(name).parts
@@ -20,16 +20,16 @@ def packaged(name: str | Path) -> Path | None:
 
 
 def find_config(name: str | Path) -> Path:
-    """Returns the file that a path or a name stands for: one that is there, else the package's.
+    """Resolves a path or a name: an existing file, else a file of the package.
 
-    Returns the path as given where there is neither."""
+    Returns the path unchanged if there is neither."""
     path = Path(name)
     own = next((file for file in (path, Path(f"{path}.yaml")) if file.is_file()), None)
     return own or packaged(name) or path
 
 
 def describe_configs() -> dict[str, str]:
-    """Returns the first line of comment of every YAML file of the package, by name."""
+    """Returns the first comment line of every YAML file of the package, by name."""
     described = {}
     for file in CONFIGS.rglob("*.yaml"):
         first = file.read_text(encoding="utf-8").partition("\n")[0]
@@ -38,7 +38,7 @@ def describe_configs() -> dict[str, str]:
 
 
 def nearest_config(path: Path) -> str:
-    """Returns a question with the config whose name is nearest to `path`, or what else to do."""
+    """Returns a suggestion: the config with the most similar name, or what else to do."""
     known = {name.rpartition("/")[2]: name for name in describe_configs()}
     known |= {other.name.removesuffix(".yaml"): str(other) for other in path.parent.glob("*.yaml")}
     near = difflib.get_close_matches(path.name.removesuffix(".yaml"), known, n=1)
