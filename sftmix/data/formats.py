@@ -7,8 +7,8 @@
     messages   messages: [{role, content}, ...]                 (OpenAI)
     sharegpt   conversations: [{from, value}, ...]
 
-The format is detected from the columns of a source's first row, or named in the config, where
-`columns` maps a field of the format to the column of the file.
+The format is detected from the columns of a source's first row, or set in the config; `columns`
+maps a field of the format to a column of the file.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Message = dict[str, str]
 @dataclass(frozen=True)
 class Example:
     """One conversation. example_id: hash of the messages, stable over files, order and versions; a
-    second example of the same content has `-2` behind it. place: where it was read. group: optional
-    label (a skill, a topic) by which evaluation reports."""
+    second example with the same content gets the suffix `-2`. place: file and line. group: optional
+    label (a skill, a topic) for evaluation by group."""
 
     example_id: str
     messages: tuple[Message, ...]
@@ -41,7 +41,7 @@ class Example:
 
 
 class BadRow(ValueError):
-    """A row that does not have the fields its format needs."""
+    """A row without the fields that its format needs."""
 
 
 def content_hash(messages: tuple[Message, ...]) -> str:
@@ -70,7 +70,7 @@ def detect_format(row: dict[str, Any], place: str, columns: dict[str, str]) -> s
 def to_messages(
     row: dict[str, Any], format_name: str, columns: dict[str, str]
 ) -> tuple[tuple[Message, ...], str | None]:
-    """Returns the messages and the group of a row. Raises BadRow with what is wrong."""
+    """Returns the messages and the group of a row. Raises BadRow with the reason."""
     required, optional, convert = FORMATS[format_name]
     fields: dict[str, Any] = {}
     for field in (*required, *optional, "group"):

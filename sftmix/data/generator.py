@@ -1,8 +1,8 @@
-"""The embedded default: instruction data of our own, made from a seed.
+"""The built-in data set: generated instruction data, from a seed.
 
-Six skills of different difficulty, part of the training answers wrong on purpose, so that
-confidence has something to find. Held-out examples are never noisy, and none of their prompts is in
-the training part.
+Six skills of different difficulty. Some training answers are wrong on purpose, so that confidence
+has something to find. Held-out examples are never wrong, and none of their prompts is in the
+training part.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def generate(
         skill, prompt, answer = draw()
         if rng.random() < settings.noisy_share:
             wrong = answer
-            # an answer of the same skill to another prompt: wrong, but of the right kind
+            # the answer to another prompt of the same skill: plausible, but wrong
             while wrong == answer:
                 wrong = SKILLS[skill](rng)[1]
             example = _example(skill, prompt, wrong, f"generated:train {number}")

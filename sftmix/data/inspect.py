@@ -23,8 +23,8 @@ def inspect(config: Config, *, num_examples: int) -> None:
     """Prints the counts of the data stage, the share of truncated examples, and examples token by
     token.
 
-    Runs the data stage into a temporary folder, so nothing of the run folder is touched. Raises
-    what it raises.
+    Runs the data stage in a temporary folder, so the run folder is not changed. Raises what the
+    data stage raises.
     """
     from rich.console import Console
 

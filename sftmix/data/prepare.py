@@ -1,10 +1,10 @@
-"""The data stage: every example read, checked, encoded and accounted for.
+"""The data stage: read, check, encode and count every example.
 
 Writes into its folder
 
     train.arrow, held_out.arrow   one row per example: ids, tokens, response mask, messages
     tokenizer/                    the tokenizer with the chat template of the run
-    dropped.jsonl, truncated.jsonl   example_id, place and reason of what is not there whole
+    dropped.jsonl, truncated.jsonl   example_id, place and reason of what is missing or cut
     summary.json                  the counts, as printed
 
 Every example that was read is in exactly one of: train, held out, dropped, left out by
@@ -57,7 +57,7 @@ SCHEMA = pa.schema(
         ("num_tokens", pa.int32()),
         ("num_response_tokens", pa.int32()),
         ("is_truncated", pa.bool_()),
-        ("is_noisy", pa.bool_()),  # known for generated data only
+        ("is_noisy", pa.bool_()),  # only for generated data
         ("group", pa.string()),
         ("place", pa.string()),
         ("messages", pa.string()),  # JSON
@@ -82,7 +82,7 @@ class Summary:
     dropped: Counter[str] = field(default_factory=Counter)
 
     def lines(self) -> list[str]:
-        """Returns what is shown on screen, once."""
+        """Returns the summary for the screen."""
         shares = (
             f"{self.num_response_tokens / max(1, self.num_tokens):.0%} of {self.num_tokens:,}"
             " training tokens carry loss"
@@ -121,10 +121,9 @@ def data_settings(config: Config) -> dict[str, Any]:
 
 def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]:
     """Runs the data stage into `folder`. Returns the counts, a hash of the encoded content, and the
-    fingerprints that go with scores of these examples.
+    fingerprints that scores of these examples carry.
 
-    Raises DataError for bad rows (all of them listed), a template that does not fit, or too little
-    data.
+    Raises DataError for bad rows (all of them listed), an unsuitable template, or too little data.
     """
     summary = Summary()
     train, held_out, noisy = _read(config, summary)
@@ -145,7 +144,7 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
             train, held_out = _limit(train, held_out, config, summary)
         tokenizer = _tokenizer(config, train, folder)
         encoder = ChatEncoder(tokenizer)
-        # The tokenizer and its template too: they go into every exported model.
+        # Includes the tokenizer and its template, because every exported model contains them.
         vocabulary = tokenizer.backend_tokenizer.to_str()
         identity = hashlib.sha256((tokenizer.chat_template + vocabulary).encode())
         fingerprints = {
@@ -198,8 +197,8 @@ def _read(config: Config, summary: Summary) -> tuple[list[Example], list[Example
             examples[position] = replace(
                 example, example_id=f"{example.example_id}-{times[example.example_id]}"
             )
-    # By a hash of content, so that an example's part does not depend on the others, and copies are
-    # never in both.
+    # By a hash of the content, so that the choice does not depend on other examples, and copies are
+    # never on both sides.
     share = config.data.held_out_share
     draw = {e.content_id: _uniform(config.run.seed, "held-out", e.content_id) for e in examples}
     threshold = (
@@ -231,8 +230,8 @@ def _read_source(source: DataSource, bad: readers.BadRows, summary: Summary) -> 
 def _weighted(
     source: DataSource, examples: list[Example], config: Config, summary: Summary
 ) -> list[Example]:
-    """Returns the examples `weight` times: whole copies, and a seeded draw for the fraction that is
-    left."""
+    """Returns the examples `weight` times: whole copies, and a seeded draw for the remaining
+    fraction."""
     whole, fraction = divmod(source.weight, 1)
     count = round(fraction * len(examples))
     by_draw = sorted(

@@ -1,8 +1,8 @@
-"""Rows of files, each with its place (`file:line`), checked one by one.
+"""Read rows of files, each with its place (`file:line`), and check them one by one.
 
-JSON and CSV are parsed here and not by `datasets`, which takes missing keys, nulls, mixed types and
-two objects on a line silently and names no line in its errors. Parquet, saved datasets and the
-Hub, which carry a schema, are read with `datasets`.
+JSON and CSV are parsed here instead of by `datasets`, which silently accepts missing keys, nulls,
+mixed types and two objects on a line, and whose errors name no line. Parquet, saved datasets and
+the Hub, which carry a schema, are read with `datasets`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Row = dict[str, Any]
 COMPRESSED = (".gz", ".xz", ".zst")
 TEXT_FORMATS = (".json", ".jsonl", ".csv")
 MAX_LISTED = 20  # bad rows in one message
-# a file that is cut off, damaged, or of another kind
+# a truncated or damaged file, or another format
 UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
 
 class BadRows:
-    """Collects what is wrong with single rows, so that one run of a checker shows all of it."""
+    """Collects the problems of single rows, so that one error reports all of them."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -108,7 +108,7 @@ def check_source(source: DataSource) -> None:
 
 
 def _kind(path: Path) -> str:
-    """Returns the ending that says how a file is written, compression aside."""
+    """Returns the suffix that names the format of a file, without that of the compression."""
     endings = [s for s in path.suffixes if s not in COMPRESSED]
     kind = endings[-1] if endings else ""
     if kind not in (*TEXT_FORMATS, ".parquet"):
@@ -127,8 +127,8 @@ def _open(path: Path) -> IO[bytes]:
     if path.suffix == ".zst":
         import pyarrow
 
-        # Not the package zstandard: it takes the end of a file that was cut off for the end of its
-        # content.
+        # Does not use the package zstandard, which takes the end of a truncated file for the end of
+        # its content.
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
     return path.open("rb")
 
@@ -183,7 +183,7 @@ def _parse(line: bytes, place: str, bad: BadRows) -> Row | None:
 
 
 def _read_json_array(path: Path, content: bytes, bad: BadRows) -> Iterator[tuple[str, Row]]:
-    """Decodes element by element, to know the line of each."""
+    """Decodes element by element, to find the line of each."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

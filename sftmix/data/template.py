@@ -1,10 +1,9 @@
 """Chat templates, and the response mask: which tokens carry loss.
 
-Loss is on every assistant turn, its end-of-turn token included, and on nothing else. Stock
-templates mark no generated part, so it is derived: the conversation is rendered whole, and once
-more up to each assistant turn, and each of these prefixes must really be one. What the template
-writes after the end-of-turn token (a newline, in ChatML) is not the assistant's and carries no
-loss.
+The loss covers every assistant turn with its end-of-turn token, and nothing else. Most templates do
+not mark the generated part, so it is derived: the conversation is rendered as a whole, and again up
+to each assistant turn; each of these texts must be a prefix of the whole. What the template writes
+after the end-of-turn token (a newline, in ChatML) carries no loss.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from sftmix.errors import ConfigError, DataError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# part of the data's fingerprint: raise it when masks change
+# part of the data fingerprint: increase it when masks change
 MASK_POLICY = "assistant-turns-with-end-of-turn/1"
 
-# The default for base models, which have no template: plain text in the manner of Alpaca, ended by
-# the tokenizer's end-of-sequence token, so that no token has to be added to the vocabulary.
+# The default for base models, which have no template: plain text in Alpaca's style, ended by the
+# tokenizer's end-of-sequence token, so that the vocabulary needs no new token.
 ALPACA = (
     "{{- bos_token or '' -}}{%- for message in messages -%}{%- if message['role'] == 'system' -%}{{"
     " message['content'] + '\\n\\n' }}{%- elif message['role'] == 'user' -%}{{ '###"
@@ -61,7 +60,7 @@ def choose_template(named: str | None, own: str | None) -> str:
 
     try:
         text = path.read_text(encoding="utf-8")
-        # Compiled, not only parsed: else an unknown filter shows only when the data is rendered.
+        # Compile it, because parsing alone does not find an unknown filter.
         Environment(extensions=["jinja2.ext.loopcontrols"]).compile(
             text.replace("{% generation %}", "").replace("{% endgeneration %}", "")
         )
@@ -79,8 +78,8 @@ def choose_template(named: str | None, own: str | None) -> str:
 
 @contextlib.contextmanager
 def rendering(where: str) -> Iterator[None]:
-    """Turns whatever a chat template raises, which is a program, into a DataError that names the
-    place in the data."""
+    """Turns any error of a chat template, which is a program, into a DataError that names the place
+    in the data."""
     from jinja2 import TemplateError
 
     try:
@@ -125,8 +124,8 @@ class ChatEncoder:
         """Returns, for each conversation, its (N,) token ids and (N,) mask, or the reason why it
         cannot be trained on.
 
-        Raises DataError where the template breaks the rules for a whole conversation: a prefix that
-        is none, or no end-of-turn token.
+        Raises DataError if the template breaks the rules: a rendered beginning is not a prefix of
+        the whole, or there is no end-of-turn token.
         """
         rendered = self._render(conversations, places, generation_prompt=False)
         spans = self._assistant_spans(conversations, places, rendered)
@@ -180,8 +179,7 @@ class ChatEncoder:
             [places[r] for r, _ in turns],
             generation_prompt=True,
         )
-        # The last turn ends where the whole text does: the common single-turn case needs no third
-        # rendering.
+        # The last turn ends with the text, so the common single-turn case needs no third rendering.
         inner = [(r, i) for r, i in turns if i + 1 < len(conversations[r])]
         ends = dict(
             zip(

@@ -19,7 +19,7 @@ from sftmix.storage.provenance import fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What transformers raises for a folder with a file that is missing, damaged, or does not fit.
+# What transformers raises for a folder with a missing, damaged or wrong file.
 NOT_LOADED = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
@@ -38,8 +38,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_from(source: str | Path, **options: object) -> PreTrainedTokenizerBase:
-    """Returns the fast tokenizer of a folder or Hub name. Raises ConfigError where there is
-    none."""
+    """Returns the fast tokenizer of a folder or Hub name. Raises ConfigError if there is none."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
@@ -49,7 +48,7 @@ def tokenizer_from(source: str | Path, **options: object) -> PreTrainedTokenizer
         if (
             not isinstance(error, (*NOT_LOADED, StrictDataclassError))
             and type(error) is not Exception
-        ):  # of the package tokenizers
+        ):  # raised by the package tokenizers
             raise
         raise ConfigError(
             f"tokenizer: {source} cannot be loaded: {why_not_loaded(source, error)} Give a folder"
@@ -64,8 +63,8 @@ def tokenizer_from(source: str | Path, **options: object) -> PreTrainedTokenizer
 
 
 def why_not_loaded(source: str | Path, error: BaseException) -> str:
-    """Returns why transformers could not load a folder, as a sentence: its file that is no JSON
-    object, else what the error says."""
+    """Returns why transformers could not load a folder, as a sentence: a file that is not a JSON
+    object, else the text of the error."""
     for path in sorted(Path(source).glob("*.json")) if Path(source).is_dir() else []:
         try:
             is_object = isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
@@ -88,14 +87,14 @@ def with_template(tokenizer: PreTrainedTokenizerBase, named: str | None) -> PreT
             " eos_token in its files."
         )
     if tokenizer.pad_token is None:
-        # padding is masked out everywhere
+        # padding is always masked out
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
 
 
 def render_for_training(conversations: list[tuple[Message, ...]], template: str) -> list[str]:
-    """Returns the conversations as the template writes them, without special tokens: what a
-    tokenizer should learn from."""
+    """Returns the rendered conversations without special tokens, as text to train a tokenizer
+    on."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     with rendering("training examples"):
@@ -108,17 +107,17 @@ def render_for_training(conversations: list[tuple[Message, ...]], template: str)
 def train_tokenizer(
     texts: Iterable[str], settings: TokenizerTrainConfig, folder: Path
 ) -> PreTrainedTokenizerBase:
-    """Trains a SentencePiece model with byte fallback (nothing is ever unknown) and returns it as a
+    """Trains a SentencePiece model with byte fallback (no text is unknown) and returns it as a
     Llama tokenizer.
 
-    `folder` receives the SentencePiece model as `tokenizer.model`. Raises DataError where the data
-    is too small for the vocabulary.
+    `folder` receives the SentencePiece model as `tokenizer.model`. Raises DataError if the data is
+    too small for the vocabulary.
     """
     import sentencepiece
     from transformers import LlamaTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
-    model = io.BytesIO()  # SentencePiece itself takes no notice of a full disk
+    model = io.BytesIO()  # SentencePiece does not report a full disk
     lines = (line for text in texts for line in text.splitlines() if line.strip())
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -131,9 +130,9 @@ def train_tokenizer(
             input_sentence_size=1_000_000,
             shuffle_input_sentence=True,
             max_sentence_length=1 << 16,
-            num_threads=1,  # the merges of two threads need not be the same twice
+            num_threads=1,  # with two threads the merges are not deterministic
             split_digits=True,
-            add_dummy_prefix=False,  # a word after a line break is not the word after a space
+            add_dummy_prefix=False,  # keeps words after a line break apart from words after a space
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             unk_id=0,
@@ -155,8 +154,8 @@ def train_tokenizer(
 
 
 def tokenizer_identity(config: Config) -> str:
-    """Returns a hash that changes with the tokenizer's files, or with the settings it is trained
-    by, and the template."""
+    """Returns a hash that changes with the tokenizer's files, or with its training settings and
+    template."""
     template = fingerprint(choose_template(config.tokenizer.chat_template, "own"))
     source = config.tokenizer_source
     if source is None:

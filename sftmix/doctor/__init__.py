@@ -1,2 +1,2 @@
-"""`sftmix doctor`: what would make a run fail or compute wrong numbers, on this machine and on
+"""`sftmix doctor`: find what would make a run fail or give wrong numbers, on this machine and on
 others."""

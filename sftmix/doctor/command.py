@@ -27,10 +27,10 @@ Look = tuple[str, Callable[[], list[Finding]]]
 
 
 def examine_machine(options: argparse.Namespace) -> int:
-    """Returns 0 where nothing is bad, 2 where the config is, which `sftmix run` refuses with the
-    same code, else 1. Raises ConfigError for a hostfile that cannot be used."""
+    """Returns 0 if nothing is bad, 2 if the config is bad (`sftmix run` returns the same code),
+    else 1. Raises ConfigError for a hostfile that cannot be used."""
     _choose_accelerator()
-    # what libraries print is no JSON
+    # keep the output of libraries out of the JSON
     with redirect_stdout(sys.stderr) if options.json else nullcontext():
         report, findings = _examine_all(options)
     counts = count(findings)
@@ -52,8 +52,7 @@ def examine_machine(options: argparse.Namespace) -> int:
 
 
 def _examine_all(options: argparse.Namespace) -> tuple[dict[str, Any], list[Finding]]:
-    """Returns the report of this machine, with which those of other nodes are compared, and all
-    findings."""
+    """Returns the report of this machine, for comparison with other nodes, and all findings."""
     findings: list[Finding] = []
     known = read_hostfile(options.hostfile) if options.hostfile is not None else []
     config = _load(options, findings)
@@ -97,7 +96,7 @@ def _items(
     num_nodes: int,
     options: argparse.Namespace,
 ) -> Iterator[Look]:
-    """Yields the items in order, each with the function that looks at it."""
+    """Yields the items in order, each with its function."""
     yield "versions", versions.check_versions
     yield "CUDA", lambda: versions.check_driver(_torch_cuda(), cards[0].driver if cards else None)
     offloads = need is not None and need.offload["optimizer"]
@@ -144,7 +143,7 @@ def _check_ranks(need: Need | None, *, num_gpus: int) -> list[Finding]:
 
 
 def _load(options: argparse.Namespace, findings: list[Finding]) -> Config | None:
-    """Returns the config, checked as a run checks it; what is wrong with it becomes a finding."""
+    """Returns the config, checked as in a run; an error becomes a finding."""
     if options.config is None:
         return None
     loaded: list[Config] = []
@@ -167,8 +166,7 @@ def _load(options: argparse.Namespace, findings: list[Finding]) -> Config | None
 def _need(
     config: Config | None, num_ranks: int, local_ranks: int, findings: list[Finding]
 ) -> Need | None:
-    """Returns the need of the config's model; a model that cannot be looked at becomes a
-    finding."""
+    """Returns the need of the config's model; a model that cannot be examined becomes a finding."""
     if config is None:
         return None
     need = Need(config, num_ranks, local_ranks)
@@ -190,8 +188,8 @@ def _list_gpus(cards: list[gpus.Gpu]) -> list[Finding]:
 
 
 def _choose_accelerator() -> None:
-    """Tells DeepSpeed where there is no GPU; it would warn that it found none."""
-    with suppress(ImportError, OSError):  # a torch that cannot be imported becomes a finding later
+    """Tells DeepSpeed to use the CPU if there is no GPU, which avoids its warning."""
+    with suppress(ImportError, OSError):  # a failing import of torch becomes a finding later
         from sftmix.engine.ranks import has_gpu
 
         if not has_gpu():
@@ -206,8 +204,7 @@ def _torch_cuda() -> str | None:
 
 @contextmanager
 def _beside_run_folder(config: Config | None) -> Iterator[Path | None]:
-    """Yields a file in the run folder, or where it will be, for other nodes to look for; it is
-    removed at the end."""
+    """Yields a temporary file at the place of the run folder, which other nodes look for."""
     path = None
     if config is not None:
         folder = storage.nearest_folder(config.run.dir)

@@ -1,4 +1,4 @@
-"""A verdict, and how verdicts are shown."""
+"""Findings, and how they are shown."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ VERDICTS: tuple[Verdict, ...] = ("ok", "warning", "bad", "skipped")
 
 @dataclass(frozen=True)
 class Finding:
-    """found: what was found, and what was expected where that differs. remedy: what to do; empty
-    where there is nothing to do. facts: the numbers behind it, for `--json`."""
+    """found: what was found, and what was expected if that differs. remedy: what to do; may be
+    empty. facts: the numbers behind it, for `--json`."""
 
     item: str
     verdict: Verdict
@@ -31,11 +31,11 @@ class Finding:
 
 
 def examine(item: str, look: Callable[[], list[Finding]]) -> list[Finding]:
-    """Returns what an item's function finds. Its own failure is a finding too: what could not be
-    examined is not known to be well."""
+    """Returns the findings of an item's function. If the function fails, that is a bad finding,
+    because the item could not be examined."""
     try:
         return look()
-    except Exception as error:  # whatever an examination meets is a finding; the others go on
+    except Exception as error:  # any error is a finding; the other items continue
         text = " ".join(str(error).split())[:500]
         if isinstance(error, SftmixError):
             return [Finding(item, "bad", text)]
@@ -57,7 +57,7 @@ def count(findings: list[Finding]) -> dict[Verdict, int]:
 
 
 def gib(num_bytes: float) -> str:
-    """Returns a size for people."""
+    """Returns a readable size."""
     return (
         f"{num_bytes / 2**30:.1f} GiB"
         if num_bytes >= 2**30 / 10

@@ -1,5 +1,5 @@
-"""What `sftmix doctor` runs on every rank: do ZeRO-3's gradients equal those of one process, and
-how fast are the collectives?
+"""What `sftmix doctor` runs on every rank: compare ZeRO-3's gradients with one process, and measure
+collectives.
 
     python -m sftmix.doctor.self_test FOLDER gradients collectives
 
@@ -47,8 +47,8 @@ ARCHITECTURE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# With the default threshold so small a model's weights would stay whole on every rank, and nothing
-# would be gathered.
+# With the default threshold the weights of such a small model would stay whole on every rank, and
+# nothing would be gathered.
 DEEPSPEED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 MICRO_BATCHES = 2  # of each rank in the step
 # bytes of the whole tensor
@@ -60,7 +60,7 @@ Pair = tuple[list[tuple[Any, Any]], float]
 
 
 def draw_pairs(count: int) -> list[Pair]:
-    """Returns pairs of (ids, response mask) examples of unlike lengths, each with its lam; the same
+    """Returns pairs of (ids, response mask) examples of different lengths, each with its lam; equal
     on every rank."""
     generator = np.random.default_rng(0)
     pairs: list[Pair] = []
@@ -102,9 +102,8 @@ def textbook_loss(model: Any, pairs: list[Pair], counts: StepCounts) -> Tensor:
 
 
 def compare_gradients(ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """Returns the largest differences to one process: of a gradient, relative to the largest
-    element of its tensor; and of a weight after the step, absolute. Collective: all ranks must call
-    it."""
+    """Returns the largest differences to one process: of gradients, relative to the largest element
+    of the tensor, and of weights after the step, absolute. Collective: all ranks must call it."""
     started = time.monotonic()
     json_path = folder / f"deepspeed.{ranks.rank}.json"
     json_path.write_text(json.dumps(DEEPSPEED))
@@ -114,8 +113,8 @@ def compare_gradients(ranks: Ranks, folder: Path) -> dict[str, Any]:
             "model": {"architecture": ARCHITECTURE},
             "tokenizer": {"train": {}},
             "data": {"generator": {}},
-            # A larger eps: an update is otherwise the gradient's sign, and a rounding error of a
-            # gradient near 0 would show whole.
+            # A larger eps: otherwise an update is the sign of the gradient, and a rounding error
+            # near 0 would appear in full.
             "train": {"learning_rate": LEARNING_RATE, "adam_eps": 1e-3},
             "engine": {
                 "zero_stage": 3,
@@ -226,7 +225,7 @@ def _median_seconds(ranks: Ranks, collective: Callable[[], Any]) -> float:
         collective()
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
-        if number >= 2:  # the first ones open connections
+        if number >= 2:  # the first calls open connections
             seconds.append(time.perf_counter() - started)
     return float(np.median(seconds))
 

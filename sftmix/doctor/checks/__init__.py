@@ -1,1 +1,1 @@
-"""An item per file. Each function looks at one thing and returns findings."""
+"""One topic per file. Each function examines one thing and returns findings."""

@@ -1,5 +1,5 @@
-"""What DeepSpeed's and Triton's builds need, and what killed ones leave behind: locks, shared
-memory."""
+"""What builds by DeepSpeed and Triton need, and what killed processes leave behind: locks and
+shared memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sftmix.doctor.findings import Finding, gib
 from sftmix.errors import counted
 
 LOCKS, LEFTOVERS = "build locks", "shared memory"
-# A build that goes on touches its folder more often. Only an older lock is called stale, since its
+# A running build changes its folder more often. Only an older lock is called stale, because its
 # owner may be in another container.
 STALE_MINUTES = 10.0
 SHM = Path("/dev/shm")
@@ -69,12 +69,12 @@ def extension_folders() -> list[Path]:
 def check_locks(
     folders: list[Path], *, fix: bool, stale_minutes: float = STALE_MINUTES
 ) -> list[Finding]:
-    """Finds locks of builds that no process holds: every later launch would wait for them, in
-    silence and for ever.
+    """Finds locks of builds that no process holds: every later launch would wait for them forever,
+    without a message.
 
-    torch keeps a lock file open while it builds, so its owner is whoever has it open. With `fix`
-    those are removed which are older than `stale_minutes`, lie on a disk of this machine, and whose
-    owner would be seen from here.
+    torch keeps its lock file open while it builds, so the owner is the process that has it open.
+    `fix` removes locks that are older than `stale_minutes`, are on a local disk, and whose owner
+    would be visible from here.
     """
     locks = [
         lock
@@ -98,7 +98,7 @@ def _judge_lock(
         minutes = (
             time.time() - max(path.lstat().st_mtime for path in [lock, *lock.parent.iterdir()])
         ) / 60
-    except FileNotFoundError:  # released while it was looked at
+    except FileNotFoundError:  # released in the meantime
         return None
     if not stat.S_ISREG(status.st_mode):
         return None
@@ -171,12 +171,12 @@ def _sees_processes_of(uid: int) -> bool:
 
 def _open_files() -> dict[tuple[int, int], int]:
     """Returns (device, inode) -> pid of the files that processes have open, as far as this user may
-    know."""
+    see."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*/fd"):
         try:
             descriptors = list(folder.iterdir())
-        except OSError:  # ended, or another user's
+        except OSError:  # ended, or owned by another user
             continue
         for descriptor in descriptors:
             try:
@@ -188,7 +188,7 @@ def _open_files() -> dict[tuple[int, int], int]:
 
 
 def _mapped_files(folder: Path) -> set[str]:
-    """Returns the paths below a folder that processes have in their memory."""
+    """Returns the paths below a folder that processes have mapped."""
     found: set[str] = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:

@@ -22,8 +22,8 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Gpu:
-    """ecc_errors: memory errors since the last restart that were not corrected; None where the GPU
-    does not count them."""
+    """ecc_errors: uncorrected memory errors since the last restart; None if the GPU does not count
+    them."""
 
     index: int
     name: str
@@ -36,8 +36,7 @@ class Gpu:
 
 
 def list_gpus() -> list[Gpu]:
-    """Returns the GPUs that a run may use, by CUDA_VISIBLE_DEVICES; none where there is no
-    nvidia-smi, or it finds none."""
+    """Returns the GPUs that a run may use, by CUDA_VISIBLE_DEVICES; none without nvidia-smi."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shutil.which("nvidia-smi") is None or visible == "":
         return []
@@ -52,7 +51,7 @@ def list_gpus() -> list[Gpu]:
 
 
 def check_health(gpus: list[Gpu]) -> list[Finding]:
-    """Says what is wrong with each GPU, one finding for each trouble, or one that all is well."""
+    """Returns one finding per problem of a GPU, or one that all GPUs are well."""
     if not gpus:
         why = (
             "there is no nvidia-smi on this machine"
@@ -128,12 +127,12 @@ def _troubles(gpu: Gpu) -> list[Finding]:
 
 
 def _peer_access(num_gpus: int) -> list[Finding]:
-    """Can each GPU read the memory of the others? If not, NCCL goes through the host's memory."""
+    """Checks whether each GPU can read the memory of the others. If not, NCCL uses host memory."""
     if num_gpus < 2:
         return []
     try:
         rows = _ask("topo", "-p2p", "r")
-    except OSError:  # older drivers do not know the question
+    except OSError:  # older drivers do not have the query
         return []
     cells = [
         cell
@@ -177,7 +176,7 @@ def _gpu(cells: list[str]) -> Gpu:
 
 
 def _ask(*arguments: str) -> list[str]:
-    """Returns the lines that nvidia-smi answers with. Raises OSError where it fails."""
+    """Returns the output lines of nvidia-smi. Raises OSError if it fails."""
     done = subprocess.run(
         ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=SECONDS, check=False
     )

@@ -1,4 +1,4 @@
-"""Memory of the machine and of its GPUs, against what the model's states need."""
+"""Memory of the machine and of its GPUs, compared with what the model states need."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ITEM = "memory"
 
 
 def machine_bytes() -> tuple[int, int]:
-    """Returns (limit, available): the machine's memory, or the container's where that is less."""
+    """Returns (limit, available): of the machine, or of the container if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     available = total
     with suppress(OSError, ValueError, IndexError, StopIteration):
@@ -40,8 +40,8 @@ def machine_bytes() -> tuple[int, int]:
 def check_machine(
     need: Need | None, *, has_gpu: bool, memory: tuple[int, int] | None = None
 ) -> list[Finding]:
-    """The host holds the whole model while it is loaded; on CPUs, or with offload, the ranks'
-    states too."""
+    """The host holds the whole model while it is loaded, and on CPUs or with offload also the
+    states of its ranks."""
     total, available = memory or machine_bytes()
     facts = {"total_bytes": total, "available_bytes": available}
     have = f"{gib(total)}, {gib(available)} of it available"

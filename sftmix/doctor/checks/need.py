@@ -1,5 +1,5 @@
-"""What a config's model needs: bytes on a rank, on disk, and through the network. Lower bounds:
-activations are not in them."""
+"""What a config's model needs: bytes per rank, on disk, and through the network. These are lower
+bounds without activations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sftmix.errors import counted
 from sftmix.storage.checkpoints import ADAM_BYTES
 from sftmix.train.plan import num_reference_checkpoints
 
-SUM_BYTES = 4  # of the float32 sum of its gradients
+SUM_BYTES = 4  # float32 sum of its gradients
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Need:
         }
 
     def _shard(self, num_bytes: int, *, from_stage: int) -> int:
-        """Returns a rank's part of bytes that are sharded from a ZeRO stage on."""
+        """Returns a rank's part of bytes that a ZeRO stage and those above it shard."""
         return (
             -(-num_bytes // self.num_ranks)
             if self.config.engine.zero_stage >= from_stage
@@ -123,10 +123,9 @@ class Need:
 
     @property
     def num_micro_batches(self) -> int:
-        """Returns how many forwards a rank runs for a step, if all examples are as long as they may
-        be."""
+        """Returns the number of forwards of a rank per step if all examples have maximum length."""
         train = self.config.train
-        # a pair is never cut
+        # a pair is never divided
         per_forward = max(2, train.micro_batch_tokens // self.config.data.max_length)
         return -(-train.batch_size // (per_forward * self.num_ranks))
 
@@ -147,14 +146,14 @@ class Need:
 
 
 def count_parameters(config: Config) -> int:
-    """Returns the number of parameters of the target, built without memory. Tied ones count
+    """Returns the number of parameters of the target, built on the meta device. Tied ones count
     once."""
     return sum(parameter.numel() for parameter in _empty_target(config).parameters())
 
 
 def count_adapter_parameters(config: Config) -> int:
     """Returns how many parameters LoRA adds to the target; 0 without it. Raises ConfigError for
-    targets that it does not have."""
+    targets that the model does not have."""
     if config.model.lora is None:
         return 0
     from sftmix.engine.lora import num_adapter_parameters

@@ -1,4 +1,4 @@
-"""Ports, the name of this machine, and the interfaces over which ranks would talk."""
+"""Ports, the name of this machine, and the interfaces that ranks would use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from sftmix.cluster.environment import DEFAULT_PORT
 from sftmix.doctor.findings import Finding
 
-# Bridges and ends of containers: no way to another machine.
+# Bridges and virtual interfaces of containers, which do not lead to another machine.
 VIRTUAL = (
     "lo",
     "docker",
@@ -45,7 +45,7 @@ class Interface:
 
 
 def check_ports(port: int | None = None) -> list[Finding]:
-    """Can a free port be had, and is the one taken at which ranks would meet? port: MASTER_PORT by
+    """Checks that a free port can be bound, and that the meeting port is free. port: MASTER_PORT by
     default, or 29500."""
     with socket.socket() as probe:
         try:
@@ -68,7 +68,7 @@ def check_ports(port: int | None = None) -> list[Finding]:
         ]
     wanted = port or int(named or DEFAULT_PORT)
     with socket.socket() as probe:
-        # as torch does: a port in TIME_WAIT can be had
+        # as torch does: a port in TIME_WAIT can be bound
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", wanted))
@@ -89,7 +89,7 @@ def check_ports(port: int | None = None) -> list[Finding]:
 
 
 def check_host_name(*, num_nodes: int = 1) -> list[Finding]:
-    """What the names resolve to at which ranks look for each other."""
+    """Checks the addresses of the names by which ranks find each other."""
     local = _addresses("localhost")
     if not any(address.startswith("127.") or address == "::1" for address in local):
         remedy = "Add `127.0.0.1 localhost` to /etc/hosts."
@@ -141,8 +141,8 @@ def interfaces() -> list[Interface]:
 
 
 def check_interfaces(found: list[Interface] | None = None, *, num_nodes: int = 1) -> list[Finding]:
-    """Which interface would gloo and NCCL take? Several make it a matter of chance, unless one is
-    named."""
+    """Checks which interface gloo and NCCL would use. With several, the choice is arbitrary unless
+    one is set."""
     item = "interfaces"
     present = interfaces() if found is None else found
     names = {interface.name for interface in present}
@@ -201,8 +201,8 @@ def check_interfaces(found: list[Interface] | None = None, *, num_nodes: int = 1
 
 
 def _names_one(value: str, names: set[str]) -> bool:
-    """Does the value of GLOO_/NCCL_SOCKET_IFNAME fit an interface? A list of prefixes; `=` for
-    exact names, `^` for all others."""
+    """Returns whether the value of GLOO_/NCCL_SOCKET_IFNAME matches an interface. It is a list of
+    prefixes; `=` means exact names, `^` excludes."""
     wanted = value.lstrip("^=").split(",")
     if value.startswith("^"):
         return any(not name.startswith(tuple(wanted)) for name in names)
@@ -239,7 +239,7 @@ def _is_up(interface: str) -> bool:
 
 
 def _holder_of(port: int) -> str:
-    """Returns who listens on a port: `pid N (command)`, where this user may know."""
+    """Returns who listens on a port, `pid N (command)`, if this user may see it."""
     sockets = {
         inode for table in ("tcp", "tcp6") for inode in _listeners(Path("/proc/net") / table, port)
     }

@@ -1,5 +1,5 @@
-"""The nodes of a hostfile, over ssh: each runs its own quick doctor, and what differs between them
-is named."""
+"""The nodes of a hostfile, over ssh: each runs its own quick doctor, and differences are
+reported."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SSH = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}")
 
 
 def check_nodes(nodes: list[Node], here: Mapping[str, Any], arguments: list[str]) -> list[Finding]:
-    """Asks every node. here: the report of this machine, with which theirs are compared. arguments:
-    for the doctor there."""
+    """Examines every node. here: the report of this machine, for comparison. arguments: of the
+    doctor there."""
     if shutil.which("ssh") is None:
         left_out = counted(len(nodes), "node was", "nodes were")
         found = (
@@ -54,7 +54,7 @@ def node_item(host: str) -> str:
 
 
 def check_node(node: Node, here: Mapping[str, Any], arguments: list[str]) -> list[Finding]:
-    """Returns what is wrong with a node or differs there; one line that all is well otherwise."""
+    """Returns the problems and differences of a node, or one finding that it is well."""
     item = node_item(node.host)
     skew, problem = measure_skew(
         lambda: on_node(node.host, ["date", "+%s.%N"], CONNECT_SECONDS + 10.0)
@@ -117,8 +117,8 @@ def check_node(node: Node, here: Mapping[str, Any], arguments: list[str]) -> lis
 def measure_skew(
     ask: Callable[[], subprocess.CompletedProcess[str]],
 ) -> tuple[float | None, str | None]:
-    """Returns how far a node's clock is ahead in seconds (0 within the time that asking takes; None
-    where it says no time), and why it cannot be reached (None where it can)."""
+    """Returns by how many seconds a node's clock is ahead (0 within the duration of the call; None
+    if it returned no time), and why it cannot be reached (None if it can)."""
     before = time.time()
     try:
         done = ask()
@@ -128,7 +128,7 @@ def measure_skew(
     if done.returncode:
         return None, " ".join(done.stderr.split())[-300:] or f"ssh ended with {done.returncode}"
     try:
-        there = float(done.stdout.split()[-1])  # the shell there may have greeted first
+        there = float(done.stdout.split()[-1])  # the shell there may print a greeting first
     except (ValueError, IndexError):
         return None, None
     return (there - after if there > after else there - before if there < before else 0.0), None
@@ -137,7 +137,8 @@ def measure_skew(
 def on_node(
     host: str, command: list[str], limit_seconds: float
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command on a node. ssh hands one text to the shell there, so every word is quoted."""
+    """Runs a command on a node. ssh passes one string to the shell there, so every word is
+    quoted."""
     assert is_host_name(host), f"{host!r} was not validated"
     return subprocess.run(
         [*SSH, "--", host, shlex.join(command)],
@@ -150,14 +151,15 @@ def on_node(
 
 
 def remote_command(arguments: list[str]) -> list[str]:
-    """Returns what a node runs: this Python, in this folder, as DeepSpeed's launchers do."""
+    """Returns the command for a node: the same Python in the same folder, as with DeepSpeed's
+    launchers."""
     exported = [f"{name}={value}" for name, value in wanted(os.environ).items()]
     doctor = ["env", *exported, sys.executable, "-m", "sftmix.cli", "doctor", *arguments]
     return ["sh", "-c", f"cd -- {shlex.quote(str(Path.cwd()))} && exec {shlex.join(doctor)}"]
 
 
 def parse_report(text: str) -> dict[str, Any] | None:
-    """Returns the report in what a node printed: the last line that is a JSON object with
+    """Finds the report in the output of a node: the last line that is a JSON object with
     findings."""
     for line in reversed(text.splitlines()):
         if line.startswith("{"):
@@ -184,8 +186,8 @@ WORDS = {
 
 
 def compare(item: str, here: Mapping[str, Any], there: Mapping[str, Any]) -> list[Finding]:
-    """Returns a finding for everything that decides a run's numbers and is other on a node than
-    here."""
+    """Returns a finding for everything that affects results and differs between a node and this
+    machine."""
     findings = []
     for name, (word, remedy) in WORDS.items():
         own, other = _flat(here["identity"].get(name)), _flat(there["identity"].get(name))

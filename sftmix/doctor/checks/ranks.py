@@ -1,5 +1,5 @@
-"""Starts real ranks on this machine: are their gradients right, and how fast do they exchange
-tensors?"""
+"""Starts real ranks on this machine: check their gradients and measure the bandwidth between
+them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from sftmix.doctor.findings import Finding, gib
 from sftmix.errors import SftmixError, counted
 
 TOLERANCE = 1e-5
-SLOW = 2e9  # bytes per second; a GPU on PCIe alone exchanges several times as much
-LIMIT_SECONDS = 120.0  # starting Python counts; the test itself takes seconds
+SLOW = 2e9  # bytes per second; a GPU on PCIe alone reaches several times as much
+LIMIT_SECONDS = 120.0  # most of it is for starting Python; the test takes seconds
 
 Result = dict[str, Any]
 
 
 class RanksError(SftmixError):
-    """The ranks of the test did not come to an end."""
+    """The ranks of the test did not end properly."""
 
 
 def run_ranks(
     num_ranks: int, wanted: list[str], *, on_gpus: bool, limit_seconds: float = LIMIT_SECONDS
 ) -> Result:
-    """Returns what sftmix/doctor/self_test.py finds out. Raises RanksError where a rank fails or
+    """Returns the result of sftmix/doctor/self_test.py. Raises RanksError if a rank fails or
     hangs."""
     environment = (
         {}
@@ -54,7 +54,7 @@ def run_ranks(
 
 
 def check_gradients(result: Result) -> list[Finding]:
-    """Judges the test that ZeRO-3's gradients, and a step's weights, are those of one process."""
+    """Checks that ZeRO-3's gradients and the weights after a step equal those of one process."""
     item, found = "ZeRO-3 gradients", result["gradients"]
     worst = (
         max(found["gradient"], found["weight"])
@@ -76,8 +76,8 @@ def check_gradients(result: Result) -> list[Finding]:
 
 
 def check_bandwidth(result: Result, need: Need | None) -> list[Finding]:
-    """Shows how fast weights are gathered and gradients reduced within this machine and, for a
-    config, what a step spends in it."""
+    """Reports the speed of all-gather and reduce-scatter within this machine and, for a config,
+    their time per step."""
     item, rows = "bandwidth", result["collectives"]
     speeds = [
         f"{row['bytes'] / 2**20:.0f} MiB: all-gather {row['bytes'] / row['all_gather'] / 1e9:.2f}"

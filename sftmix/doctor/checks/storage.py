@@ -1,5 +1,4 @@
-"""The run folder: can it be written, is there room for what the run keeps, on what disk is it, who
-else writes there."""
+"""The run folder: write access, free space, kind of disk, and other writers."""
 
 from __future__ import annotations
 
@@ -20,8 +19,7 @@ NETWORK = frozenset(
     " ocfs2 gfs2 9p virtiofs fuse.sshfs fuse.glusterfs fuse.juicefs fuse.ceph fuse.s3fs"
     " fuse.gcsfuse".split()
 )
-# They do not keep what a run relies on: that a rename is seen whole, and that a flush reaches the
-# disk.
+# They do not guarantee what a run relies on: atomic rename, and that a flush reaches the disk.
 WEAK = frozenset({"fuse.s3fs", "fuse.gcsfuse", "fuse.sshfs"})
 
 
@@ -32,7 +30,7 @@ class Mount:
 
 
 def mounts(table: Path = Path("/proc/self/mounts")) -> list[Mount]:
-    """Returns what is mounted; nothing without /proc."""
+    """Returns the mounts; nothing without /proc."""
     with suppress(OSError):
         rows = [line.split() for line in table.read_text(errors="replace").splitlines()]
         return [Mount(row[1].replace("\\040", " "), row[2]) for row in rows if len(row) >= 3]
@@ -40,8 +38,8 @@ def mounts(table: Path = Path("/proc/self/mounts")) -> list[Mount]:
 
 
 def mount_of(path: Path, table: list[Mount] | None = None) -> Mount | None:
-    """Returns the mount on which a path lies; None where that is not known. Of two on one place the
-    later hides the other."""
+    """Returns the mount of a path; None if unknown. Of two mounts at one place the later one hides
+    the other."""
     real, best = str(path.resolve()), None
     for mount in mounts() if table is None else table:
         if real == mount.point or real.startswith(mount.point.rstrip("/") + "/"):
@@ -62,8 +60,8 @@ def nearest_folder(path: Path) -> Path:
 
 
 def check_writable(folder: Path) -> list[Finding]:
-    """Writes, flushes and renames a file where the run folder is, or will be: publishing a result
-    needs all three."""
+    """Writes, flushes and renames a file at the place of the run folder: publishing needs all
+    three."""
     item, place = "run folder", nearest_folder(folder)
     if not place.is_dir():
         return [
@@ -134,8 +132,8 @@ def check_space(folder: Path, *, needed_bytes: int, meaning: str) -> list[Findin
 
 
 def check_file_system(folder: Path, table: list[Mount] | None = None) -> list[Finding]:
-    """Names the disk. Whether other nodes share it is seen from there: they look for a file that is
-    put here."""
+    """Names the disk. Other nodes check whether they share it: they look for a file that is written
+    here."""
     item, mount = "file system", mount_of(nearest_folder(folder), table)
     if mount is None:
         return [Finding(item, "skipped", "the mounts of this machine cannot be read.")]
@@ -173,7 +171,7 @@ def check_file_system(folder: Path, table: list[Mount] | None = None) -> list[Fi
 
 
 def check_writer(folder: Path) -> list[Finding]:
-    """Is a living run writing to the folder?"""
+    """Checks whether another running process writes to the folder."""
     holder = run_lock.holder(folder, patience_seconds=2.0) if folder.is_dir() else None
     if holder is None:
         return [Finding("other runs", "ok", f"nobody writes to {folder}.")]

@@ -1,6 +1,5 @@
-"""Versions of what decides a run's numbers, against what is known to be wrong and what setup.py
-allows; and all that must be the same on the nodes of a run: versions, code, config, data, model
-files."""
+"""Versions that affect results, compared with known bad releases and with setup.py; and everything
+that must be equal on all nodes: versions, code, config, data, model files."""
 
 from __future__ import annotations
 
@@ -83,8 +82,8 @@ def installed() -> dict[str, str]:
 
 
 def check_versions() -> list[Finding]:
-    """Names what is installed, each release that is known to be wrong, and each outside the ranges
-    of setup.py."""
+    """Reports what is installed, known bad releases, and versions outside the ranges of
+    setup.py."""
     found = installed()
     problems = [*known_bad(found), *outside_ranges(found, requirements())]
     missing = sorted({"torch", "deepspeed", "transformers", "datasets"} - set(found))
@@ -113,8 +112,7 @@ def known_bad(found: Mapping[str, str]) -> list[Finding]:
 
 
 def requirements() -> list[str]:
-    """Returns what setup.py asks for, as the installed package says; nothing where sftmix is not
-    installed as one."""
+    """Returns the requirements of the installed package; nothing if sftmix is not installed."""
     try:
         return importlib.metadata.requires("sftmix") or []
     except importlib.metadata.PackageNotFoundError:
@@ -142,8 +140,8 @@ def outside_ranges(found: Mapping[str, str], required: list[str]) -> list[Findin
 
 
 def check_driver(cuda: str | None, driver: str | None) -> list[Finding]:
-    """cuda: the version that torch was built for, None for a CPU build. driver: that of the GPUs,
-    None where there is none."""
+    """cuda: the version that torch was built for, None for a CPU build. driver: of the GPUs, None
+    without GPUs."""
     item = "CUDA"
     if cuda is None:
         if driver is None:
@@ -188,12 +186,12 @@ def _release(version: str) -> Version:
     return Version(re.split(r"\+", version)[0])
 
 
-WHOLE_BYTES = 2**28  # a larger file is told by its size, beginning and end
+WHOLE_BYTES = 2**28  # larger files are compared by size, beginning and end
 END_BYTES = 2**24
 
 
 def identity(config: Config | None) -> dict[str, Any]:
-    """Returns it as JSON values, so that what differs can be named."""
+    """Returns it as JSON values, so that differences can be named."""
     found: dict[str, Any] = {"versions": installed(), "commit": commit(), "code": code_digest()}
     if config is not None:
         found["config"] = config.model_dump(mode="json")
@@ -208,7 +206,7 @@ def identity(config: Config | None) -> dict[str, Any]:
 
 
 def code_digest() -> str:
-    """Returns a hash of the package's files, which also tells edits that no commit knows of."""
+    """Returns a hash of the package's files, which includes uncommitted edits."""
     root = Path(__file__).resolve().parents[2]
     # kernels/ and launch/ are links
     folders = [Path(folder) for folder, _, _ in os.walk(root, followlinks=True)]
@@ -217,8 +215,8 @@ def code_digest() -> str:
 
 
 def digest_of(path: Path) -> str | None:
-    """Returns a hash of a file, or of all files of a folder; None for what is not here, such as a
-    name on the Hub."""
+    """Returns a hash of a file, or of all files of a folder; None if it does not exist here, such
+    as a name on the Hub."""
     if path.is_dir():
         return fingerprint(
             {
