@@ -1,12 +1,12 @@
-"""Errors that a user can act on, and the words that messages share.
+"""Errors that a user can act on, and phrases that messages share.
 
     SftmixError
       ConfigError      a key, a value, or two settings that contradict each other
       DataError        a file, a row, a chat template
       ArtifactError    an output of an earlier stage is missing, damaged or of another run
-      TrainingError    a run that cannot go on: losses that are not finite
+      TrainingError    a run that cannot continue: losses that are not finite
       MachineError     a full disk, a denied permission, no memory (`sftmix/storage/failures.py`)
-      StoppedError     no error: the run was asked to stop and has saved its state (exit code 75)
+      StoppedError     no failure: asked to stop, and the state is saved (exit code 75)
 
 Each message says what was found (with file, line, key and value), what was expected, and what to
 do. The command line prints the message alone and exits with code 2; `--debug` shows the traceback.
@@ -17,26 +17,25 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-# exit code of a run that was asked to stop, and has saved its state: EX_TEMPFAIL, start it again
+# exit code of a run that was asked to stop and has saved its state: EX_TEMPFAIL, start again
 STOPPED = 75
-INTERRUPTED = 130  # the same after Control-C: 128 + SIGINT, as a shell says it
+INTERRUPTED = 130  # the same after Control-C: 128 + SIGINT, as in a shell
 
 
 def counted(number: int, singular: str, plural: str | None = None) -> str:
-    """Returns a count with its noun, as in `1 example`, `1,200 examples`. plural: where it is not
-    the singular with an s; it may hold the verb too."""
+    """Returns a count with its noun, as in `1 example`, `1,200 examples`. plural: for irregular
+    forms; may include a verb."""
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
-    """Returns a question with the known word nearest to a misspelt one, or `otherwise` where none
-    is near."""
+    """Returns a suggestion: the known word most similar to a misspelt one, or `otherwise`."""
     near = difflib.get_close_matches(word, sorted(known), n=1)
     return f"Did you mean `{near[0]}`?" if near else otherwise
 
 
 def first_line(error: BaseException) -> str:
-    """Returns what a library's error says first, as a sentence."""
+    """Returns the first line of a library's error, as a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
         type(error).__name__
     ]
@@ -66,11 +65,11 @@ class ArtifactError(SftmixError):
 
 
 class TrainingError(SftmixError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class MachineError(SftmixError):
-    """The machine refuses: its disk, its memory, its permissions."""
+    """The machine is the cause: disk, memory or permissions."""
 
 
 class StoppedError(SftmixError):

@@ -1,1 +1,1 @@
-"""One model on DeepSpeed: load, forward, backward, step, save. Only this room knows DeepSpeed."""
+"""One model on DeepSpeed: load, forward, backward, step, save. Only this room imports DeepSpeed."""

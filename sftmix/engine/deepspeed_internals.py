@@ -1,7 +1,6 @@
-"""DeepSpeed's private state: the one file that touches it. Versions that it does not know are
-refused.
+"""DeepSpeed's private state: the one file that touches it. Unknown versions are refused.
 
-Each function says which behaviour of DeepSpeed makes it necessary.
+Each function names the behaviour of DeepSpeed that makes it necessary.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ def import_deepspeed():  # type: ignore[no-untyped-def]
     """Returns the deepspeed module, with its start-up messages reduced to warnings. Raises
     ConfigError for an unknown version."""
     if not has_gpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed; once per call would
-    # drown all else.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found no GPU
+    # DeepSpeed 0.19 uses names of collectives that torch 2.13 deprecates; a warning per call would
+    # hide all other output.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -47,10 +46,10 @@ def import_deepspeed():  # type: ignore[no-untyped-def]
 
 
 def release_leftovers(module: torch.nn.Module) -> None:
-    """Lets go of what DeepSpeed 0.19 keeps of a destroyed engine to the end of the process: the
-    model, by two names that hold all else with it (ZeRO-3: this rank's share of the weights), and
-    the group of ranks that `zero_hpz_partition_size` made, because of which it would refuse to make
-    it for the next engine. Collective: all ranks must call it."""
+    """Releases what DeepSpeed 0.19 keeps of a destroyed engine until the process ends: two
+    references to the model, which keep everything else alive (with ZeRO-3 this rank's share of the
+    weights), and the process group of `zero_hpz_partition_size`, which DeepSpeed would refuse to
+    create again for the next engine. Collective: all ranks must call it."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.utils import groups
@@ -70,8 +69,7 @@ def release_leftovers(module: torch.nn.Module) -> None:
 def build_no_extension() -> None:
     """Switches off the C++ extension for shared-memory reductions, which DeepSpeed would build on
     CPUs at the first start. gloo does the same without a compiler, without a lock file that a
-    killed build leaves behind for every later start to wait on, and without leftovers in
-    /dev/shm."""
+    killed build leaves behind and later starts wait for, and without leftovers in /dev/shm."""
     import deepspeed
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
@@ -79,8 +77,8 @@ def build_no_extension() -> None:
 
 
 def forget_groups() -> None:
-    """Lets go of the process groups that DeepSpeed keeps in a module: what holds a group keeps its
-    threads."""
+    """Releases the process groups that DeepSpeed keeps in a module, because a reference to a group
+    keeps its threads alive."""
     from deepspeed.utils import groups
 
     for name, value in list(vars(groups).items()):
@@ -89,9 +87,9 @@ def forget_groups() -> None:
 
 
 def use_state_files(engine: Any, files: Any, *, writes_shared: bool = False) -> None:
-    """Lets a DeepSpeed engine write and read its checkpoints through `files`, a `CheckpointEngine`.
-    writes_shared: this rank also writes what DeepSpeed lets rank 0 write for all (the weights,
-    below ZeRO-3)."""
+    """Makes a DeepSpeed engine write and read its checkpoints through `files`, a
+    `CheckpointEngine`. writes_shared: this rank also writes the files that DeepSpeed otherwise lets
+    only rank 0 write (the weights, below ZeRO-3)."""
     _require(engine, "checkpoint_engine", "save_non_zero_checkpoint")
     engine.checkpoint_engine = files
     if writes_shared:
@@ -100,8 +98,8 @@ def use_state_files(engine: Any, files: Any, *, writes_shared: bool = False) -> 
 
 @contextlib.contextmanager
 def loading_universal(engine: Any, is_universal: bool) -> Iterator[None]:
-    """Lets a DeepSpeed engine take a checkpoint for a universal one, or for an ordinary one,
-    inside."""
+    """Within the context, makes a DeepSpeed engine treat a checkpoint as universal, or as
+    ordinary."""
     _require(engine._config, "load_universal_checkpoint")
     engine._config.load_universal_checkpoint = is_universal
     try:
@@ -111,8 +109,8 @@ def loading_universal(engine: Any, is_universal: bool) -> Iterator[None]:
 
 
 def _require(thing: Any, *names: str) -> None:
-    """Raises RuntimeError where DeepSpeed has renamed an attribute: setting a new one would change
-    nothing, without a word."""
+    """Raises RuntimeError if DeepSpeed has renamed an attribute: setting the old name would
+    silently have no effect."""
     for name in names:
         if not hasattr(thing, name):
             raise RuntimeError(
@@ -144,8 +142,8 @@ def check_zero_section(section: dict[str, Any], where: str) -> None:
 
 
 def master_weights(optimizer: Any) -> list[torch.Tensor]:
-    """Returns the tensors that the optimiser updates. Raises TrainingError for one of DeepSpeed's
-    optimisers that keeps them in no known place."""
+    """Returns the tensors that the optimiser updates. Raises TrainingError for an unknown optimiser
+    of DeepSpeed."""
     if isinstance(optimizer, torch.optim.Optimizer):
         return [tensor for group in optimizer.param_groups for tensor in group["params"]]
     for attribute in (

@@ -1,8 +1,8 @@
-"""One model on DeepSpeed: the door through which every stage trains, scores and saves.
+"""One model on DeepSpeed. Every stage trains, scores and saves through this class.
 
-Two leaks of the distributed world are sealed here, once. DeepSpeed divides a loss by its number of
-micro-batches, and averages gradients over ranks; our losses are already shares of a mean over the
-whole optimiser step, so the engine asks for no division and multiplies by the number of ranks.
+DeepSpeed divides a loss by the number of micro-batches and averages gradients over ranks. Our
+losses are already shares of a mean over the whole optimiser step. So the engine turns the division
+off and multiplies by the number of ranks.
 """
 
 from __future__ import annotations
@@ -55,10 +55,9 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """A model in training (`train` given) or for scoring only. Every method is called by all ranks
-    together, but for `score` where the model is not sharded. `is_sharded`: for scoring only,
-    whether ZeRO-3 shards the model; default: as `engine.zero_stage` says. progress: told of every
-    step and micro-batch."""
+    """A model in training (`train` given) or for scoring only. Every method is collective, except
+    `score` if the model is not sharded. `is_sharded`: for scoring only, whether ZeRO-3 shards the
+    model; default: as `engine.zero_stage` says. progress: told of every step and micro-batch."""
 
     def __init__(
         self,
@@ -83,8 +82,8 @@ class Engine:
         self.hf_config = hf_config(model, tokenizer)
         self._model_config = model
         self._is_dropped = False
-        self._frozen_checksum = ""  # computed when it is first asked for: the weights do not change
-        # a model that is only scored with has none
+        self._frozen_checksum = ""  # computed on first use: the weights do not change
+        # a model for scoring has none
         self.has_adapters = train is not None and model.lora is not None
         settings = deepspeed_config(
             config,
@@ -94,7 +93,7 @@ class Engine:
         )
         stage = config.engine.zero_stage
         if train is None and not (stage == 3 if is_sharded is None else is_sharded):
-            # stages 1 and 2 shard what only training has
+            # stages 1 and 2 shard only gradients and optimiser states
             settings["zero_optimization"] = {"stage": 0}
         elif train is None and stage < 3:
             settings["zero_optimization"] = {"stage": 3}
@@ -134,7 +133,7 @@ class Engine:
         plain: list[Tensor] = []
         for parameter in self.module.parameters():
             if parameter.requires_grad:
-                # a sharded parameter is empty here
+                # a sharded parameter is locally empty
                 shape = whole_shape(parameter)
                 (decayed if len(shape) >= 2 else plain).append(parameter)
         groups = [
@@ -157,8 +156,7 @@ class Engine:
         return torch.optim.AdamW(groups, fused=self.ranks.device.type == "cuda", **options)
 
     def start_step(self, *, seed: int, step: int) -> None:
-        """Gives dropout a stream that depends on (seed, step, rank) only, so that a resumed run
-        repeats it."""
+        """Seeds dropout from (seed, step, rank), so that a resumed run repeats it."""
         self._progress.begin_step(step)
         key = (seed * 1_000_003 + step) * 65_537 + self.ranks.rank
         torch.manual_seed(key % 2**63)
@@ -166,8 +164,8 @@ class Engine:
     def forward_backward(
         self, batch: MicroBatch, counts: StepCounts, objective: Objective, *, is_last: bool
     ) -> LossResult:
-        """Runs one micro-batch of a step and accumulates its gradients; `is_last` says that the
-        step ends with it."""
+        """Runs one micro-batch of a step and accumulates its gradients; `is_last`: the step ends
+        with it."""
         self._progress.tick()
         batch = batch.to(self.ranks.device)
         self._deepspeed.set_gradient_accumulation_boundary(is_last)
@@ -178,11 +176,11 @@ class Engine:
 
     def step(self, *, learning_rate: float) -> float | Tensor:
         """Clips, updates and clears the gradients. Returns the global gradient norm before clipping
-        (a tensor still on the device where DeepSpeed leaves it there: reading it waits)."""
+        (possibly a tensor on the device, which synchronises when read)."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = None
-        # the one case in which DeepSpeed keeps no norm
+        # the only case in which DeepSpeed keeps no norm
         if self.zero_stage == 0 and self.precision == "fp32":
             norm = torch.nn.utils.get_total_norm(
                 [p.grad for p in self.module.parameters() if p.grad is not None]
@@ -193,7 +191,7 @@ class Engine:
                 self._deepspeed.zero_grad()
                 return norm
         self._deepspeed.step()
-        if not self._is_stepped:  # torch's own optimisers make their states in the first step
+        if not self._is_stepped:  # torch's optimisers create their states in the first step
             self._is_stepped = True
             self._check_dtypes("after the first step")
         if norm is None:
@@ -201,17 +199,17 @@ class Engine:
         return norm if norm is not None else float("nan")
 
     def _check_dtypes(self, when: str) -> None:
-        optimizer = self.optimizer if self._is_trained else None  # ZeRO-3 puts a stand-in there
+        optimizer = self.optimizer if self._is_trained else None  # ZeRO-3 puts a placeholder there
         check_dtypes(self.ranks, self.module, optimizer, self._expected, when)
 
     @property
     def precision(self) -> str:
-        """What the weights are, not what was asked for: "bf16", "fp16" or "fp32"."""
+        """The dtype of the weights, read from the tensors: "bf16", "fp16" or "fp32"."""
         return precision_of(self.module)
 
     @property
     def is_sharded(self) -> bool:
-        """Does every forward gather weights from all ranks?"""
+        """Whether every forward gathers weights from all ranks."""
         return self.zero_stage == 3
 
     @property
@@ -226,18 +224,19 @@ class Engine:
 
     @property
     def was_step_skipped(self) -> bool:
-        """Were gradients of the last step not finite, on any rank, so that nothing was updated?"""
+        """Whether the last step was skipped because a gradient on any rank was not finite."""
         return self._is_dropped or not self._deepspeed.was_step_applied()
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Returns (T,) float32 losses in nats of a micro-batch's response tokens, and (T,) bool:
-        would greedy decoding have chosen each. On the CPU."""
+        """Returns (T,) float32 losses in nats of a micro-batch's response tokens, and (T,) bool,
+        whether greedy decoding would choose each token. Both are on the CPU."""
         self._progress.tick()
         was_training = self.module.training
         self._deepspeed.eval()
         batch = batch.to(self.ranks.device)
-        # Whole on every rank, the model is called without DeepSpeed: ranks then need not keep step.
+        # A model that is whole on every rank is called without DeepSpeed, so ranks need not run in
+        # lock step.
         forward = self._deepspeed if self.is_sharded else self.module
         nll, match = forward(
             batch.input_ids,
@@ -258,8 +257,8 @@ class Engine:
         """Yields (Hugging Face name, whole tensor) of every parameter and persistent buffer, one at
         a time.
 
-        Tied parameters come once. Adapters are merged into the weights beside which they are. Under
-        ZeRO-3 only one parameter, with its adapter, is gathered at a time.
+        Tied parameters appear once. Adapters are merged into their weights. Under ZeRO-3 only one
+        parameter, with its adapter, is gathered at a time.
         """
         import deepspeed
 
@@ -283,7 +282,7 @@ class Engine:
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yields (Hugging Face name, whole gradient) of every trained parameter, before `step`. For
-        tests of the machine."""
+        the doctor and tests."""
         from deepspeed.utils import safe_get_full_grad
 
         for name, parameter in self.module.named_parameters():
@@ -294,9 +293,9 @@ class Engine:
         """Writes a Hugging Face folder on rank 0: safetensors, config, generation config, tokenizer
         with template.
 
-        transformers itself writes it, from a model without memory and the gathered tensors, so that
-        names, shards and weight conversions are what `AutoModelForCausalLM.from_pretrained` reads.
-        Raises ArtifactError, on all ranks, where the folder cannot be written.
+        transformers writes it, from a model on the meta device and the gathered tensors, so that
+        names, shards and weight conversions match `AutoModelForCausalLM.from_pretrained`. Raises
+        ArtifactError, on all ranks, if the folder cannot be written.
         """
         state: dict[str, Tensor] = {}
         for name, tensor in self.named_tensors():
@@ -338,8 +337,7 @@ class Engine:
         write_on_main(self.ranks, folder, state, write)
 
     def frozen_checksum(self) -> str:
-        """Returns what tells the frozen weights from others, on every rank; "" where all are
-        trained."""
+        """Returns a digest of the frozen weights, on every rank; "" if all weights are trained."""
         import deepspeed
 
         if not self.has_adapters:
@@ -372,16 +370,16 @@ class Engine:
         )
 
     def load_state(self, folder: Path, *, is_universal: bool = False) -> None:
-        """Loads what `save_state` wrote on as many ranks, or its universal form. The files were
-        verified. A new engine only."""
+        """Loads what `save_state` wrote on as many ranks, or its universal form. The caller has
+        verified the files. For a new engine only."""
         from sftmix.engine.state import load_state
 
         load_state(self._deepspeed, folder, is_universal=is_universal)
         self._check_dtypes(f"after {folder} was loaded")
 
     def close(self) -> None:
-        """Frees the model, its optimiser and the hooks, so that the next engine of this process
-        finds room."""
+        """Frees the model, its optimiser and the hooks, so that the next engine of this process has
+        memory."""
         self._deepspeed.destroy()
         release_leftovers(self.module)
         del self._deepspeed, self.optimizer, self.module
@@ -391,8 +389,8 @@ class Engine:
 
 
 def enable_activation_checkpointing(model: Any) -> None:
-    """Switches it on in a transformers model. New releases have renamed it, and warn of the old
-    name."""
+    """Turns activation checkpointing on in a transformers model. New releases have renamed the
+    method, and warn about the old name."""
     has_new_name = hasattr(model, "activation_checkpointing_enable")
     enable = (
         model.activation_checkpointing_enable

@@ -1,5 +1,5 @@
-"""Write an exported model: the files of a Hugging Face folder, by rank 0, with failures that all
-ranks hear of."""
+"""Write an exported model as a Hugging Face folder, on rank 0; a failure is an error on all
+ranks."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 def write_on_main(
     ranks: Ranks, folder: Path, state: dict[str, Tensor], write: Callable[[], None]
 ) -> None:
-    """Lets rank 0 write a folder. A failure is one error on all ranks, none of which waits for rank
-    0; no half of the folder stays."""
+    """Lets rank 0 write a folder. A failure is one error on all ranks, and no rank keeps waiting.
+    An incomplete folder is removed."""
     problem = ""
-    # transformers empties it
+    # transformers empties the dictionary
     needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     if ranks.is_main:
         try:
@@ -36,7 +36,7 @@ def write_on_main(
                 faults.point("export.write")
                 write()
         except OSError as error:
-            if isinstance(error.__cause__, SafetensorError):  # which names no file
+            if isinstance(error.__cause__, SafetensorError):  # the error names no file
                 error.filename = str(folder / "*.safetensors")
             problem = (
                 f"the model could not be exported: {describe(error, folder, needed_bytes=needed)}"
@@ -52,8 +52,8 @@ def write_on_main(
 def write_model(
     folder: Path, shell: Any, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Writes a Hugging Face folder. shell: the model on the meta device, whose names and shards
-    transformers writes."""
+    """Writes a Hugging Face folder. shell: the model on the meta device, which defines names and
+    shards."""
     from transformers import GenerationConfig
 
     with quiet_transformers():

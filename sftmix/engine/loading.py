@@ -1,9 +1,9 @@
 """Builds and loads the model, sharded from the start under ZeRO-3.
 
-Rank 0 loads, or initialises, an ordinary model on the CPU through transformers' ordinary path (all
-its weight conversions included). Every rank builds an empty, sharded shell, and the tensors are
-handed over one by one. So no rank but one holds a whole model, nothing depends on the ZeRO branch
-of transformers' loader, and random weights are the same for every ZeRO stage and number of ranks.
+Rank 0 loads or initialises an ordinary model on the CPU, as transformers does (with all weight
+conversions). Every rank builds an empty, sharded model, and receives the tensors one by one. So
+only one rank holds a whole model, nothing depends on the ZeRO branch of transformers' loader, and
+random weights are equal for every ZeRO stage and number of ranks.
 """
 
 from __future__ import annotations
@@ -43,11 +43,10 @@ ATTENTION = (
 def hf_config(
     model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str = "model"
 ) -> PretrainedConfig:
-    """Returns the transformers config of a model; for an architecture, completed from the
-    tokenizer.
+    """Returns the transformers config of a model; an architecture is completed from the tokenizer.
 
-    Raises ConfigError for a folder without config or weights, an unknown model type or a value it
-    refuses.
+    Raises ConfigError for a folder without config or weights, an unknown model type, or a value
+    that transformers refuses.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -81,7 +80,7 @@ def hf_config(
         ArithmeticError,
         StrictDataclassError,
     ) as error:
-        cause = error.__cause__ or error  # what transformers wraps says it in one line
+        cause = error.__cause__ or error  # the error that transformers wraps is one line
         raise ConfigError(
             f"{where}: {' '.join(str(cause).split())[:300]} Correct the value."
         ) from None
@@ -101,9 +100,9 @@ def hf_config(
 
 
 def _words_of_model_code(config_class: type) -> set[str]:
-    """Returns every word in the code that reads a config of this class. transformers keeps any key
-    it is given silently, and no list says which it reads: some are old names, some are read with
-    a default far from the class."""
+    """Returns every word in the code that reads a config of this class. transformers silently keeps
+    unknown keys, and has no list of known ones: some are old names, some are read with a default
+    elsewhere in the code."""
     modules = (
         config_class.__module__,
         config_class.__module__.replace(".configuration_", ".modeling_"),
@@ -119,7 +118,7 @@ def _words_of_model_code(config_class: type) -> set[str]:
 
 
 def check_model_folder(path: str, *, name: str = "model") -> None:
-    """Raises ConfigError for a local folder that is not there, or holds no config or no safetensors
+    """Raises ConfigError for a local folder that does not exist, or has no config or no safetensors
     weights."""
     folder = Path(path)
     if not folder.is_dir():
@@ -143,11 +142,11 @@ def check_model_folder(path: str, *, name: str = "model") -> None:
 
 
 def check_weights(path: str, config: PretrainedConfig, shell: nn.Module, *, name: str) -> None:
-    """Raises ConfigError for weights of a local folder that are missing, cut off, no safetensors,
-    or of another shape than the model's.
+    """Raises ConfigError for weights of a local folder that are missing, truncated, not
+    safetensors, or of another shape than the model's.
 
-    Reads the headers alone. shell: the model without memory. What transformers renames or packs on
-    loading is left to `load_source`.
+    Reads only the headers. shell: the model on the meta device. `load_source` handles what
+    transformers renames or packs on loading.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -172,7 +171,7 @@ def check_weights(path: str, config: PretrainedConfig, shell: nn.Module, *, name
 
 
 def _weight_files(folder: Path, *, name: str) -> list[Path]:
-    """Returns the files that transformers takes a folder's weights from. Raises ConfigError for an
+    """Returns the files from which transformers loads a folder's weights. Raises ConfigError for an
     index that does not name them."""
     if (folder / WEIGHTS).exists() or not (folder / INDEX).is_file():
         return [folder / WEIGHTS] if (folder / WEIGHTS).exists() else []
@@ -216,7 +215,7 @@ def check_attention(
     model: ModelConfig, config: PretrainedConfig, *, precision: str, is_on_gpu: bool, name: str
 ) -> None:
     """Raises ConfigError for an attention implementation that cannot be used here: unknown, not
-    installed, not of this model."""
+    installed, or not supported by this model."""
     from transformers import AutoModelForCausalLM
 
     wanted = model.attn_implementation
@@ -280,13 +279,13 @@ def load_source(
     if model.path is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            # Drawn in float32 and rounded afterwards: the same start whatever the precision.
+            # Drawn in float32 and then rounded: the same start for every precision.
             random_model: Any = AutoModelForCausalLM.from_config(
                 config, **{**options, "dtype": torch.float32}
             )
         for parameter in random_model.parameters():
             parameter.data = parameter.data.to(dtype)
-        # Not `.to(dtype)` for all: rotary frequencies stay in float32, Gemma's scale does not.
+        # Do not call `.to(dtype)`: rotary frequencies stay in float32, Gemma's scale does not.
         expected = buffer_dtypes(model, config, dtype=dtype)
         for name, buffer in random_model.named_buffers():
             buffer.data = buffer.data.to(expected[name])
@@ -295,8 +294,7 @@ def load_source(
         loaded: Any
         report: Any
         try:
-            # Other shapes are not ignored: the report names them, where transformers' own error
-            # does not.
+            # Do not ignore other shapes: our report names them; the error of transformers does not.
             loaded, report = AutoModelForCausalLM.from_pretrained(
                 model.path,
                 config=config,
@@ -325,8 +323,7 @@ def load_source(
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hides transformers' own progress bars and advice while a model loads; errors are raised all
-    the same."""
+    """Hides transformers' progress bars and advice while a model loads. Errors are still raised."""
     from transformers.utils import logging as hf_logging
 
     before = hf_logging.get_verbosity()
@@ -342,7 +339,7 @@ def quiet_transformers() -> Iterator[None]:
 def empty_model(
     model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype = torch.float32
 ) -> Any:
-    """Returns a transformers model without memory: names, shapes and types only."""
+    """Returns a transformers model on the meta device: only names, shapes and types."""
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers(), torch.device("meta"):
@@ -369,8 +366,8 @@ def build_model(
     is_sharded: bool,
     deepspeed_config: dict[str, Any],
 ) -> Any:
-    """Returns the model for `deepspeed.initialize`: whole, or, under ZeRO-3, sharded. All ranks
-    call it."""
+    """Returns the model for `deepspeed.initialize`: whole, or sharded under ZeRO-3. Collective: all
+    ranks must call it."""
     if not is_sharded:
         return load_source(model, config, dtype=dtype, seed=seed)
     import deepspeed
@@ -382,19 +379,18 @@ def build_model(
         {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
     )
     with torch.device("meta"):
-        # Imports the model's code before zero.Init wraps constructors: a class that is defined
-        # meanwhile would lose what its decorators did to its __init__ (the experts of Mixtral lose
-        # their config).
+        # Import the model's code before zero.Init wraps constructors: a class defined inside loses
+        # what decorators did to its __init__ (Mixtral's experts lose their config).
         AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=model.trust_remote_code, **options
         )
-    # zero.Init takes the dtype from the config: its argument of that name is wrong (precision.py).
+    # zero.Init reads the dtype from the config; its `dtype` argument is broken (precision.py).
     init = deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
     with no_init_weights(), prevent_arange_dtype_change(), init:
         shell = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=model.trust_remote_code, **options
         )
-    shell.tie_weights()  # no_init_weights leaves it out
+    shell.tie_weights()  # no_init_weights does not do it
     source = (
         load_source(model, config, dtype=dtype, seed=seed)
         if torch.distributed.get_rank() == 0
@@ -408,8 +404,8 @@ def copy_weights(
     source: nn.Module | None, target: nn.Module, buffers: dict[str, torch.dtype]
 ) -> None:
     """Fills a sharded model from rank 0's `source` (None elsewhere), one tensor at a time, and
-    gives each buffer its dtype in `buffers`: zero.Init casts some. Collective: all ranks must call
-    it."""
+    gives each buffer its dtype in `buffers`, because zero.Init casts some. Collective: all ranks
+    must call it."""
     import deepspeed
     import torch.distributed as dist
 

@@ -1,13 +1,12 @@
-"""Low-rank adapters (LoRA) beside frozen weights: where they go, how they begin, and what is
-published of them.
+"""Low-rank adapters (LoRA) beside frozen weights: their places, their initial values, and their
+published files.
 
     W x  becomes  W x + alpha / rank * B A x        A (rank, in) drawn, B (out, rank) zero, W frozen
 
-peft puts the layers into the model (https://arxiv.org/abs/2106.09685,
-https://github.com/huggingface/peft). The head and the embedding stay as they are: the loss is
-computed in the head's own module (`engine/head.py`). No gradient is asked of what leaves the
-embedding: activation checkpointing is not reentrant here, and ZeRO-3 needs none to release the
-first layer's weights.
+peft inserts the layers into the model (https://arxiv.org/abs/2106.09685,
+https://github.com/huggingface/peft). The head and the embedding get no adapter, because the loss is
+computed in the head's module (`loss/head.py`). The embedding output needs no gradient: activation
+checkpointing is not reentrant here, and ZeRO-3 releases the first layer's weights without one.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from torch import Tensor, nn
 from sftmix.config.schema import LoraConfig, ModelConfig
 from sftmix.errors import ConfigError, did_you_mean
 
-ADAPTER = "default"  # peft's name of the only adapter
-CHECKSUM_ELEMENTS = 1 << 24  # looked at at once
+ADAPTER = "default"  # peft's name for the only adapter
+CHECKSUM_ELEMENTS = 1 << 24  # compared at once
 
 
 def import_peft() -> Any:
-    """Returns the peft module. Raises ConfigError where it cannot be imported."""
+    """Returns the peft module. Raises ConfigError if it cannot be imported."""
     try:
         import peft
     except ImportError as error:
@@ -41,11 +40,11 @@ def import_peft() -> Any:
 
 
 def target_names(model: Any, lora: LoraConfig, *, name: str) -> list[str]:
-    """Returns the dotted names of the modules that get an adapter. `model`: a transformers model,
-    with memory or without.
+    """Returns the dotted names of the modules that get an adapter. model: a transformers model,
+    possibly on the meta device.
 
-    name: of the model in the config. Raises ConfigError for a target that is not a module, no
-    linear one, or the head or embedding.
+    name: of the model in the config. Raises ConfigError for a target that is not a module, not
+    linear, or the head or embedding.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -92,7 +91,7 @@ def target_names(model: Any, lora: LoraConfig, *, name: str) -> list[str]:
 
 
 def num_adapter_parameters(model: Any, lora: LoraConfig, *, name: str) -> int:
-    """Returns how many parameters the adapters of a model, with memory or without, have. Raises as
+    """Returns the number of adapter parameters of a model, possibly on the meta device. Raises as
     `target_names`."""
     modules = dict(model.named_modules())
     return sum(
@@ -103,8 +102,8 @@ def num_adapter_parameters(model: Any, lora: LoraConfig, *, name: str) -> int:
 def add_adapters(
     model: Any, config: ModelConfig, *, dtype: torch.dtype, seed: int, name: str
 ) -> None:
-    """Freezes a model and puts adapters into it, the same on every rank. Under ZeRO-3 its weights
-    are sharded already, and `deepspeed.initialize` shards the adapters'. Raises ConfigError as
+    """Freezes a model and inserts adapters, equal on every rank. Under ZeRO-3 the weights are
+    already sharded; `deepspeed.initialize` shards the adapters. Raises ConfigError as
     `target_names` and `import_peft`."""
     lora = config.lora
     assert lora is not None, "the caller looks whether there are to be adapters"
@@ -127,13 +126,13 @@ def add_adapters(
         peft.inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
     for key, parameter in model.named_parameters():
         assert parameter.requires_grad == is_adapter(key), f"{key}: only adapters are trained"
-        # drawn in float32 and rounded: DeepSpeed wants one dtype, and keeps a copy in float32
+        # drawn in float32 and rounded: DeepSpeed requires one dtype, and keeps a float32 copy
         if is_adapter(key):
             parameter.data = parameter.data.to(dtype)
 
 
 def is_adapter(name: str) -> bool:
-    """Is this parameter, of any model around peft's layers, part of an adapter?"""
+    """Returns whether this parameter belongs to an adapter of peft."""
     return f".lora_A.{ADAPTER}." in name or f".lora_B.{ADAPTER}." in name
 
 
@@ -152,8 +151,8 @@ def adapter_weights(layer: Any) -> dict[str, nn.Parameter]:
 
 
 def merged_weight(layer: Any) -> Tensor:
-    """Returns W + alpha / rank * B A, computed in at least float32 and rounded to W's dtype. The
-    three are gathered."""
+    """Returns W + alpha / rank * B A, computed in at least float32 and rounded to W's dtype. All
+    three must be gathered."""
     weight = layer.base_layer.weight.data
     wide = torch.promote_types(weight.dtype, torch.float32)
     a, b = (parameter.data.to(wide) for parameter in adapter_weights(layer).values())
@@ -165,7 +164,7 @@ def write_adapter(folder: Path, model: Any, state: dict[str, Tensor]) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, which
     `peft.PeftModel.from_pretrained` reads.
 
-    state: whole tensors by the name of their module in the model and their own,
+    state: whole tensors by the name of their module in the model plus their own name,
     `model.layers.0.mlp.up_proj.lora_A.weight`.
     """
     from safetensors.torch import save_file
@@ -183,8 +182,8 @@ def write_adapter(folder: Path, model: Any, state: dict[str, Tensor]) -> None:
 
 
 def checksum(tensor: Tensor) -> int:
-    """Returns a number that depends on every bit of a tensor and its place; computed where the
-    tensor is."""
+    """Returns a number that depends on every bit of a tensor and its position; computed on the
+    tensor's device."""
     words = (
         tensor.detach()
         .reshape(-1)

@@ -1,8 +1,8 @@
-"""Which dtype a run computes in, and the check that every tensor of an engine really has it.
+"""The dtype that a run computes in, and the check that every tensor of an engine has it.
 
-DeepSpeed and transformers promise the dtypes that their configs name, and have broken the promise:
+DeepSpeed and transformers promise the dtypes of their configs, and have broken that promise:
 `deepspeed.zero.Init(dtype=torch.float32)` of DeepSpeed 0.19 builds bfloat16 weights where the
-accelerator has no fp16 (DeepSpeed pull request 8428). A run's numbers depend on it, so the tensors
+accelerator has no fp16 (DeepSpeed pull request 8428). Results depend on it, so the tensors
 themselves are examined: after an engine is built, after its first step, after a state is loaded,
 and in every exported file.
 """
@@ -27,15 +27,15 @@ _SAFETENSORS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float
 
 
 def resolve_precision(wanted: str) -> str:
-    """Returns "bf16", "fp16" or "fp32" for a value of `engine.precision`; of this device for
-    "auto"."""
+    """Returns "bf16", "fp16" or "fp32" for a value of `engine.precision`; "auto" depends on this
+    device."""
     if wanted == "auto":
         return "bf16" if has_gpu() and torch.cuda.is_bf16_supported() else "fp32"
     return wanted
 
 
 def check_device_computes_in(precision: str) -> None:
-    """Raises ConfigError where DeepSpeed's accelerator says that it cannot compute in
+    """Raises ConfigError if DeepSpeed's accelerator reports that it cannot compute in
     `precision`."""
     if precision == "fp32":
         return
@@ -73,7 +73,7 @@ class ExpectedDtypes:
     def of(
         cls, precision: str, settings: Mapping[str, Any], buffers: Mapping[str, torch.dtype]
     ) -> ExpectedDtypes:
-        """settings: the complete DeepSpeed config, which may ask for half-precision master
+        """settings: the complete DeepSpeed config, which may request half-precision master
         weights."""
         weights = DTYPES[precision]
         section = settings.get(precision, {})
@@ -127,14 +127,14 @@ def _dtypes(
 
 
 def precision_of(module: nn.Module) -> str:
-    """Returns the name of the dtype of a model's weights, which are all of one after
-    `check_dtypes`."""
+    """Returns the name of the dtype of a model's weights; `check_dtypes` ensures that there is
+    one."""
     return NAMES[next(module.parameters()).dtype]
 
 
 def check_exported(folder: Path, weights: torch.dtype, buffers: Mapping[str, torch.dtype]) -> None:
-    """Raises ArtifactError where a tensor of an exported folder, or the dtype in its config.json,
-    is another than that of the trained model. Reads the files' headers alone."""
+    """Raises ArtifactError if a tensor of an exported folder, or the dtype in its config.json,
+    differs from the trained model. Reads only the headers of the files."""
     import json
 
     from safetensors import safe_open

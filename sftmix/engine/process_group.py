@@ -1,4 +1,5 @@
-"""Join the process group, choose the device and the CPU threads, and leave without an abort."""
+"""Join the process group, choose the device and the CPU threads, and leave the group without an
+abort."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ def init_ranks(join_limit: timedelta = RENDEZVOUS_LIMIT) -> Ranks:
     """Joins the process group that the launcher (deepspeed, torchrun, mpirun, srun) describes, or
     one of a single process.
 
-    NCCL on GPUs, gloo on CPUs. Calling it again returns the same group. Raises ConfigError where
-    not all ranks have come within `join_limit`, or the port is taken.
+    NCCL on GPUs, gloo on CPUs. Calling it again returns the same group. Raises ConfigError if not
+    all ranks join within `join_limit`, or the port is in use.
     """
     translate()
     if "RANK" not in os.environ:
@@ -38,7 +39,7 @@ def init_ranks(join_limit: timedelta = RENDEZVOUS_LIMIT) -> Ranks:
             MASTER_PORT=str(free_port()),
         )
     deepspeed = import_deepspeed()
-    # before there is a group: its functions keep the one that they find
+    # before there is a group, because its functions keep the one that they find
     import torch.distributed.nn
 
     local_rank = _local_rank()
@@ -75,23 +76,22 @@ def init_ranks(join_limit: timedelta = RENDEZVOUS_LIMIT) -> Ranks:
 
 
 def _leave() -> None:
-    """Ends the process group while Python still runs. A thread of gloo may hold the last reference
-    to a tensor, and one that lets go of it when the interpreter is being torn down aborts the
-    process: a run that is done would end with SIGABRT
-    (https://github.com/pytorch/pytorch/issues/190489)."""
+    """Ends the process group while Python still runs. A gloo thread may hold the last reference to
+    a tensor. If it releases it while the interpreter is finalised, the process aborts, and a
+    finished run would end with SIGABRT (https://github.com/pytorch/pytorch/issues/190489)."""
     if getattr(sys, "last_value", None) is not None:
-        # this rank ends by an error; what it has under way may wait for ranks that never answer
+        # this rank ends by an error; its pending collectives may wait for ranks that never answer
         return
     if torch.distributed.is_initialized():
         for made in (_control_group, _leaders_group):
-            made.cache_clear()  # what holds a group keeps its threads
+            made.cache_clear()  # a reference to a group keeps its threads alive
         forget_groups()
         torch.distributed.destroy_process_group()
 
 
 def _local_rank() -> int:
-    """Returns which of the visible GPUs is this rank's; on a CPU what the launcher says. Raises
-    ConfigError where there is none for it."""
+    """Returns the index of this rank's GPU among the visible ones; on a CPU the local rank. Raises
+    ConfigError if there is no GPU for it."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if not has_gpu() or local_rank < torch.cuda.device_count():
         return local_rank
@@ -100,15 +100,14 @@ def _local_rank() -> int:
             f"rank {os.environ['RANK']} is the {local_rank + 1}th of this machine, and"
             f" {torch.cuda.device_count()} GPUs are visible to it. Start one rank for each GPU."
         )
-    # srun --gpus-per-task shows each task its own GPU alone; DeepSpeed reads this name
+    # srun --gpus-per-task shows each task only its own GPU; DeepSpeed reads this variable
     os.environ["LOCAL_RANK"] = "0"
     return 0
 
 
 def _join_over_loopback(backend: str, join_limit: timedelta) -> None:
-    """Joins ranks that are all on this machine, so that no other machine can reach them: torch's
-    own store listens on every interface, whatever address it is given, and anyone who reaches it
-    can write to it."""
+    """Joins ranks that are all on this machine, unreachable from other machines. torch's own store
+    listens on every interface for any address, and anyone who reaches it can write to it."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -133,9 +132,9 @@ def _join_over_loopback(backend: str, join_limit: timedelta) -> None:
 
 
 def use_threads(num_threads: int | None) -> int:
-    """Lets torch compute with so many CPU threads in this process; None leaves it as it is
-    (OMP_NUM_THREADS, or all cores). Returns the number. Sums in matrix products are cut by thread,
-    so that another number rounds otherwise."""
+    """Sets the number of CPU threads of torch; None keeps it (OMP_NUM_THREADS, or all cores).
+    Returns the number. Matrix products are divided by thread, so another number rounds
+    differently."""
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     return torch.get_num_threads()

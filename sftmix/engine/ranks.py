@@ -1,4 +1,4 @@
-"""The processes of a run: who am I, how many are we, and the few collectives that stages need."""
+"""The processes of a run: rank, number of ranks, and the collectives that stages need."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-# Numbers the counters of this process; the same on all ranks, since all ranks make them together.
+# Numbers the counters of this process; equal on all ranks, because all ranks create them together.
 _counters = itertools.count()
 RENDEZVOUS_LIMIT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank, world_size: of all processes. local_rank: on this machine. device: where this process
-    computes. storage: for each rank the lowest of those that see the same run folder; empty where
-    all see rank 0's."""
+    """rank, world_size: of all processes. local_rank: on this machine. device: of this process.
+    storage: for each rank the lowest rank that sees the same run folder; empty if all see the
+    folder of rank 0."""
 
     rank: int
     world_size: int
@@ -36,28 +36,28 @@ class Ranks:
 
     @property
     def is_storage_shared(self) -> bool:
-        """Do all ranks see one run folder?"""
+        """Whether all ranks see one run folder."""
         return not self.storage
 
     @property
     def storage_leader(self) -> int:
-        """The rank that does what one process must do in the run folder that this rank sees."""
+        """The rank that acts for all ranks that see the same run folder as this one."""
         return self.storage[self.rank] if self.storage else 0
 
     @property
     def leads_storage(self) -> bool:
-        """Is this rank that one?"""
+        """Whether this rank is that one."""
         return self.rank == self.storage_leader
 
     def bytes_to_leaders(self, content: bytes, length: int) -> bytes:
-        """Returns `length` bytes of rank 0 on every rank that leads a disk; where rank 0 has fewer,
-        zeros follow. All of those ranks call it, and each knows the length."""
+        """Sends `length` bytes from rank 0 to every rank that leads a disk, padded with zeros.
+        Collective among those ranks; each knows the length."""
         sent = _as_tensor(content if self.is_main else b"", length)
         torch.distributed.broadcast(sent, src=0, group=_leaders_group(self.storage))
         return sent.numpy().tobytes()
 
     def join_leaders(self) -> None:
-        """Makes the group that `bytes_to_leaders` needs. Collective: all ranks must call it."""
+        """Creates the group for `bytes_to_leaders`. Collective: all ranks must call it."""
         _leaders_group(self.storage)
 
     def barrier(self) -> None:
@@ -88,8 +88,8 @@ class Ranks:
         torch.distributed.reduce_scatter_tensor(share, whole)
 
     def counter(self) -> Callable[[], int]:
-        """Returns a function that gives 0, 1, 2, ... over all ranks together, each number once. All
-        ranks call `counter`; calling what it returns waits for nobody."""
+        """Returns a function that counts 0, 1, 2, ... over all ranks together, each number once.
+        `counter` is collective; the returned function is not."""
         if self.world_size == 1:
             return itertools.count().__next__
         store, key = (
@@ -99,13 +99,13 @@ class Ranks:
         return lambda: int(store.add(key, 1)) - 1
 
     def from_main(self, values: list[int]) -> list[int]:
-        """Returns rank 0's list on every rank. Collective: all ranks must call it. Nothing waits
-        for a GPU."""
+        """Returns rank 0's list on every rank. Collective: all ranks must call it. Does not
+        synchronise with a GPU."""
         return list(json.loads(self.text_from_main(json.dumps(values))))
 
     def agree(self, values: list[int | bool]) -> list[bool]:
         """Returns for each value whether it is true on any rank. Collective: all ranks must call
-        it; nothing waits for a GPU."""
+        it. Does not synchronise with a GPU."""
         if self.world_size == 1:
             return [bool(value) for value in values]
         flags = torch.tensor([int(value) for value in values])
@@ -116,7 +116,7 @@ class Ranks:
 
     def gather_texts(self, text: str) -> list[str]:
         """Returns every rank's text, on every rank, in rank order. Collective: all ranks must call
-        it. Bytes, not pickles."""
+        it. Sends bytes, not pickles."""
         if self.world_size == 1:
             return [text]
         content, group = text.encode(), _control_group()
@@ -131,7 +131,7 @@ class Ranks:
         ]
 
     def first_text(self, text: str) -> str:
-        """Returns the text of the lowest rank that has one, on every rank; empty where none has.
+        """Returns the text of the lowest rank that has one, on every rank; empty if none has.
         Collective: all ranks must call it."""
         return next((found for found in self.gather_texts(text) if found), "")
 
@@ -150,8 +150,8 @@ class Ranks:
         return sent.numpy().tobytes()
 
     def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Returns the rows (N_r, K) of all ranks, concatenated in rank order; N_r may differ. All
-        ranks call it."""
+        """Returns the rows (N_r, K) of all ranks, concatenated in rank order; N_r may differ.
+        Collective: all ranks must call it."""
         if self.world_size == 1:
             return rows
         rows = rows.to(self.device)
@@ -167,7 +167,7 @@ class Ranks:
 
 
 def _as_tensor(content: bytes, length: int) -> torch.Tensor:
-    """Returns bytes as a tensor (length,) of uint8; where there are fewer, zeros follow."""
+    """Returns bytes as a tensor (length,) of uint8, padded with zeros."""
     tensor = torch.zeros(length, dtype=torch.uint8)
     if content:
         tensor[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
@@ -176,22 +176,23 @@ def _as_tensor(content: bytes, length: int) -> torch.Tensor:
 
 @functools.cache
 def _control_group() -> Any:
-    """Returns a group for small messages about the run itself: gloo, so that none waits for what a
-    GPU still computes."""
+    """Returns a gloo group for small messages about the run, which do not wait for work on a
+    GPU."""
     return torch.distributed.new_group(backend="gloo", timeout=RENDEZVOUS_LIMIT)
 
 
 @functools.cache
 def _leaders_group(storage: tuple[int, ...]) -> Any:
-    """Returns a group of the ranks that lead a disk. Made by all ranks together."""
+    """Returns a group of the ranks that lead a disk. Collective: all ranks must call it."""
     return torch.distributed.new_group(
         sorted(set(storage)), backend="gloo", timeout=RENDEZVOUS_LIMIT
     )
 
 
 def should_shard(weight_bytes: int, ranks: Ranks) -> bool:
-    """Is a model too large for every rank to hold it whole, with room for activations? Half of a
-    GPU's memory is the limit, or on a CPU half of the machine's over its ranks."""
+    """Returns whether a model is too large for a rank to hold it whole with room for activations.
+    The limit is half of a GPU's memory; on a CPU, half of the machine's memory divided by its
+    ranks."""
     if ranks.world_size == 1:
         return False
     if ranks.device.type == "cuda":
@@ -201,5 +202,5 @@ def should_shard(weight_bytes: int, ranks: Ranks) -> bool:
 
 
 def has_gpu() -> bool:
-    """Is there a device that torch and NCCL can use?"""
+    """Returns whether there is a GPU that torch and NCCL can use."""
     return torch.cuda.is_available()

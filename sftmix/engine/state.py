@@ -1,9 +1,9 @@
-"""What DeepSpeed saves of a training run, and how it is loaded again: every file hashed as it is
-written, nothing unpickled.
+"""Save and load DeepSpeed's state of a training run. Every file is hashed while it is written, and
+nothing is unpickled.
 
-DeepSpeed's own `save_checkpoint` trusts its disk: it names a checkpoint "latest" before all ranks
-have written, checks no byte of it on loading, and loads by full unpickling, which runs what a file
-says. Here it writes and reads through `StateFiles`.
+DeepSpeed's own `save_checkpoint` marks a checkpoint as "latest" before all ranks have written,
+verifies nothing on loading, and unpickles files, which can execute code. Here it writes and reads
+through `StateFiles`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
     """Writes and reads DeepSpeed's state files. entries: those that this rank has written, for the
     manifest.
 
-    A failure to write does not raise, since other ranks would then wait for this one inside
-    DeepSpeed: it is kept in `error`, for all ranks to agree on afterwards. in_background: files are
-    copied to memory and written by a thread; `wait` for them.
+    A failed write does not raise, because other ranks would then wait for this one inside
+    DeepSpeed. It is kept in `error`, and all ranks agree on it afterwards. in_background: files are
+    copied to memory and written by a thread; call `wait`.
     """
 
     def __init__(self, *, in_background: bool = False, left_out: frozenset[str] = frozenset()):
@@ -55,12 +55,13 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
             self._thread.start()
 
     def create(self, info: CheckpointCommitInfo) -> None:
-        """Nothing is to be done before a checkpoint."""
+        """Does nothing."""
 
     def save(self, state_dict: Any, path: str) -> None:
         """Writes one file, now or in the background."""
         if self.left_out and isinstance(state_dict.get("module"), dict):
-            # DeepSpeed leaves frozen weights out by their first name, and tied ones have a second.
+            # DeepSpeed removes frozen weights by their first name, and tied ones have a second
+            # name.
             state_dict["module"] = {
                 name: value
                 for name, value in state_dict["module"].items()
@@ -72,21 +73,21 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
             self._jobs.put((_copied(state_dict), Path(path)))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Returns the content of a file whose digest was compared before. Inside `only_tensors`
-        (which does not nest)."""
+        """Returns the content of a file whose digest was already verified. Call it inside
+        `only_tensors` (which does not nest)."""
         return torch.load(path, map_location=map_location, weights_only=True)
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
-        """Does nothing: the run itself publishes checkpoints."""
+        """Does nothing: sftmix publishes checkpoints itself."""
         return True
 
     @property
     def is_done(self) -> bool:
-        """Is everything written?"""
+        """Returns whether everything is written."""
         return self._thread is None or not self._thread.is_alive()
 
     def finish(self) -> None:
-        """Tells that nothing more is to be saved."""
+        """Ends the saving."""
         if self._jobs is not None:
             self._jobs.put(None)
 
@@ -121,7 +122,7 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
             with _without_crc32():
                 torch.save(state_dict, cast(IO[bytes], file))
             self.entries[path.name] = file.close()
-        except (OSError, RuntimeError) as error:  # torch wraps what the file raised
+        except (OSError, RuntimeError) as error:  # torch wraps the error of the file
             cause = file.error if file is not None and file.error is not None else error
             if not isinstance(cause, OSError):
                 raise
@@ -134,11 +135,11 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
 def save_state(
     deepspeed_engine: Any, folder: Path, *, in_background: bool, writes_shared: bool = False
 ) -> StateFiles:
-    """Writes the state of trained weights, optimiser and loss scaler into an existing folder. All
-    ranks call it.
+    """Writes the state of trained weights, optimiser and loss scaler into an existing folder.
+    Collective: all ranks must call it.
 
-    writes_shared: this rank also writes what DeepSpeed lets rank 0 write for all (the weights,
-    below ZeRO-3): its disk is its own.
+    writes_shared: this rank also writes what DeepSpeed otherwise lets only rank 0 write (the
+    weights, below ZeRO-3), because it has its own disk.
     """
     frozen = frozenset(
         name
@@ -159,7 +160,7 @@ def save_state(
 
 def load_state(deepspeed_engine: Any, folder: Path, *, is_universal: bool) -> None:
     """Loads what `save_state` has written, or its universal form, into a new engine. Collective:
-    all ranks must call it. The files were verified."""
+    all ranks must call it. The caller has verified the files."""
     use_state_files(deepspeed_engine, StateFiles())
     # ours, inside ZeRO's
     optimizer = getattr(deepspeed_engine.optimizer, "optimizer", deepspeed_engine.optimizer)
@@ -167,7 +168,7 @@ def load_state(deepspeed_engine: Any, folder: Path, *, is_universal: bool) -> No
         {name: value for name, value in group.items() if name != "params"}
         for group in optimizer.param_groups
     ]
-    # else frozen weights are missing
+    # otherwise frozen weights are missing
     is_whole = all(parameter.requires_grad for parameter in deepspeed_engine.module.parameters())
     with only_tensors(), loading_universal(deepspeed_engine, is_universal):
         path, _ = deepspeed_engine.load_checkpoint(
@@ -180,9 +181,8 @@ def load_state(deepspeed_engine: Any, folder: Path, *, is_universal: bool) -> No
         "DeepSpeed returns without loading where it finds no file; all were verified"
     )
     if is_universal:
-        # DeepSpeed 0.19 gives the first group's weight decay to all of them, and all parameters one
-        # and the same tensor as their count of steps, which then grows by the number of parameters
-        # at every step.
+        # DeepSpeed 0.19 gives all groups the weight decay of the first, and all parameters one
+        # shared tensor as step count, which then grows by the number of parameters at every step.
         for group, settings in zip(optimizer.param_groups, groups, strict=True):
             group.update(settings)
         for state in optimizer.state.values():
@@ -214,9 +214,8 @@ def to_universal(folder: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def only_tensors() -> Iterator[None]:
-    """Makes every `torch.load` inside, DeepSpeed's own too, refuse to unpickle anything but
-    tensors, plain values, and the plain records that DeepSpeed puts beside them: of them all, none
-    can run anything."""
+    """Within the context, every `torch.load`, DeepSpeed's too, only unpickles tensors, plain
+    values, and the plain records that DeepSpeed adds. None of these can execute code."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -237,8 +236,8 @@ def only_tensors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_crc32() -> Iterator[None]:
-    """Spares torch its checksum of each tensor, which costs as much as writing it, is never
-    compared on loading, and says less than the SHA-256 of the file."""
+    """Turns off torch's checksum of each tensor. It costs as much as writing, is never verified on
+    loading, and is weaker than the SHA-256 of the file."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
