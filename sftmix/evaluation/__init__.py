@@ -1,1 +1,1 @@
-"""What came of a run: held-out figures, the report, model cards."""
+"""The results of a run: held-out figures, the report, model cards."""

@@ -14,7 +14,7 @@ def summarise(scores: Scores, groups: list[str | None]) -> dict[str, Any]:
     """Returns loss (nats per response token), perplexity and exact match, overall and by group.
 
     Loss is the mean over all response tokens, not the mean of the examples' means. Exact match is
-    the share of examples whose whole response greedy decoding would have written.
+    the share of examples whose whole response greedy decoding would produce.
     """
     summary = _figures(scores, list(range(len(groups))))
     named = sorted({group for group in groups if group is not None})
@@ -30,6 +30,6 @@ def _figures(scores: Scores, members: list[int]) -> dict[str, Any]:
     return {
         "num_examples": len(members),
         "loss_nats_per_token": loss,
-        "perplexity": math.exp(min(loss, 700)),  # 700: the last power of e that a float holds
+        "perplexity": math.exp(min(loss, 700)),  # exp(700) is near the largest float
         "exact_match": float(scores.is_exact[members].mean()),
     }

@@ -1,5 +1,5 @@
-"""The card (README.md) of an exported model or adapter: metadata that the Hub reads, how it was
-made, results, and how to use it."""
+"""The card (README.md) of an exported model or adapter: metadata for the Hub, how it was made,
+results, and how to use it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ METRICS = {  # of `evaluation/metrics.json`: the Hub's type of the metric, and i
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
 _FILES = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".xz", ".zst")
 _SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/")  # of the Hub's cache
-UNKNOWN = "unknown"  # what the Hub calls a license that nobody has stated
+UNKNOWN = "unknown"  # the Hub's word for an unstated license
 
 SNIPPET = """from transformers import AutoTokenizer
 {imports}
@@ -110,11 +110,11 @@ def write_model_card(
 
 
 def base_model(path: str | None) -> str | None:
-    """Returns the Hub name of the model that training started from; None where it has none or does
-    not say it.
+    """Returns the Hub name of the model that training started from; None if it has none or it is
+    unknown.
 
-    A local folder names its origin by its place in the Hub's cache, in config.json
-    (`_name_or_path`), or in its card (`base_model`).
+    The origin of a local folder is found from its place in the Hub's cache, from config.json
+    (`_name_or_path`), or from its card (`base_model`).
     """
     if path is None:
         return None
@@ -130,7 +130,7 @@ def base_model(path: str | None) -> str | None:
 
 
 def _is_hub_name(name: str) -> bool:
-    """Is this a name on the Hub, and not a file or folder of this machine, there or not?"""
+    """Returns whether this is a name on the Hub, and not a local path, existing or not."""
     return (
         _HUB_NAME.fullmatch(name) is not None
         and not Path(name).exists()
@@ -147,7 +147,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _metadata_of(path: str | None, base: str | None) -> dict[str, Any]:
-    """Returns the metadata of the card of a local folder, else of a model on the Hub; nothing where
+    """Returns the metadata of the card of a local folder, else of a model on the Hub; nothing if
     there is no card."""
     from huggingface_hub import ModelCard
     from huggingface_hub.errors import HfHubHTTPError
@@ -169,8 +169,8 @@ def _metadata_of(path: str | None, base: str | None) -> dict[str, Any]:
 
 
 def _license_of(path: str | None, base: str | None) -> dict[str, str] | None:
-    """Returns the license keys of the base model's card, or the license of its config.json; None
-    where neither states one."""
+    """Returns the license keys of the base model's card, or the license of its config.json; None if
+    neither states one."""
     metadata = _metadata_of(path, base)
     if not isinstance(metadata.get("license"), str) or metadata["license"] == UNKNOWN:
         stated = (

@@ -1,4 +1,4 @@
-"""The report's figures, without a date or random ids: the same run gives the same bytes."""
+"""The report's figures, without dates or random ids, so that the same run gives the same bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sftmix.evaluation.report_examples import ScoredExamples
 
 COLOURS = {"confident": "#2a7f62", "middle": "#9a9a9a", "unconfident": "#b5533c"}
-MAX_POINTS = 10_000  # of the data map; more only hide each other
+MAX_POINTS = 10_000  # of the data map; more would hide each other
 
 
 def loss_curves(curves: dict[str, list[tuple[int, float | None]]]) -> str:
@@ -62,10 +62,10 @@ def confidence_histogram(scored: ScoredExamples) -> str:
 
 
 def points_of_data_map(scored: ScoredExamples) -> tuple[NDArray[np.int64], int]:
-    """Returns the examples to draw, and how many cannot be drawn as they are not finite.
+    """Returns the examples to draw, and the number of those that are not finite and cannot be
+    drawn.
 
-    More than MAX_POINTS are thinned evenly over the ranking by confidence, both ends of which are
-    kept.
+    More than MAX_POINTS are thinned evenly over the ranking by confidence; both ends are kept.
     """
     finite = np.flatnonzero(np.isfinite(scored.confidence) & np.isfinite(scored.variability))
     ranked = finite[np.argsort(scored.confidence[finite], kind="stable")]
@@ -76,8 +76,8 @@ def points_of_data_map(scored: ScoredExamples) -> tuple[NDArray[np.int64], int]:
 
 def cuts(values: NDArray[np.float64], part: NDArray[np.str_]) -> list[tuple[float, str, str]]:
     """Returns where the split cuts along these values, ascending: (halfway between two parts, the
-    part below, the part above). Nothing where the parts overlap, as the split is by something else,
-    or within strata."""
+    part below, the part above). Nothing if the parts overlap, because the split uses another column
+    or strata."""
     inside = {name: values[(part == name) & np.isfinite(values)] for name in COLOURS}
     spans = sorted((found.min(), found.max(), name) for name, found in inside.items() if len(found))
     if any(above[0] < below[1] for below, above in pairwise(spans)):
@@ -88,14 +88,14 @@ def cuts(values: NDArray[np.float64], part: NDArray[np.str_]) -> list[tuple[floa
 
 
 def data_map(scored: ScoredExamples, points: NDArray[np.int64]) -> bytes:
-    """Returns a PNG of these examples: confidence (as mean perplexity, where it is one) against
-    variability, coloured by the length of the response, with lines where the split cuts."""
+    """Returns a PNG of these examples: confidence (as mean perplexity if it is one) against
+    variability, coloured by the length of the response, with lines at the cuts of the split."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap, LogNorm
 
     figure, axes = _figure(5)
     variability, lengths = scored.variability[points], scored.num_response_tokens[points]
-    # without its end, which is pale on white
+    # without its end, which is hard to see on white
     colours = ListedColormap(colormaps["viridis"](np.linspace(0, 0.93, 256)))
     norm = LogNorm(lengths.min(), max(lengths.max(), 2 * lengths.min()))
     size = np.clip(20_000 / len(points), 3, 9)
@@ -166,7 +166,7 @@ def _draw_cuts(axes: Any, found: list[tuple[float, str, str]], *, is_across: boo
 
 
 def _scale_variability(axes: Any, variability: NDArray[np.float64]) -> None:
-    """Logarithmic; linear below a floor, so that zeros and mere rounding are on the map too."""
+    """Logarithmic; linear below a floor, so that zeros and rounding errors are on the map too."""
     floor = 1e-4 * variability.max()
     if floor <= 0:
         return
@@ -179,7 +179,7 @@ def _scale_variability(axes: Any, variability: NDArray[np.float64]) -> None:
 
 
 def _plain_ticks(axis: Any) -> None:
-    """Labels a logarithmic axis 1, 2, 5, 10 in place of powers."""
+    """Labels a logarithmic axis 1, 2, 5, 10 instead of powers."""
     from matplotlib.ticker import FuncFormatter, LogFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -203,4 +203,4 @@ def _svg(figure: Any) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "sftmix", "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, dpi=120)
     text = buffer.getvalue()
-    return text[text.index("<svg") :]  # without the XML prologue, to stand inside HTML
+    return text[text.index("<svg") :]  # without the XML prologue, for use inside HTML

@@ -1,4 +1,5 @@
-"""Gathers what the stages left, and renders it. Everything that comes from data is escaped."""
+"""Collects the stages' results and renders the report. Everything that comes from data is
+escaped."""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ from sftmix.train.meter import NAMES, minutes_of
 
 
 def build_report(run: RunOutputs, folder: Path) -> None:
-    """Writes index.html, report.md and the data map into `folder`; prints what they say in short,
-    and where they are."""
+    """Writes index.html, report.md and the data map into `folder`; prints a summary and where they
+    are."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     table = result_table(run)
@@ -86,7 +87,7 @@ def build_report(run: RunOutputs, folder: Path) -> None:
 
 
 def result_table(run: RunOutputs) -> list[dict[str, Any]]:
-    """Returns a row per trained model: held-out figures, speed and time; None where there is no
+    """Returns a row per trained model: held-out figures, speed and time; None for a missing
     figure."""
     metrics = read_json(run.inputs["evaluate"] / "metrics.json")
     rows = []
@@ -132,11 +133,11 @@ WIDTH = 60  # columns of what is printed, for narrow terminals
 
 
 def time_table(run: RunOutputs) -> list[list[str]]:
-    """Returns a row of text per training stage: the minutes waited, and what they were spent on."""
+    """Returns a row of text per training stage: minutes in total and by activity."""
     rows = []
     for stage, name in {"reference": "reference", **MODEL_NAMES}.items():
         facts = run.facts_of(stage) if stage in run.inputs else {}
-        if "waited_seconds" in facts:  # stages of earlier versions did not count it
+        if "waited_seconds" in facts:  # earlier versions did not record it
             minutes = minutes_of(facts)
             rows.append([name, *(f"{minutes[each]:.2f}" for each in ("waited", *NAMES))])
     return rows
@@ -158,7 +159,7 @@ def markdown(titles: Sequence[str], rows: list[list[str]]) -> str:
 
 
 def print_table(table: list[dict[str, Any]]) -> None:
-    """Prints the result table, within 60 columns, and what its columns mean."""
+    """Prints the result table, within 60 columns, and explains its columns."""
     rows = [TITLES, *map(cells, table)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print("\nSFTMix beside next-token prediction\n")
@@ -206,8 +207,7 @@ def _figures(run: RunOutputs, scored: ScoredExamples) -> list[tuple[str, str]]:
 
 
 def _data_map(scored: ScoredExamples, folder: Path) -> dict[str, Any] | None:
-    """Writes data_map.png and returns it for the page; None where the scores have no
-    variability."""
+    """Writes data_map.png and returns it for the page; None if the scores have no variability."""
     points, num_left_out = plots.points_of_data_map(scored)
     if not len(points):
         return None

@@ -1,5 +1,5 @@
-"""What the report says of single training examples: extremes, copies, truncated ones, and how far
-two scorings agree on them."""
+"""The report's sections on single training examples: extremes, copies, truncated ones, and
+agreement between scorings."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ MAX_CHARACTERS = 400  # of a message
 
 @dataclass(frozen=True)
 class RunOutputs:
-    """What a report is made of. inputs: the folder of every stage that has run, by the stage's
-    name."""
+    """The inputs of a report. inputs: the folder of every stage that has run, by name."""
 
     config: Config
     inputs: dict[str, Path]
@@ -46,10 +45,11 @@ class RunOutputs:
 
 @dataclass(frozen=True)
 class ScoredExamples:
-    """The training examples in the data's order, (N,) each. variability: NaN where it is not known.
+    """The training examples in the data's order, (N,) each. variability: NaN if unknown.
 
-    is_perplexity: the confidence is minus a mean perplexity, which is then shown in its place; else
-    it is a column of the user's, of any scale. table: rows with example_id, group and messages.
+    is_perplexity: the confidence is a negative mean perplexity, and the report shows the
+    perplexity; otherwise it is a column of the user's with any scale. table: rows with example_id,
+    group and messages.
     """
 
     example_ids: pa.ChunkedArray
@@ -95,7 +95,7 @@ def read_scored_examples(run: RunOutputs) -> ScoredExamples:
 
 
 def ranking(scored: ScoredExamples) -> NDArray[np.int64]:
-    """Returns the examples with a finite confidence, most confident first; equal ones in the data's
+    """Returns the examples with a finite confidence, most confident first; ties in the data's
     order."""
     finite = np.flatnonzero(np.isfinite(scored.confidence))
     return finite[np.argsort(-scored.confidence[finite], kind="stable")]
@@ -112,9 +112,8 @@ def extremes(scored: ScoredExamples) -> list[dict[str, Any]]:
 
 
 def duplicates(scored: ScoredExamples) -> dict[str, Any]:
-    """Returns the groups of examples with the same content: how many there are, in how many the
-    copies are in different parts, and the largest ones, with the confidence's spread among the
-    copies."""
+    """Returns the groups of examples with equal content: their number, the number whose copies are
+    in different parts, and the largest groups with the spread of confidence among the copies."""
     # Example.content_id: copies carry -2, -3, ... behind the hash of their content.
     contents = pc.replace_substring_regex(
         scored.example_ids.cast(pa.large_string()), pattern="-.*", replacement=""
@@ -181,8 +180,7 @@ def truncated(scored: ScoredExamples) -> dict[str, Any]:
 
 
 def noise(scored: ScoredExamples) -> dict[str, float] | None:
-    """Returns, for generated data, how many of the wrong answers the split has put among the
-    unconfident."""
+    """Returns, for generated data, how many of the wrong answers are in the unconfident part."""
     noisy = np.array(scored.table["is_noisy"], dtype=bool)
     if not noisy.any():
         return None
@@ -209,8 +207,8 @@ def _shortened(text: str) -> str:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two ways to score agree: over `num_examples`; `num_left_out` have no finite
-    confidence in one or both."""
+    """Agreement of two scorings over `num_examples`; `num_left_out` lack a finite confidence in one
+    or both."""
 
     modes: str
     spearman: float
@@ -227,7 +225,7 @@ class Agreement:
     )
 
     def cells(self) -> list[str]:
-        """Returns a row of the table, as text; "-" where there is no figure."""
+        """Returns a row of the table as text; "-" for a missing figure."""
         figures = [
             form.format(value)
             for form, value in (("{:.4f}", self.spearman), ("{:.1%}", self.same_part))
@@ -247,8 +245,8 @@ class Agreement:
 
 
 def agreements(run: RunOutputs, scored: ScoredExamples) -> list[Agreement]:
-    """Returns how far the run's scores agree with those of every mode that it was compared with, in
-    the column that is split."""
+    """Returns the agreement of the run's scores with those of every compared mode, in the column
+    that the split uses."""
     settings, split, rows = run.config.confidence, run.config.split, []
     strata = scored.table.data.table[split.stratify_by] if split.stratify_by else None
     own, *others = (
@@ -270,7 +268,7 @@ def agreement_of(
     *,
     strata: pa.ChunkedArray | None = None,
 ) -> Agreement:
-    """Returns how far two scorings of the same examples agree. Both are split, as the run splits,
+    """Returns the agreement of two scorings of the same examples. Both are split as in the run,
     among the examples that are finite in both. strata: the column of `split.stratify_by`."""
     both = pa.array(np.flatnonzero(np.isfinite(a) & np.isfinite(b)))
     parts = [

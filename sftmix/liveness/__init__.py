@@ -1,1 +1,1 @@
-"""Which processes are alive: heartbeats, the run lock, progress, requests to stop."""
+"""Liveness of processes: heartbeats, the run lock, progress, requests to stop."""

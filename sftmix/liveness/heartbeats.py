@@ -4,17 +4,17 @@ Every rank runs one thread. Rank 0's listens, the others' connect to it; both si
 second. Rank 0 judges the others and the others judge rank 0:
 
     the connection closed without a goodbye    the rank died: at once
-    no line for `silent_seconds`               it hangs: stopped, or its GIL is held
+    no line for `silent_seconds`               it hangs: suspended, or its GIL is held
     `fail(text)`                               it raised
-    nobody's position changed                  no progress for `stall_seconds`
+    no rank's position changed                 no progress for `stall_seconds`
 
 Then rank 0 tells all ranks; each writes its stacks, the first cause is printed once, and all end
-with the same code. If it is rank 0 that died or hangs, the others come to the same judgement by
-themselves. Each rank also watches its launchers: DeepSpeed and torchrun leave their ranks behind
-when they are killed.
+with the same code. If rank 0 died or hangs, each other rank detects it by itself. Each rank also
+watches its launchers, because DeepSpeed and torchrun leave their ranks running when they are
+killed.
 
-The token keeps strays out. It and the lines travel in the clear: a network between hosts must be a
-trusted one.
+The token rejects foreign connections. Neither it nor the lines are encrypted: the network between
+hosts must be trusted.
 """
 
 from __future__ import annotations
@@ -42,28 +42,27 @@ from sftmix.liveness.progress import Position, Progress
 __all__ = ["Watch", "listen"]
 
 LONGEST_WAIT_SECONDS = 0.25
-# what a rank raises may only follow from another's death, of which the news comes a moment later
+# an error may be the consequence of another rank's death, whose news arrives a moment later
 GRACE_SECONDS = 1.0
-ALONE_SECONDS = 5.0  # how long a rank that failed waits for rank 0's word, before it ends by itself
+ALONE_SECONDS = 5.0  # how long a failed rank waits for rank 0's decision before it ends by itself
 GOODBYE_SECONDS = 2.0
-# of silent_seconds, after which a rank writes its stacks, for want of a neighbour that would ask
-# for them
+# fraction of silent_seconds after which a rank writes its stacks without being asked
 ITSELF_FACTOR = 0.9
-# ranks that a beat of rank 0 names as alive; the lowest of them prints if rank 0 cannot
+# number of living ranks that a beat of rank 0 names; the lowest of them prints if rank 0 cannot
 NUM_NAMED = 16
 
 
 class Watch:
-    """The heartbeat of one rank, from `start` to `close`. `exit_code` is what all ranks end with if
-    this one fails or judges. `on_beat` is called in the thread once per interval; what it raises is
-    a failure of this rank.
+    """The heartbeat of one rank, from `start` to `close`. `exit_code`: of all ranks if this one
+    fails or decides. `on_beat` is called in the thread once per interval; an exception in it is a
+    failure of this rank.
 
     progress: what this rank is doing. stall_seconds: how long its position may stay the same while
-    it can stall; None: for ever.
+    it can stall; None: no limit.
 
-    listener: rank 0's, from `listen`. address: where the others find it. launchers: those found at
-    the start of the process, where that is longer ago; a launcher that ended before it was looked
-    for cannot be missed.
+    listener: rank 0's, from `listen`. address: where the others connect. launchers: those found at
+    the start of the process, if that is earlier; otherwise a launcher that ended before the search
+    would be missed.
     """
 
     def __init__(
@@ -104,11 +103,11 @@ class Watch:
         )
         self._peers: dict[int, Peer] = {}
         self._left: set[int] = set()
-        # connected, but not (yet) known as a rank of this run
+        # connected, but not yet identified as a rank of this run
         self._strangers: list[Connection] = []
         self._named: list[int] = []
         self._own_failure: str | None = None
-        # whose, what, and until when a death would explain it
+        # whose, what, and until when a rank's death would explain it
         self._failure: tuple[int, Verdict, float] | None = None
         self._verdict: Verdict | None = None
         self._is_told = False
@@ -118,26 +117,26 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="sftmix-watch", daemon=True)
 
     def start(self) -> None:
-        """Begins to watch and to be watched."""
+        """Starts the heartbeat thread."""
         self._words = LastWords(self._folder, self.rank, self._token)
         if self._launchers is None:
             self._launchers = processes.launchers()
         if self._launchers and self._launchers[0].pid == os.getppid():
-            # Only then: a shell that started this process in the background may end. If the
-            # launcher ends before this line, the first beat finds it gone.
+            # Only here, because a shell that started this process in the background may end. If the
+            # launcher ends before this line, the first beat notices.
             processes.die_with_parent()
         for sock in (self._wake_read, self._listener):
             if sock is not None:
                 sock.setblocking(False)
-        # A forked child would keep the connections open when this process is killed.
+        # A forked child would keep the connections open after this process is killed.
         os.register_at_fork(after_in_child=partial(_close_sockets_of, weakref.ref(self)))
         self._started = self._progressed = self._ticked = time.monotonic()
         self._progress: dict[int, Position] = {}
         self._thread.start()
 
     def fail(self, text: str) -> NoReturn:
-        """Ends all ranks with this cause, unless a rank's death explains it. The first of several
-        causes counts."""
+        """Ends all ranks with this cause, unless a rank's death explains it. Of several causes the
+        first is used."""
         if self._own_failure is None:
             self._own_failure = text
         self._wake()
@@ -148,11 +147,11 @@ class Watch:
         end(self.exit_code)
 
     def close(self) -> None:
-        """Ends the heartbeat. The others do not take the silence for a failure."""
+        """Ends the heartbeat. The others do not treat the silence as a failure."""
         self._is_closing = True
         self._wake()
         self._thread.join(GOODBYE_SECONDS + self._silent_seconds)
-        if not self._thread.is_alive():  # else `on_beat` hangs; the thread ends with the process
+        if not self._thread.is_alive():  # or `on_beat` hangs; the thread ends with the process
             self._close_sockets()
             self._words.forget()
 
@@ -173,14 +172,14 @@ class Watch:
                     self._say_goodbye()
                     if self._verdict is None:
                         return
-        except BaseException as error:  # without this thread the rank would hang unseen
+        except BaseException as error:  # without this thread a hang of the rank would go unnoticed
             self._verdict = Verdict(
                 f"{self._member} cannot watch the others: {error!r}", self.exit_code
             )
         self._stop(self._verdict)
 
     def _wait(self) -> bool:
-        """Handles what comes until the next beat, or until there is something to judge. Returns
+        """Handles messages until the next beat, or until there is something to decide. Returns
         whether a beat was sent."""
         now = time.monotonic()
         is_beat = now >= self._next_beat
@@ -197,10 +196,10 @@ class Watch:
         with suppress(BlockingIOError):
             self._wake_read.recv(4096)
         if self._listener is not None:
-            with suppress(OSError):  # nobody there, or gone again
+            with suppress(OSError):  # not connected, or disconnected
                 while True:
                     self._strangers.append(Connection(self._listener.accept()[0]))
-        # all there is: a living rank's lines must count before its silence is judged
+        # read everything: a living rank's lines must be counted before its silence is judged
         self._receive()
         return is_beat
 
@@ -225,7 +224,7 @@ class Watch:
 
     def _connect(self) -> None:
         assert self._address is not None, "ranks other than 0 need the address of rank 0"
-        with suppress(OSError):  # not there yet: the next beat tries again
+        with suppress(OSError):  # not listening yet: the next beat tries again
             line = Connection(
                 socket.create_connection(self._address, timeout=max(self._interval, 0.5))
             )
@@ -284,13 +283,13 @@ class Watch:
     # Judgement.
 
     def _judge(self, now: float, is_beat: bool) -> None:
-        """Sets the verdict, if there is cause for one."""
+        """Sets the verdict if there is a cause."""
         if self._own_failure is not None and self._failure is None:
             self._report_failure(now)
         stood_still, self._ticked = now - self._ticked, now
         if stood_still > max(self._silent_seconds / 4, 2 * LONGEST_WAIT_SECONDS):
-            # This process was stopped, or the whole machine: what the others sent or did not send
-            # meanwhile says nothing.
+            # This process or the whole machine was suspended: messages of the others in that time
+            # prove nothing.
             for peer in self._peers.values():
                 peer.line.heard = now
             self._progressed = now
@@ -319,7 +318,7 @@ class Watch:
             self._judge_slowly(now)
 
     def _judge_slowly(self, now: float) -> None:
-        """What needs no haste: launchers, ranks that never came, progress."""
+        """The checks that are not urgent: launchers, ranks that never connected, progress."""
         for launcher in self._launchers or ():
             if not launcher.is_running:
                 self._set(
@@ -356,13 +355,14 @@ class Watch:
         return self.progress.can_stall and limit is not None and now - self._progressed > limit
 
     def _report_failure(self, now: float) -> None:
-        """Rank 0 hears of this rank's failure and decides; without rank 0 this rank decides."""
+        """Reports this rank's failure to rank 0, which decides; without rank 0 this rank
+        decides."""
         verdict = Verdict(self._describe_failure(), self.exit_code)
         if self.rank == 0 or 0 in self._left:
             self._failure = (self.rank, verdict, now + (GRACE_SECONDS if self._peers else 0.0))
         elif (
             now - self._started > ALONE_SECONDS or self._peers
-        ):  # a rank that fails at once still has to connect
+        ):  # a rank that fails immediately must still connect
             for peer in self._peers.values():
                 peer.line.send({"fail": verdict.cause, "code": verdict.code})
             self._failure = (self.rank, verdict, now + (ALONE_SECONDS if self._peers else 0.0))
@@ -379,7 +379,7 @@ class Watch:
     # Ends.
 
     def _stop(self, verdict: Verdict) -> NoReturn:
-        """Ends this process. Rank 0 prints before it tells the others: their end may make a
+        """Ends this process. Rank 0 prints before it tells the others, because their end may make a
         launcher end rank 0."""
         try:
             silent = verdict.silent
@@ -404,13 +404,13 @@ class Watch:
             for line in told:
                 line.send({"verdict": asdict(verdict)})
             self._words.write_stacks(verdict.cause)
-            # a launcher that sees rank 0 end may end the others before they wrote their stacks
+            # when rank 0 ends, a launcher may end the others before they have written their stacks
             self._await_end(told, GRACE_SECONDS)
         finally:
             end(verdict.code)
 
     def _turn(self) -> float:
-        """Returns for how many seconds this rank leaves it to others to print the cause."""
+        """Returns how many seconds this rank waits for others to print the cause."""
         if self.rank == 0 or self._failure is not None:
             return 0.0
         return (
@@ -420,7 +420,7 @@ class Watch:
         )
 
     def _say_goodbye(self) -> None:
-        """Rank 0 answers a goodbye by closing the connection; the others answer rank 0 alike."""
+        """Says goodbye: rank 0 closes the connection in answer, and so do the others to rank 0."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None

@@ -1,5 +1,5 @@
-"""What a rank does before it ends for a cause: stacks to a file, the first cause to the terminal
-once, silent ranks killed."""
+"""What a rank does before it aborts: write stacks to a file, print the first cause once, kill
+silent ranks."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ POLL_SECONDS = 0.05
 
 
 class LastWords:
-    """Of one rank. `folder/stacks/rank_0001.txt` is open from the start, so that it can be written
-    while the GIL is held or no more file can be opened."""
+    """The last words of one rank. `folder/stacks/rank_0001.txt` is open from the start, so that it
+    can be written while the GIL is held or when no more files can be opened."""
 
     def __init__(self, folder: Path, rank: int, token: str):
         self.folder = folder / STACKS
         self.folder.mkdir(parents=True, exist_ok=True)
         self._path = self.folder / f"rank_{rank:04d}.txt"
         self._file = self._path.open("w", encoding="utf-8")
-        # All ranks know the token, and no other attempt has it.
+        # All ranks of this attempt know the token, and no other attempt does.
         self._first_cause = (
             self.folder / f"first_cause_{hashlib.sha256(token.encode()).hexdigest()[:8]}.txt"
         )
@@ -43,13 +43,12 @@ class LastWords:
         faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=True)
 
     def watch_itself(self, seconds: float) -> None:
-        """Writes the stacks if this is not called again in time. Works while the GIL is held."""
-        # Does not end the process: one that was suspended with its whole job comes late by no fault
-        # of its own.
+        """Writes the stacks unless it is called again in time. Works while the GIL is held."""
+        # Does not end the process: it may be late because its whole job was suspended.
         faulthandler.dump_traceback_later(seconds, file=self._file)
 
     def forget(self) -> None:
-        """Undoes it all at a normal end."""
+        """Undoes everything at a normal end."""
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(signal.SIGUSR2)
         self._file.close()
@@ -59,8 +58,8 @@ class LastWords:
         self, cause: str, *, after_seconds: float = 0.0, cut_off: int | None = None
     ) -> None:
         """Prints the first cause, unless another rank does within `after_seconds` or has done so.
-        cut_off: a silent rank on another host. It may think the same of this one and have said so
-        first, to a terminal that nobody sees: its word does not count."""
+        cut_off: a silent rank on another host. It may have judged this one silent and printed that
+        first, to a terminal that nobody sees, so its message is ignored."""
         first_cause = (
             self._first_cause
             if cut_off is None
@@ -76,12 +75,12 @@ class LastWords:
             descriptor = os.open(first_cause, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return
-        except OSError:  # a full disk: better twice than never
+        except OSError:  # a full disk: printing twice is better than never
             pass
         else:
             with contextlib.suppress(OSError), os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(text)
-        # Past sys.stderr, whose lock the main thread may hold.
+        # Bypass sys.stderr, whose lock the main thread may hold.
         _within(2.0, lambda: _write(2, text))
 
     def write_stacks(self, cause: str) -> None:
@@ -92,12 +91,12 @@ class LastWords:
 
 
 def end_silent(process: processes.Process, *, ask_for_stacks: bool) -> None:
-    """Kills a silent rank of this machine, after it was asked for its stacks. Does nothing if its
-    pid is another's by now."""
+    """Kills a silent rank of this machine, after asking for its stacks. Does nothing if its pid now
+    belongs to another process."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if ask_for_stacks and process.is_running:
             _signal_main_thread(process.pid, signal.SIGUSR2)
-            os.kill(process.pid, signal.SIGCONT)  # a stopped process writes nothing
+            os.kill(process.pid, signal.SIGCONT)  # a suspended process writes nothing
         deadline = time.monotonic() + KILL_AFTER_SECONDS
         while process.is_running and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
@@ -106,23 +105,22 @@ def end_silent(process: processes.Process, *, ask_for_stacks: bool) -> None:
 
 
 def _signal_main_thread(pid: int, number: int) -> None:
-    # A signal to a stopped process is taken by whichever thread wakes first, while the main thread
-    # already runs on. Sent to the main thread, it is handled where that thread stood.
+    # Any thread of a suspended process may take a signal, while the main thread already continues.
+    # Sent to the main thread, the signal is handled where that thread was suspended.
     tgkill = getattr(ctypes.CDLL(None), "tgkill", None)  # glibc 2.30
     if tgkill is None or tgkill(pid, pid, int(number)) != 0:
         os.kill(pid, number)
 
 
 def end(code: int) -> NoReturn:
-    """Ends this process, whatever its other threads do."""
-    # What was printed but not yet written would be lost. A main thread that hangs in a write holds
-    # the lock.
+    """Ends this process immediately, without waiting for its other threads."""
+    # Buffered output would be lost. A main thread that hangs in a write holds the lock.
     _within(0.5, sys.stdout.flush)
     os._exit(code)
 
 
 def _within(seconds: float, action: Callable[[], object]) -> None:
-    """Runs an action that may block, and goes on without it after a while."""
+    """Runs an action that may block, and stops waiting for it after a while."""
 
     def run() -> None:
         with contextlib.suppress(OSError, ValueError):

@@ -7,14 +7,14 @@ import socket
 import time
 from typing import Any
 
-LONGEST_LINE = 1 << 18  # bytes; more without a line's end is not a rank of this run
+LONGEST_LINE = 1 << 18  # bytes; a longer line does not come from a rank of this run
 
 Message = dict[str, Any]
 
 
 class Connection:
-    """is_open: False once the other side closed, was cut off or sent what is no JSON. heard: when
-    its last line came."""
+    """is_open: False after the other side closed, was cut off or sent invalid JSON. heard: time of
+    its last line."""
 
     def __init__(self, sock: socket.socket):
         self.sock = sock
@@ -25,19 +25,18 @@ class Connection:
         sock.setblocking(False)
 
     def send(self, message: Message | None = None) -> None:
-        """Sends a message, and what the socket did not take before."""
+        """Sends a message, after what the socket did not accept before."""
         if message is not None:
             self._to_send += json.dumps(message).encode() + b"\n"
         try:
             while self._to_send:
                 self._to_send = self._to_send[self.sock.send(self._to_send) :]
         except OSError:
-            # full: the next call goes on; broken: whoever receives learns it, after what was sent
-            # before
+            # full: the next call continues; broken: `receive` notices, after the lines already sent
             return
 
     def receive(self) -> list[Message]:
-        """Returns all messages that have come, parts of lines kept for later; does not wait."""
+        """Returns all complete messages and keeps incomplete lines; does not wait."""
         while self.is_open:
             try:
                 data = self.sock.recv(65536)

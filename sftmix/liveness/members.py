@@ -1,4 +1,4 @@
-"""What the ranks know of each other, and what they end for."""
+"""What ranks know about each other, and why they end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Member:
         return f"rank {self.rank} ({self.host}, pid {self.pid})"
 
     def is_on(self, place: dict[str, str | None]) -> bool:
-        """Does its pid mean this process in that place (`processes.namespace`)?"""
+        """Returns whether its pid is valid in that namespace (`processes.namespace`)."""
         return place["boot_id"] is not None and self.place == place
 
 
@@ -38,8 +38,8 @@ class Peer:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why all ranks end, and with which code. silent: the rank that does not answer, if it is
-    that."""
+    """Why all ranks end, and with which code. silent: the rank that does not answer, if that is the
+    cause."""
 
     cause: str
     code: int
@@ -47,7 +47,7 @@ class Verdict:
 
 
 def member_of(given: Any) -> Member | None:
-    """Returns the member that a message describes, None where it describes none."""
+    """Returns the member that a message describes; None if it describes none."""
     try:
         return Member(
             int(given["rank"]),

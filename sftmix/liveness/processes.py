@@ -1,4 +1,4 @@
-"""Facts about the processes of this machine: does that one still run, and who started this one."""
+"""Facts about processes of this machine: whether one still runs, and who started this one."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "sftmix")
 # A shell that started a run in the background may end long before it, and the run goes on: a shell
-# is not a launcher, whatever stands in its command line.
+# is not a launcher, whatever its command line contains.
 SHELLS = frozenset({"sh", "bash", "dash", "zsh", "ksh", "fish", "csh", "tcsh", "busybox"})
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 @dataclass(frozen=True)
 class Process:
-    """start: clock ticks from boot to its start. With the pid it names one process, also after pids
-    were used again."""
+    """start: clock ticks from boot to its start. Together with the pid it identifies one process,
+    even after pids are reused."""
 
     pid: int
     start: int
@@ -32,8 +32,8 @@ class Process:
 
 
 def start_time(pid: int) -> int | None:
-    """Returns when a process started, in clock ticks since boot; None where it does not run (any
-    more), or without /proc."""
+    """Returns when a process started, in clock ticks since boot; None if it does not run, or
+    without /proc."""
     fields = _stat(pid)
     return None if fields is None or fields[0] in ("Z", "X") else fields[2]
 
@@ -71,20 +71,20 @@ def launchers() -> list[Process]:
 
 
 def die_with_parent() -> None:
-    """Lets the kernel kill this process when its parent ends (Linux). A parent that has ended
-    before is not noticed."""
+    """Makes the kernel kill this process when its parent ends (Linux). It has no effect if the
+    parent has already ended."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _stat(pid: int) -> tuple[str, int, int] | None:
-    """Returns state, parent and start of a process; None where there is none, or no /proc."""
+    """Returns state, parent and start of a process; None if it does not exist, or without /proc."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
-    fields = text[text.rindex(")") + 1 :].split()  # the name before it may hold spaces and brackets
+    fields = text[text.rindex(")") + 1 :].split()  # the name may contain spaces and brackets
     return fields[0], int(fields[1]), int(fields[19])
 
 

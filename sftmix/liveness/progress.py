@@ -9,8 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Position:
-    """Where a rank is in its work. step: of training, from 1. ticks: micro-batches of this phase so
-    far."""
+    """The position of a rank in its work. step: of training, from 1. ticks: micro-batches of this
+    phase so far."""
 
     phase: str
     step: int = 0
@@ -23,8 +23,8 @@ class Position:
 
 
 class Progress:
-    """The position of this rank. can_stall: whether a position that does not change for long is a
-    fault.
+    """The position of this rank. can_stall: whether a position that does not change for long is an
+    error.
 
     Assignments are atomic, so the heartbeat thread may read at any time.
     """
@@ -34,7 +34,7 @@ class Progress:
         self.can_stall = can_stall
 
     def begin_phase(self, phase: str, *, can_stall: bool) -> None:
-        """Starts a phase. can_stall: False for what rank 0 does alone while the others wait."""
+        """Starts a phase. can_stall: False while rank 0 works alone and the others wait."""
         self.position, self.can_stall = Position(phase), can_stall
 
     def begin_step(self, step: int) -> None:
@@ -57,7 +57,7 @@ def progress_bar() -> Any:
     )
     from rich.table import Column
 
-    # on a narrow terminal the losses give way, not the step
+    # on a narrow terminal the losses are cut, not the step
     fixed = Column(no_wrap=True, min_width=7)
     return Progress(
         TextColumn("{task.description:>10}", table_column=Column(no_wrap=True, min_width=10)),

@@ -1,14 +1,14 @@
 """One writer per run folder.
 
 A run claims its folder by creating the next file of `attempts/` (000001.json, 000002.json, ...),
-which only one process can do (O_EXCL). The highest number owns the folder: whoever finds a higher
-one than its own writes nothing more. While the owner is alive nobody else may claim. On the same
-machine the process table says whether it is; from another machine its lease does, a small file that
-the owner rewrites every second.
+which only one process can do (O_EXCL). The highest number owns the folder; a process that finds a
+number higher than its own stops writing. While the owner is alive, nobody else may claim. On the
+same machine the process table tells whether it is alive; from another machine its lease does, a
+small file that the owner rewrites every second.
 
-A pause between `check` and what it guards is not covered: on one machine it cannot matter, since a
-living owner is not superseded; across machines an owner that stood still for the whole patience may
-finish the one rename it was about to do.
+A pause between `check` and the guarded action is not covered. On one machine that is harmless,
+because a living owner is not superseded. Across machines, an owner that was suspended for the whole
+patience may still finish one rename.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sftmix.storage.files import write_json
 
 ATTEMPTS = "attempts"
 LEASE = "lease"
-NUM_KEPT = 50  # attempts whose files stay, as the history of the run
+NUM_KEPT = 50  # number of attempts whose files are kept as history
 POLL_SECONDS = 0.1
 _NAME = re.compile(r"(\d{6,})\.json")
 
@@ -44,7 +44,7 @@ class SupersededError(ArtifactError):
 
 
 class RunLock:
-    """The hold of one attempt on a run folder; `claim` and `join` make it."""
+    """The claim of one attempt on a run folder; created by `claim` and `join`."""
 
     def __init__(self, folder: Path, attempt: int, key: str):
         self.attempt = attempt
@@ -53,7 +53,7 @@ class RunLock:
 
     def check(self) -> None:
         """Raises SupersededError when a later attempt owns the folder, when the folder was removed
-        or made anew, or when the command that began this attempt has ended it."""
+        or recreated, or when the command that began this attempt has ended it."""
         attempts = self._folder / ATTEMPTS
         last = _last_attempt(attempts)
         record = _read(attempts, max(last, self.attempt))
@@ -62,7 +62,7 @@ class RunLock:
                 f"{self._folder}: attempt {last} ({_who(record)}) has taken over this run folder;"
                 f" nothing more is written by attempt {self.attempt}."
             )
-        # Someone who removes the run folder and starts again begins with attempt 1 anew.
+        # A user who removes the run folder and starts again begins with attempt 1.
         if record is None or record["key"] != self._key:
             raise SupersededError(
                 f"{self._folder}: the file of attempt {self.attempt} is gone or another's: the run"
@@ -101,7 +101,7 @@ class RunLock:
 
         def renew() -> None:
             while not done.wait(1.0):
-                # superseded: what is to be published will be refused
+                # superseded: publishing will be refused
                 with contextlib.suppress(OSError, SftmixError):
                     self.renew()
 
@@ -114,17 +114,17 @@ class RunLock:
             thread.join()
 
     def release(self) -> None:
-        """Marks the attempt as ended: the next claim need not look for its process, and ranks that
+        """Marks the attempt as ended: the next claim need not check its process, and ranks that
         still run end."""
         self._add(ended=_now())
 
     def note_outcome(self, exit_code: int | None) -> None:
-        """Leaves word, for the command that began this attempt, of how its ranks ended; None takes
-        it back."""
+        """Records how the ranks ended, for the command that began this attempt; None removes the
+        record."""
         self._add(outcome=exit_code)
 
     def outcome(self) -> int | None:
-        """Returns what `note_outcome` left; None where the ranks could not say."""
+        """Returns what `note_outcome` recorded; None if there is no record."""
         record = _read(self._folder / ATTEMPTS, self.attempt)
         found = record.get("outcome") if record is not None and record["key"] == self._key else None
         return found if isinstance(found, int) else None
@@ -137,11 +137,11 @@ class RunLock:
 
 
 def claim(folder: Path, *, patience_seconds: float = 5.0) -> RunLock:
-    """Returns the hold on a run folder, as its next attempt.
+    """Claims a run folder as its next attempt.
 
-    Raises ArtifactError where another writer is alive, within the patience: at once for one on this
-    machine; one on another machine must renew its lease within the patience, or it is taken for
-    dead and superseded.
+    Raises ArtifactError if another writer is alive: immediately for one on this machine; one on
+    another machine must renew its lease within the patience, otherwise it is considered dead and
+    superseded.
     """
     attempts = folder / ATTEMPTS
     try:
@@ -155,8 +155,8 @@ def claim(folder: Path, *, patience_seconds: float = 5.0) -> RunLock:
 
 
 def join(folder: Path, attempt: int) -> RunLock:
-    """Returns the hold of an attempt that another process claimed. Raises ArtifactError where there
-    is no such attempt."""
+    """Joins an attempt that another process claimed. Raises ArtifactError if there is no such
+    attempt."""
     record = _read(folder / ATTEMPTS, attempt)
     if record is None:
         raise ArtifactError(
@@ -167,8 +167,8 @@ def join(folder: Path, attempt: int) -> RunLock:
 
 
 def holder(folder: Path, *, patience_seconds: float = 2.0) -> str | None:
-    """Returns who writes to a run folder (`attempt 3, host a, pid 7`); None for nobody. Claims
-    nothing. Another machine's attempt is alive if it renews its lease within the patience."""
+    """Returns who writes to a run folder (`attempt 3, host a, pid 7`); None if nobody does. Does
+    not claim. An attempt of another machine is alive if it renews its lease within the patience."""
     attempts = folder / ATTEMPTS
     last = _last_attempt(attempts)
     alive = (
@@ -183,7 +183,7 @@ def _claim(folder: Path, attempts: Path, deadline: float) -> RunLock:
     first = _last_attempt(attempts)
     last = first
     while True:
-        # An attempt that came while this one looked is alive, whatever its lease says so far.
+        # An attempt that began during this check is alive, even without a lease so far.
         if (
             last
             and (alive := _living_owner(attempts, last, deadline, is_new=last > first)) is not None
@@ -208,8 +208,8 @@ def _claim(folder: Path, attempts: Path, deadline: float) -> RunLock:
 
 
 def _create(attempts: Path, number: int) -> str:
-    """Creates the file of an attempt and returns its key. Raises FileExistsError where another was
-    faster."""
+    """Creates the file of an attempt and returns its key. Raises FileExistsError if another process
+    was faster."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
@@ -233,10 +233,10 @@ def _create(attempts: Path, number: int) -> str:
 
 
 def _living_owner(attempts: Path, number: int, deadline: float, *, is_new: bool) -> Record | None:
-    """Returns the record of an attempt whose writer is alive, None where it ended or died. Waits
+    """Returns the record of an attempt whose writer is alive, None if it has ended or died. Waits
     until `deadline` at most."""
     record = _read(attempts, number)
-    # created, not yet written; or its writer died between the two
+    # created but not yet written, or its writer died in between
     while record is None and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
         record = _read(attempts, number)
@@ -288,7 +288,7 @@ def _path(attempts: Path, number: int) -> Path:
 
 
 def _read(attempts: Path, number: int) -> Record | None:
-    """Returns the record of an attempt, None where it is missing or not (wholly) written."""
+    """Returns the record of an attempt, None if it is missing or incomplete."""
     with contextlib.suppress(FileNotFoundError, ValueError):
         record = json.loads(_path(attempts, number).read_text(encoding="utf-8"))
         if (

@@ -1,9 +1,8 @@
-"""A run that is asked to stop: by a signal, by its wall-clock limit, or by a file in the run
-folder.
+"""Requests to stop a run: a signal, its wall-clock limit, or a file in the run folder.
 
-The training loop asks after every step, saves, and leaves with exit code 75 (EX_TEMPFAIL), on which
-batch systems can start it again, or after Control-C with 130. The same signal again ends the
-process at once, as the first would have without this.
+The training loop checks after every step, saves, and exits with code 75 (EX_TEMPFAIL), after which
+batch systems can start it again, or with 130 after Control-C. The same signal again ends the
+process at once.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from types import FrameType
 
 from sftmix.errors import INTERRUPTED, STOPPED
 
-# seconds since the epoch at which the command began; for all its processes
+# start of the command in seconds since the epoch, for all its processes
 STARTED = "SFTMIX_STARTED"
-STOP_FILE = "stop"  # in the run folder: whoever makes it asks the run to stop
+STOP_FILE = "stop"  # in the run folder: creating it asks the run to stop
 
 
 class StopRequest:
-    """Has anybody asked to stop? reason: who; None if nobody has."""
+    """Whether a stop was requested. reason: by what; None if there was no request."""
 
     def __init__(self, run_folder: Path, *, wall_clock_minutes: float | None = None):
         self._file = run_folder / STOP_FILE
@@ -38,19 +37,19 @@ class StopRequest:
         self._before: dict[signal.Signals, object] = {}
 
     def listen(self) -> None:
-        """Takes SIGTERM, SIGUSR1 and SIGINT (Control-C) from here on."""
+        """Handles SIGTERM, SIGUSR1 and SIGINT (Control-C) from here on."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._before[number] = signal.signal(number, self._take)
 
     def close(self) -> None:
-        """Gives the signals back."""
+        """Restores the signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before = {}
 
     @property
     def reason(self) -> str | None:
-        """Who has asked, in words."""
+        """The source of the request, in words."""
         if (
             self._reason is None
             and self._minutes is not None
@@ -68,8 +67,8 @@ class StopRequest:
         return self.reason is not None
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        # torchrun answers Control-C with a SIGTERM to its ranks: only the same signal again counts
-        # as the second.
+        # torchrun answers Control-C with a SIGTERM to its ranks, so only the same signal again
+        # counts as a second one.
         if number in self._taken and number != signal.SIGUSR1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -79,8 +78,8 @@ class StopRequest:
 
 
 def acknowledge(number: int) -> None:
-    """Says on stderr what a first signal does. Called by signal handlers, so it uses no buffered
-    file."""
+    """Explains on stderr what a first signal does. Called by signal handlers, so it uses no
+    buffered file."""
     name = signal.Signals(number).name
     again = "Control-C" if number == signal.SIGINT else "SIGTERM"
     os.write(
@@ -99,12 +98,12 @@ def exit_code_of(reason: str) -> int:
 
 @contextlib.contextmanager
 def asking_to_stop(stop_file: Path) -> Iterator[None]:
-    """Turns SIGTERM, SIGUSR1 and SIGINT (Control-C) into a file that rank 0 looks for after each
-    step: the launcher between would rather kill the ranks. SIGTERM or SIGINT again ends this
-    process, and the ranks with it."""
+    """Turns SIGTERM, SIGUSR1 and SIGINT (Control-C) into a file that rank 0 checks for after each
+    step, because the launcher in between would kill the ranks. A second SIGTERM or SIGINT ends this
+    process and the ranks."""
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if not stop_file.parent.is_dir():  # no rank has come so far
+        if not stop_file.parent.is_dir():  # no rank has started so far
             raise SystemExit(128 + number)
         stop_file.write_text(f"{signal.Signals(number).name} was received\n", encoding="utf-8")
         acknowledge(number)
