@@ -1,1 +1,1 @@
-"""The loss: objectives, the head that computes it, what a model does to its logits."""
+"""The loss: objectives, the head that computes it, and the model's transform of its logits."""

@@ -1,12 +1,13 @@
 """The head of a causal language model, replaced by one that computes the loss in its own forward.
 
-Found through `get_output_embeddings`, not by a list of families. The transformer runs unchanged,
-reaches its head as always, and the head turns the hidden states into a loss where its weight is:
-ZeRO-3's hooks gather the weight for this module once per micro-batch, whatever the number of
-chunks, and never for the rest of the model (`docs/decisions.md` says what fails otherwise).
+The head is found through `get_output_embeddings`, not by a list of families. The transformer runs
+unchanged and calls its head as usual, and the head computes the loss from the hidden states in the
+module of its weight. So ZeRO-3's hooks gather the weight for this module once per micro-batch, for
+any number of chunks, and never for the rest of the model (`docs/decisions.md` says what fails
+otherwise).
 
-What a model does to its logits behind the head (Gemma's soft-cap, Cohere's scale) is not read from
-a config key but measured, by sending a known ramp through the model's own forward:
+What a model does to its logits after the head (Gemma's soft-cap, Cohere's scale) is not read from a
+config key. It is measured by sending known values through the model's own forward:
 `find_logit_transform`.
 
 Axes: B examples, S positions, T requested rows, D hidden size, V vocabulary.
@@ -97,11 +98,11 @@ class HeadProjection(nn.Module):
 
 
 class LossHead:
-    """Stands where the head stood. Without a request it gives logits, as the head did; with one it
-    keeps the result in `result` and hands the model's forward a stub to finish on.
+    """Replaces the head. Without a request it returns logits, as the head did. With a request it
+    keeps the result in `result`, and returns a stub with which the model's forward can finish.
 
-    Not a module: ZeRO-3 hangs a hook on the input of every module and expects its output in the
-    backward too, where the stub never comes by. The module with the parameters is the projection.
+    Not a module: ZeRO-3 adds a hook to the input of every module and expects its output in the
+    backward, which the stub never takes part in. The module with the parameters is the projection.
     """
 
     def __init__(self, projection: HeadProjection):
@@ -140,10 +141,10 @@ class CausalLMWithLoss(nn.Module):
         self.head = LossHead(self.projection)
         parent_name, _, attribute = self.head_name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        delattr(parent, attribute)  # a module's place does not take a plain object
+        delattr(parent, attribute)  # torch does not allow a plain object in place of a module
         object.__setattr__(parent, attribute, self.head)
-        # Attributes, not families: the mixtures of experts in transformers that have a router loss
-        # have these two.
+        # Look at attributes, not families: every mixture of experts in transformers with a router
+        # loss has these two.
         self.auxiliary_weight = float(getattr(model.config, "router_aux_loss_coef", 0) or 0)
         self.has_router = self.auxiliary_weight > 0 and hasattr(
             model.config, "output_router_logits"
@@ -177,8 +178,8 @@ class CausalLMWithLoss(nn.Module):
         auxiliary = getattr(output, "aux_loss", None) if self.has_router else None
         if auxiliary is None:
             return result
-        # transformers adds weight * aux_loss to a mean over tokens: each micro-batch adds its share
-        # of the tokens.
+        # transformers adds weight * aux_loss to a mean over tokens, so each micro-batch is weighted
+        # by its share of the tokens.
         share = request.labels.numel() / max(1, request.num_ntp_tokens)
         auxiliary = auxiliary.to(result.loss.device) * (self.auxiliary_weight * share)
         return result._replace(loss=result.loss + auxiliary, auxiliary=auxiliary.detach())
@@ -193,8 +194,8 @@ class CausalLMWithLoss(nn.Module):
     def _mixup_of_mixed_inputs(
         self, input_ids: Tensor, request: LossRequest, mixed: MixedInputs
     ) -> Tensor:
-        # All ranks run this forward in every micro-batch, over one masked-out position where there
-        # is no pair, so that the number of ZeRO-3's collectives does not depend on data.
+        # All ranks run this forward in every micro-batch, over one masked position if there is no
+        # pair, so that the number of ZeRO-3's collectives does not depend on data.
         embedded = self.model.get_input_embeddings()(input_ids)
         flat = embedded.reshape(-1, embedded.shape[-1])
         interpolated = mixed_embeddings(
@@ -221,7 +222,7 @@ class CausalLMWithLoss(nn.Module):
 
 
 def head_name(model: Any) -> str:
-    """Returns the dotted name of the module that `get_output_embeddings` gives. Raises
+    """Returns the dotted name of the module that `get_output_embeddings` returns. Raises
     ConfigError."""
     head = model.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is None:

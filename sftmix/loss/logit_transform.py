@@ -1,7 +1,7 @@
-"""What a model does to its logits behind its head (Gemma's soft-cap, Cohere's scale): measured, not
-read from a config key.
+"""Measure what a model does to its logits after the head (Gemma's soft-cap, Cohere's scale),
+instead of reading config keys.
 
-A known ramp is sent through the model's own forward in place of the logits. No list of families is
+Known values are sent through the model's own forward instead of logits, so no list of families is
 needed.
 """
 
@@ -17,7 +17,7 @@ from sftmix.errors import ConfigError
 
 @dataclass(frozen=True)
 class ProbeRequest:
-    """Sends `values` (K,) through whatever the model does to its logits."""
+    """Sends `values` (K,) through the model's transform of its logits."""
 
     values: Tensor
 
@@ -30,14 +30,14 @@ class LogitTransform:
     softcap: float | None = None
 
 
-# Where the ramp is read: near 0 for the scale, far out for the cap, between to check the fit.
+# Points to read: near 0 for the scale, far from 0 for the cap, in between to check the fit.
 _RAMP = (0.0, 1.0, 1e-3, 1e6, -1e6, 0.5, -0.5, 3.0, -3.0, 10.0, -10.0, 40.0, -40.0, 100.0, -100.0)
 
 
 @torch.no_grad()
 def find_logit_transform(model: nn.Module, device: torch.device) -> LogitTransform:
-    """Returns what the model does to its logits after the head. All ranks must call it (ZeRO-3
-    gathers).
+    """Returns what the model does to its logits after the head. Collective: all ranks must call it
+    (ZeRO-3 gathers).
 
     `model`: a CausalLMWithLoss, or an engine around one. Raises ConfigError for anything but a
     scale and a soft-cap.

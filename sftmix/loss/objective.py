@@ -1,10 +1,10 @@
-"""The two objectives, as what the head is asked for. The trainings differ in nothing else.
+"""The two objectives, as requests to the head. The trainings differ in nothing else.
 
     next-token   L = L_NTP
     mixup        L = L_NTP + mu L_Mixup     (https://arxiv.org/abs/2410.05248, section 3)
 
 Departs from the paper: both terms are means over their own token positions of the whole optimiser
-step, which the paper leaves open, so that the result does not depend on how a step is cut up.
+step, which the paper leaves open, so that the result does not depend on how a step is divided.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from sftmix.loss.requests import LossRequest
 
 @dataclass(frozen=True)
 class Objective:
-    """mixup_weight: mu; 0 is next-token prediction, to the bit: no position is mixed then. site:
-    where the interpolation happens, "head" (the method) or "input_embeddings" (an ablation: a third
-    forward)."""
+    """mixup_weight: mu; 0 is exactly next-token prediction, without any mixing. site: place of the
+    interpolation, "head" (the method) or "input_embeddings" (an ablation with a third forward)."""
 
     mixup_weight: float = 0.0
     site: str = "head"

@@ -1,7 +1,6 @@
-"""What the head is asked for, and what it gives back.
+"""Requests to the head, and its results.
 
-Results are named tuples: DeepSpeed's ZeRO-3 hooks look into tuples for the tensors of a module's
-output.
+Results are named tuples, because DeepSpeed's ZeRO-3 hooks find a module's output tensors in tuples.
 
 Axes: T requested rows, M mixed positions.
 """
@@ -19,8 +18,7 @@ from sftmix.batches.mixed_inputs import MixedInputs
 @dataclass(frozen=True)
 class LossRequest:
     """What the head needs to turn hidden states into the loss. Shapes as in `MicroBatch`;
-    `mixed_inputs` is given where a forward over mixed input embeddings takes the place of
-    `pairs`."""
+    `mixed_inputs` replaces `pairs` if input embeddings are mixed."""
 
     rows: Tensor
     labels: Tensor
@@ -44,8 +42,8 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class MixedRequest:
-    """The Mixup loss of hidden states that come of mixed inputs. rows: (M,) flat positions; labels:
-    (M, 2)."""
+    """The Mixup loss of hidden states computed from mixed inputs. rows: (M,) flat positions;
+    labels: (M, 2)."""
 
     rows: Tensor
     labels: Tensor
@@ -56,7 +54,7 @@ class MixedRequest:
 
 class LossResult(NamedTuple):
     """One micro-batch's shares of its step's means, in nats. loss: scalar, differentiated; it
-    includes the auxiliary loss of a mixture of experts, which is 0 elsewhere. ntp, mixup,
+    includes the auxiliary loss of a mixture of experts, which is 0 for other models. ntp, mixup,
     auxiliary: scalars, detached. token_nll: (T,) float32."""
 
     loss: Tensor
@@ -71,7 +69,8 @@ class LossResult(NamedTuple):
 
 
 class ScoreResult(NamedTuple):
-    """nll: (T,) float32, in nats. match: (T,) bool, would greedy decoding have chosen the label?"""
+    """nll: (T,) float32, in nats. match: (T,) bool, whether greedy decoding would choose the
+    label."""
 
     nll: Tensor
     match: Tensor

@@ -1,1 +1,1 @@
-"""Which examples are confident, and which are paired: split, matching, keyed permutations."""
+"""Split into confident and unconfident examples, matching into pairs, keyed permutations."""

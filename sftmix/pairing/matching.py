@@ -3,18 +3,18 @@
 The paper splits at the median into equal halves, D^c (confident) and D^u (unconfident), and pairs
 at random (https://arxiv.org/abs/2410.05248, section 3). Here one epoch of pairs is a matching:
 every example is in one unit of the epoch. The P = min(n_c, n_u) pairs hold one confident and one
-unconfident example each; what is left of the larger part and the middle are units of their own,
-trained with next-token prediction alone.
+unconfident example each; the rest of the larger part and the middle are units of one example,
+trained with next-token prediction only.
 
-Any range of an epoch's units is computed without holding the rest, from (seed, epoch) and the place
-in the epoch: a rank, a resumed run and a test ask for the same step and get the same examples.
+Any range of an epoch's units is computed from (seed, epoch) and the position in the epoch, without
+holding the rest. A rank, a resumed run and a test get the same examples for the same step.
 
-Random matching (the paper's) and matching by length are one scheme. The ranks of both parts are cut
-into the same number of blocks, in proportion, and partners are drawn within a block: with one
-block, any two examples can meet; with many, and both parts listed by length, partners are of like
-length and less of the longer one is left unmixed. Blocks are cut by rank and not by length, so that
-nothing is left over at their edges, and matching by rank is what loses least (it minimises the sum
-of the differences in length).
+Random matching (the paper's) and matching by length are one scheme. The ranks of both parts are
+divided proportionally into the same number of blocks, and partners are drawn within a block. With
+one block, any two examples can meet. With many blocks, and both parts sorted by length, partners
+have similar lengths and less of the longer one stays unmixed. Blocks are defined by rank, not by
+length, so that nothing is left over at their edges; matching by rank minimises the sum of the
+differences in length.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CONFIDENT, MIDDLE, UNCONFIDENT = "confident", "middle", "unconfident"
 
 @dataclass(frozen=True)
 class StepUnits:
-    """What one optimiser step trains on, or any other range of an epoch, in order.
+    """The units of one optimiser step, or of any other range of an epoch, in order.
 
     units: (U, 2) int64, dataset indices; the confident and the unconfident example of a pair, or
     one example and -1. lam: (U,) float64; share of the confident example; 1 for a unit of one
@@ -45,7 +45,7 @@ class StepUnits:
 
 
 def singles(num_examples: int, *, seed: int) -> Matching:
-    """Returns a plan without pairs: every example is a unit of its own, in another order in each
+    """Returns a plan without pairs: every example is one unit, in a different order in each
     epoch."""
     none = np.zeros(0, dtype=np.int64)
     return Matching(none, none, np.arange(num_examples), seed)
@@ -53,9 +53,9 @@ def singles(num_examples: int, *, seed: int) -> Matching:
 
 @dataclass(frozen=True)
 class Matching:
-    """confident, unconfident, middle: dataset indices; arrays or memory maps, of which only what is
-    asked for is read. For matching by length the first two are in order of length. block_pairs:
-    about how many pairs a block holds; None for one block."""
+    """confident, unconfident, middle: dataset indices; arrays or memory maps, read only as far as
+    needed. For matching by length the first two are sorted by length. block_pairs: approximate
+    pairs per block; None for one block."""
 
     confident: Index
     unconfident: Index
@@ -82,7 +82,7 @@ class Matching:
             raise ValueError(
                 f"[{start}, {stop}) is not within the {counted(self.num_units, 'unit')} of an epoch"
             )
-        # Pairs lie among the singles as evenly as they can, so that any step's place is known
+        # Pairs are spread evenly among the singles, so that the position of any step is known
         # without counting.
         place = np.arange(start, stop + 1, dtype=np.int64)
         pairs_before = place * self.num_pairs // max(1, self.num_units)
@@ -106,7 +106,7 @@ class Matching:
 
     def step(self, number: int, batch_size: int) -> tuple[int, int]:
         """Returns the units [start, stop) of a step of the epoch: `batch_size` examples, one more
-        or less where a pair would be cut; none where a pair alone fills more than one step."""
+        or less if a pair would be divided; none if a single pair fills more than one step."""
         start, stop = (
             -(-at * batch_size * self.num_units // self.num_examples) for at in (number, number + 1)
         )
@@ -145,8 +145,8 @@ class Matching:
         return examples
 
     def _of_larger(self, block: Index, place: Index, epoch: int) -> Index:
-        """Returns the ranks, in the larger part, of those that the epoch's draw puts at `place` of
-        their block; the first have partners."""
+        """Returns the ranks, in the larger part, of the examples that the epoch's draw puts at
+        `place` in their block; the first ones have partners."""
         blocks = self._num_blocks
         start = block * self.num_pairs // blocks + block * self._num_left_over // blocks
         size = (
@@ -155,7 +155,7 @@ class Matching:
             - start
         )
         rank = np.empty(len(place), dtype=np.int64)
-        for n in np.unique(size):  # three sizes at most
+        for n in np.unique(size):  # at most three sizes
             here = size == n
             rank[here] = start[here] + permute(
                 place[here], int(n), "partners", self.seed, epoch, tweak=block[here]

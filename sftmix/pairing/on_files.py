@@ -1,8 +1,7 @@
-"""The split and the matching on files: parts as lists of indices, and how much a matching would
-mix.
+"""Split and matching on files: the parts as lists of indices, and how much a matching would mix.
 
-No list of all examples is held in memory but the response lengths and, to order a part by them,
-that part's indices.
+The only lists in memory are the response lengths and, to sort a part by length, the indices of that
+part.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT, Matching, mi
 from sftmix.pairing.split import split_table
 from sftmix.storage.failures import accessing
 
-# of an epoch's first units; their coverage is the epoch's to a fraction of a percent
+# number of units from an epoch's beginning; their coverage equals the epoch's within a fraction of
+# a percent
 COVERAGE_UNITS = 200_000
 SPLIT = "split.parquet"
 COVERAGE = "share of the response tokens that are mixed with another example's"
@@ -115,7 +115,7 @@ def write_parts(
 ) -> None:
     """Writes the dataset indices of each part of split.parquet beside it, int64: NAME.npy in the
     data's order, and of the two parts that are paired NAME_by_length.npy, shortest response first,
-    equal ones in the data's order."""
+    ties in the data's order."""
     lists = {part: _new_list(folder / f"{part}.npy", size) for part, size in sizes.items()}
     start, written = 0, dict.fromkeys(sizes, 0)
     for batch in pq.ParquetFile(folder / SPLIT).iter_batches(ROWS_PER_GROUP, columns=["part"]):
@@ -136,8 +136,8 @@ def write_parts(
 
 
 def _new_list(path: Path, size: int) -> NDArray[np.int64]:
-    """Returns a new list on disk. Its space is reserved: a write to mapped memory on a full disk
-    kills the process (SIGBUS)."""
+    """Returns a new list on disk. Its space is reserved, because a write to mapped memory on a full
+    disk kills the process (SIGBUS)."""
     indices = np.lib.format.open_memmap(path, mode="w+", dtype=np.int64, shape=(size,))
     with accessing(path), path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
@@ -146,7 +146,7 @@ def _new_list(path: Path, size: int) -> NDArray[np.int64]:
 
 def open_matching(folder: Path, mixup: MixupConfig, seed: int, way: str | None = None) -> Matching:
     """Returns the matching over the lists in a split stage's folder. They are memory-mapped, so
-    that a rank reads only what its steps ask for. way: "random" or "length"; None is
+    that a rank reads only what its steps need. way: "random" or "length"; None is
     `mixup.matching`."""
     way = way or mixup.matching
     suffix = "_by_length" if way == "length" else ""

@@ -1,15 +1,15 @@
-"""Random order and random numbers that any rank computes for any part of a range on its own. NumPy
-only.
+"""Random order and random numbers, which any rank can compute independently for any part of a
+range. NumPy only.
 
-Nothing here has a state. A key names a purpose, such as ("matching", seed, epoch); the same key and
-index give the same answer on every rank, in any order and for any part of the range, and different
-keys give unrelated answers.
+There is no state. A key names a purpose, such as ("matching", seed, epoch). The same key and index
+give the same result on every rank, in any order and for any part of the range; different keys give
+independent results.
 
 `permute` is a Feistel network: an index below n is written as two digits (left, right) with left <
 a, right < b and a * b barely above n; a is even, so that odd permutations are as likely as even
 ones. Each round adds a hash of one digit to the other, modulo that digit's base, which can be
-undone. A result of n or above is sent through again until it falls below n ("cycle walking"), which
-keeps the map one-to-one on [0, n). The hash is the finaliser of SplitMix64. For statistics, not for
+undone. A result of n or above is mapped again until it is below n ("cycle walking"), which keeps
+the map one-to-one on [0, n). The hash is the finaliser of SplitMix64. For statistics, not for
 secrets.
 """
 
@@ -33,9 +33,9 @@ _MAX = 1 << 48
 
 
 def permute(indices: Index, n: int, *key: int | str, tweak: Index | None = None) -> Index:
-    """Returns where the permutation of [0, n) that `key` names sends `indices`.
+    """Returns the images of `indices` under the permutation of [0, n) that `key` selects.
 
-    tweak: chooses among permutations of the same key, one number for each index.
+    tweak: one number per index, which selects among permutations of the same key.
     """
     return _walk(indices, n, key, tweak)
 

@@ -1,14 +1,14 @@
 """Split a table of scores into confident, middle and unconfident rows, exactly, in bounded memory.
 Polars.
 
-Rows are ordered best first: by value descending, equal values by example_id ascending (byte order).
+Rows are ordered from best to worst: by value descending, ties by example_id ascending (byte order).
 Of n rows (of a stratum) the first floor(confident_share * n) are confident, the last
 floor(unconfident_share * n) unconfident, the rest in the middle.
 
 No sort of the table is needed. Each of the two cuts is one row, found by `_select`: a sample
-brackets it, one scan counts what lies below the bracket and groups what lies inside, and the count
-proves the answer exact or asks for a wider bracket. The row is found by value first, and only where
-a cut falls inside a run of equal values by id as well. One last scan writes the parts.
+brackets it, one scan counts the rows below the bracket and groups those inside, and the count
+proves that the answer is exact or requires a wider bracket. The row is found by value first, and by
+id only if a cut falls among equal values. One last scan writes the parts.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def split_table(
     """Writes example_id and part for every row of the Parquet `sources`, in their order; returns
     the sizes of the parts.
 
-    value: a numeric column; without `highest_first` its lowest values are the confident ones.
-    stratum: a column within each of whose values the shares are taken. Raises NotFiniteError for
-    NaN, infinite or missing values, and ValueError for shares, columns or ids that make no split.
+    value: a numeric column; without `highest_first` the lowest values are confident. stratum: a
+    column; the shares apply within each of its values. Raises NotFiniteError for NaN, infinite or
+    missing values, and ValueError for invalid shares, columns or ids.
     """
     rows = pl.scan_parquet([str(path) for path in sources], glob=False).select(
         pl.col("example_id").alias("id"),
@@ -97,8 +97,8 @@ def split_values(
     unconfident_share: float = 0.5,
     strata: Sequence[Any] | pa.ChunkedArray | None = None,
 ) -> list[str]:
-    """Returns the part of every example, in memory: `split_table` of a table with these columns.
-    Raises as it does."""
+    """Returns the part of every example, in memory: the same as `split_table` of a table with these
+    columns. Raises the same errors."""
     one = [0] * len(values)
     columns = {"id": example_ids, "value": values, "stratum": one if strata is None else strata}
     rows = pl.DataFrame({name: pl.Series(column) for name, column in columns.items()}).lazy()
@@ -149,7 +149,7 @@ def _assign(
 
 
 def exact_share(share: float) -> Fraction:
-    """Returns the fraction that is meant: 0.1 is 1/10, and 0.3333333333333333 a third."""
+    """Returns the intended fraction: 0.1 is 1/10, and 0.3333333333333333 is 1/3."""
     if not 0 <= share <= 1:
         raise ValueError(f"a share is between 0 and 1, not {share}")
     return Fraction(share).limit_denominator(1_000_000)
@@ -176,7 +176,7 @@ def _check(rows: pl.LazyFrame, column: str, stratified: bool) -> dict[Any, int]:
         else _VALUE.is_null()
     )
     sums = [pl.len().alias("count"), bad.sum().alias("bad")]
-    # A group_by over one constant group holds what it has read, several GB; a plain select does
+    # A group_by over one constant group keeps what it has read, several GB; a plain select does
     # not.
     counts = _collect(
         rows.group_by("stratum").agg(sums)
@@ -209,7 +209,7 @@ def _is_before(cuts: dict[Any, _Cut], totals: dict[Any, int], before: dict[Any, 
 
 
 def _in_stratum(key: Any, totals: dict[Any, int]) -> pl.Expr:
-    """Returns whether a row is in a stratum; where there is but one, without looking."""
+    """Returns whether a row is in a stratum; always true if there is only one."""
     return _STRATUM.eq_missing(pl.lit(key)) if len(totals) > 1 else pl.lit(True)
 
 
@@ -220,7 +220,7 @@ def _find_cuts(
         key: totals[key] - count + 1 for key, count in before.items() if 0 < count < totals[key]
     }  # rank from the smallest value
     values = _select(rows.select("stratum", _VALUE.alias("key")), wanted, totals)
-    # that many of the equal ones
+    # and that many of the ties
     ties = {key: before[key] - (totals[key] - at.smaller - at.equal) for key, at in values.items()}
     ties = {key: count for key, count in ties.items() if count < values[key].equal}
     tied = rows
@@ -244,8 +244,8 @@ def _select(
     every = sum(totals[key] for key in ranks) // SAMPLE_ROWS
     sample: dict[Any, list[Any]] = {}
     if every > 1:
-        # A slice of a text column keeps all text that was read with it, GBs here, unless it is
-        # copied.
+        # A slice of a text column keeps all text that was read with it (gigabytes here) unless it
+        # is copied.
         copied = (
             pl.concat_str(_KEY, pl.lit("")).alias("key")
             if relation.collect_schema()["key"] == pl.String
@@ -289,7 +289,7 @@ def _select(
 
 
 def _bracket(keys: list[Any], share: float, spread: float) -> tuple[Any, Any]:
-    """Returns keys that the wanted one lies between in all but few cases; None for no bound."""
+    """Returns keys that bracket the wanted one with high probability; None for no bound."""
     middle = share * len(keys)
     margin = spread * (1 + math.sqrt(len(keys) * share * (1 - share)))
     low, high = math.floor(middle - margin), math.ceil(middle + margin)

@@ -1,1 +1,1 @@
-"""The recipe: the order of stages, what is up to date, running and launching them."""
+"""The recipe: the order of stages, which are up to date, running and launching them."""

@@ -1,4 +1,4 @@
-"""What a stage is, and what a running stage sees."""
+"""The definition of a stage, and the context of a running stage."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a running stage sees. It returns its facts: numbers for later stages, kept in the
-    manifest.
+    """The context of a running stage. The stage returns its facts: numbers for later stages, kept
+    in the manifest.
 
-    folder: where its output is written, on rank 0 only. inputs: the folders of the stages that it
-    reads. work: for what must survive a kill; removed once the output is published. identity: of
-    settings and inputs, the same on every rank. ranks: None for a stage that rank 0 runs alone
-    before there are any. lock: on the ranks that lead a disk. meter: began with the stage.
+    folder: of the output, on rank 0 only. inputs: folders of the stages that it reads. work: folder
+    for what must survive a kill; removed after the output is published. identity: of settings and
+    inputs, equal on every rank. ranks: None for a stage that rank 0 runs alone before the ranks
+    join. lock: on the ranks that lead a disk. meter: started with the stage.
     """
 
     config: Config
@@ -43,13 +43,13 @@ class StageContext:
 
     @property
     def is_main(self) -> bool:
-        """Is this the process that writes the output?"""
+        """Whether this process writes the output."""
         return self.ranks is None or self.ranks.is_main
 
     @property
     def kept(self) -> Path:
-        """A folder for finished files of the output, which survive a kill; the stage links them
-        into `folder` at its end."""
+        """A folder for finished output files that survive a kill; the stage links them into
+        `folder` at its end."""
         path = self.work / "kept"
         path.mkdir(parents=True, exist_ok=True)
         return path
@@ -62,8 +62,8 @@ class StageContext:
 @dataclass(frozen=True)
 class Stage:
     """name: as on the command line. folder: in the run folder. reads: stages whose output it needs.
-    settings: what else its output depends on. run: the work. needs_engine: runs on all ranks.
-    is_view: its output only shows its inputs, so it is made anew without a question when they
+    settings: what else its output depends on. run: its function. needs_engine: runs on all ranks.
+    is_view: its output only presents its inputs, so it is replaced without asking when they
     change."""
 
     name: str

@@ -1,4 +1,4 @@
-"""Verified copies of finished models elsewhere, with their final card."""
+"""Verified copies of finished models, with their final card."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def export(config: Config, *, which: str, to: Path, adapter: bool = False) -> Pa
     """Copies a verified exported model, or its LoRA adapter alone, to `to`, which must not exist or
     be empty. Returns `to`.
 
-    The card says how the model did on the held-out examples, where it is evaluated. Files and
-    folders get the modes that the user's umask gives, though those of the run folder are private.
-    Raises ArtifactError where the model is not there, damaged, or made with other settings than the
-    config's, ConfigError for a target that is in use.
+    The card has the held-out results if the model was evaluated. Files and folders get modes from
+    the user's umask, although the run folder is private. Raises ArtifactError if the model is
+    missing, damaged, or made with other settings than the config's; ConfigError if the target is in
+    use.
     """
     if which not in STAGE_OF:
         raise ConfigError(f"--which is {which!r}; expected one of {', '.join(STAGE_OF)}.")
@@ -49,16 +49,16 @@ def export(config: Config, *, which: str, to: Path, adapter: bool = False) -> Pa
             if path.is_dir():
                 target.mkdir(parents=True, exist_ok=True)
             else:
-                shutil.copyfile(path, target)  # without its mode
+                shutil.copyfile(path, target)  # without copying the mode
         write_model_card(to, config, which, is_adapter=adapter, metrics=metrics)
     except OSError:
-        shutil.rmtree(to, ignore_errors=True)  # no part of a model stays
+        shutil.rmtree(to, ignore_errors=True)  # do not leave an incomplete model
         raise
     return to
 
 
 def _metrics(config: Config, which: str, digest: str) -> dict[str, Any] | None:
-    """Returns the held-out figures of this very model; None where it is not evaluated, or another
+    """Returns the held-out figures of this very model; None if it was not evaluated, or if another
     one was."""
     folder = config.run.dir / "evaluation"
     manifest = artifacts.read_manifest(folder)
@@ -72,7 +72,7 @@ def _metrics(config: Config, which: str, digest: str) -> dict[str, Any] | None:
 
 
 def _refuse_other_settings(config: Config, which: str, folder: Path) -> None:
-    """Raises ArtifactError where the model, or what it was made from, has other settings than the
+    """Raises ArtifactError if the model, or what it was made from, has other settings than the
     config's."""
     stages = {stage.name: stage for stage in stages_of(config)}
     if STAGE_OF[which] not in stages:
@@ -88,7 +88,7 @@ def _refuse_other_settings(config: Config, which: str, folder: Path) -> None:
         )
     ]
     needed = [STAGE_OF[which]]
-    for name in needed:  # it grows
+    for name in needed:  # the list grows
         stage = stages[name]
         needed += [read for read in stage.reads if read not in needed]
         manifest = artifacts.read_manifest(config.run.dir / stage.folder)
@@ -111,8 +111,8 @@ def _refuse_other_settings(config: Config, which: str, folder: Path) -> None:
 def _differences(config: Config, stage: Stage, made_with: dict[str, Any]) -> list[str]:
     """Returns what differs between the settings that a stage was run with and the config's.
 
-    Left out is what the config does not say: the content of files, and the precision that `auto`
-    stands for on this machine.
+    Ignores what the config does not contain: the content of files, and the precision that `auto`
+    means on this machine.
     """
     if stage.name == "data":
         now = {**config.data.model_dump(mode="json"), "seed": config.run.seed}

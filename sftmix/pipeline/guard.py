@@ -32,11 +32,11 @@ ATTEMPT = "SFTMIX_ATTEMPT"
 
 @contextlib.contextmanager
 def holding(config: Config, *, joins: bool = False) -> Iterator[RunLock]:
-    """Makes this run the only writer of its folder, and shows every second that it is alive.
+    """Makes this run the only writer of its folder, and renews its lease every second.
 
     joins: the claim of the command that started this process, if one did (ATTEMPT in the
-    environment). Such a process records how it ended for that command, since launchers of many
-    nodes lose exit codes. Raises ArtifactError where another run writes to the folder.
+    environment). Such a process records its outcome for that command, because launchers of several
+    nodes lose exit codes. Raises ArtifactError if another run writes to the folder.
     """
     attempt = os.environ.get(ATTEMPT) if joins else None
     if attempt:
@@ -44,7 +44,7 @@ def holding(config: Config, *, joins: bool = False) -> Iterator[RunLock]:
     else:
         _make_run_folder(config)
         lock = run_lock.claim(config.run.dir)
-        (config.run.dir / STOP_FILE).unlink(missing_ok=True)  # it was meant for an earlier start
+        (config.run.dir / STOP_FILE).unlink(missing_ok=True)  # it belongs to an earlier start
         _own_extensions(config)
     outcome = None
     try:
@@ -55,7 +55,7 @@ def holding(config: Config, *, joins: bool = False) -> Iterator[RunLock]:
         outcome = stopped.exit_code
         raise
     finally:
-        # a full disk: the command takes it for a failure, the next claim finds out by itself
+        # a full disk: the command treats it as a failure, and the next claim finds out by itself
         with contextlib.suppress(OSError):
             if attempt:
                 lock.note_outcome(outcome)
@@ -64,8 +64,7 @@ def holding(config: Config, *, joins: bool = False) -> Iterator[RunLock]:
 
 
 def _make_run_folder(config: Config) -> None:
-    """Creates the run folder, with the resolved config in it. Refuses a folder that holds something
-    else."""
+    """Creates the run folder with the resolved config. Refuses a folder with other content."""
     folder = config.run.dir
     if folder.is_symlink() and not folder.exists():
         raise ArtifactError(
@@ -74,7 +73,7 @@ def _make_run_folder(config: Config) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"run.dir: {folder} is a file. Name a folder.")
-    # Ranks may have begun their logs, and looked for who shares the folder.
+    # Ranks may already have started their logs and checked who shares the folder.
     is_used = folder.is_dir() and any(
         path.name != LOGS and not path.name.startswith(SEEN) for path in folder.iterdir()
     )
@@ -94,9 +93,9 @@ def _make_run_folder(config: Config) -> None:
 
 
 def _own_extensions(config: Config) -> None:
-    """Lets torch build extensions in the run folder. A build that was killed leaves a lock on which
-    every later one waits without a word. This folder has one writer, whose claim is new, so any
-    lock in it is a stale one."""
+    """Makes torch build extensions in the run folder. A killed build leaves a lock for which later
+    builds wait silently. This folder has one writer, which has just claimed it, so any lock in it
+    is stale."""
     folder = config.run.dir / "extensions"
     if os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder.resolve())) == str(
         folder.resolve()
@@ -108,9 +107,9 @@ def _own_extensions(config: Config) -> None:
 class Guard:
     """The heartbeat of this rank, from `start` to `end`.
 
-    launchers: the processes that started this one, found when it began; torch takes seconds to
-    import, and a launcher that ends in that time must not be missed. lock: of the run folder, on
-    the ranks that lead a disk.
+    launchers: the processes that started this one, found at its start, because a launcher that ends
+    during the slow import of torch must be noticed. lock: of the run folder, on the ranks that lead
+    a disk.
     """
 
     def __init__(self, config: Config, launchers: Sequence[processes.Process] = ()):
@@ -142,10 +141,10 @@ class Guard:
             launchers=self._launchers,
         )
         watch.start()
-        self._watch = watch  # not one that could not start, on a full disk for example
+        self._watch = watch  # not if it could not start, for example on a full disk
 
     def end(self, error: BaseException | None) -> None:
-        """Ends the heartbeat. After an error that is this rank's alone it ends all ranks, and never
+        """Ends the heartbeat. After an error of this rank only, it ends all ranks and never
         returns."""
         watch, self._watch = self._watch, None
         if watch is None:

@@ -1,9 +1,9 @@
 """Start the ranks of a run: on this machine (`sftmix run`), or on the nodes of a hostfile (`sftmix
 launch`).
 
-Launchers lose exit codes: DeepSpeed's exits with 0 when it is killed, pdsh's code may be that of a
-connection, torchrun's is 1 whatever its ranks said. So rank 0 records how it ended in the file of
-the attempt (`RunLock.note_outcome`), and success is believed only if the last output is there too.
+Launchers lose exit codes: DeepSpeed's exits with 0 when it is killed, pdsh may return the code of a
+connection, torchrun always returns 1 for a failure. So rank 0 records its outcome in the file of
+the attempt (`RunLock.note_outcome`), and success also requires that the last output is published.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ def run(
 
     config: a config, or what `sftmix run` takes. overrides: `key=value`, for a config that is read
     here. force, restart: as on the command line. Call it from the main thread, which receives
-    signals. Raises SftmixError for what `sftmix run` would print in one line; TrainingError where
-    the ranks of `engine.num_processes` failed, and StoppedError where they were asked to stop.
+    signals. Raises SftmixError for what `sftmix run` would print in one line; TrainingError if the
+    ranks of `engine.num_processes` failed, and StoppedError if they were asked to stop.
     """
     loaded = config if isinstance(config, Config) else load_config(config, overrides)
     preflight.check(loaded)
     request = Request(stage, force, restart)
-    mask = os.umask(0o077)  # data and weights are the user's own
+    mask = os.umask(0o077)  # only the user may read data and weights
     try:
         if loaded.engine.num_processes == 1:
             run_pipeline(loaded, request)
@@ -98,12 +98,12 @@ def launch_here(
     exit code."""
     options = [config_path, *overrides, *_options(request)]
     visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES", "") if has_gpu() else ""
-    devices = devices_of_ranks(config.engine.num_processes, visible_devices)  # before the data
+    devices = devices_of_ranks(config.engine.num_processes, visible_devices)  # before the data stage
 
     def start(environment: Environment) -> int:
         if not has_gpu():
             environment.setdefault("DS_ACCELERATOR", "cpu")
-        # The port is chosen now: the data may have taken hours.
+        # Choose the port only now, because the data stage may have taken hours.
         return run_commands([local_command(devices, options, port=free_port())], environment)
 
     threads = threads_of_rank(config.engine.num_threads, config.engine.num_processes)
@@ -111,8 +111,8 @@ def launch_here(
 
 
 def launch_on_nodes(options: argparse.Namespace) -> int:
-    """Runs `sftmix launch` with its parsed options. Returns the exit code: 0 where the last stage
-    is published, 75 where the run was asked to stop and has saved its state."""
+    """Runs `sftmix launch` with its parsed options. Returns the exit code: 0 if the last stage is
+    published, 75 if the run was asked to stop and has saved its state."""
     if options.template is not None:
         return print_template(options)
     config = load_config(options.config, options.overrides)
@@ -162,7 +162,7 @@ def _launch(
     """
     check_finished_work(config, request)
     with holding(config) as lock:
-        # Ranks that wait for the data would only hold GPUs.
+        # Ranks that wait for the data would block GPUs.
         if request.only == "data" or first_unfinished_stage(config, "data"):
             run_pipeline(config, replace(request, only="data"), lock=lock)
         if request.only == "data":
@@ -173,7 +173,8 @@ def _launch(
 
 
 def _environment(threads: int) -> Environment:
-    """Returns the environment of what is started here. That of the ranks is taken from it."""
+    """Returns the environment of the processes started here, from which that of the ranks is
+    derived."""
     return {"OMP_NUM_THREADS": str(threads), **os.environ}
 
 
@@ -217,8 +218,7 @@ def _start(plan: Plan, node_rank: int | None, environment: Environment) -> int:
 
 
 def _check_programs(launcher: str) -> None:
-    """Raises ConfigError where the program that `launcher` starts ranks with is not installed
-    here."""
+    """Raises ConfigError if the program of `launcher` is not installed here."""
     program = {"openmpi": "mpirun", "slurm": "srun", "pdsh": "pdsh"}.get(launcher, "ssh")
     if shutil.which(program) is None:
         raise ConfigError(
@@ -228,7 +228,7 @@ def _check_programs(launcher: str) -> None:
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
-    """Returns how the ranks are started. Raises ConfigError for options that contradict each other,
+    """Returns how the ranks are started. Raises ConfigError for options that contradict each other
     or the hostfile."""
     if options.hostfile is None:
         raise ConfigError(
@@ -290,8 +290,8 @@ def _show(plan: Plan, node_rank: int | None) -> None:
 def _for_runner(plan: Plan, environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """Yields the environment for DeepSpeed's runner.
 
-    The runner reads the variables of the ranks from a file. This writes one, with the lines of the
-    user's own in it, and removes what DeepSpeed would send by itself and no rank needs.
+    The runner reads the variables of the ranks from a file. This writes one, including the user's
+    lines, and removes variables that DeepSpeed would send and no rank needs.
     """
     variables = exports.wanted(environment)
     rest = {
@@ -307,11 +307,11 @@ def _for_runner(plan: Plan, environment: Mapping[str, str]) -> Iterator[dict[str
         return
     if plan.launcher == "openmpi":
         variables |= given
-    # for this user's eyes only (0600)
+    # readable by this user only (0600)
     with tempfile.NamedTemporaryFile("w", prefix="sftmix_env_", encoding="utf-8") as file:
         file.write(exports.env_file_text(variables, plan.launcher))
         file.flush()
-        # Else pdsh waits for hours for the ssh to a node that was cut off.
+        # Otherwise pdsh waits for hours for ssh to an unreachable node.
         patience = " ".join(
             [environment.get("PDSH_SSH_ARGS_APPEND", ""), *(f"-o{option}" for option in ALIVE)]
         ).strip()

@@ -17,7 +17,7 @@ from sftmix.pipeline.context import Facts, Stage, StageContext
 from sftmix.storage.files import sha256_of_file
 from sftmix.storage.provenance import fingerprint
 
-END_BYTES = 1 << 20  # of a weight file's beginning and end, which tell it from another
+END_BYTES = 1 << 20  # from both ends of a weight file, to identify it
 
 
 def stages_of(config: Config) -> list[Stage]:
@@ -89,7 +89,7 @@ def _run(file: str, function: str = "run") -> Callable[[StageContext], Facts]:
 
 
 def check_stage(stages: list[Stage], only: str | None) -> None:
-    """Raises ArtifactError where this config has no stage of that name."""
+    """Raises ArtifactError if this config has no stage of that name."""
     if only is None or only in {stage.name for stage in stages}:
         return
     if only == "reference":
@@ -104,8 +104,8 @@ def check_stage(stages: list[Stage], only: str | None) -> None:
 
 
 def needed_stages(stages: list[Stage], only: str | None) -> list[Stage]:
-    """Returns the stage `only` and all that it reads, directly or not, in order; all stages where
-    `only` is None."""
+    """Returns the stage `only` and everything that it reads, directly or indirectly, in order; all
+    stages if `only` is None."""
     if only is None:
         return stages
     needed = {only}
@@ -126,14 +126,14 @@ def _reference_settings(config: Config) -> dict[str, Any]:
         "model": model_identity(config.reference_model),
         "train": config.reference_train.model_dump(mode="json"),
         "num_checkpoints": config.reference.num_checkpoints,
-        # what the run leaves behind: checkpoints, scores, or both
+        # what the run produces: checkpoints, scores, or both
         "modes": sorted(config.confidence.modes),
         **_numerics(config),
     }
 
 
 def _score_settings(config: Config) -> dict[str, Any]:
-    """What the table depends on. Units, budgets and sharding change nothing but rounding."""
+    """The settings that the table depends on. Units, budgets and sharding change only rounding."""
     confidence = config.confidence
     settings = confidence.model_dump(
         mode="json", exclude={"micro_batch_tokens", "unit_examples", "sharding"}
@@ -169,8 +169,8 @@ def _report_settings(config: Config) -> dict[str, Any]:
 
 
 def _numerics(config: Config) -> dict[str, Any]:
-    """Settings that every stage with a model depends on; ZeRO stage and number of ranks change
-    nothing but rounding."""
+    """The settings that every stage with a model depends on. ZeRO stage and number of ranks change
+    only rounding."""
     from sftmix.engine.precision import resolve_precision
 
     deepspeed = read_deepspeed_json(config.engine.deepspeed) if config.engine.deepspeed else None
@@ -182,8 +182,8 @@ def _numerics(config: Config) -> dict[str, Any]:
 
 
 def model_identity(model: ModelConfig) -> dict[str, Any]:
-    """Returns what tells one model from another: settings, and for a local folder its config and
-    the ends of its weight files (hashing 100 GB whole at every start would cost minutes)."""
+    """Returns what identifies a model: settings, and for a local folder its config and both ends of
+    its weight files (hashing 100 GB at every start would take minutes)."""
     identity = model.model_dump(mode="json", exclude=set() if model.lora else {"lora"})
     folder = Path(model.path) if model.path else None
     if folder is not None and folder.is_dir():

@@ -1,4 +1,4 @@
-"""Checks that need no process group and no data pass: whatever can be refused is refused here, in
+"""Checks that need no process group and no pass over the data, so that bad input is refused within
 seconds."""
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from sftmix.storage.artifacts import MANIFEST, verify
 def check(config: Config, *, has_device: bool = True) -> None:
     """Raises ConfigError or DataError for the first thing that would stop the run later.
 
-    Looks at: the sources' paths, formats and column mappings; the DeepSpeed JSON; model folders,
-    the shapes of their weights, architectures; attention; the modules that adapters go to; the
-    tokenizer, its size against the embedding, its chat template; max length against the context.
-    has_device: does the run compute on this machine, so that a GPU must be here if one is asked
-    for?
+    Checks: paths, formats and column mappings of the sources; the DeepSpeed JSON; model folders,
+    shapes of weights, architectures; attention; the target modules of adapters; the tokenizer, its
+    size compared with the embedding, and its chat template; maximum length compared with the
+    context. has_device: whether the run computes on this machine, so that a requested GPU must be
+    present.
     """
     from sftmix.config.deepspeed_json import deepspeed_config
     from sftmix.data.formats import check_format
@@ -64,7 +64,7 @@ def check(config: Config, *, has_device: bool = True) -> None:
     choose_template(config.tokenizer.chat_template, None)
     models = _models(config)
     for name, model in models.items():
-        # before the tokenizer, whose loader reads the model's config too, and says less
+        # before the tokenizer, whose loader also reads the model's config but has worse errors
         hf_config(model, name=name)
     _check_fit(config, models)
     for name, model in models.items():
@@ -72,18 +72,17 @@ def check(config: Config, *, has_device: bool = True) -> None:
 
 
 def check_scores(source: str, config_path: str, overrides: Sequence[str]) -> str:
-    """Returns a line that says that a score table fits the training examples in the config's run
-    folder.
+    """Checks that a score table matches the training examples in the config's run folder. Returns
+    one line.
 
-    Raises ArtifactError where it does not, or where the data stage has not run with this config.
+    Raises ArtifactError if it does not, or if the data stage has not run with this config.
     """
     from sftmix.batches.examples import TokenisedExamples
     from sftmix.confidence.table import fit_scores, read_scores
     from sftmix.engine.precision import resolve_precision
     from sftmix.pipeline.run import Request, check_finished_work, first_unfinished_stage
 
-    # The config as it would be with this table: there is then no reference run whose mode could be
-    # asked for.
+    # The config as it would be with this table, which replaces the reference run and its modes.
     own = {"scores": source, "mode": "checkpoints", "compare": [], "models": []}
     config = load_config(
         config_path, overrides, values={f"confidence.{key}": value for key, value in own.items()}
@@ -110,8 +109,8 @@ def check_scores(source: str, config_path: str, overrides: Sequence[str]) -> str
 
 
 def _check_model(model: ModelConfig, name: str, *, precision: str, has_device: bool) -> None:
-    """Looks at what shows in the model without memory: attention, shapes of the weights, places of
-    the adapters."""
+    """Checks the model on the meta device: attention, shapes of the weights, target modules of the
+    adapters."""
     from sftmix.engine.loading import check_attention, check_weights, empty_model, hf_config
     from sftmix.engine.lora import import_peft, target_names
     from sftmix.engine.ranks import has_gpu

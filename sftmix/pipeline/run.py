@@ -1,7 +1,7 @@
 """Run the recipe: each stage is prepared, executed and published, in order.
 
-Stages never call each other. They meet through folders of the run folder
-(`sftmix/storage/artifacts.py`); a stage whose output is there with the same inputs and settings is
+Stages never call each other. They exchange folders in the run folder
+(`sftmix/storage/artifacts.py`). A stage whose output exists with the same inputs and settings is
 not run again.
 """
 
@@ -37,11 +37,12 @@ from sftmix.train.meter import Meter
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be run. only: one stage, and those before it that are missing; None: all stages.
+    """A request to run stages. only: one stage, and those before it that are missing; None: all
+    stages.
 
-    force: an output that was made with other settings may be replaced, that of `only` or, without
-    it, of any stage; and `only` is run though it is up to date. restart: unfinished work is
-    discarded, not resumed.
+    force: replace an output that was made with other settings (of `only` or, without it, of any
+    stage), and run `only` even if it is up to date. restart: discard unfinished work instead of
+    resuming.
     """
 
     only: str | None = None
@@ -59,10 +60,10 @@ def run_pipeline(
 ) -> Path:
     """Runs the stages of `request` that are not up to date. Returns the folder of the last one.
 
-    launchers: the processes that started this one, found when it began. lock: of the run folder,
-    where this process holds it already. Under a launcher every rank calls this function: rank 0
-    decides, and runs the stages without a model alone, while the others wait to be joined. Raises
-    ArtifactError where finished work would be replaced and the request does not say that it may be.
+    launchers: the processes that started this one, found at its start. lock: of the run folder, if
+    this process already holds it. Under a launcher every rank calls this function. Rank 0 decides,
+    and runs the stages without a model alone while the others wait. Raises ArtifactError if
+    finished work would be replaced without `force`.
     """
     request = request or Request()
     guard = Guard(config, launchers)
@@ -82,8 +83,8 @@ def run_pipeline(
 
 
 def check_finished_work(config: Config, request: Request) -> None:
-    """Raises ArtifactError, before anything is started, where `run_pipeline` would refuse to
-    replace finished work."""
+    """Raises ArtifactError, before anything starts, if `run_pipeline` would refuse to replace
+    finished work."""
     stages = stages_of(config)
     check_stage(stages, request.only)
     needed = needed_stages(stages, request.only)
@@ -114,8 +115,7 @@ def first_unfinished_stage(config: Config, only: str | None = None) -> str | Non
 
 
 class _Run:
-    """One call of `run_pipeline` on one rank. digests: of the outputs that are published, on rank
-    0."""
+    """One call of `run_pipeline` on one rank. digests: of the published outputs, on rank 0."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class _Run:
             self._ranks.barrier()
 
     def _join(self) -> Ranks:
-        """Joins the other ranks, and starts the heartbeats. Collective."""
+        """Joins the other ranks and starts the heartbeats. Collective: all ranks must call it."""
         config = self.config
         joined = init_ranks(timedelta(minutes=config.limits.join_minutes))
         ranks = unshared_folder.find_storage(joined, config.run.dir)
@@ -171,10 +171,9 @@ class _Run:
         return ranks
 
     def _prepare(self, stage: Stage) -> StageContext | None:
-        """Decides whether a stage is run, and makes everything ready for it. Collective for a stage
-        on all ranks.
+        """Decides whether a stage must run, and prepares it. Collective for a stage on all ranks.
 
-        Rank 0 decides once, and the others hear of it. Returns None where the output is up to date.
+        Rank 0 decides and tells the others. Returns None if the output is up to date.
         """
         ranks = self._ranks if stage.needs_engine else None
         identity = self._identity(stage) if self._is_main else Identity("", {}, {})
@@ -220,9 +219,9 @@ class _Run:
     def _publish(
         self, stage: Stage, context: StageContext, facts: Facts, *, seconds: float
     ) -> None:
-        """Puts the output into its place, with its manifest. seconds: that the stage took."""
+        """Publishes the output with its manifest. seconds: duration of the stage."""
         if not self._is_main:
-            if context.lock is not None:  # of another disk
+            if context.lock is not None:  # ranks on other disks
                 unfinished.discard(context.work, context.identity.fingerprint)
             return
         settings, inputs = context.identity.settings, context.identity.inputs
@@ -231,7 +230,7 @@ class _Run:
         )
         assert context.lock is not None, "rank 0 holds the run folder"
         artifacts.replace_folder(context.folder, self._folder(stage), check=context.lock.check)
-        # what the folder now holds
+        # the content that the folder now has
         write_text(self.config.run.dir / "config.yaml", dump_config(self.config))
         self._say(f"{self._title(stage)}: {seconds:.1f} s")
 
@@ -241,12 +240,12 @@ class _Run:
         return Identity(artifacts.stage_fingerprint(stage.name, settings, inputs), settings, inputs)
 
     def _must_run(self, stage: Stage, identity: Identity) -> bool:
-        """Raises ArtifactError where finished work would be replaced unasked."""
+        """Raises ArtifactError if finished work would be replaced without `force`."""
         is_wanted, force = self.request.only in (None, stage.name), self.request.force
         state = state_of(stage, self._folder(stage), identity.settings, identity.inputs)
         if state == "changed" and not (stage.is_view or (force and is_wanted)):
-            # Its settings were compared at the start, so an input that was missing has come out
-            # otherwise than before.
+            # Its settings were compared at the start, so a missing input was recreated with other
+            # content.
             compared = [each for each in self._stages if each.name in (*stage.reads, stage.name)]
             refuse_changed(self.config, compared, set(stage.reads))
             raise refusal(
@@ -256,8 +255,8 @@ class _Run:
         return state != "current" or (force and self.request.only == stage.name)
 
     def _refuse_to_lose_work(self, stage: Stage, settings: dict[str, Any]) -> None:
-        """Raises ArtifactError where `stage` must run because its settings changed, and a later one
-        has unfinished work on its output."""
+        """Raises ArtifactError if `stage` must run because its settings changed, and a later stage
+        has unfinished work based on its output."""
         manifest = artifacts.read_manifest(self._folder(stage))
         if manifest is None:
             return

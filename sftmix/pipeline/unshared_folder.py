@@ -1,11 +1,11 @@
-"""A run folder that is not on shared storage: each node has one of its own, at the same path.
+"""A run folder that is not on shared storage: each node has its own, at the same path.
 
-Rank 0's is the run's. What a stage reads is copied from there to the other disks through the
-process group, and verified; scores that other nodes have made go the other way. Training state
+The folder of rank 0 is authoritative. What a stage reads is copied from there to the other disks
+through the process group, and verified. Scores of other nodes are copied to rank 0. Training state
 stays on the disk of the node that wrote it (`sftmix/train/checkpointing.py`).
 
-On each disk the lowest of the ranks that see it, its leader (`Ranks.leads_storage`), does what one
-process must do there.
+The leader of a disk is the lowest rank that sees it (`Ranks.leads_storage`); it does what only one
+process may do there.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from sftmix.pipeline.guard import SEEN, Guard, holding
 from sftmix.storage import artifacts
 from sftmix.storage.files import write_text
 
-# within which a network file system shows a new name that nobody has asked for before
+# time within which a network file system shows a new name
 LOOK_SECONDS = 5.0
 CHUNK_BYTES = 16 << 20
 UNITS_AT_ONCE = 256
-# folders that hold a manifest's files, as this process has seen
+# folders in which this process has verified a manifest's files
 _verified: set[tuple[Path, str]] = set()
 
 
 def find_storage(ranks: Ranks, folder: Path) -> Ranks:
-    """Returns the ranks with `storage` filled in: who shares the run folder with whom. All ranks
-    call it, rank 0 with its folder made.
+    """Returns the ranks with `storage` filled in: who shares the run folder with whom. Collective:
+    all ranks must call it, after rank 0 has created its folder.
 
-    Every node's first rank leaves a name in the folder, and each rank looks for the lowest. Raises
-    ArtifactError, on all ranks, where a node cannot make the folder.
+    Every node's first rank writes a name into the folder, and each rank looks for the lowest one.
+    Raises ArtifactError, on all ranks, if a node cannot create the folder.
     """
     if ranks.world_size == 1:
         return ranks
@@ -59,7 +59,7 @@ def find_storage(ranks: Ranks, folder: Path) -> Ranks:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             marks[ranks.rank].touch()
-            # by an attempt that was killed while it looked
+            # left by an attempt that was killed meanwhile
             for left in folder.glob(f"{SEEN}*") if ranks.is_main else []:
                 if token not in left.name:
                     left.unlink(missing_ok=True)
@@ -84,7 +84,7 @@ def find_storage(ranks: Ranks, folder: Path) -> Ranks:
 
 
 def say_storage(ranks: Ranks, config: Config) -> None:
-    """Says once which nodes do not see rank 0's run folder, and what must be there on every node.
+    """Reports once which nodes do not see rank 0's run folder, and what every node must have.
     Collective: all ranks must call it."""
     if ranks.is_storage_shared:
         return
@@ -97,7 +97,7 @@ def say_storage(ranks: Ranks, config: Config) -> None:
             for model in models
             if model.path is not None and Path(model.path).exists()
         ]
-        own_json = config.engine.deepspeed  # else one of the package, which is there already
+        own_json = config.engine.deepspeed  # otherwise a file of the package, which every node has
         needed += [str(own_json)] if own_json is not None and own_json.is_file() else []
         print(
             f"run.dir is not shared: {config.run.dir.absolute()} on {', '.join(others)} is not the"
@@ -112,8 +112,8 @@ def say_storage(ranks: Ranks, config: Config) -> None:
 
 def hold_others(ranks: Ranks, config: Config, held: contextlib.ExitStack) -> RunLock | None:
     """Makes this run the only writer of every other disk's run folder too. Collective: all ranks
-    must call it. Returns this rank's hold; None for a rank that leads no disk but rank 0's. Raises
-    ArtifactError, on all ranks, where a folder has another writer."""
+    must call it. Returns this rank's claim; None for a rank that leads no disk and for rank 0.
+    Raises ArtifactError, on all ranks, if a folder has another writer."""
     if ranks.is_storage_shared:
         return None
     hold, problem = None, ""
@@ -127,19 +127,18 @@ def hold_others(ranks: Ranks, config: Config, held: contextlib.ExitStack) -> Run
 
 
 def agree(ranks: Ranks, problem: str) -> None:
-    """Raises ArtifactError with the first rank's problem on all ranks, if any has one. All ranks
-    call it."""
+    """Raises ArtifactError with the first rank's problem on all ranks, if any has one. Collective:
+    all ranks must call it."""
     first = ranks.first_text(problem)
     if first:
         raise ArtifactError(first, on_all_ranks=True)
 
 
 def copy_to_others(ranks: Ranks, folder: Path, guard: Guard) -> None:
-    """Brings a published folder of rank 0 to every disk that does not have it as it is. All ranks
-    call it.
+    """Copies a published folder of rank 0 to every disk that does not have it unchanged.
+    Collective: all ranks must call it.
 
-    Raises ArtifactError, on all ranks, where it cannot be read or written, or does not arrive as it
-    was sent.
+    Raises ArtifactError, on all ranks, if it cannot be read or written, or arrives damaged.
     """
     if ranks.is_storage_shared:
         return
@@ -180,10 +179,10 @@ def copy_to_others(ranks: Ranks, folder: Path, guard: Guard) -> None:
 
 
 def _has(folder: Path, manifest: artifacts.Manifest) -> bool:
-    """Does this disk hold what the manifest lists?"""
+    """Returns whether this disk has the files of the manifest."""
     if (folder, manifest.digest) in _verified:
         return True
-    with contextlib.suppress(ArtifactError):  # damaged, or of an earlier attempt: it is replaced
+    with contextlib.suppress(ArtifactError):  # damaged, or from an earlier attempt: it is replaced
         if artifacts.read_manifest(folder) == manifest:
             artifacts.verify(folder)
             _verified.add((folder, manifest.digest))
@@ -194,8 +193,9 @@ def _has(folder: Path, manifest: artifacts.Manifest) -> bool:
 def _send(
     ranks: Ranks, source: Path, target: Path | None, entry: dict[str, object], progress: Progress
 ) -> str:
-    """Sends one file of rank 0 to the leaders; those with a `target` write it. Returns what went
-    wrong here: whatever does, all go on to the file's end, since the others wait for their part."""
+    """Sends one file of rank 0 to the leaders; those with a `target` write it. Returns the error on
+    this rank: after an error all continue to the end of the file, because the others wait for
+    it."""
     size, problem, digest = int(str(entry["size"])), "", hashlib.sha256()
     with contextlib.ExitStack() as closing:
         file: IO[bytes] | None = None
@@ -239,8 +239,8 @@ def _send(
 
 
 def collect_units(ranks: Ranks, shards: UnitFolder, sizes: list[int]) -> None:
-    """Brings the scores of other disks that rank 0's lacks to it. Collective: all ranks must call
-    it. sizes: examples of each unit."""
+    """Copies scores that rank 0's disk lacks from other disks to it. Collective: all ranks must
+    call it. sizes: examples of each unit."""
     if ranks.is_storage_shared:
         return
     lacking = (
@@ -264,7 +264,7 @@ def collect_units(ranks: Ranks, shards: UnitFolder, sizes: list[int]) -> None:
                 )
         table = ranks.gather_rows(torch.cat(rows)).numpy()
         for unit in units if ranks.is_main else []:
-            # two attempts may have left the same unit on two disks
+            # two attempts may have written the same unit on two disks
             found = table[table[:, 0] == unit][: sizes[unit]]
             if len(found):
                 shards.write(unit, UnitScores(found[:, 1].copy(), found[:, 2].astype(np.int64)))

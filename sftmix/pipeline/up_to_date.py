@@ -1,5 +1,6 @@
-"""Is a stage's published output current, missing, or made with other settings? Finished work is
-never replaced without a word: `refuse_changed` names what differs, before anything runs."""
+"""Decide whether a stage's published output is current, missing, or made with other settings.
+Finished work is never replaced silently: `refuse_changed` names the differences before anything
+runs."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from sftmix.pipeline.context import Stage
 
 State = Literal["current", "missing", "changed"]
-# Where the settings of a stage stand in a config, as far as they are not called the same there.
+# Config keys of a stage's settings, if their names differ.
 NUMERICS = {"seed": "run.seed", "precision": "engine.precision", "deepspeed": "engine.deepspeed"}
 SECTIONS = {"data": "data.", "split": "split.", "score": "confidence."}
 BESIDE = {"tokenizer": "tokenizer", "content": "data.content", "mask_policy": "mask_policy"}
@@ -29,8 +30,9 @@ def state_of(
     *,
     digests: bool = True,
 ) -> State:
-    """Returns what a stage's folder is for these settings and inputs. A current one is verified:
-    raises ArtifactError where a file is damaged. digests: compare contents, not sizes alone."""
+    """Returns the status of a stage's folder for these settings and inputs. A current one is
+    verified: raises ArtifactError if a file is damaged. digests: compare contents, not sizes
+    alone."""
     manifest = artifacts.read_manifest(folder)
     if manifest is None:
         return "missing"
@@ -41,11 +43,11 @@ def state_of(
 
 
 def refuse_changed(config: Config, stages: Iterable[Stage], replaced: set[str]) -> None:
-    """Raises ArtifactError where a stage is published, and this config asks for another output of
-    it: other settings, or inputs that have been made anew. One line for each key that differs.
+    """Raises ArtifactError if a stage is published and this config asks for another output: other
+    settings, or recreated inputs. The message has one line per differing key.
 
-    replaced: stages whose output may be replaced. A view (`Stage.is_view`) always may. Looks at the
-    manifests alone. An input that is missing, and will be made, is not compared.
+    replaced: stages whose output may be replaced. A view (`Stage.is_view`) may always be replaced.
+    Reads only manifests. A missing input, which will be made, is not compared.
     """
     lines: list[str] = []
     digests: dict[str, str] = {}
@@ -83,8 +85,8 @@ def refusal(config: Config, lines: list[str]) -> ArtifactError:
 
 
 def differing_keys(config: Config, stage: Stage, before: Mapping[str, Any]) -> list[str]:
-    """Returns a line for each setting of a stage that differs, by its key in the config. before:
-    those of its output."""
+    """Returns a line for each differing setting of a stage, by config key. before: settings of its
+    output."""
     now = stage.settings(config)
     return [config_key(config, stage.name, line) for line in provenance.differences(before, now)]
 

@@ -1,2 +1,2 @@
-"""What is on disk: artifacts with manifests, training checkpoints, unfinished work, and failures of
-the disk in one line."""
+"""Files on disk: artifacts with manifests, training checkpoints, unfinished work, and clear errors
+for disk failures."""

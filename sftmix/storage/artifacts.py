@@ -1,9 +1,9 @@
-"""What one stage hands the next: folders with a manifest, published by rename.
+"""Artifacts, through which stages exchange data: folders with a manifest, published by rename.
 
-A folder that holds no valid `manifest.json` does not exist for the pipeline. An output is written
-beside its place, flushed to disk, given a manifest with the size and SHA-256 of every file, and
-then renamed; a reader verifies before it trusts. The manifest's `fingerprint` says which inputs and
-settings made it.
+The pipeline ignores a folder without a valid `manifest.json`. An output is written to a temporary
+folder next to its place, flushed to disk, given a manifest with the size and SHA-256 of every file,
+and then renamed. A reader verifies it first. The manifest's `fingerprint` identifies its inputs and
+settings.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from sftmix.storage.files import sha256_of_file, sync_folder, write_json
 from sftmix.storage.provenance import commit, fingerprint, versions
 
 MANIFEST = "manifest.json"
-FORMAT = 1  # of the artifacts themselves; part of every fingerprint
+FORMAT = 1  # format version of artifacts; part of every fingerprint
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """fingerprint: hash of inputs and settings. settings: what went into it, for people. digest:
-    hash of the content, which the fingerprint of the next stage is made from. facts: numbers that
-    the stage wants to pass on; `facts["identity"]`, where set, stands for the content (files that
-    hold a date differ without meaning to)."""
+    """fingerprint: hash of inputs and settings. settings: what went into it, in readable form.
+    digest: hash of the content, part of the next stage's fingerprint. facts: numbers for later
+    stages; `facts["identity"]`, if set, is used instead of the content (files that contain a date
+    differ although the content is equal)."""
 
     stage: str
     fingerprint: str
@@ -61,8 +61,8 @@ def publish(
     """Yields a staging folder; when the block ends without an error it replaces `folder` as a
     whole.
 
-    `facts` may be filled inside the block. After an error, or a kill, `folder` is as it was before;
-    only between two renames it is absent, and whole beside its place.
+    `facts` may be filled inside the block. After an error or a kill, `folder` is unchanged, except
+    that a kill between the two renames leaves it complete under its temporary name.
     """
     staging = new_staging(folder)
     yield staging
@@ -71,7 +71,7 @@ def publish(
 
 
 def new_staging(folder: Path) -> Path:
-    """Returns an empty folder beside `folder`, to be sealed and put into its place."""
+    """Returns an empty folder next to `folder`, to be sealed and put into its place."""
     staging = folder.with_name(f".{folder.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -79,8 +79,8 @@ def new_staging(folder: Path) -> Path:
 
 
 def replace_folder(staging: Path, folder: Path, *, check: Callable[[], None] | None = None) -> None:
-    """Puts a sealed folder beside `folder` into its place. check: raises where this process must
-    not publish (any more)."""
+    """Puts a sealed folder into the place of `folder`. check: raises if this process may no longer
+    publish."""
     old = folder.with_name(f".{folder.name}.old")
     discard(old)
     if check is not None:
@@ -103,8 +103,8 @@ def seal(
     inputs: Mapping[str, str] | None = None,
     facts: dict[str, Any] | None = None,
 ) -> Manifest:
-    """Flushes every file below `folder` and writes its manifest last. For folders that grow in
-    place."""
+    """Flushes every file below `folder` and writes its manifest last. For folders that are written
+    in place."""
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST):
         with accessing(path), path.open("rb") as file:
@@ -132,15 +132,15 @@ def seal(
 def stage_fingerprint(
     stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str] | None = None
 ) -> str:
-    """Returns what a stage's manifest must carry for its output to be used again."""
+    """Returns the fingerprint that a stage's manifest must have for its output to be reused."""
     return fingerprint(
         {"format": FORMAT, "stage": stage, "settings": dict(settings), "inputs": dict(inputs or {})}
     )
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Returns the folder's manifest, or None where there is none. Raises ArtifactError for a
-    damaged one."""
+    """Returns the folder's manifest, or None if there is none. Raises ArtifactError for a damaged
+    one."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -171,7 +171,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, *, digests: bool = True) -> Manifest:
-    """Returns the manifest of a folder all of whose files are there, whole and unchanged.
+    """Verifies that all files of a folder are present and unchanged, and returns its manifest.
 
     Raises ArtifactError that names the first file that is missing or differs. `digests=False`
     compares sizes only.
@@ -203,8 +203,7 @@ def verify(folder: Path, *, digests: bool = True) -> Manifest:
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder that its successor replaces, its manifest first, so that no half of it is
-    ever trusted."""
+    """Removes a replaced folder, its manifest first, so that an incomplete one is never trusted."""
     (folder / MANIFEST).unlink(missing_ok=True)
     if folder.exists():
         shutil.rmtree(folder)

@@ -1,12 +1,11 @@
-"""Training checkpoints on disk: each there whole or not at all, found by verifying, never trusted
-by its name.
+"""Training checkpoints on disk: atomic, and verified before use, never trusted by name.
 
     checkpoints/step_000120/     state files of all ranks; manifest.json with size and SHA-256
     checkpoints/latest           a hint for people and tools; never read here
     checkpoints/*.damaged        what did not verify, renamed; never deleted here
 
-A checkpoint is written beside its place, every file flushed by the rank that wrote it, then given
-its manifest and renamed by rank 0. A crash at any point leaves the one before it as it was.
+A checkpoint is written under a temporary name; every rank flushes its files; then rank 0 writes the
+manifest and renames it. A crash at any point leaves the previous checkpoint unchanged.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from sftmix.storage.files import sha256_of_file, sync_folder, write_json, write_
 
 STAGE = "training checkpoint"
 OWN_DIGEST = "manifest_sha256"
-ADAM_BYTES = 12  # of a parameter in a checkpoint: its float32 copy and two moments
+ADAM_BYTES = 12  # per parameter in a checkpoint: float32 copy and two moments
 
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """The checkpoints of one training stage. keep_last: newest ones that stay, at least 1;
-    keep_every: steps whose multiples stay too. check: raises where this process must not publish
-    (any more)."""
+    """The checkpoints of one training stage. keep_last: number of newest ones to keep, at least 1;
+    keep_every: also keep multiples of this step. check: raises if this process may no longer
+    publish."""
 
     folder: Path
     keep_last: int = 2
@@ -43,12 +42,12 @@ class CheckpointFolder:
     check: Callable[[], None] | None = None
 
     def path(self, step: int) -> Path:
-        """Returns where the checkpoint after `step` is."""
+        """Returns the folder of the checkpoint after `step`."""
         return self.folder / f"step_{step:06d}"
 
     def steps(self) -> list[int]:
-        """Returns the steps of what is there, verified or not, newest first; by number, since
-        clocks may have been set back."""
+        """Returns the steps of existing checkpoints, verified or not, newest first; by number,
+        because clocks may have been set back."""
         return sorted(
             (
                 int(path.name[5:])
@@ -59,8 +58,8 @@ class CheckpointFolder:
         )
 
     def new_staging(self, step: int) -> Path:
-        """Returns an empty folder to write a checkpoint into; what killed attempts left is
-        removed."""
+        """Returns an empty folder to write a checkpoint into, and removes leftovers of killed
+        attempts."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for path in [*self.folder.glob(".step_*"), *self.folder.glob(".universal_*")]:
             shutil.rmtree(path)
@@ -69,8 +68,8 @@ class CheckpointFolder:
         return staging
 
     def read(self, step: int) -> artifacts.Manifest:
-        """Returns a checkpoint's manifest. Raises ArtifactError for one that is missing, damaged,
-        or of something else."""
+        """Returns a checkpoint's manifest. Raises ArtifactError if it is missing, damaged, or
+        belongs to something else."""
         manifest = artifacts.read_manifest(self.path(step))
         if manifest is None:
             raise ArtifactError(f"{artifacts.MANIFEST} is missing")
@@ -81,8 +80,8 @@ class CheckpointFolder:
         return manifest
 
     def publish(self, staging: Path, step: int, manifest: artifacts.Manifest) -> None:
-        """Makes a checkpoint exist whose state files are written and flushed. Raises what `check`
-        raises. `retain` is for later: when it exists on every disk that has a part of it."""
+        """Publishes a checkpoint whose state files are written and flushed. Raises what `check`
+        raises. Call `retain` afterwards, when every disk has its part."""
         faults.point("checkpoint.manifest")
         vouched = replace(
             manifest, facts={**manifest.facts, OWN_DIGEST: provenance.fingerprint(asdict(manifest))}
@@ -98,20 +97,20 @@ class CheckpointFolder:
         write_text(self.folder / "latest", self.path(step).name + "\n")
 
     def retain(self) -> None:
-        """Removes checkpoints that need not be kept, oldest first. Called when the newest is known
-        to be whole."""
+        """Removes checkpoints that need not be kept, oldest first. Call it when the newest is
+        complete."""
         steps = self.steps()
         for step in reversed(steps[max(1, self.keep_last) :]):
             if self.keep_every is None or step % self.keep_every:
                 faults.point("checkpoint.retention")
-                # no half of it is ever a candidate
+                # an incomplete one is never a candidate
                 self.path(step).rename(hidden := self.folder / f".step_{step:06d}.old")
                 faults.point("checkpoint.removal")
                 shutil.rmtree(hidden)
 
     def set_aside(self, step: int) -> Path:
-        """Renames a checkpoint that does not verify, so that it is never looked at again; returns
-        its new name."""
+        """Renames a checkpoint that fails verification, so that it is ignored; returns its new
+        name."""
         number = 1
         while (
             aside := self.folder / f"{self.path(step).name}.damaged{number if number > 1 else ''}"
@@ -122,8 +121,8 @@ class CheckpointFolder:
 
 
 def find_problem(folder: Path, manifest: artifacts.Manifest, names: list[str]) -> str | None:
-    """Returns what is wrong with the first of `names`, files of a checkpoint, that is not as it was
-    written; None if all are."""
+    """Returns the problem of the first of `names`, files of a checkpoint, that fails verification;
+    None if all pass."""
     for name in names:
         expected, path = manifest.files[name], folder / name
         if path.is_symlink() or not path.is_file():
@@ -138,7 +137,7 @@ def find_problem(folder: Path, manifest: artifacts.Manifest, names: list[str]) -
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
-    """Raises ArtifactError where the volume of `folder` has less than `needed_bytes` free."""
+    """Raises ArtifactError if the volume of `folder` has less than `needed_bytes` free."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise ArtifactError(
@@ -149,11 +148,11 @@ def check_space(folder: Path, needed_bytes: int) -> None:
 
 
 class HashedFile:
-    """A file to write that knows its size and SHA-256. Mode 0600.
+    """A writable file that computes its size and SHA-256. Mode 0600.
 
-    A thread follows the writing and hashes what the file gives back, so that neither a write nor
-    the flush waits for it, and memory that was handed over may be used again. A failure is kept in
-    `error`, because torch hides what a file object raises behind an error of its own.
+    A thread hashes what it reads back from the file, so that neither writes nor the flush wait for
+    it, and the caller may reuse its memory. A failure is kept in `error`, because torch hides what
+    a file object raises behind an error of its own.
     """
 
     CHUNK_BYTES = 1 << 20
@@ -189,8 +188,8 @@ class HashedFile:
         """Nothing is buffered here."""
 
     def close(self) -> dict[str, Any]:
-        """Flushes the file to disk; returns its entry for the manifest. Raises OSError where it
-        cannot be flushed or read back."""
+        """Flushes the file to disk; returns its entry for the manifest. Raises OSError if it cannot
+        be flushed or read back."""
         try:
             with self._grown:
                 self._is_complete = True
@@ -206,7 +205,7 @@ class HashedFile:
         return {"size": self.size, "sha256": digest}
 
     def abandon(self) -> None:
-        """Lets go of the file as it is. Calling it again does nothing."""
+        """Closes the file without flushing. Calling it again does nothing."""
         if self._descriptor >= 0:
             with self._grown:
                 self._is_abandoned = True

@@ -2,7 +2,7 @@
 remedy.
 
 Libraries raise them as errors of many classes: safetensors, tokenizers and polars have classes of
-their own, torch raises RuntimeError. An error that is not recognised here is a bug of sftmix, and
+their own, torch raises RuntimeError. An error that is not recognised here is a bug of sftmix and
 keeps its traceback.
 """
 
@@ -42,8 +42,8 @@ REMEDIES = {
     errno.ENOMEM: "Start fewer processes on this machine, or use one with more memory.",
 }
 SPACE = (errno.ENOSPC, errno.EDQUOT)
-# Errors that carry no number are recognised by the system's words for these. The others' words have
-# other meanings too.
+# Errors without a number are recognised by the system's text for these. The texts of other errors
+# are ambiguous.
 _NAMED = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -55,7 +55,7 @@ _NAMED = (
     errno.EMFILE,
 )
 _IN_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors, tokenizers, polars
-# numpy hides the cause, which is a full disk almost always
+# numpy hides the cause, which is almost always a full disk
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 _MEMORY = (
     "out of memory",
@@ -66,7 +66,7 @@ _MEMORY = (
 
 def error_number(error: BaseException) -> int | None:
     """Returns the number of the system's error (`errno`) behind an exception of any library; None
-    where there is none."""
+    if there is none."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     text = str(error)
@@ -78,7 +78,7 @@ def error_number(error: BaseException) -> int | None:
 
 
 class accessing(contextlib.AbstractContextManager[None]):
-    """Turns what any library raises inside because the system refuses to read or write into an
+    """Within the context, turns any library's error that comes from a failed read or write into an
     OSError that names `path`."""
 
     def __init__(self, path: Path):
@@ -97,11 +97,10 @@ class accessing(contextlib.AbstractContextManager[None]):
 
 
 def describe(error: OSError, folder: Path | None = None, *, needed_bytes: int | None = None) -> str:
-    """Returns one line: the file, the system's words, the space that is free and that is needed,
-    and the remedy.
+    """Returns one line: the file, the system's text, the free and the needed space, and the remedy.
 
-    folder: where files are written, for an error that names no file; None where nothing but stdout
-    is written.
+    folder: where files are written, for an error that names no file; None if only stdout is
+    written.
     """
     number = error_number(error)
     path = _file_of(error)
@@ -121,8 +120,8 @@ def describe(error: OSError, folder: Path | None = None, *, needed_bytes: int | 
 
 
 def explain(error: BaseException, folder: Path | None = None) -> MachineError | None:
-    """Returns the error of one line for an exception that the machine is to blame for; None for any
-    other. folder: as for `describe`."""
+    """Returns a one-line error for an exception caused by the machine; None for any other. folder:
+    as for `describe`."""
     if isinstance(error, SftmixError):
         return None
     if (
@@ -148,7 +147,7 @@ def explain(error: BaseException, folder: Path | None = None) -> MachineError | 
 
 
 def _file_of(error: OSError) -> str | None:
-    """Returns the file that an error names: of two, the one that was to be written."""
+    """Returns the file that an error names; of two, the one being written."""
     named = error.filename2 or error.filename
     return str(named) if named else None
 

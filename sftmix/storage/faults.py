@@ -1,5 +1,4 @@
-"""Faults on demand, for tests of what survives them: SFTMIX_FAULT="site:rank:hit:action", several
-separated by commas.
+"""Fault injection for tests: SFTMIX_FAULT="site:rank:hit:action", several separated by commas.
 
 At the `hit`-th time (from 1; `*`: every time) that rank `rank` (`*`: any) passes `site`, the action
 happens:
@@ -16,7 +15,7 @@ happens:
     hold         it waits for ever and holds the interpreter's lock
     segfault     it reads where nothing is;  abort: it calls abort()
 
-Without the variable a site costs one dictionary look-up. Sites are named where they stand:
+Without the variable a site costs one dictionary look-up. A site is defined by its call:
 `faults.point("...")`.
 """
 
@@ -44,8 +43,7 @@ _hits: Counter[str] = Counter()
 
 
 def point(site: str) -> bool:
-    """Marks a place where a test may let the process fail. Returns whether a write here is to be a
-    short one."""
+    """Marks a place where a test can inject a fault. Returns whether a write here must be short."""
     wanted = os.environ.get(VARIABLE)
     if wanted is None:
         return False

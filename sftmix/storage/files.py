@@ -1,5 +1,4 @@
-"""Files that survive a crash: written whole or not at all, flushed, hashed, and awaited on network
-file systems."""
+"""Crash-safe files: atomic writes, flushing, hashing, and waiting on network file systems."""
 
 from __future__ import annotations
 
@@ -14,13 +13,13 @@ from typing import Any
 from sftmix.errors import ArtifactError
 from sftmix.storage.failures import accessing
 
-# network file systems look again for a name that was not there within 60 s (NFS: acdirmax)
+# network file systems look again for a missing name within 60 s (NFS: acdirmax)
 VISIBLE_SECONDS = 90.0
 
 
 def looks_local(name: str) -> bool:
-    """Returns whether a name that is no file or folder here was meant as a path, and not as a name
-    on the Hub (`owner/name`)."""
+    """Returns whether a name that does not exist here was meant as a path, not as a name on the Hub
+    (`owner/name`)."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
@@ -54,10 +53,10 @@ def sha256_of_file(path: Path) -> str:
 
 
 def await_visible(path: Path) -> None:
-    """Waits for what another node has written: a network file system shows a new name there at once
-    and here a little later.
+    """Waits for a path that another node has written: a network file system may show a new name
+    later on this node.
 
-    Raises ArtifactError where it does not come.
+    Raises ArtifactError if it does not appear.
     """
     deadline = time.monotonic() + VISIBLE_SECONDS
     while not path.exists():

@@ -1,4 +1,5 @@
-"""What made an output: fingerprints of settings, versions of packages, the commit of the code."""
+"""Provenance of an output: fingerprints of settings, package versions, and the commit of the
+code."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def fingerprint(content: Any) -> str:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Returns a line for each value that differs: `a.b: 1 before, 2 now`. Values are compared as
-    JSON, as which manifests keep them."""
+    JSON, the form in which manifests keep them."""
     old, new = (json.loads(json.dumps(each, default=str)) for each in (before, now))
     return _differences(old, new, "")
 
@@ -44,7 +45,7 @@ def _shown(value: Any) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Returns the installed versions of the packages that decide a run's numbers."""
+    """Returns the installed versions of the packages that affect results."""
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -54,8 +55,8 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str | None:
-    """Returns the git commit of this checkout with `+changes` where it was edited; None outside a
-    checkout."""
+    """Returns the git commit of this checkout with `+changes` if there are uncommitted changes;
+    None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

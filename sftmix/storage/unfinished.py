@@ -1,5 +1,5 @@
-"""Unfinished work: what a stage has done before a kill, kept in `work/STAGE` of the run folder
-until its output is published.
+"""Unfinished work of a stage, kept in `work/STAGE` of the run folder until the output is published,
+so that a killed run can resume.
 
 It belongs to the settings and inputs that it was made with (`work.json`). Work of hours is not
 discarded because a line of the config changed, nor is it resumed by a run that it does not
@@ -25,7 +25,7 @@ RECORD = "work.json"
 
 @dataclass(frozen=True)
 class Identity:
-    """What a stage's work belongs to."""
+    """The settings and inputs of a stage's work."""
 
     fingerprint: str
     settings: dict[str, Any]
@@ -33,10 +33,10 @@ class Identity:
 
 
 def claim(folder: Path, stage: str, identity: Identity, *, discard: bool) -> None:
-    """Makes `folder` ready for a stage's work: what an earlier attempt of the same settings left
-    stays. `discard`: nothing stays.
+    """Prepares `folder` for a stage's work. Work of an earlier attempt with the same settings is
+    kept, unless `discard` is set.
 
-    Raises ArtifactError where there is work of other settings.
+    Raises ArtifactError if there is work of other settings.
     """
     if not discard:
         refuse_if_other(folder, stage, identity)
@@ -48,15 +48,15 @@ def claim(folder: Path, stage: str, identity: Identity, *, discard: bool) -> Non
 
 
 def discard(folder: Path, fingerprint: str) -> None:
-    """Removes the work of an output that is published. Work of other settings stays: they may come
-    back."""
+    """Removes the work of a published output. Keeps work of other settings, because the user may
+    return to them."""
     record = _read(folder)
     if record is None or record["fingerprint"] == fingerprint:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def refuse_if_other(folder: Path, stage: str, identity: Identity) -> None:
-    """Raises ArtifactError where `folder` holds work of hours that was made with other settings or
+    """Raises ArtifactError if `folder` has valuable work that was made with other settings or
     inputs."""
     record, progress = _read(folder), describe(folder)
     if record is None or progress is None or record["fingerprint"] == identity.fingerprint:
@@ -79,7 +79,7 @@ def refusal(stage: str, progress: str, differences: list[str]) -> ArtifactError:
 
 
 def describe(folder: Path) -> str | None:
-    """Returns what is done, in words; None for nothing that counts."""
+    """Describes the finished work; None if there is nothing of value."""
     steps = CheckpointFolder(folder / "checkpoints").steps()
     if steps:
         return f"saved after step {steps[0]}"

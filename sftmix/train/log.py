@@ -1,9 +1,9 @@
-"""Metrics of a training stage: JSON lines and TensorBoard, and what the user sees meanwhile.
+"""Metrics of a training stage: JSON lines, TensorBoard, and output on the terminal.
 
-On a terminal a progress bar; otherwise one plain line every N steps, since bars ruin log files.
-Losses are in nats: per response token (NTP), per mixed position (Mixup). Tokens per second of
-training (`sftmix/train/meter.py`) are counted three ways: real (no padding), response (those that
-carry loss) and padded (what the transformer computed).
+A terminal gets a progress bar; a log file gets one plain line every N steps. Losses are in nats:
+per response token (NTP), per mixed position (Mixup). Tokens per second of training
+(`sftmix/train/meter.py`) are counted three ways: real (no padding), response (those that carry
+loss) and padded (what the transformer computed).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ PADDED_RATE = "tokens/padded (tokens/s)"
 TRAINING_TIME = "time/training (s)"
 SKIPPED = "steps/skipped (steps)"
 
-# TensorBoard: key of a line -> tag and description. Every run has the same tags, so that runs lie
-# over one another.
+# TensorBoard: key of a line -> tag and description. Every run has the same tags, so that curves of
+# several runs overlay.
 _MEAN = "mean over the steps since the last point."
 _RATE = "per second of training since the last point, on all ranks"
 SCALARS = {
@@ -64,14 +64,15 @@ SCALARS = {
     ),
     SKIPPED: ("steps/skipped", "Steps skipped so far."),
 }
-LOSSES = ("ntp", "mixup", "auxiliary")  # as they are summed
+LOSSES = ("ntp", "mixup", "auxiliary")  # the keys that are summed
 
 
 class RunLog:
-    """Collects one training stage. `metrics` is the JSONL file; only rank 0 writes or prints.
+    """Collects the metrics of one training stage. `metrics` is the JSONL file; only rank 0 writes
+    or prints.
 
-    meter: began with the stage. Windowed values are means over the steps since the last line. All
-    ranks call every method.
+    meter: started with the stage. Windowed values are means over the steps since the last line. All
+    ranks must call every method.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class RunLog:
         self._clear()
 
     def progress(self) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
-        """Returns the running sums of this rank, to be resumed from: see
+        """Returns the running sums of this rank, to resume from: see
         `sftmix/train/checkpointing.py`."""
         self.meter.read()
         own = dict(zip(LOSSES, self._losses.tolist(), strict=True)) | self.meter.window_tokens
@@ -116,11 +117,10 @@ class RunLog:
     def restore(
         self, step: int, numbers: list[dict[str, float]], arrays: dict[str, NDArray[np.float64]]
     ) -> None:
-        """Goes on from the sums of all ranks that saved them; lines of steps that will be taken
-        again are removed."""
+        """Restores the sums that all ranks saved. Removes lines of steps that will be repeated."""
         mine = numbers[min(self.ranks.rank, len(numbers) - 1)]
         own = {name: mine[name] for name in (*LOSSES, *TOKEN_KINDS)}
-        if len(numbers) != self.ranks.world_size:  # other ranks: the first has the sums of all
+        if len(numbers) != self.ranks.world_size:  # on other ranks: the first rank has all sums
             own = {name: sum(row[name] for row in numbers) * self.ranks.is_main for name in own}
         self._losses = torch.tensor(
             [own[name] for name in LOSSES], dtype=torch.float64, device=self.ranks.device
@@ -130,7 +130,7 @@ class RunLog:
         for kind in TOKEN_KINDS:
             self.meter.tokens[kind] = mine[f"total_{kind}"]
         for activity in ACTIVITIES:
-            # beside what this attempt has taken so far
+            # in addition to the time of this attempt so far
             self.meter.seconds[activity] += mine[f"{activity}_seconds"]
         self.num_skipped, self._window_steps = int(mine["num_skipped"]), int(mine["window_steps"])
         self._lam, self._num_lam = mine["lam"], int(mine["num_lam"])
@@ -139,13 +139,13 @@ class RunLog:
             write_text(self._metrics, "".join(json.dumps(line) + "\n" for line in lines))
 
     def start(self, *, num_steps: int, after: int = 0) -> None:
-        """Begins to measure, at the step after `after`."""
+        """Starts measuring at the step after `after`."""
         self.num_steps = num_steps
         if self.ranks.is_main:
             self._file = self._metrics.open("a" if after else "w", encoding="utf-8")
         if self.ranks.is_main and self._tensorboard is not None:
             if not after:
-                # of an earlier attempt: its curves would lie over these
+                # from an earlier attempt: its curves would overlay these
                 shutil.rmtree(self._tensorboard, ignore_errors=True)
             with self._tensorboard_may_fail():
                 self._writer = _summary_writer(
@@ -158,7 +158,7 @@ class RunLog:
         self.meter.switch(TRAINING)
 
     def add(self, batch: MicroBatch, loss: LossResult) -> None:
-        """Adds one micro-batch. Tensors are only summed here: nothing waits for the device."""
+        """Adds one micro-batch. Tensors are only summed, without synchronising with the device."""
         self._losses += torch.stack([loss.ntp, loss.mixup, loss.auxiliary]).double()
         if batch.indices:
             self.meter.window_tokens["real"] += batch.num_real_tokens
@@ -176,7 +176,7 @@ class RunLog:
         is_skipped: bool,
         epoch: int,
     ) -> None:
-        """Ends an optimiser step; writes a line every `every_steps` and at the last."""
+        """Ends an optimiser step; writes a line every `every_steps` steps and at the last one."""
         self._lam, self._num_lam = self._lam + float(lam.sum()), self._num_lam + len(lam)
         self._window_steps += 1
         self.num_skipped += is_skipped
@@ -184,7 +184,7 @@ class RunLog:
             self._bar.update(self._task, completed=step)
         if step % self.every_steps and step != self.num_steps:
             return
-        losses = self._losses.cpu()  # waits for the device: before the clock is read
+        losses = self._losses.cpu()  # synchronises with the device before the clock is read
         self.meter.switch(TRAINING if step < self.num_steps else OTHER)
         tokens = torch.tensor([self.meter.window_tokens[kind] for kind in TOKEN_KINDS]).double()
         sums = self.ranks.sum(torch.cat([losses, tokens])).tolist()
@@ -212,8 +212,8 @@ class RunLog:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Counts the seconds inside as those of a checkpoint, not as training. The device is waited
-        for at both ends."""
+        """Counts the seconds inside as checkpoint time, not as training. Synchronises with the
+        device at both ends."""
         self._losses.cpu()
         with self.meter.during(CHECKPOINT):
             yield
@@ -230,7 +230,7 @@ class RunLog:
                 self._writer.close()
 
     def facts(self) -> dict[str, float]:
-        """Returns what a report wants of the whole stage."""
+        """Returns the facts of the whole stage, for the report."""
         return {
             "num_steps": self.num_steps,
             "num_skipped_steps": self.num_skipped,
@@ -240,7 +240,7 @@ class RunLog:
     def _write(self, step: int, line: dict[str, float]) -> None:
         if self._file is None:
             return
-        # NaN is no JSON: a reader must not choke on the very line that shows what went wrong.
+        # NaN is not valid JSON, and readers must be able to read the line that shows the problem.
         printable = {k: v if np.isfinite(v) else None for k, v in line.items()}
         with accessing(self._metrics):
             self._file.write(json.dumps(printable) + "\n")
@@ -271,8 +271,8 @@ class RunLog:
 
     @contextmanager
     def _tensorboard_may_fail(self) -> Iterator[None]:
-        """Continues without TensorBoard where its files cannot be written, and says so;
-        metrics.jsonl holds the same figures."""
+        """Continues without TensorBoard if its files cannot be written, with a message;
+        metrics.jsonl has the same figures."""
         try:
             yield
         except OSError as error:
@@ -300,8 +300,8 @@ def _hook_of_threads(failed: threading.ExceptHookArgs) -> None:
 
 
 def _summary_writer(folder: Path, *, purge_step: int | None) -> Any:
-    """Returns TensorBoard's writer. Its thread prints no traceback where a file cannot be written:
-    the next call raises that error."""
+    """Returns TensorBoard's writer. If a file cannot be written, its thread prints no traceback,
+    and the next call raises the error."""
     from torch.utils.tensorboard import SummaryWriter
 
     global _other_hook
@@ -311,7 +311,7 @@ def _summary_writer(folder: Path, *, purge_step: int | None) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics file; a last line cut off by a kill is left out."""
+    """Returns the lines of a metrics file; a last line that was cut off by a kill is ignored."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         with suppress(json.JSONDecodeError):

@@ -24,12 +24,12 @@ from sftmix.train.skipped_steps import SkippedSteps
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """All that one training needs.
+    """Everything that one training needs.
 
     pad_id: token of padding. checkpoint_steps, save_checkpoint: `save_checkpoint(step)` is called
     after each of these steps. log: the metrics. checkpoints: saves the state, and loads it after an
-    interruption. skipped: decides how many steps without finite gradients are tolerated. online:
-    collects the token losses of each epoch, where they are wanted.
+    interruption. skipped: limits the number of steps without finite gradients. online: collects the
+    token losses of each epoch, if needed.
     """
 
     engine: Engine
@@ -48,10 +48,10 @@ class TrainingRun:
 
 
 def train(run: TrainingRun) -> None:
-    """Takes every step of the plan. Collective: all ranks must call it.
+    """Runs every step of the plan. Collective: all ranks must call it.
 
-    Raises TrainingError where too many steps in a row had no finite gradients, StoppedError where
-    the run was asked to stop.
+    Raises TrainingError if too many steps in a row had no finite gradients, StoppedError if the run
+    was asked to stop.
     """
     engine, plan, settings, log, online = run.engine, run.plan, run.settings, run.log, run.online
     steps = plan.steps()

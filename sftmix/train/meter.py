@@ -1,7 +1,7 @@
-"""Where a training stage's time goes, and how many tokens were trained in it.
+"""Meter of a training stage: seconds by activity, and tokens per second.
 
-Every second since the meter was made belongs to one activity, so the activities add up to what the
-user waited. Tokens are trained in the seconds of `training` alone. A window is what was trained
+Every second since the meter's creation belongs to one activity, so the activities add up to the
+time that the user waited. Token rates use only the seconds of `training`. A window is the time
 since the last line of the log; the windows add up to the totals.
 """
 
@@ -30,7 +30,7 @@ class Meter:
         self.window_tokens = dict.fromkeys(TOKEN_KINDS, 0.0)
 
     def read(self) -> None:
-        """Adds the seconds since the last reading to the present activity."""
+        """Adds the seconds since the last reading to the current activity."""
         now = self._clock()
         self.seconds[self._activity] += now - self._read_at
         if self._activity == TRAINING:
@@ -38,13 +38,13 @@ class Meter:
         self._read_at = now
 
     def switch(self, activity: str) -> None:
-        """Begins another activity. A GPU must be done with the present one."""
+        """Starts another activity. The GPU must have finished the current one."""
         self.read()
         self._activity = activity
 
     @contextmanager
     def during(self, activity: str) -> Iterator[None]:
-        """Counts the seconds inside for another activity, then goes back to the present one."""
+        """Counts the seconds inside for another activity, then returns to the current one."""
         before = self._activity
         self.switch(activity)
         try:
@@ -78,7 +78,7 @@ NAMES = {TRAINING: "training", CHECKPOINT: "checkpoints and exports", OTHER: "st
 
 
 def describe_time(facts: Mapping[str, float]) -> str:
-    """Returns in one line where a stage's minutes went. facts: those of `Meter.facts`."""
+    """Returns one line with a stage's minutes by activity. facts: those of `Meter.facts`."""
     minutes = minutes_of(facts)
     shown = ", ".join(f"{name} {minutes[activity]:.2f}" for activity, name in NAMES.items())
     return f"{minutes['waited']:.2f} min: {shown}"
@@ -92,7 +92,7 @@ def minutes_of(facts: Mapping[str, float]) -> dict[str, float]:
 
 
 def rates_of(tokens: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """Returns tokens per second of each kind; NaN where no time has passed."""
+    """Returns tokens per second of each kind; NaN if no time has passed."""
     return {
         kind: count / seconds if seconds > 0 else float("nan") for kind, count in tokens.items()
     }

@@ -1,5 +1,5 @@
-"""What is trained and when: the steps of a training, its learning rates, and where the reference
-keeps checkpoints."""
+"""The plan of a training: its steps, its learning rates, and the checkpoints of the reference
+run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from sftmix.config.schema import TrainConfig
 from sftmix.pairing.matching import Matching
 
-EVERY_EPOCH_FROM = 3  # epochs; with fewer there are 3 evenly spaced checkpoints
+EVERY_EPOCH_FROM = 3  # epochs; with fewer, 3 evenly spaced checkpoints
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What is trained, in order. A pure function of seed and scores; holds no state."""
+    """The units to train on, in order. A pure function of seed and scores, without state."""
 
     matching: Matching
     num_epochs: int
@@ -40,7 +40,7 @@ def learning_rate_at(step: int, *, num_steps: int, settings: TrainConfig) -> flo
     warmup = math.ceil(settings.warmup_ratio * num_steps)
     if step <= warmup:
         return settings.learning_rate * step / warmup
-    # below 1: the last step still learns
+    # below 1, so that the last step still learns
     progress = (step - 1 - warmup) / max(1, num_steps - warmup)
     match settings.schedule:
         case "cosine":
@@ -54,8 +54,8 @@ def learning_rate_at(step: int, *, num_steps: int, settings: TrainConfig) -> flo
 def choose_checkpoint_steps(plan: TrainingPlan, num_checkpoints: int | None) -> list[int]:
     """Returns the steps after which the reference run keeps a checkpoint, the last step among them.
 
-    Chosen (the paper leaves the places open): the end of every epoch, or 3 evenly spaced ones where
-    there are fewer than 3 epochs; `num_checkpoints` spaces that many evenly.
+    Chosen (the paper does not say where): the end of every epoch, or 3 evenly spaced steps with
+    fewer than 3 epochs; `num_checkpoints` spaces that many evenly.
     """
     steps = plan.steps()
     if num_checkpoints is None and plan.num_epochs >= EVERY_EPOCH_FROM:
@@ -66,5 +66,5 @@ def choose_checkpoint_steps(plan: TrainingPlan, num_checkpoints: int | None) -> 
 
 
 def num_reference_checkpoints(num_epochs: int, num_checkpoints: int | None) -> int:
-    """Returns how many checkpoints a reference run keeps, where it has as many steps."""
+    """Returns the number of checkpoints of a reference run that has at least as many steps."""
     return num_checkpoints or max(num_epochs, EVERY_EPOCH_FROM)

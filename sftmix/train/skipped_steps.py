@@ -1,9 +1,9 @@
-"""Optimiser steps whose gradients are not finite: named, written down, and ended if they do not end
-by themselves.
+"""Optimiser steps whose gradients are not finite: record them, and end training if there are too
+many in a row.
 
-DeepSpeed skips such a step on all ranks, because one rank's NaN is in everybody's gradient. It does
-so with a log line at most, and the data of the step are lost without a word. Here each one is
-written with the ids of the examples that caused it.
+DeepSpeed skips such a step on all ranks, because the NaN of one rank reaches every gradient. At
+most it logs a line, and the step's data are silently lost. Here each skipped step is recorded with
+the ids of the examples that caused it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SkippedSteps:
         self._in_a_row: list[int] = []
 
     def add(self, batch: MicroBatch, loss: LossResult) -> None:
-        """Remembers a micro-batch of the step. Nothing waits for the device."""
+        """Keeps a micro-batch of the step, without synchronising with the device."""
         self._micro_batches.append((batch.indices, loss.ntp + loss.mixup + loss.auxiliary))
 
     def end_step(self, step: int, *, is_skipped: bool) -> None:

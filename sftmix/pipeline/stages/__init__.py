@@ -1,2 +1,2 @@
-"""A file per stage. `run(context)` does the work, writes into `context.folder`, and returns the
+"""One file per stage. `run(context)` does the work, writes into `context.folder`, and returns the
 stage's facts."""

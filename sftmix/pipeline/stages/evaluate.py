@@ -15,7 +15,7 @@ from sftmix.pipeline.stages.inputs import read_examples, read_tokenizer, trained
 from sftmix.storage.failures import accessing
 from sftmix.storage.files import write_json
 
-EVALUATION_UNIT = 256  # examples that one rank takes at a time
+EVALUATION_UNIT = 256  # examples per work unit
 
 
 def run(context: StageContext) -> Facts:

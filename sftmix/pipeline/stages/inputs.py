@@ -1,4 +1,4 @@
-"""What several stages read from the data stage and from models of earlier stages."""
+"""Inputs that several stages read: the data stage, and models of earlier stages."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def read_tokenizer(context: StageContext) -> PreTrainedTokenizerBase:
 
 
 def trained_model(start: ModelConfig, folder: Path) -> ModelConfig:
-    """Returns the model that was trained from `start` into `folder`, with its other settings
-    (attention, trust). Adapters are merged into it."""
+    """Returns the model in `folder`, trained from `start`, with the other settings of `start`
+    (attention, trust). Adapters are already merged."""
     return start.model_copy(
         update={"path": str(folder), "architecture": None, "revision": None, "lora": None}
     )

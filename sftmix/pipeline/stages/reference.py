@@ -1,5 +1,5 @@
-"""The reference stage: next-token prediction on all examples, leaving what the confidence is
-computed from."""
+"""The reference stage: next-token prediction on all examples, which produces the input of the
+confidence."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from sftmix.train.plan import TrainingPlan, choose_checkpoint_steps
 
 
 def run(context: StageContext) -> Facts:
-    """Trains the reference model. Leaves what `confidence.mode` wants of it: checkpoints, each a
-    Hugging Face folder; the scores of passes inside the run (live); those of its own forwards
+    """Trains the reference model. Writes what `confidence.mode` needs: checkpoints, each a Hugging
+    Face folder; scores of passes during the run (live); scores of the training forwards
     (online)."""
     config, ranks = context.config, context.ranks
     assert ranks is not None, "this stage runs on all ranks"
@@ -33,7 +33,7 @@ def run(context: StageContext) -> Facts:
     )
     steps = choose_checkpoint_steps(plan, config.reference.num_checkpoints)
     online = OnlineScores(ranks, len(examples)) if "online" in modes else None
-    live = context.kept / "live"  # a file for each pass, so that a resumed run has those before it
+    live = context.kept / "live"  # one file per pass, so that a resumed run has the earlier ones
 
     def at_checkpoint(engine: Engine, step: int) -> None:
         if "checkpoints" in modes:

@@ -1,5 +1,5 @@
-"""The score stage: every training example under every checkpoint, in units that survive a kill, and
-the tables of every mode."""
+"""The score stage: score every training example under every checkpoint, in units that survive a
+kill, and write the tables of every mode."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _models(context: StageContext, mode: str) -> dict[int, ModelConfig]:
 
 
 def work_plan(config: Config, examples: TokenisedExamples) -> WorkPlan:
-    """Returns how the training examples are cut into work."""
+    """Returns how the training examples are divided into work."""
     return WorkPlan(
         examples.num_tokens, config.confidence.unit_examples, config.confidence.micro_batch_tokens
     )
@@ -90,14 +90,14 @@ def work_plan(config: Config, examples: TokenisedExamples) -> WorkPlan:
 def score_checkpoints(
     context: StageContext, examples: TokenisedExamples, models: dict[int, ModelConfig]
 ) -> tuple[Sums, str]:
-    """Scores every example under every model, by its checkpoint number; what an earlier attempt has
-    scored is not scored again. Collective: all ranks must call it. Returns the sums, on rank 0
-    only, and the dtype of the models' weights."""
+    """Scores every example under every model, by checkpoint number. Skips what an earlier attempt
+    has scored. Collective: all ranks must call it. Returns the sums, on rank 0 only, and the dtype
+    of the models' weights."""
     config, ranks = context.config, context.ranks
     assert ranks is not None, "this stage runs on all ranks"
     tokenizer, plan = read_tokenizer(context), work_plan(config, examples)
-    # Of units that are there already. Only an engine of this dtype, which was examined, wrote them:
-    # their fingerprint says so.
+    # For existing units. Their fingerprint contains the dtype, which was checked on the engine that
+    # wrote them.
     precision = resolve_precision(config.engine.precision)
     sizes = [len(plan.examples(unit)) for unit in range(plan.num_units)]
     nll_sum: Sums = {}
@@ -106,8 +106,8 @@ def score_checkpoints(
         is_sharded = (
             should_shard(weight_bytes(model), ranks) if wanted == "auto" else wanted == "zero3"
         )
-        # Whatever could change a bit of a score is in a unit's fingerprint, the versions of the
-        # packages too.
+        # A unit's fingerprint contains everything that can change a bit of a score, including
+        # package versions.
         parts = [
             context.identity.fingerprint,
             plan.unit_examples,
@@ -119,7 +119,7 @@ def score_checkpoints(
         done_units = UnitFolder(
             context.work / f"checkpoint_{step:06d}", provenance.fingerprint(parts)
         )
-        collect_units(ranks, done_units, sizes)  # what an earlier attempt has left on other disks
+        collect_units(ranks, done_units, sizes)  # from an earlier attempt on other disks
         units = ranks.from_main(done_units.pending(sizes) if ranks.is_main else [])
         if ranks.is_main and len(units) < len(sizes):
             print(
@@ -167,8 +167,8 @@ def score_checkpoints(
 
 
 def weight_bytes(model: ModelConfig) -> int:
-    """Returns the size of a model's weight files; 0 for a model that is not a local folder, which
-    then counts as small."""
+    """Returns the size of a model's weight files; 0 (treated as small) for a model that is not a
+    local folder."""
     folder = Path(model.path) if model.path else None
     return (
         sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -186,8 +186,8 @@ def write_tables(
     *,
     precision: str,
 ) -> None:
-    """Writes the two tables of one mode, and says what has no finite perplexity. precision: dtype
-    of the weights that scored."""
+    """Writes the two tables of one mode, and reports perplexities that are not finite. precision:
+    dtype of the scoring weights."""
 
     config = context.config
     models = config.confidence.models or [config.reference_model]
@@ -213,8 +213,8 @@ def write_tables(
 
 
 def import_scores(context: StageContext, examples: TokenisedExamples) -> None:
-    """Takes a published table in place of scoring: checked against the data, and brought into its
-    order."""
+    """Uses a published table instead of scoring: checked against the data, and reordered to match
+    it."""
 
     settings = context.config.confidence
     assert settings.scores is not None, "the caller looked"
@@ -235,13 +235,13 @@ def import_scores(context: StageContext, examples: TokenisedExamples) -> None:
 
 
 def _fingerprints(context: StageContext, precision: str) -> dict[str, str | int]:
-    """Returns what scores of this run's data carry, and what a table from elsewhere is held
-    against."""
+    """Returns the fingerprints of this run's data, which its scores carry and other tables are
+    compared with."""
     return {**context.facts_of("data")["fingerprints"], "dtype": precision}
 
 
 def write_sums(path: Path, nll_sum: Sums) -> None:
-    """Writes what a training run scored itself: a column for each checkpoint, rows in dataset
+    """Writes the scores made by a training run: one column per checkpoint, rows in dataset
     order."""
     with accessing(path):
         pq.write_table(pa.table({str(step): sums for step, sums in nll_sum.items()}), path)

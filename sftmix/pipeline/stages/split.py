@@ -10,7 +10,7 @@ from sftmix.pipeline.stages.inputs import read_examples
 
 
 def run(context: StageContext) -> Facts:
-    """Writes split.parquet and the lists of each part. Prints the mix coverage of either way of
+    """Writes split.parquet and the lists of each part. Prints the mix coverage of both kinds of
     matching."""
     config, examples = context.config, read_examples(context)
     sizes = split_scores(

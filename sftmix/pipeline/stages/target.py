@@ -1,4 +1,4 @@
-"""The baseline and train stages: the target model, with next-token prediction alone and with
+"""The baseline and train stages: train the target model with next-token prediction only, and with
 SFTMix."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sftmix.train.plan import TrainingPlan
 
 
 def run_baseline(context: StageContext) -> Facts:
-    """Trains the target with next-token prediction alone, in the data order of SFTMix."""
+    """Trains the target with next-token prediction only, in the data order of SFTMix."""
     return _train_target(context, "baseline", mixup_weight=0.0)
 
 

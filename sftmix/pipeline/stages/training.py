@@ -1,5 +1,5 @@
-"""What the three trainings share: reference, baseline and SFTMix differ in the plan, the objective
-and what they save."""
+"""Code shared by the three trainings. Reference, baseline and SFTMix differ in the plan, the
+objective and what they save."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sftmix.train.meter import describe_time
 from sftmix.train.plan import TrainingPlan
 from sftmix.train.skipped_steps import SkippedSteps
 
-FP16_SKIPPED_STEPS = 20  # fp16 finds its loss scale by overflowing
+FP16_SKIPPED_STEPS = 20  # with fp16 the loss scale is found by overflows
 
 
 def train_model(
@@ -95,8 +95,8 @@ def train_model(
     finally:
         context.stop.close()
     if ranks.is_main:
-        # Linked, not moved: the checkpoints record the hashes of these files until the output is
-        # published.
+        # Link instead of move, because checkpoints record the hashes of these files until the
+        # output is published.
         shutil.copytree(kept, context.folder, copy_function=_link, dirs_exist_ok=True)
     facts: dict[str, Any] = {
         "num_parameters": engine.num_parameters,
@@ -115,5 +115,5 @@ def train_model(
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another volume, or one that has no links
+    except OSError:  # another volume, or one without hard links
         shutil.copy2(source, target)
