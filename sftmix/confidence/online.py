@@ -34,7 +34,7 @@ class OnlineScores:
             )
 
     def progress(self) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
-        """Returns the state to resume from: see `sftmix/train/checkpointing.py`. Collective: all
+        """Returns the state to resume from: see `sftmix/train/resuming.py`. Collective: all
         ranks must call it."""
         sums = self._ranks.sum(self._sums.clone()).cpu().numpy()
         return {}, {

@@ -49,6 +49,13 @@ class Ranks:
         """Whether this rank is that one."""
         return self.rank == self.storage_leader
 
+    @property
+    def ranks_of_storage(self) -> list[int]:
+        """The ranks that see the same run folder as this one."""
+        if self.is_storage_shared:
+            return list(range(self.world_size))
+        return [rank for rank, leader in enumerate(self.storage) if leader == self.storage_leader]
+
     def bytes_to_leaders(self, content: bytes, length: int) -> bytes:
         """Sends `length` bytes from rank 0 to every rank that leads a disk, padded with zeros.
         Collective among those ranks; each knows the length."""

@@ -98,7 +98,7 @@ def launch_here(
     exit code."""
     options = [config_path, *overrides, *_options(request)]
     visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES", "") if has_gpu() else ""
-    devices = devices_of_ranks(config.engine.num_processes, visible_devices)  # before the data stage
+    devices = devices_of_ranks(config.engine.num_processes, visible_devices)  # before any data
 
     def start(environment: Environment) -> int:
         if not has_gpu():

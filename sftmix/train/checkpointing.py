@@ -1,13 +1,10 @@
-"""Save, stop and resume a training stage.
+"""Save and stop a training stage; `resuming.py` loads what is saved.
 
-Collective: all ranks must call every method together. What is saved: DeepSpeed's state (model, or
-of one with LoRA the adapters; optimiser, loss scaler), the log's running sums, and what `online`
-has collected. Everything else (order of the data, pairs, lam, learning rate, dropout streams) is a
-function of the step. So a resumed run's losses and weights are those of a run that nothing stopped,
-bit for bit on as many ranks.
-
-Where nodes have disks of their own, each holds the files of its ranks with its own manifest; a
-checkpoint counts if all disks have their part.
+Collective: all ranks must call every method together. A checkpoint has DeepSpeed's state (of the
+model, or with LoRA of the adapters; optimiser; loss scaler), the log's running sums, and the scores
+collected by `online`. Everything else (order of the data, pairs, lam, learning rate, dropout) is a
+function of the step. So a resumed run has the same losses and weights as an uninterrupted one, bit
+for bit on the same number of ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,7 +27,7 @@ from numpy.typing import NDArray
 from sftmix.config.schema import CheckpointConfig
 from sftmix.engine.process_group import use_threads
 from sftmix.engine.ranks import Ranks
-from sftmix.errors import ArtifactError, StoppedError, counted
+from sftmix.errors import ArtifactError, StoppedError
 from sftmix.liveness.stopping import StopRequest, exit_code_of
 from sftmix.storage import artifacts, faults, provenance
 from sftmix.storage.checkpoints import (
@@ -38,28 +35,15 @@ from sftmix.storage.checkpoints import (
     STAGE,
     CheckpointFolder,
     check_space,
-    find_problem,
 )
-from sftmix.storage.files import await_visible, sha256_of_file, write_text
+from sftmix.storage.files import await_visible, sha256_of_file
+from sftmix.train.resuming import CheckpointReader, Resumable
 
 if TYPE_CHECKING:
     from sftmix.engine.engine import Engine
     from sftmix.engine.state import StateFiles
 
 NOT_HASHED = ("metrics.jsonl", "skipped_steps.jsonl")  # of what is kept: they grow
-
-
-class Resumable(Protocol):
-    """Part of a training run that knows more than the step number."""
-
-    def progress(self) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
-        """Returns this rank's numbers, of the same names on every rank, and arrays that are the
-        same for all. Collective: all ranks must call it."""
-
-    def restore(
-        self, step: int, numbers: list[dict[str, float]], arrays: dict[str, NDArray[np.float64]]
-    ) -> None:
-        """Goes on after `step`, from the numbers of all ranks that saved them, and the arrays."""
 
 
 @dataclass
@@ -74,11 +58,11 @@ class _Pending:
 
 
 class TrainingCheckpoints:
-    """Saves, finds and loads the checkpoints of one training stage.
+    """Saves the checkpoints of one training stage, and resumes from them.
 
-    kept: a folder of the stage's finished outputs so far (exports, metrics), whose files a
-    checkpoint manifest covers too. fingerprint, settings, inputs: of the stage; a checkpoint of
-    another is refused. check: raises where this process must not publish (any more).
+    kept: a folder of the stage's finished outputs (exports, metrics), whose files a checkpoint
+    manifest also covers. fingerprint, settings, inputs: of the stage; a checkpoint with another
+    fingerprint is refused. check: raises if this process may no longer publish.
     """
 
     def __init__(
@@ -108,230 +92,12 @@ class TrainingCheckpoints:
         # of kept files: size, time of change, entry
         self._digests: dict[str, tuple[int, int, dict[str, Any]]] = {}
 
-    # ---- taking up
-
     def resume(self, engine: Engine, parts: dict[str, Resumable]) -> int:
-        """Loads the newest checkpoint that verifies; returns its step, 0 where there is none. A
-        damaged one is set aside and said."""
-        started = time.perf_counter()
-        while (step := self._newest()) > 0:
-            problem = self._find_problem(step)
-            if problem is None:
-                break
-            if self.ranks.leads_storage:
-                aside = self.checkpoints.set_aside(step)
-                print(
-                    f"  checkpoint of step {step}: {problem}. Set aside as {aside}; the one before"
-                    " it is used",
-                    flush=True,
-                )
-            self.ranks.barrier()
-        if step == 0:
-            self._clear_kept(after=0)
-            self.ranks.barrier()
-            return 0
-        manifest = self.checkpoints.read(step)
-        if self.ranks.is_main:
-            self._say_differences(manifest)
-            self._clear_kept(after=step)
-        self._load(engine, step, manifest)
-        arrays = {
-            name: np.load(self.checkpoints.path(step) / name, allow_pickle=False)
-            for name in manifest.files
-            if name.endswith(".npy")
-        }
-        for name, part in parts.items():
-            mine = {
-                key.removeprefix(f"{name}.").removesuffix(".npy"): array
-                for key, array in arrays.items()
-                if key.startswith(f"{name}.")
-            }
-            try:
-                part.restore(step, manifest.facts["numbers"][name], mine)
-            except (KeyError, TypeError) as error:
-                raise ArtifactError(
-                    f"{self.checkpoints.path(step)} was saved by another version of sftmix (commit"
-                    f" {manifest.commit or 'unknown'}), and its running sums have other names. Use"
-                    " that version, or start over with --restart.",
-                    on_all_ranks=True,
-                ) from error
-        self._last_step, self._last_saved = step, time.monotonic()
-        self.ranks.barrier()
-        if self.ranks.is_main:
-            print(
-                f"  resumed after step {step}, in {time.perf_counter() - started:.1f} s", flush=True
-            )
-        return step
-
-    def _newest(self) -> int:
-        """Returns the newest step of which every disk has its part. Newer ones, of a save that a
-        kill cut short, are set aside.
-
-        Raises ArtifactError, on all ranks, where a node has had no part in what the others saved.
-        """
-        if self.ranks.is_storage_shared:
-            found = self.checkpoints.steps() if self.ranks.is_main else []
-            return self.ranks.from_main(found[:1] or [0])[0]
-        leads, folder = self.ranks.leads_storage, self.checkpoints.folder
-        host, own_steps = socket.gethostname(), self.checkpoints.steps()
-        own = {"host": host, "is_new": not folder.is_dir(), "steps": own_steps}
-        disks = [
-            json.loads(text)
-            for text in self.ranks.gather_texts(json.dumps(own) if leads else "")
-            if text
-        ]
-        strangers = [disk["host"] for disk in disks if disk["is_new"]]
-        if strangers and any(disk["steps"] for disk in disks):
-            raise ArtifactError(
-                f"{folder} on {', '.join(strangers)} has no part of the training state that other"
-                " nodes have: without shared storage it lies on the disks of the nodes that saved"
-                " it. Run on the same nodes, in the same order; or start over with --restart.",
-                on_all_ranks=True,
-            )
-        newest = max(set.intersection(*(set(disk["steps"]) for disk in disks)), default=0)
-        for step in own_steps if leads else []:
-            if step > newest:
-                aside = self.checkpoints.set_aside(step)
-                print(
-                    f"  checkpoint of step {step}: not every node has its part. Set aside as"
-                    f" {aside} on {host}",
-                    flush=True,
-                )
-        return newest
-
-    def _find_problem(self, step: int) -> str | None:
-        """Returns what is wrong with a checkpoint, on every rank. The ranks share the reading."""
-        await_visible(self.checkpoints.path(step))
-        other_layout = ""
-        try:
-            manifest = self.checkpoints.read(step)
-        except ArtifactError as error:
-            problem: str | None = str(error)
-        else:
-            if manifest.fingerprint != self._identity["fingerprint"]:
-                self._refuse(step, manifest)
-            storage, leader = manifest.facts.get("storage", []), manifest.facts.get("leader", 0)
-            if storage != list(self.ranks.storage) or leader != self.ranks.storage_leader:
-                other_layout = socket.gethostname()
-            names = sorted(manifest.files, key=lambda name: -manifest.files[name]["size"])
-            beside = self._ranks_of_disk()
-            problem = find_problem(
-                self.checkpoints.path(step),
-                manifest,
-                names[beside.index(self.ranks.rank) :: len(beside)],
-            )
-            if problem is None and self.ranks.is_main:
-                kept = artifacts.Manifest(STAGE, "", {}, {}, manifest.facts["kept"])
-                problem = find_problem(self.kept, kept, list(kept.files))
-        other = self.ranks.first_text(other_layout)
-        if other:
-            raise ArtifactError(
-                f"{self.checkpoints.path(step)} on {other} holds the part of other ranks, or was"
-                " saved with a run.dir that was shared otherwise. Without shared storage a run"
-                " goes on only on the same nodes, in the same order; or start over with"
-                " --restart.",
-                on_all_ranks=True,
-            )
-        return self.ranks.first_text(problem or "") or None
-
-    def _ranks_of_disk(self) -> list[int]:
-        """Returns the ranks that see this rank's run folder."""
-        if self.ranks.is_storage_shared:
-            return list(range(self.ranks.world_size))
-        return [
-            rank
-            for rank, leader in enumerate(self.ranks.storage)
-            if leader == self.ranks.storage_leader
-        ]
-
-    def _refuse(self, step: int, manifest: artifacts.Manifest) -> None:
-        theirs, ours = (
-            {"settings": each["settings"], "inputs": each["inputs"]}
-            for each in (vars(manifest), self._identity)
-        )
-        raise ArtifactError(
-            f"{self.checkpoints.path(step)} is of a run with other settings:"
-            f" {'; '.join(provenance.differences(theirs, ours))}. Put them back, or remove it.",
-            on_all_ranks=True,
-        )
-
-    def _say_differences(self, manifest: artifacts.Manifest) -> None:
-        changed = provenance.differences(manifest.versions, provenance.versions())
-        if changed:
-            print(
-                "  not bit for bit: the checkpoint was written by other versions:"
-                f" {'; '.join(changed)}",
-                flush=True,
-            )
-        if manifest.facts["world_size"] != self.ranks.world_size:
-            print(
-                f"  from {manifest.facts['world_size']} to"
-                f" {counted(self.ranks.world_size, 'rank')}: the same examples, other rounding",
-                flush=True,
-            )
-        threads, before = use_threads(None), manifest.facts.get("num_threads")
-        if self.ranks.device.type == "cpu" and before not in (None, threads):
-            print(
-                f"  not bit for bit: {counted(threads, 'CPU thread')} per rank, {before} when it"
-                " was saved (engine.num_threads)",
-                flush=True,
-            )
-
-    def _load(self, engine: Engine, step: int, manifest: artifacts.Manifest) -> None:
-        faults.point("resume.load")
-        if manifest.facts["zero_stage"] != engine.zero_stage:
-            raise ArtifactError(
-                f"{self.checkpoints.path(step)} was written with"
-                f" engine.zero_stage={manifest.facts['zero_stage']}, and this run has"
-                f" {engine.zero_stage}: what one stage saves another cannot read. Put it back, or"
-                " start over with --restart.",
-                on_all_ranks=True,
-            )
-        if manifest.facts.get("frozen", "") != engine.frozen_checksum():
-            raise ArtifactError(
-                f"{self.checkpoints.path(step)} holds adapters that were trained beside other"
-                " weights than those that model.path now has. Put them back, or start over with"
-                " --restart.",
-                on_all_ranks=True,
-            )
-        if engine.zero_stage == 0 or manifest.facts["world_size"] == self.ranks.world_size:
-            engine.load_state(self.checkpoints.path(step))
-            return
-        universal = self.checkpoints.folder / f".universal_{step:06d}"
-        if self.ranks.is_main:
-            from sftmix.engine.state import to_universal
-
-            shutil.rmtree(universal, ignore_errors=True)
-            faults.point("resume.convert")
-            to_universal(self.checkpoints.path(step), universal)
-            faults.point("resume.converted")
-        self.ranks.barrier()
-        await_visible(universal)
-        engine.load_state(universal, is_universal=True)
-        self.ranks.barrier()
-        if self.ranks.is_main:
-            shutil.rmtree(universal)
-
-    def _clear_kept(self, *, after: int) -> None:
-        """Removes the exports and scores of steps that will be taken again."""
-        if self.ranks.is_main:
-            for path in self.kept.rglob("step_*"):
-                number = path.name[5:].split(".")[0]
-                if number.isdecimal() and int(number) > after:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            skipped = self.kept / "skipped_steps.jsonl"
-            if skipped.is_file():
-                lines = skipped.read_text(encoding="utf-8").splitlines(keepends=True)
-                write_text(
-                    skipped,
-                    "".join(
-                        line
-                        for line in lines
-                        if line.endswith("\n") and json.loads(line)["step"] <= after
-                    ),
-                )
-
-    # ---- saving
+        """Loads the newest checkpoint that verifies, and returns its step; 0 if there is none.
+        Damaged ones are renamed and reported."""
+        reader = CheckpointReader(self.ranks, self.checkpoints, self.kept, self._identity)
+        self._last_step, self._last_saved = reader.resume(engine, parts), time.monotonic()
+        return self._last_step
 
     def end_step(
         self,
@@ -342,7 +108,7 @@ class TrainingCheckpoints:
         parts: dict[str, Resumable],
         pause: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
-        """Saves if it is time to, within `pause()`, and stops if that was asked for.
+        """Saves within `pause()` if a save is due, and stops if that was requested.
 
         Raises StoppedError, after the state is published.
         """
@@ -439,7 +205,7 @@ class TrainingCheckpoints:
         if problem:
             free = shutil.disk_usage(self.checkpoints.folder).free / 2**20
             if self.ranks.leads_storage:
-                shutil.rmtree(pending.staging)  # half a checkpoint would only take room
+                shutil.rmtree(pending.staging)  # an incomplete checkpoint only takes space
             before = (
                 f"that of step {self._last_step} is untouched"
                 if self._last_step
@@ -450,11 +216,11 @@ class TrainingCheckpoints:
                 f" ({free:,.1f} MiB free in {self.checkpoints.folder}, {self._needed / 2**20:,.1f}"
                 f" MiB needed); {before}. Make room or fix the disk, and start again."
             )
-            # what is free changes from look to look
+            # free space changes, so use rank 0's text on all ranks
             raise ArtifactError(self.ranks.text_from_main(message), on_all_ranks=True)
         entries: dict[str, dict[str, Any]] = {}
         texts = self.ranks.gather_texts(json.dumps(pending.files.entries))
-        for rank in self._ranks_of_disk():
+        for rank in self.ranks.ranks_of_storage:
             entries |= json.loads(texts[rank])
 
         def publish() -> None:
@@ -469,8 +235,8 @@ class TrainingCheckpoints:
             self.checkpoints.publish(pending.staging, pending.step, manifest)
 
         self._together(pending.step, lambda: publish() if self.ranks.leads_storage else None)
-        # Only now: as long as one disk may lack its part of this checkpoint, the one before it is
-        # needed on all.
+        # Only now: while a disk may lack its part of this checkpoint, all disks need the previous
+        # one.
         self._together(
             pending.step, lambda: self.checkpoints.retain() if self.ranks.leads_storage else None
         )
@@ -487,7 +253,7 @@ class TrainingCheckpoints:
 
     def _together(self, step: int, action: Any) -> None:
         """Runs what one rank of each disk does alone, so that a failure is one error on all ranks
-        and none waits for it."""
+        and no rank keeps waiting."""
         problem = ""
         try:
             action()
@@ -498,7 +264,7 @@ class TrainingCheckpoints:
             raise ArtifactError(problem, on_all_ranks=True)
 
     def _entries_of_kept(self) -> dict[str, dict[str, Any]]:
-        """Returns size and SHA-256 of every finished output of the stage so far; each file is
+        """Returns size and SHA-256 of every finished output of the stage so far. Each file is
         flushed and read once."""
         entries = {}
         for path in sorted(p for p in self.kept.rglob("*") if p.is_file()):

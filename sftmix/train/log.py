@@ -100,7 +100,7 @@ class RunLog:
 
     def progress(self) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
         """Returns the running sums of this rank, to resume from: see
-        `sftmix/train/checkpointing.py`."""
+        `sftmix/train/resuming.py`."""
         self.meter.read()
         own = dict(zip(LOSSES, self._losses.tolist(), strict=True)) | self.meter.window_tokens
         shared = {

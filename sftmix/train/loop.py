@@ -16,9 +16,10 @@ from sftmix.config.schema import TrainConfig
 from sftmix.engine.engine import Engine
 from sftmix.loss.objective import Objective
 from sftmix.storage import faults
-from sftmix.train.checkpointing import Resumable, TrainingCheckpoints
+from sftmix.train.checkpointing import TrainingCheckpoints
 from sftmix.train.log import RunLog
 from sftmix.train.plan import TrainingPlan, learning_rate_at
+from sftmix.train.resuming import Resumable
 from sftmix.train.skipped_steps import SkippedSteps
 
 
