@@ -58,8 +58,8 @@ class CheckpointReader:
         """Loads the newest checkpoint that verifies, and returns its step; 0 if there is none.
         Damaged ones are renamed and reported."""
         started = time.perf_counter()
-        while (step := self._newest()) > 0:
-            problem = self._find_problem(step)
+        while (step := self.newest()) > 0:
+            problem = self.find_problem(step)
             if problem is None:
                 break
             if self.ranks.leads_storage:
@@ -106,7 +106,7 @@ class CheckpointReader:
             )
         return step
 
-    def _newest(self) -> int:
+    def newest(self) -> int:
         """Returns the newest step of which every disk has its part. Renames newer ones, left by a
         save that was killed.
 
@@ -142,7 +142,7 @@ class CheckpointReader:
                 )
         return newest
 
-    def _find_problem(self, step: int) -> str | None:
+    def find_problem(self, step: int) -> str | None:
         """Returns the problem of a checkpoint, on every rank; None if there is none. The ranks
         share the reading."""
         await_visible(self.checkpoints.path(step))

@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from sftmix.confidence.units import UnitFolder
-from sftmix.config.schema import CheckpointConfig
 from sftmix.engine.ranks import Ranks
 from sftmix.errors import ArtifactError
 from sftmix.pipeline import unshared_folder
 from sftmix.storage import artifacts
 from sftmix.storage.checkpoints import STAGE, CheckpointFolder
-from sftmix.train.checkpointing import TrainingCheckpoints
+from sftmix.train.resuming import CheckpointReader
 
 
 @dataclass(frozen=True)
@@ -37,17 +36,10 @@ def two_disks(*others):
     return TwoDisks(0, 2, 0, torch.device("cpu"), (0, 1), others)
 
 
-def checkpoints_of(ranks, folder):
-    return TrainingCheckpoints(
-        ranks,
-        folder / "checkpoints",
-        folder / "kept",
-        CheckpointConfig(),
-        None,
-        fingerprint="f",
-        settings={},
-        inputs={},
-    )
+def reader_of(ranks, folder):
+    identity = {"stage": STAGE, "fingerprint": "f", "settings": {}, "inputs": {}}
+    checkpoints = CheckpointFolder(folder / "checkpoints", keep_last=1)
+    return CheckpointReader(ranks, checkpoints, folder / "kept", identity)
 
 
 def save(folder, step, **facts):
@@ -65,7 +57,7 @@ def disk(*steps, is_new=False):
 def test_a_checkpoint_counts_if_every_disk_has_its_part(tmp_path, capsys):
     for step in (1, 2, 3):
         save(tmp_path, step)
-    assert checkpoints_of(two_disks(disk(2, 1)), tmp_path)._newest() == 2
+    assert reader_of(two_disks(disk(2, 1)), tmp_path).newest() == 2
     assert (
         tmp_path / "checkpoints" / "step_000003.damaged"
     ).is_dir() and "not every node has its part" in capsys.readouterr().out
@@ -79,12 +71,12 @@ def test_a_node_that_had_no_part_in_what_was_saved_is_refused_by_name(tmp_path):
             r"on node1 has no part of the training state.*Run on the same nodes, in the same order"
         ),
     ) as raised:
-        checkpoints_of(two_disks(disk(is_new=True)), tmp_path)._newest()
+        reader_of(two_disks(disk(is_new=True)), tmp_path).newest()
     assert raised.value.on_all_ranks and (tmp_path / "checkpoints" / "step_000001").is_dir()
 
 
 def test_before_the_first_checkpoint_nothing_is_refused(tmp_path):
-    assert checkpoints_of(two_disks(disk(is_new=True)), tmp_path)._newest() == 0
+    assert reader_of(two_disks(disk(is_new=True)), tmp_path).newest() == 0
 
 
 @pytest.mark.parametrize(
@@ -100,12 +92,12 @@ def test_state_of_another_layout_is_refused(tmp_path, facts):
             r"holds the part of other ranks, or was saved with a run\.dir that was shared otherwise"
         ),
     ):
-        checkpoints_of(two_disks(), tmp_path)._find_problem(1)
+        reader_of(two_disks(), tmp_path).find_problem(1)
 
 
 def test_state_of_this_layout_is_taken(tmp_path):
     save(tmp_path, 1, storage=[0, 1], leader=0)
-    assert checkpoints_of(two_disks(), tmp_path)._find_problem(1) is None
+    assert reader_of(two_disks(), tmp_path).find_problem(1) is None
 
 
 def test_a_problem_of_another_rank_is_raised_here_too():

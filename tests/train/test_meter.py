@@ -31,6 +31,7 @@ from sftmix.train.log import (
 from sftmix.train.loop import TrainingRun, train
 from sftmix.train.meter import CHECKPOINT, TRAINING, Meter, describe_time
 from sftmix.train.plan import TrainingPlan
+from sftmix.train.resuming import CheckpointReader
 
 START, STEP, SAVE, EXPORT = 8.0, 0.5, 16.0, 32.0  # seconds; sums of such numbers are exact
 # 6 steps an epoch, the last of half the size; lines after steps 3, 6, 9, 12
@@ -356,28 +357,19 @@ def test_the_line_on_the_screen_shows_the_times_apart():
 
 def test_a_state_with_sums_of_other_names_is_refused(tmp_path, monkeypatch):
     log = log_of(0, 1, tmp_path)
-    checkpoints = TrainingCheckpoints(
-        log.ranks,
-        tmp_path,
-        tmp_path,
-        CheckpointConfig(),
-        StopRequest(tmp_path),
-        fingerprint="f",
-        settings={},
-        inputs={},
-    )
+    reader = CheckpointReader(log.ranks, CheckpointFolder(tmp_path, 1), tmp_path, {})
     manifest = SimpleNamespace(
         facts={"numbers": {"log": [[0.0] * 14]}, "world_size": 1}, files={}, commit="abc"
     )
-    monkeypatch.setattr(checkpoints, "_newest", lambda: 3)
-    monkeypatch.setattr(checkpoints, "_find_problem", lambda step: None)
-    monkeypatch.setattr(checkpoints, "_say_differences", lambda manifest: None)
-    monkeypatch.setattr(checkpoints, "_load", lambda *arguments: None)
+    monkeypatch.setattr(reader, "newest", lambda: 3)
+    monkeypatch.setattr(reader, "find_problem", lambda step: None)
+    monkeypatch.setattr(reader, "_say_differences", lambda manifest: None)
+    monkeypatch.setattr(reader, "_load", lambda *arguments: None)
     monkeypatch.setattr(CheckpointFolder, "read", lambda folder, step: manifest)
     with pytest.raises(
         ArtifactError, match=r"saved by another version of sftmix \(commit abc\).*--restart"
     ):
-        checkpoints.resume(None, {"log": log})
+        reader.resume(None, {"log": log})
 
 
 @pytest.mark.parametrize("has_mixup", [True, False])
