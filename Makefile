@@ -1,6 +1,7 @@
 # make quickstart   set up, then run the whole recipe on generated data
 # make test         set up with the tools of development, then run all tests
-# make test-oldest  the quick tests with the oldest versions that setup.py allows, make test-newest with the newest
+# make test-oldest  the quick tests with the oldest versions that setup.py allows, make test-newest
+#   with the newest
 # make torture      the long tests of what survives kills
 # make check        lint, formatting and types
 SHELL := /bin/bash
@@ -8,8 +9,10 @@ VENV := .venv
 # A pyenv shim is there for versions that are not: each is tried, silently.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
-# Without a GPU the CPU build of torch is enough, and gigabytes smaller; constraints-cpu.txt pins one that the registry has as such.
-CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || echo -c constraints-cpu.txt)
+# Without a GPU the CPU build of torch is enough, and gigabytes smaller; constraints-cpu.txt pins
+# one that the registry has as such.
+CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 \
+  || echo -c constraints-cpu.txt)
 TORCH := $(if $(CONSTRAINTS),$(shell grep '^torch==' constraints-cpu.txt))
 QUICK := not recipe and not distributed and not torture
 
@@ -18,10 +21,11 @@ QUICK := not recipe and not distributed and not torture
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
 
-# $(call install,FOLDER,ARGUMENTS): into the environment in FOLDER, made where it is missing. What pip says goes to a
+# $(call install,FOLDER,ARGUMENTS): into the environment in FOLDER, made where it is missing. What
+# pip says goes to a
 # file, and to the screen where it fails.
 define install
-@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }
+@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=/path/python3"; exit 1; }
 @test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 @echo "pip install $(2)  (into $(1), minutes the first time; what pip says: $(1)/pip.log)"
 @$(1)/bin/pip install $(2) >$(1)/pip.log 2>&1 || { cat $(1)/pip.log; exit 1; }
@@ -39,7 +43,8 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 quickstart: setup
 	$(VENV)/bin/sftmix run configs/quickstart.yaml
 
-# Two files at a time, each in order, the longest first (tests/conftest.py): tests of several processes wait so much that
+# Two files at a time, each in order, the longest first (tests/conftest.py): tests of several
+# processes wait so much that
 # one at a time leaves half of two cores idle.
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 test: setup-dev

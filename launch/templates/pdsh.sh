@@ -1,6 +1,6 @@
 #!/bin/bash
-# Run this on the first node of a cluster with ssh and pdsh. Made by `sftmix launch --template pdsh`.
-# Exit codes: 0 all is published, 75 stopped on request and saved, anything else a failure.
+# Run this on the first node of a cluster with ssh and pdsh. Made by `sftmix launch --template
+# pdsh`. Exit codes: 0 all is published, 75 stopped on request and saved, anything else a failure.
 set -eu
 cd -- $folder
 

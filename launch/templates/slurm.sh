@@ -33,7 +33,7 @@ while true; do
     asked=no  # it was the signal that ended the wait, not the run
 done
 
-if [ "$$code" -eq 75 ] && [ "$$is_cancelled" = no ]; then  # stopped on request, saved: to be started again
+if [ "$$code" -eq 75 ] && [ "$$is_cancelled" = no ]; then  # stopped and saved: start again
     scontrol requeue "$$SLURM_JOB_ID"
 fi
 exit "$$code"
