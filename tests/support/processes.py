@@ -1,32 +1,79 @@
 """Starts real ranks: one process each, joined over the loopback interface."""
 
+import contextlib
 import os
 import subprocess
-import sys
+import tempfile
+import time
 from pathlib import Path
 
-from sftmix.cluster.local_ranks import first_failure, run_local_ranks
+import warm
+
+from sftmix.cluster.environment import free_port
+from sftmix.cluster.local_ranks import GRACE_SECONDS, RankEnd, first_failure
 
 ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT_SECONDS = 600
 
 
+def run_local_ranks(arguments, num_ranks, *, limit_seconds=TIME_LIMIT_SECONDS):
+    """Runs `python ARGUMENTS` once for each rank; returns how each ended. As
+    sftmix/cluster/local_ranks.py, in processes that start at once."""
+    shared = {
+        **environment(),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+    }
+    deadline = time.monotonic() + limit_seconds
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(num_ranks)]
+        ranks = [
+            warm.start(
+                arguments,
+                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                cwd=Path.cwd(),
+                stdout=output,
+                stderr=output,
+            )
+            for rank, output in enumerate(outputs)
+        ]
+        while None in (codes := [rank.poll() for rank in ranks]) and time.monotonic() < deadline:
+            if any(codes):
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            time.sleep(0.02)
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+        texts = []
+        for output in outputs:
+            output.seek(0)
+            texts.append(output.read().decode(errors="replace"))
+    return [RankEnd(code, text) for code, text in zip(codes, texts, strict=True)]
+
+
 def run_ranks(script: Path, num_ranks: int, *arguments: str) -> str:
     """Runs `script` on every rank; returns rank 0's output. A failing rank fails the test with its
     output."""
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    command = [sys.executable, str(script), *arguments]
-    ends = run_local_ranks(
-        command, num_ranks, limit_seconds=TIME_LIMIT_SECONDS, environment=environment
-    )
+    ends = run_local_ranks([str(script), *arguments], num_ranks)
     failure = first_failure(ends)
     assert failure is None, failure
     return ends[0].output
+
+
+def environment(fault: str | None = None) -> dict[str, str]:
+    """Returns the environment of a process: offline, without a GPU and without a launcher's
+    variables; `fault` as in sftmix/storage/faults.py."""
+    own = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+    }
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        own.pop(name, None)
+    return own if fault is None else {**own, "SFTMIX_FAULT": fault}
 
 
 def sftmix(
@@ -34,25 +81,18 @@ def sftmix(
 ) -> subprocess.CompletedProcess[str]:
     """Runs the command line in a process of its own, offline and without a GPU; `fault` as in
     sftmix/storage/faults.py."""
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-    }
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    if fault is not None:
-        environment["SFTMIX_FAULT"] = fault
-    done = subprocess.run(
-        [sys.executable, "-m", "sftmix.cli", *arguments],
-        env=environment,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=TIME_LIMIT_SECONDS,
-        check=False,
-    )
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        command = ["-m", "sftmix.cli", *arguments]
+        process = warm.start(command, env=environment(fault), cwd=cwd, stdout=stdout, stderr=stderr)
+        try:
+            process.wait(TIME_LIMIT_SECONDS)
+        finally:
+            process.kill()
+        stdout.seek(0)
+        stderr.seek(0)
+        done = subprocess.CompletedProcess(
+            command, process.returncode, stdout.read().decode(), stderr.read().decode()
+        )
     assert not check or done.returncode == 0, (
         f"sftmix {' '.join(arguments)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     )

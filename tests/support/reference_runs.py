@@ -2,16 +2,14 @@
 is left of it, and completes it."""
 
 import hashlib
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from processes import ROOT, sftmix
+from processes import ROOT, environment, run_local_ranks, sftmix
 from tiny import TINY
 
-from sftmix.cluster.local_ranks import run_local_ranks
 from sftmix.train.log import read_metrics
 
 QUICKSTART = "configs/quickstart.yaml"
@@ -62,21 +60,12 @@ def complete(folder, num_ranks, *more):
     """Starts the ranks themselves, without the command and its launcher: half of the time goes
     into starting processes. Returns exit codes and outputs."""
     run = [str(ROOT / "launch/run.py"), str(ROOT / QUICKSTART), f"run.dir={folder}"]
-    command = [sys.executable, "-u", *run, *OPTIONS, *more, "--stage", "reference"]
-    own = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    return run_local_ranks(command, num_ranks, limit_seconds=PATIENCE, environment=own)
+    command = ["-u", *run, *OPTIONS, *more, "--stage", "reference"]
+    return run_local_ranks(command, num_ranks, limit_seconds=PATIENCE)
 
 
 def begin(folder, num_ranks, *more, fault=None):
     """Starts the same in the background, in a process group of its own."""
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-    }
-    if fault is not None:
-        environment["SFTMIX_FAULT"] = fault
     command = [
         sys.executable,
         "-m",
@@ -89,7 +78,7 @@ def begin(folder, num_ranks, *more, fault=None):
     ]
     return subprocess.Popen(
         [*command, f"engine.num_processes={num_ranks}"],
-        env=environment,
+        env=environment(fault),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
