@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
-from processes import sftmix
-from reference_runs import OPTIONS, QUICKSTART, reference, result_of
+from processes import sftmix, sftmix_on_ranks
+from reference_runs import OPTIONS, QUICKSTART, result_of
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,8 @@ def undisturbed(prepared, tmp_path_factory):
         if num_ranks not in results:
             folder = tmp_path_factory.mktemp(f"undisturbed{num_ranks}") / "run"
             shutil.copytree(prepared, folder)
-            reference(folder, num_ranks)
+            options = [*OPTIONS, f"run.dir={folder}"]
+            sftmix_on_ranks(num_ranks, "reference", QUICKSTART, *options)
             results[num_ranks] = result_of(folder)
         return results[num_ranks]
 

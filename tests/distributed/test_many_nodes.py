@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from nodes import nodes_on_this_machine
-from processes import ROOT, sftmix
+from processes import ROOT, sftmix, sftmix_on_ranks
 from tiny import TINY
 
 from sftmix.cluster.environment import free_port
@@ -49,7 +49,7 @@ def folder(prepared, tmp_path):
 def on_one_host(prepared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one_host") / "run"
     shutil.copytree(prepared, folder)
-    sftmix("reference", QUICKSTART, *OPTIONS, f"run.dir={folder}", "engine.num_processes=2")
+    sftmix_on_ranks(2, "reference", QUICKSTART, *OPTIONS, f"run.dir={folder}")
     return losses_of(folder)
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from families import FAMILIES
-from processes import run_ranks, sftmix
+from processes import run_ranks, sftmix, sftmix_on_ranks
 from tiny import TINY
 from tokenizers_for_tests import character_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -183,11 +183,12 @@ def test_online_scores_are_the_losses_of_the_weights_that_saw_the_batch(tmp_path
         *OPTIONS,
         f"run.dir={tmp_path / 'run'}",
         "train.learning_rate=1e-30",
-        f"engine.num_processes={num_ranks}",
+        "confidence.mode=online",
+        "confidence.compare=[live]",
     ]
     sftmix("data", QUICKSTART, *options)
-    sftmix("reference", QUICKSTART, *options, "confidence.mode=online", "confidence.compare=[live]")
-    sftmix("score", QUICKSTART, *options, "confidence.mode=online", "confidence.compare=[live]")
+    for stage in ("reference", "score"):
+        sftmix_on_ranks(num_ranks, stage, QUICKSTART, *options)
     # nothing is saved that no mode reads
     assert not (tmp_path / "run" / "reference" / "checkpoints").exists()
     (online, _), (live, _) = tables(tmp_path / "run"), tables(tmp_path / "run", "compared", "live")

@@ -9,7 +9,7 @@ import shutil
 
 import pyarrow.parquet as pq
 import pytest
-from processes import sftmix
+from processes import sftmix, sftmix_on_ranks
 from tiny import TINY
 
 pytestmark = pytest.mark.distributed
@@ -42,15 +42,8 @@ def reference(tmp_path_factory):
     return folder
 
 
-def score(folder, num_processes, **options):
-    return sftmix(
-        "score",
-        QUICKSTART,
-        *OPTIONS,
-        f"run.dir={folder}",
-        f"engine.num_processes={num_processes}",
-        **options,
-    )
+def score(folder, num_ranks, **options):
+    return sftmix_on_ranks(num_ranks, "score", QUICKSTART, *OPTIONS, f"run.dir={folder}", **options)
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +97,8 @@ def assert_survives(folder, undisturbed, *, fault, killed_ranks, restart_ranks):
     ],
 )
 def test_the_table_does_not_depend_on_ranks_or_sharding(folder, undisturbed, sharding, num_ranks):
-    sftmix(
-        "score",
-        QUICKSTART,
-        *OPTIONS,
-        f"run.dir={folder}",
-        f"engine.num_processes={num_ranks}",
-        f"confidence.sharding={sharding}",
-    )
+    options = [*OPTIONS, f"run.dir={folder}", f"confidence.sharding={sharding}"]
+    sftmix_on_ranks(num_ranks, "score", QUICKSTART, *options)
     assert tables_of(folder) == undisturbed
 
 

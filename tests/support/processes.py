@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT_SECONDS = 600
 
 
-def run_local_ranks(arguments, num_ranks, *, limit_seconds=TIME_LIMIT_SECONDS):
+def run_local_ranks(arguments, num_ranks, *, limit_seconds=TIME_LIMIT_SECONDS, fault=None):
     """Runs `python ARGUMENTS` once for each rank; returns how each ended. As
     sftmix/cluster/local_ranks.py, in processes that start at once."""
     shared = {
-        **environment(),
+        **environment(fault),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(num_ranks),
@@ -97,3 +97,18 @@ def sftmix(
         f"sftmix {' '.join(arguments)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     )
     return done
+
+
+def sftmix_on_ranks(
+    num_ranks: int, stage: str, *arguments: str, check: bool = True, fault: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs a stage on several ranks, without the command and its launcher, which take most of the
+    time. stdout: what all ranks print, on both streams."""
+    if num_ranks == 1:
+        return sftmix(stage, *arguments, check=check, fault=fault)
+    command = ["-u", str(ROOT / "launch/run.py"), *arguments, "--stage", stage]
+    ends = run_local_ranks(command, num_ranks, fault=fault)
+    failure = first_failure(ends)
+    assert not check or failure is None, failure
+    code = next((end.code for end in ends if end.code), 0)
+    return subprocess.CompletedProcess(command, code, "".join(end.output for end in ends), "")
