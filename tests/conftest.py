@@ -17,16 +17,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The longest first: one of them that comes last leaves a core idle for minutes.
 LONGEST = (
     "failures",
-    "stops",
-    "resume",
-    "scoring_survives",
-    "ranks",
-    "scoring",
-    "recipe",
     "hosts",
     "many_nodes",
+    "recipe",
+    "stops",
+    "ranks",
     "kills",
     "run_folder",
+    "precision",
+    "packaged",
+    "scoring",
+    "resume",
+    "doctor_command",
+    "scoring_survives",
 )
 
 

@@ -7,7 +7,7 @@ import re
 import shutil
 
 import pytest
-from processes import sftmix
+from processes import sftmix, sftmix_on_ranks
 from reference_runs import (
     MAIN_ONLY,
     OPTIONS,
@@ -202,8 +202,8 @@ def test_a_gradient_that_is_not_finite_is_skipped_by_all_named_and_ends_the_run_
         "limits.skipped_steps=100",
         "train.micro_batch_tokens=40",
     ]
-    options = [*OPTIONS, f"run.dir={folder}", "engine.num_processes=2", *model, "--force"]
-    done = sftmix("reference", QUICKSTART, *options)
+    options = [*OPTIONS, f"run.dir={folder}", *model, "--force"]
+    done = sftmix_on_ranks(2, "reference", QUICKSTART, *options)
     written = [
         json.loads(line)
         for line in (folder / "reference" / "skipped_steps.jsonl").read_text().splitlines()
@@ -218,15 +218,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_by_all_named_and_ends_the_run_
         == len(written)
         == done.stdout.count("skipped: the loss is not finite")
     )
-    refused = sftmix(
-        "reference",
-        QUICKSTART,
-        *options,
-        "train.learning_rate=3e-2",
-        "limits.skipped_steps=1",
-        check=False,
-    )
-    assert refused.returncode == 2 and refused.stderr.count("no gradient was finite from step") == 1
+    changed = ["train.learning_rate=3e-2", "limits.skipped_steps=1"]
+    refused = sftmix_on_ranks(2, "reference", QUICKSTART, *options, *changed, check=False)
+    assert refused.returncode == 2 and refused.stdout.count("no gradient was finite from step") == 1
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

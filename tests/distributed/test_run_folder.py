@@ -27,6 +27,11 @@ from reference_runs import (
 pytestmark = pytest.mark.distributed
 
 
+def is_suspended(pid):
+    """Returns whether a process has received SIGSTOP."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+
+
 def test_of_two_runs_in_one_folder_the_second_is_refused_with_the_first_ones_pid(
     folder, undisturbed
 ):
@@ -45,7 +50,8 @@ def test_of_two_runs_in_one_folder_the_second_is_refused_with_the_first_ones_pid
 
 def test_a_superseded_run_writes_nothing_more(folder):
     first = begin(folder, 1, fault="train.step:0:3:stop")
-    wait_for(lambda: saved_step(folder) >= 2 or first.poll() is not None, "the second checkpoint")
+    wait_for(lambda: is_suspended(first.pid) or first.poll() is not None, "the third step")
+    assert saved_step(folder) == 2
     attempts = folder / "attempts"
     attempt = json.loads((attempts / "000002.json").read_text())  # the data stage was the first
     (attempts / "000003.json").write_text(
