@@ -22,10 +22,9 @@ another trainer. What differs between the providers:
     head         ours computes response positions only; TRL too on a GPU, all on a CPU;
                  it also takes each token's entropy and accuracy. The textbook has the logits of all
                  positions
-    micro-batch  all are given ours, which are cut by a token budget from examples sorted by length
-    (less padding than TRL's
-                 own); with --trl-micro-batch-size TRL has that many examples in each, in the order
-                 of the plan, as its sampler would cut them
+    micro-batch  ours are packed: no padding; TRL's are cut by the same token budget from examples
+                 sorted by length (less padding than its own); with --trl-micro-batch-size TRL has
+                 that many examples in each, in the order of the plan, as its sampler would cut them
 """
 
 from __future__ import annotations
@@ -98,8 +97,8 @@ class Work:
     plan: StepUnits
     steps: list[NDArray[np.int64]]
 
-    def cut(self, number: int) -> list[NDArray[np.int64]]:
-        """Returns the units of each micro-batch of a round's step."""
+    def cut(self, number: int, *, packs: bool = False) -> list[NDArray[np.int64]]:
+        """Returns the units of each micro-batch of a round's step, packed or padded."""
         budget = self.config.train.micro_batch_tokens
         return cut_step(
             self.plan,
@@ -107,6 +106,7 @@ class Work:
             self.examples.num_tokens,
             micro_batch_tokens=budget,
             num_ranks=1,
+            packs=packs,
         )[0]
 
     def sizes(self) -> NDArray[np.int64]:
@@ -227,12 +227,18 @@ def our_steps(work: Work) -> dict[str, Step]:
 
     def step(number: int, objective: Objective) -> StepResult:
         counts = count_step(work.plan, work.steps[number], work.examples.num_response_tokens)
-        pieces = work.cut(number)
+        pieces = work.cut(number, packs=engine.packs)
         engine.start_step(seed=0, step=number)
         loss, num_padded = torch.zeros((), device=engine.ranks.device), 0
         with patch.object(torch.nn.functional, "linear", linear):
             for place, piece in enumerate(pieces, start=1):
-                batch = collate(work.examples, work.plan, piece, pad_id=work.tokenizer.pad_token_id)
+                batch = collate(
+                    work.examples,
+                    work.plan,
+                    piece,
+                    pad_id=work.tokenizer.pad_token_id,
+                    packs=engine.packs,
+                )
                 part = engine.forward_backward(
                     batch, counts, objective, is_last=place == len(pieces)
                 )

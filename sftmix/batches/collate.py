@@ -5,7 +5,8 @@ Axes: B examples, S positions, T rows that predict a response token, M mixed pos
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sftmix.batches.cut import Units
+from sftmix.batches.documents import Documents, pack
 from sftmix.batches.examples import TokenisedExamples
 from sftmix.batches.mixed_inputs import MixedInputs, mix_inputs
 from sftmix.batches.pair_rows import pair_rows
@@ -26,7 +28,8 @@ class MicroBatch:
     int64, the tokens predicted. owner: (T,) int64, which of the B examples a row belongs to. pairs:
     (M, 2) int64 indices into the T rows. lam: (M,) float32. indices: dataset index of each example;
     empty in a micro-batch that a rank runs only to stay in lock step. mixed_inputs: the third
-    sequences, where mixing happens at the input embeddings."""
+    sequences, where mixing happens at the input embeddings. documents: of a packed micro-batch, in
+    which B is 1 for the tensors above: its examples follow one another in one row."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -37,6 +40,7 @@ class MicroBatch:
     lam: Tensor
     indices: tuple[int, ...]
     mixed_inputs: MixedInputs | None = None
+    documents: Documents | None = None
 
     @property
     def num_real_tokens(self) -> int:
@@ -52,9 +56,28 @@ class MicroBatch:
     def to(self, device: torch.device | str) -> MicroBatch:
         """Returns the same micro-batch on another device."""
         names = ("input_ids", "attention_mask", "rows", "labels", "owner", "pairs", "lam")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        mixed_inputs = None if self.mixed_inputs is None else self.mixed_inputs.to(device)
-        return MicroBatch(**moved, indices=self.indices, mixed_inputs=mixed_inputs)
+        moved: dict[str, Any] = {
+            name: getattr(self, name).to(device, non_blocking=True) for name in names
+        }
+        if self.mixed_inputs is not None:
+            moved["mixed_inputs"] = self.mixed_inputs.to(device)
+        if self.documents is not None:
+            moved["documents"] = self.documents.to(device)
+        return replace(self, **moved)
+
+    def packed(self) -> MicroBatch:
+        """Returns the same examples one after another in one row, without padding."""
+        documents, tokens, place = pack(self.attention_mask)
+        ids = self.input_ids.reshape(1, -1)[:, tokens]
+        mixed_inputs = self.mixed_inputs and self.mixed_inputs.packed(place)
+        return replace(
+            self,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            rows=place[self.rows],
+            documents=documents,
+            mixed_inputs=mixed_inputs,
+        )
 
 
 def collate(
@@ -64,9 +87,11 @@ def collate(
     *,
     pad_id: int,
     mixes_inputs: bool = False,
+    packs: bool = False,
 ) -> MicroBatch:
     """Returns the tensors of one micro-batch; without units, one padding token without loss.
-    `mixes_inputs` adds the sequences of mixed input embeddings."""
+    `mixes_inputs` adds the sequences of mixed input embeddings. packs: examples follow one another
+    in one row."""
     indices: list[int] = []
     partners: list[tuple[int, int, float]] = []  # places in `indices` of a pair, and its lam
     for unit in units:
@@ -77,7 +102,12 @@ def collate(
             partners.append((len(indices) - 2, len(indices) - 1, float(plan.lam[unit])))
     tokens = [examples.tokens(i) for i in indices]
     return build_micro_batch(
-        tokens, partners, indices=tuple(indices), pad_id=pad_id, mixes_inputs=mixes_inputs
+        tokens,
+        partners,
+        indices=tuple(indices),
+        pad_id=pad_id,
+        mixes_inputs=mixes_inputs,
+        packs=packs,
     )
 
 
@@ -88,6 +118,7 @@ def build_micro_batch(
     indices: tuple[int, ...],
     pad_id: int,
     mixes_inputs: bool = False,
+    packs: bool = False,
 ) -> MicroBatch:
     """Returns a micro-batch of (ids, response mask) examples; `partners` lists (confident,
     unconfident, lam)."""
@@ -105,7 +136,7 @@ def build_micro_batch(
     members = torch.tensor([(a, b) for a, b, _ in partners], dtype=torch.int64).reshape(-1, 2)
     lam = torch.tensor([share for _, _, share in partners], dtype=torch.float64)
     found = pair_rows(ids, torch.from_numpy(is_response), members, lam)
-    return MicroBatch(
+    padded = MicroBatch(
         input_ids=ids,
         attention_mask=torch.from_numpy(attention),
         rows=found.rows,
@@ -116,3 +147,4 @@ def build_micro_batch(
         indices=indices,
         mixed_inputs=mix_inputs(tokens, partners, width=width) if mixes_inputs else None,
     )
+    return padded.packed() if packs else padded

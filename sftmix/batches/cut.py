@@ -7,6 +7,7 @@ micro-batches, padded with empty ones, so that collectives never depend on data.
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,14 +51,25 @@ def cut_step(
     *,
     micro_batch_tokens: int,
     num_ranks: int,
+    packs: bool = False,
+    square_share: float = 0.0,
 ) -> list[list[Units]]:
     """Returns the micro-batches of every rank: lists of units, the same number of lists for each
-    rank.
+    rank. A pair is never divided.
 
-    Units of similar length share a micro-batch; its padded size (examples times longest) stays
-    within `micro_batch_tokens` unless a single unit exceeds it. A pair is never divided. If there
-    are fewer micro-batches than ranks, the largest are halved; then empty ones are added.
+    packs: the examples of a micro-batch follow one another, and it has at most
+    `micro_batch_tokens`, unless a single unit has more. Units go to the rank with the least work.
+    An example of n tokens costs n + square_share n^2. All ranks have the number of micro-batches
+    that the fullest rank needs, of nearly equal size.
+
+    Otherwise units of similar length share a micro-batch, whose padded size (examples times
+    longest) stays within `micro_batch_tokens`, unless a single unit exceeds it. If there are fewer
+    micro-batches than ranks, the largest are halved; then empty ones are added.
     """
+    if packs:
+        return _cut_packed(
+            plan.units[units], units, num_tokens, micro_batch_tokens, num_ranks, square_share
+        )
     members = plan.units[units]
     size = 1 + (members[:, 1] >= 0)
     longest = np.where(
@@ -98,3 +110,46 @@ def cut_step(
         ranks[rank].append(piece)
         load[rank] += cost(piece)
     return [[units[piece] if piece else units[:0] for piece in rank] for rank in ranks]
+
+
+def _cut_packed(
+    members: NDArray[np.int64],
+    units: Units,
+    num_tokens: NDArray[np.int64],
+    micro_batch_tokens: int,
+    num_ranks: int,
+    square_share: float,
+) -> list[list[Units]]:
+    lengths = np.where(members >= 0, num_tokens[members], 0).astype(np.float64)  # (U, 2)
+    tokens = lengths.sum(1)
+    cost = tokens + square_share * (lengths**2).sum(1)
+    ranks = spread(cost, np.arange(len(units)), num_ranks)
+    count = 1
+    for rank in ranks:
+        while count < len(rank) and any(
+            len(piece) > 1 and tokens[piece].sum() > micro_batch_tokens
+            for piece in spread(cost, rank, count)
+        ):
+            count += 1
+    # The largest first on every rank: ranks wait for one another in each of them.
+    return [
+        [
+            units[piece]
+            for piece in sorted(spread(cost, rank, count), key=lambda p: -float(cost[p].sum()))
+        ]
+        for rank in ranks
+    ]
+
+
+def spread(
+    cost: NDArray[np.float64], items: NDArray[np.int64], num_bins: int
+) -> list[NDArray[np.int64]]:
+    """Returns `items` in bins of nearly equal cost: the dearest first, each to the bin with the
+    least so far (Graham 1969: no bin costs more than 4/3 of the best possible)."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    load = [(0.0, number) for number in range(num_bins)]
+    for item in items[np.argsort(-cost[items], kind="stable")]:
+        total, number = heapq.heappop(load)
+        bins[number].append(int(item))
+        heapq.heappush(load, (total + float(cost[item]), number))
+    return [np.array(each, dtype=np.int64) for each in bins]

@@ -12,12 +12,15 @@ together, R their width, M mixed positions that predict.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from sftmix.batches.documents import Documents, pack
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class MixedInputs:
     embedding, equal if unmixed. source_lam: (L,) float32. places: (L,) int64, their flat positions
     p * R + r in the result. attention_mask: (P, R) int64. rows: (M,) int64, flat positions p * R +
     r that predict. labels: (M, 2) int64, the confident's and the unconfident's token. lam: (M,)
-    float32. Without pairs: one masked-out position, M = 0."""
+    float32. documents: of packed sequences, which follow one another in one row (P is 1). Without
+    pairs: one masked-out position, M = 0."""
 
     sources: Tensor
     source_lam: Tensor
@@ -35,11 +39,30 @@ class MixedInputs:
     rows: Tensor
     labels: Tensor
     lam: Tensor
+    documents: Documents | None = None
 
     def to(self, device: torch.device | str) -> MixedInputs:
         """Returns the same on another device."""
-        return MixedInputs(
-            **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = value.to(device, non_blocking=True)
+            elif value is not None:
+                moved[field.name] = value.to(device)
+        return MixedInputs(**moved)
+
+    def packed(self, place: Tensor) -> MixedInputs:
+        """Returns the same sequences one after another in one row. place: (B * S,), where the
+        flat positions of the padded micro-batch are in the packed one."""
+        documents, tokens, own_place = pack(self.attention_mask)
+        return replace(
+            self,
+            sources=place[self.sources],
+            places=own_place[self.places],
+            attention_mask=self.attention_mask.new_ones(1, len(tokens)),
+            rows=own_place[self.rows],
+            documents=documents,
         )
 
 

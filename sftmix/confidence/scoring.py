@@ -58,13 +58,16 @@ class WorkPlan:
             unit * self.unit_examples, min((unit + 1) * self.unit_examples, len(self.num_tokens))
         )
 
-    def micro_batches(self, unit: int) -> list[NDArray[np.int64]]:
-        """Returns the dataset indices of each of a unit's micro-batches."""
+    def micro_batches(self, unit: int, *, packs: bool) -> list[NDArray[np.int64]]:
+        """Returns the dataset indices of each of a unit's micro-batches. packs: the budget counts
+        tokens without padding."""
         start = self.examples(unit).start
         lengths = self.num_tokens[start : start + self.unit_examples]
         return [
             start + piece
-            for piece in cut_by_length(lengths, micro_batch_tokens=self.micro_batch_tokens)
+            for piece in cut_by_length(
+                lengths, micro_batch_tokens=self.micro_batch_tokens, packs=packs
+            )
         ]
 
 
@@ -118,11 +121,9 @@ def score_units(
     """Scores every unit of `units` on one rank, which calls `finished(unit, scores)`. All ranks
     call it."""
     shown = _Progress(engine.ranks, plan, units, title)
-    turns = (
-        _in_turns(engine.ranks, plan, units) if engine.is_sharded else _as_free(engine.ranks, units)
-    )
+    turns = _in_turns(engine, plan, units) if engine.is_sharded else _as_free(engine.ranks, units)
     for unit, num_forwards in turns:
-        pieces = plan.micro_batches(unit) if unit is not None else []
+        pieces = plan.micro_batches(unit, packs=engine.packs) if unit is not None else []
         parts = [_score_piece(engine, examples, piece, pad_id) for piece in pieces]
         for _ in range(num_forwards - len(pieces)):
             _score_piece(engine, examples, np.zeros(0, dtype=np.int64), pad_id)
@@ -139,7 +140,11 @@ def _score_piece(
     engine: Engine, examples: TokenisedExamples, piece: NDArray[np.int64], pad_id: int
 ) -> tuple[NDArray[np.float64], ...]:
     batch = build_micro_batch(
-        [examples.tokens(i) for i in piece], [], indices=tuple(piece.tolist()), pad_id=pad_id
+        [examples.tokens(i) for i in piece],
+        [],
+        indices=tuple(piece.tolist()),
+        pad_id=pad_id,
+        packs=engine.packs,
     )
     faults.point("score.forward")
     nll, match = engine.score(batch)
@@ -153,27 +158,30 @@ def _as_free(ranks: Ranks, units: list[int]) -> Iterator[tuple[int | None, int]]
         yield units[number], 0
 
 
-def _in_turns(ranks: Ranks, plan: WorkPlan, units: list[int]) -> Iterator[tuple[int | None, int]]:
+def _in_turns(engine: Engine, plan: WorkPlan, units: list[int]) -> Iterator[tuple[int | None, int]]:
     """Yields this rank's unit in every round, or None, and the number of forwards that all ranks
     run in that round."""
+    ranks = engine.ranks
     for start in range(0, len(units), ranks.world_size):
         turn = units[start : start + ranks.world_size]
-        num_forwards = max(len(plan.micro_batches(unit)) for unit in turn)
+        num_forwards = max(len(plan.micro_batches(unit, packs=engine.packs)) for unit in turn)
         yield (turn[ranks.rank] if ranks.rank < len(turn) else None), num_forwards
 
 
 def cut_by_length(
-    num_tokens: NDArray[np.int64], *, micro_batch_tokens: int
+    num_tokens: NDArray[np.int64], *, micro_batch_tokens: int, packs: bool
 ) -> list[NDArray[np.int64]]:
-    """Returns index arrays, longest examples first, each within the padded token budget unless it
-    holds one example."""
+    """Returns index arrays, longest examples first, each within the token budget unless it has one
+    example. packs: the budget counts tokens without padding."""
     pieces: list[list[int]] = []
+    size = 0
     for index in np.argsort(-num_tokens, kind="stable"):
-        if (
-            not pieces
-            or (len(pieces[-1]) + 1) * int(num_tokens[pieces[-1][0]]) > micro_batch_tokens
-        ):
+        length = int(num_tokens[index])
+        longest = int(num_tokens[pieces[-1][0]]) if pieces else 0
+        size = size + length if packs else (len(pieces[-1]) + 1 if pieces else 1) * longest
+        if not pieces or size > micro_batch_tokens:
             pieces.append([])
+            size = length
         pieces[-1].append(int(index))
     return [np.array(piece, dtype=np.int64) for piece in pieces]
 

@@ -208,7 +208,7 @@ class TrainConfig(Section):
         32, ge=1, description="Examples per optimiser step, over all ranks and micro-batches."
     )
     micro_batch_tokens: Int = Field(
-        8192, ge=1, description="Token budget of one forward, padding included."
+        8192, ge=1, description="Token budget of one forward, with padding if there is any."
     )
     learning_rate: Float = Field(2e-6, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: Float = Field(
@@ -294,7 +294,7 @@ class ConfidenceConfig(Section):
         description="In what a table from elsewhere may differ from this data.",
     )
     micro_batch_tokens: Int = Field(
-        16384, ge=1, description="Token budget of one forward, padding included."
+        16384, ge=1, description="Token budget of one forward, with padding if there is any."
     )
     unit_examples: Int = Field(
         1024,
@@ -435,6 +435,13 @@ class EngineConfig(Section):
     deepspeed: Path | None = Field(
         None, description="A DeepSpeed JSON file to build on; must not contradict this file."
     )
+    packing: Literal["auto", "off"] = Field(
+        "auto",
+        description=(
+            "auto: examples follow one another without padding, where the model computes the same"
+            " as alone; off: examples are padded to equal length. Results are equal to rounding."
+        ),
+    )
     kernel_backend: Literal["auto", "torch", "triton", "reference"] = Field(
         "auto", description="Implementation of the loss; auto: triton on GPUs, torch elsewhere."
     )
@@ -442,7 +449,7 @@ class EngineConfig(Section):
 
 class EvaluationConfig(Section):
     micro_batch_tokens: Int = Field(
-        16384, ge=1, description="Token budget of one forward, padding included."
+        16384, ge=1, description="Token budget of one forward, with padding if there is any."
     )
 
 

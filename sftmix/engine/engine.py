@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sftmix.batches.collate import MicroBatch
 from sftmix.batches.cut import StepCounts
+from sftmix.batches.documents import Documents
 from sftmix.config.deepspeed_json import deepspeed_config
 from sftmix.config.schema import Config, ModelConfig, TrainConfig
 from sftmix.engine.deepspeed_internals import import_deepspeed, release_leftovers, whole_shape
@@ -45,6 +46,8 @@ from sftmix.liveness.progress import Progress
 from sftmix.loss.head import CausalLMWithLoss
 from sftmix.loss.logit_transform import find_logit_transform
 from sftmix.loss.objective import Objective, loss_request
+from sftmix.loss.packed_attention import NAME as PACKED
+from sftmix.loss.packed_attention import use_packed_attention, why_not_packed
 from sftmix.loss.requests import LossResult, ScoreRequest
 from sftmix.storage.provenance import fingerprint
 
@@ -52,6 +55,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sftmix.engine.state import StateFiles
+
+_said: set[str] = set()  # in this process: many engines may be made of one model
 
 
 class Engine:
@@ -110,6 +115,8 @@ class Engine:
             add_adapters(module, model, dtype=self._dtype, seed=config.run.seed, name="model")
         if train is not None and config.engine.activation_checkpointing:
             enable_activation_checkpointing(module)
+        own_attention = use_packed_attention(module) if config.engine.packing == "auto" else None
+        self.packs = own_attention is not None
         self.module = CausalLMWithLoss(module)
         optimizer = self._optimizer(train, settings) if train else None
         exact_buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
@@ -125,8 +132,43 @@ class Engine:
         self._is_trained, self._is_stepped = train is not None, False
         self._check_dtypes("after DeepSpeed has started")
         self._deepspeed.eval()
-        self.module.projection.transform = find_logit_transform(self._deepspeed, ranks.device)
+        if own_attention is not None:
+            self._check_packing(module, own_attention)
+        elif config.engine.packing == "auto":
+            self._say_padded("its attention cannot be replaced")
+        self.module.projection.transform = find_logit_transform(
+            self._deepspeed, ranks.device, packs=self.packs
+        )
         self._deepspeed.train(train is not None)
+
+    def _check_packing(self, module: Any, own_attention: str) -> None:
+        """Goes back to padding if the model does not compute the same packed."""
+
+        def packed(ids: Tensor, documents: Documents) -> Tensor:
+            module.set_attn_implementation(PACKED)
+            logits: Tensor = self._deepspeed(ids, torch.ones_like(ids), None, documents)
+            return logits
+
+        def alone(ids: Tensor) -> Tensor:
+            module.set_attn_implementation(own_attention)
+            logits: Tensor = self._deepspeed(ids, torch.ones_like(ids), None)
+            return logits
+
+        size = self.hf_config.get_text_config().vocab_size
+        reason = why_not_packed(packed, alone, size, self.ranks.device)
+        reason = self.ranks.first_text(reason or "")
+        if reason:
+            module.set_attn_implementation(own_attention)
+            self.packs = False
+            self._say_padded(reason)
+        else:
+            module.set_attn_implementation(PACKED)
+
+    def _say_padded(self, reason: str) -> None:
+        text = f"{self.hf_config.model_type} is padded, not packed: {reason}"
+        if self.ranks.is_main and text not in _said:
+            _said.add(text)
+            print(f"  {text}", flush=True)
 
     def _optimizer(self, train: TrainConfig, settings: dict[str, Any]) -> torch.optim.Optimizer:
         decayed: list[Tensor] = []
@@ -167,12 +209,20 @@ class Engine:
         """Runs one micro-batch of a step and accumulates its gradients; `is_last`: the step ends
         with it."""
         self._progress.tick()
-        batch = batch.to(self.ranks.device)
+        batch = self._on_device(batch)
         self._deepspeed.set_gradient_accumulation_boundary(is_last)
         request = loss_request(objective, batch, counts, backend=self.backend)
-        result: LossResult = self._deepspeed(batch.input_ids, batch.attention_mask, request)
+        result: LossResult = self._deepspeed(
+            batch.input_ids, batch.attention_mask, request, batch.documents
+        )
         self._deepspeed.backward(result.loss * self.ranks.world_size, scale_wrt_gas=False)
         return result.detached()
+
+    def _on_device(self, batch: MicroBatch) -> MicroBatch:
+        """Returns the micro-batch as the model takes it, whichever way it was built."""
+        if self.packs and batch.documents is None:
+            batch = batch.packed()
+        return batch.to(self.ranks.device)
 
     def step(self, *, learning_rate: float) -> float | Tensor:
         """Clips, updates and clears the gradients. Returns the global gradient norm before clipping
@@ -218,6 +268,22 @@ class Engine:
         return sum(whole_shape(p).numel() for p in self.module.parameters())
 
     @property
+    def square_share(self) -> float:
+        """What attention within a document of n tokens costs, over n^2 and in tokens: its products
+        are 2 L H E n^2 FLOPs where the rest of the transformer has 2 N n, for L layers, H heads of
+        size E and N parameters."""
+        config = self.hf_config.get_text_config()
+        embeddings = {id(self.module.projection.weight)}
+        inputs = self.module.model.get_input_embeddings()
+        embeddings |= {id(parameter) for parameter in inputs.parameters()}
+        others = sum(
+            whole_shape(p).numel() for p in self.module.parameters() if id(p) not in embeddings
+        )
+        heads = getattr(config, "num_attention_heads", 0)
+        size = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
+        return float(config.num_hidden_layers * heads * size / max(1, others))
+
+    @property
     def num_trained_parameters(self) -> int:
         """Those that have a gradient and optimiser states: all, or with LoRA the adapters'."""
         return sum(whole_shape(p).numel() for p in self.module.parameters() if p.requires_grad)
@@ -234,7 +300,7 @@ class Engine:
         self._progress.tick()
         was_training = self.module.training
         self._deepspeed.eval()
-        batch = batch.to(self.ranks.device)
+        batch = self._on_device(batch)
         # A model that is whole on every rank is called without DeepSpeed, so ranks need not run in
         # lock step.
         forward = self._deepspeed if self.is_sharded else self.module
@@ -242,16 +308,20 @@ class Engine:
             batch.input_ids,
             batch.attention_mask,
             ScoreRequest(batch.rows, batch.labels, self.backend),
+            batch.documents,
         )
         self._deepspeed.train(was_training)
         return nll.cpu(), match.cpu()
 
     @torch.no_grad()
     def logits(self, batch: MicroBatch) -> Tensor:
-        """Returns the (B, S, V) logits as the model itself gives them. For tests and small
-        inputs."""
-        batch = batch.to(self.ranks.device)
-        return self._deepspeed(batch.input_ids, batch.attention_mask, None)  # type: ignore[no-any-return]
+        """Returns the (B, S, V) logits as the model itself gives them, (1, S, V) of a packed
+        micro-batch. For tests and small inputs."""
+        batch = self._on_device(batch)
+        logits: Tensor = self._deepspeed(
+            batch.input_ids, batch.attention_mask, None, batch.documents
+        )
+        return logits
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yields (Hugging Face name, whole tensor) of every parameter and persistent buffer, one at

@@ -15,11 +15,13 @@ Axes: B examples, S positions, T requested rows, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sftmix.batches.documents import Documents
 from sftmix.batches.mixed_inputs import MixedInputs
 from sftmix.errors import ConfigError
 from sftmix.kernels.fused_linear_mixup_cross_entropy import fused_linear_mixup_cross_entropy
@@ -27,6 +29,7 @@ from sftmix.kernels.linear_token_nll import linear_token_nll_and_match
 from sftmix.kernels.mixed_embeddings import mixed_embeddings
 from sftmix.kernels.mixup_cross_entropy import mixup_cross_entropy
 from sftmix.loss.logit_transform import LogitTransform, ProbeRequest
+from sftmix.loss.packed_attention import attending_within
 from sftmix.loss.requests import (
     HeadResult,
     LossRequest,
@@ -151,10 +154,15 @@ class CausalLMWithLoss(nn.Module):
         )
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, request: Request | ProbeRequest | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        request: Request | ProbeRequest | None,
+        documents: Documents | None = None,
     ) -> Tensor | HeadResult:
-        """input_ids, attention_mask: (B, S). Returns LossResult for a LossRequest, ScoreResult for
-        a ScoreRequest, otherwise the model's logits (B, S, V or K).
+        """input_ids, attention_mask: (B, S). documents: of a packed row (B is 1), for a model whose
+        attention is packed; all its rows must be. Returns LossResult for a LossRequest, ScoreResult
+        for a ScoreRequest, otherwise the model's logits (B, S, V or K).
         """
         options = (
             {"output_router_logits": True}
@@ -162,7 +170,7 @@ class CausalLMWithLoss(nn.Module):
             else {}
         )
         output, result = self._run(
-            request, input_ids=input_ids, attention_mask=attention_mask, **options
+            request, documents, input_ids=input_ids, attention_mask=attention_mask, **options
         )
         if request is None or isinstance(request, ProbeRequest):
             return output.logits  # type: ignore[no-any-return]
@@ -184,10 +192,16 @@ class CausalLMWithLoss(nn.Module):
         auxiliary = auxiliary.to(result.loss.device) * (self.auxiliary_weight * share)
         return result._replace(loss=result.loss + auxiliary, auxiliary=auxiliary.detach())
 
-    def _run(self, request: Any, **inputs: Any) -> tuple[Any, HeadResult | None]:
+    def _run(
+        self, request: Any, documents: Documents | None, **inputs: Any
+    ) -> tuple[Any, HeadResult | None]:
         self.head.request, self.head.result = request, None
+        context = contextlib.nullcontext() if documents is None else attending_within(documents)
+        if documents is not None:
+            inputs["position_ids"] = documents.position_ids
         try:
-            return self.model(**inputs, use_cache=False), self.head.result
+            with context:
+                return self.model(**inputs, use_cache=False), self.head.result
         finally:
             self.head.request = self.head.result = None
 
@@ -208,6 +222,7 @@ class CausalLMWithLoss(nn.Module):
             MixedRequest(
                 mixed.rows, mixed.labels, mixed.lam, request.num_mixup_tokens, request.backend
             ),
+            mixed.documents,
             inputs_embeds=inputs.view(*mixed.attention_mask.shape, -1),
             attention_mask=mixed.attention_mask,
         )

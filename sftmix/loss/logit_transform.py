@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sftmix.batches.documents import Documents
 from sftmix.errors import ConfigError
 
 
@@ -35,16 +36,20 @@ _RAMP = (0.0, 1.0, 1e-3, 1e6, -1e6, 0.5, -0.5, 3.0, -3.0, 10.0, -10.0, 40.0, -40
 
 
 @torch.no_grad()
-def find_logit_transform(model: nn.Module, device: torch.device) -> LogitTransform:
+def find_logit_transform(
+    model: nn.Module, device: torch.device, *, packs: bool = False
+) -> LogitTransform:
     """Returns what the model does to its logits after the head. Collective: all ranks must call it
     (ZeRO-3 gathers).
 
-    `model`: a CausalLMWithLoss, or an engine around one. Raises ConfigError for anything but a
-    scale and a soft-cap.
+    model: a CausalLMWithLoss, or an engine around one. packs: its attention is packed. Raises
+    ConfigError for anything but a scale and a soft-cap.
     """
     values = torch.tensor(_RAMP, dtype=torch.float32, device=device)
     ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    seen = model(ids, torch.ones_like(ids), ProbeRequest(values))[0, -1].double().cpu()
+    documents = Documents.of((2,)).to(device) if packs else None
+    logits = model(ids, torch.ones_like(ids), ProbeRequest(values), documents)
+    seen = logits[0, -1].double().cpu()
     at_one, at_small, at_large = (float(seen[i]) for i in (1, 2, 3))
     is_capped = abs(at_large) < abs(1e6 * at_one) * 0.5
     scale = at_small / 1e-3 if is_capped else at_one

@@ -173,6 +173,7 @@ class TrainingCheckpoints:
             "zero_stage": engine.zero_stage,
             "precision": engine.precision,
             "num_threads": use_threads(None),
+            "packs": engine.packs,
             "frozen": engine.frozen_checksum(),
             "numbers": numbers,
             "storage": list(self.ranks.storage),

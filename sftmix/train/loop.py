@@ -72,6 +72,8 @@ def train(run: TrainingRun) -> None:
             run.examples.num_tokens,
             micro_batch_tokens=settings.micro_batch_tokens,
             num_ranks=engine.ranks.world_size,
+            packs=engine.packs,
+            square_share=engine.square_share,
         )[engine.ranks.rank]
 
         faults.point("train.step")
@@ -83,6 +85,7 @@ def train(run: TrainingRun) -> None:
                 piece,
                 pad_id=run.pad_id,
                 mixes_inputs=run.objective.mixes_inputs,
+                packs=engine.packs,
             )
             loss = engine.forward_backward(
                 batch, counts, run.objective, is_last=number == len(pieces)

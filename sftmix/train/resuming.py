@@ -228,6 +228,12 @@ class CheckpointReader:
                 " --restart.",
                 on_all_ranks=True,
             )
+        if manifest.facts.get("packs", False) != engine.packs and self.ranks.is_main:
+            before = "packed" if manifest.facts.get("packs") else "padded"
+            print(
+                f"  not bit for bit: micro-batches were {before} before (engine.packing)",
+                flush=True,
+            )
         if engine.zero_stage == 0 or manifest.facts["world_size"] == self.ranks.world_size:
             engine.load_state(self.checkpoints.path(step))
             return

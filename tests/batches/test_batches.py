@@ -157,9 +157,17 @@ def test_counts_of_a_step_are_the_sums_over_its_micro_batches():
 
 def test_scoring_units_cover_all_examples_within_the_budget():
     num_tokens = np.random.default_rng(0).integers(1, 90, 57)
-    units = cut_by_length(num_tokens, micro_batch_tokens=200)
-    assert sorted(np.concatenate(units).tolist()) == list(range(57))
-    assert all(len(unit) * num_tokens[unit].max() <= 200 for unit in units)
+    for packs in (False, True):
+        units = cut_by_length(num_tokens, micro_batch_tokens=200, packs=packs)
+        assert sorted(np.concatenate(units).tolist()) == list(range(57))
+        sizes = [
+            num_tokens[unit].sum() if packs else len(unit) * num_tokens[unit].max()
+            for unit in units
+        ]
+        assert max(sizes) <= 200 and all(
+            size + num_tokens[after[0]] * (1 if packs else len(unit)) > 200 - 90
+            for size, unit, after in zip(sizes, units, units[1:], strict=False)
+        )
 
 
 def test_examples_of_several_turns_are_refused_where_inputs_are_mixed(tmp_path):

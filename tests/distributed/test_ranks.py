@@ -100,7 +100,7 @@ def test_exported_model_gives_the_engines_logits(results, stage, model, num_rank
         logits = loaded(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     expected = torch.load(export / "logits.pt", weights_only=True)
     real = batch.attention_mask.bool()
-    assert torch.allclose(logits[real], expected[real], rtol=1e-5, atol=1e-6)
+    assert torch.allclose(logits[real], expected[0], rtol=1e-5, atol=1e-6)  # one after another
 
 
 def test_scores_do_not_depend_on_the_number_of_ranks(results):

@@ -78,21 +78,23 @@ def test_scores_equal_a_plain_loop_over_the_unmodified_model(
 
 
 @pytest.mark.parametrize("unit_examples", [1, 4, 100])
-def test_units_cover_every_example_once_and_keep_to_the_budget(unit_examples):
+@pytest.mark.parametrize("packs", [False, True])
+def test_units_cover_every_example_once_and_keep_to_the_budget(unit_examples, packs):
     lengths = np.random.default_rng(0).integers(1, 60, 37)
     plan = WorkPlan(lengths, unit_examples, micro_batch_tokens=100)
     seen = [
         int(i)
         for unit in range(plan.num_units)
-        for piece in plan.micro_batches(unit)
+        for piece in plan.micro_batches(unit, packs=packs)
         for i in piece
     ]
     assert sorted(seen) == list(range(37))
     for unit in range(plan.num_units):
-        for piece in plan.micro_batches(unit):
+        for piece in plan.micro_batches(unit, packs=packs):
             assert set(piece) <= set(plan.examples(unit))
-            assert len(piece) == 1 or len(piece) * lengths[piece].max() <= 100
-    assert len(cut_by_length(lengths, micro_batch_tokens=10**6)) == 1
+            padded = len(piece) * lengths[piece].max()
+            assert len(piece) == 1 or (lengths[piece].sum() if packs else padded) <= 100
+    assert len(cut_by_length(lengths, micro_batch_tokens=10**6, packs=packs)) == 1
 
 
 OPTIONS = [

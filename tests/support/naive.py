@@ -20,16 +20,21 @@ PARTNERS = [(0, 1, 0.3), (3, 2, 0.85)]  # the last example has no partner
 
 def make_model(name):
     settings, transform = FAMILIES[name]
+    return model_from(settings), transform
+
+
+def model_from(settings, dtype=torch.float64):
+    """Returns a random model in evaluation mode, away from zero biases and equal norms."""
     config = AutoConfig.for_model(**settings)
     torch.manual_seed(0)
-    options = {"experts_implementation": "eager"} if "moe" in name else {}
-    model = AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager", dtype=torch.float64, **options
-    )
+    options = {"attn_implementation": "eager", "dtype": dtype}
+    if hasattr(config, "num_local_experts"):
+        options["experts_implementation"] = "eager"  # the others have no float64
+    model = AutoModelForCausalLM.from_config(config, **options)
     with torch.no_grad():
-        for parameter in model.parameters():  # away from zero biases and equal norms
-            parameter.add_(0.1 * torch.randn(parameter.shape, dtype=torch.float64))
-    return model.eval(), transform
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, dtype=dtype))
+    return model.eval()
 
 
 def make_examples():
@@ -118,7 +123,7 @@ def naive_mixup_of_inputs(model, examples):
     return sum(losses) / len(losses)
 
 
-def ours_of(model):
+def ours_of(model, *, packs=False):
     wrapped = CausalLMWithLoss(model)
-    wrapped.projection.transform = find_logit_transform(wrapped, torch.device("cpu"))
+    wrapped.projection.transform = find_logit_transform(wrapped, torch.device("cpu"), packs=packs)
     return wrapped

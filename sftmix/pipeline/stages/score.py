@@ -113,6 +113,7 @@ def score_checkpoints(
             plan.unit_examples,
             plan.micro_batch_tokens,
             is_sharded,
+            config.engine.packing,
             provenance.versions(),
             provenance.commit(),
         ]
