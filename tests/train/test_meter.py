@@ -160,6 +160,8 @@ class Stage:
 
         checkpoints.resume, checkpoints._save = resume, save
         engine = SimpleNamespace(
+            packs=False,
+            square_share=0.0,
             ranks=ranks,
             start_step=lambda **_: None,
             forward_backward=forward_backward,
