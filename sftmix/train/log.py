@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sftmix.batches.balance import Balance
 from sftmix.batches.collate import MicroBatch
 from sftmix.batches.cut import StepCounts
 from sftmix.engine.ranks import Ranks
@@ -38,6 +39,9 @@ AUXILIARY = "loss/router (nats)"
 GRAD_NORM = "grad_norm"
 LEARNING_RATE = "learning_rate"
 LAM = "mixup/lam (mean)"
+COVERAGE = "mixup/coverage (share)"
+USEFUL = "ranks/useful (share)"
+IMBALANCE = "ranks/slowest (ratio)"
 REAL_RATE = "tokens/real (tokens/s)"
 RESPONSE_RATE = "tokens/response (tokens/s)"
 PADDED_RATE = "tokens/padded (tokens/s)"
@@ -55,6 +59,12 @@ SCALARS = {
     GRAD_NORM: ("grad_norm", "Norm of the gradient before clipping, at this step."),
     LEARNING_RATE: ("learning_rate", "Learning rate at this step."),
     LAM: ("mixup/lam", f"Share of the confident example in a mixed pair, {_MEAN}"),
+    COVERAGE: ("mixup/coverage", f"Share of response tokens that take part in a mix, {_MEAN}"),
+    USEFUL: (
+        "ranks/useful",
+        f"Share of the ranks' time for real tokens if all wait for the slowest, by FLOPs, {_MEAN}",
+    ),
+    IMBALANCE: ("ranks/slowest", f"Work of the slowest rank over the mean one, {_MEAN}"),
     REAL_RATE: ("tokens_per_second/real", f"Tokens without padding {_RATE}."),
     RESPONSE_RATE: ("tokens_per_second/response", f"Response tokens {_RATE}."),
     PADDED_RATE: ("tokens_per_second/padded", f"Tokens with padding {_RATE}."),
@@ -65,6 +75,8 @@ SCALARS = {
     SKIPPED: ("steps/skipped", "Steps skipped so far."),
 }
 LOSSES = ("ntp", "mixup", "auxiliary")  # the keys that are summed
+# summed over the steps of a window; all ranks have the same
+WINDOW = ("steps", "lam", "num_lam", "num_ntp_tokens", "num_mixup_tokens", *Balance._fields)
 
 
 class RunLog:
@@ -96,6 +108,7 @@ class RunLog:
         self._file: Any = None
         self._writer: Any = None
         self._bar: Any = None
+        self._balance = Balance(0.0, 0.0, 0.0)  # of the whole stage
         self._clear()
 
     def progress(self) -> tuple[dict[str, float], dict[str, NDArray[np.float64]]]:
@@ -107,10 +120,9 @@ class RunLog:
             **{f"total_{kind}": count for kind, count in self.meter.tokens.items()},
             **{f"{activity}_seconds": seconds for activity, seconds in self.meter.seconds.items()},
             "window_seconds": self.meter.window_seconds,
-            "window_steps": self._window_steps,
             "num_skipped": self.num_skipped,
-            "lam": self._lam,
-            "num_lam": self._num_lam,
+            **{f"window_{name}": value for name, value in self._window.items()},
+            **{f"balance_{name}": value for name, value in self._balance._asdict().items()},
         }
         return {**own, **shared}, {}
 
@@ -132,8 +144,9 @@ class RunLog:
         for activity in ACTIVITIES:
             # in addition to the time of this attempt so far
             self.meter.seconds[activity] += mine[f"{activity}_seconds"]
-        self.num_skipped, self._window_steps = int(mine["num_skipped"]), int(mine["window_steps"])
-        self._lam, self._num_lam = mine["lam"], int(mine["num_lam"])
+        self.num_skipped = int(mine["num_skipped"])
+        self._window = {name: mine[f"window_{name}"] for name in WINDOW}
+        self._balance = Balance(*(mine[f"balance_{name}"] for name in Balance._fields))
         if self.ranks.is_main and self._metrics.is_file():
             lines = [line for line in read_metrics(self._metrics) if line["step"] <= step]
             write_text(self._metrics, "".join(json.dumps(line) + "\n" for line in lines))
@@ -170,6 +183,7 @@ class RunLog:
         step: int,
         *,
         counts: StepCounts,
+        balance: Balance,
         lam: NDArray[np.float64],
         learning_rate: float,
         grad_norm: float | torch.Tensor,
@@ -177,8 +191,10 @@ class RunLog:
         epoch: int,
     ) -> None:
         """Ends an optimiser step; writes a line every `every_steps` steps and at the last one."""
-        self._lam, self._num_lam = self._lam + float(lam.sum()), self._num_lam + len(lam)
-        self._window_steps += 1
+        self._balance = self._balance.plus(balance)
+        added = {"steps": 1, "lam": float(lam.sum()), "num_lam": len(lam)}
+        for name, value in {**added, **vars(counts), **balance._asdict()}.items():
+            self._window[name] += value
         self.num_skipped += is_skipped
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
@@ -192,18 +208,23 @@ class RunLog:
         seconds, rates = self.meter.end_window(
             dict(zip(TOKEN_KINDS, sums[len(LOSSES) :], strict=True))
         )
-        line: dict[str, float] = {"step": step, "epoch": epoch, NTP: ntp / self._window_steps}
+        window = self._window
+        line: dict[str, float] = {"step": step, "epoch": epoch, NTP: ntp / window["steps"]}
         if self.has_mixup:
-            line[MIXUP] = mixup / self._window_steps
-            line[LAM] = self._lam / self._num_lam if self._num_lam else float("nan")
+            line[MIXUP] = mixup / window["steps"]
+            line[LAM] = window["lam"] / window["num_lam"] if window["num_lam"] else float("nan")
+            line[COVERAGE] = 2 * window["num_mixup_tokens"] / max(1, window["num_ntp_tokens"])
         if self.has_router:
-            line[AUXILIARY] = auxiliary / self._window_steps
+            line[AUXILIARY] = auxiliary / window["steps"]
+        of_window = Balance(*(window[name] for name in Balance._fields))
         line |= {
             GRAD_NORM: float(grad_norm),
             LEARNING_RATE: learning_rate,
             REAL_RATE: rates["real"],
             RESPONSE_RATE: rates["response"],
             PADDED_RATE: rates["padded"],
+            USEFUL: of_window.useful_share(self.ranks.world_size),
+            IMBALANCE: of_window.imbalance(self.ranks.world_size),
             TRAINING_TIME: seconds,
             SKIPPED: self.num_skipped,
         }
@@ -234,6 +255,7 @@ class RunLog:
         return {
             "num_steps": self.num_steps,
             "num_skipped_steps": self.num_skipped,
+            "useful_share": self._balance.useful_share(self.ranks.world_size),
             **self.meter.facts(),
         }
 
@@ -284,8 +306,7 @@ class RunLog:
 
     def _clear(self) -> None:
         self._losses = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
-        self._lam, self._num_lam = 0.0, 0
-        self._window_steps = 0
+        self._window = dict.fromkeys(WINDOW, 0.0)
 
 
 _other_hook = threading.excepthook

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sftmix.batches.balance import balance_of
 from sftmix.batches.collate import collate
 from sftmix.batches.cut import count_step, cut_step
 from sftmix.batches.examples import TokenisedExamples
@@ -55,7 +56,7 @@ def train(run: TrainingRun) -> None:
     was asked to stop.
     """
     engine, plan, settings, log, online = run.engine, run.plan, run.settings, run.log, run.online
-    steps = plan.steps()
+    steps, square_share = plan.steps(), engine.square_share
     parts: dict[str, Resumable] = {"log": log} | ({"online": online} if online is not None else {})
     done = run.checkpoints.resume(engine, parts)
     log.start(num_steps=len(steps), after=done)
@@ -66,15 +67,16 @@ def train(run: TrainingRun) -> None:
         # Counts come from the plan, before any forward, so that every rank divides by the same
         # global number.
         counts = count_step(drawn, units, run.examples.num_response_tokens)
-        pieces = cut_step(
+        cut = cut_step(
             drawn,
             units,
             run.examples.num_tokens,
             micro_batch_tokens=settings.micro_batch_tokens,
             num_ranks=engine.ranks.world_size,
             packs=engine.packs,
-            square_share=engine.square_share,
-        )[engine.ranks.rank]
+            square_share=square_share,
+        )
+        pieces = cut[engine.ranks.rank]
 
         faults.point("train.step")
         engine.start_step(seed=run.seed, step=step)
@@ -100,6 +102,13 @@ def train(run: TrainingRun) -> None:
         log.end_step(
             step,
             counts=counts,
+            balance=balance_of(
+                drawn,
+                cut,
+                run.examples.num_tokens,
+                packs=engine.packs,
+                square_share=square_share,
+            ),
             lam=drawn.lam[drawn.units[:, 1] >= 0],
             learning_rate=learning_rate,
             grad_norm=grad_norm,

@@ -9,6 +9,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sftmix.batches.balance import Balance
+from sftmix.batches.cut import StepCounts
 from sftmix.config.schema import CheckpointConfig, TrainConfig
 from sftmix.engine.ranks import Ranks
 from sftmix.errors import ArtifactError
@@ -282,7 +284,8 @@ def test_what_follows_the_last_step_is_no_training(tmp_path):
         clock.now += 1.0
         log.end_step(
             step,
-            counts=None,
+            counts=StepCounts(4, 0),
+            balance=Balance(8.0, 8.0, 8.0),
             lam=np.zeros(0),
             learning_rate=0.1,
             grad_norm=1.0,
@@ -397,7 +400,8 @@ def test_curves_of_all_runs_have_the_same_tags_and_units_in_their_description(tm
                 log.meter.window_tokens["real"] = 10.0 * step
                 log.end_step(
                     step,
-                    counts=None,
+                    counts=StepCounts(8, 3),
+                    balance=Balance(30.0, 40.0, 50.0),
                     lam=np.array([0.5]),
                     learning_rate=0.125,
                     grad_norm=2.0,
@@ -411,6 +415,10 @@ def test_curves_of_all_runs_have_the_same_tags_and_units_in_their_description(tm
             for tag in events.Tags()["scalars"]
         }
         assert [value for _, value in curves[stage]["tokens_per_second/real"]] == [5.0, 10.0, 15.0]
+        assert [value for _, value in curves[stage]["ranks/useful"]] == [pytest.approx(0.6)] * 3
+        assert [value for _, value in curves[stage]["ranks/slowest"]] == [1.25] * 3
+        if has_mixup:
+            assert [value for _, value in curves[stage]["mixup/coverage"]] == [0.75] * 3
         described = {tag: events.SummaryMetadata(tag).summary_description for tag in curves[stage]}
         assert (
             "nats per response token" in described["loss/ntp"]

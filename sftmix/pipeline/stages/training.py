@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from sftmix.batches.balance import expected_useful_share
 from sftmix.batches.examples import TokenisedExamples
 from sftmix.confidence.online import OnlineScores
 from sftmix.config.schema import ModelConfig, TrainConfig
@@ -24,6 +25,7 @@ from sftmix.train.meter import describe_time
 from sftmix.train.plan import TrainingPlan
 from sftmix.train.skipped_steps import SkippedSteps
 
+ENOUGH = 0.8  # useful share of the ranks' time, below which a larger batch is named
 FP16_SKIPPED_STEPS = 20  # with fp16 the loss scale is found by overflows
 
 
@@ -89,6 +91,8 @@ def train_model(
         ),
         online=online,
     )
+    if ranks.is_main and ranks.world_size > 1:
+        _say_idle(run)
     context.stop.listen()
     try:
         train(run)
@@ -110,6 +114,38 @@ def train_model(
     if ranks.is_main:
         print(f"  {describe_time(facts)}", flush=True)
     return facts
+
+
+def _say_idle(run: TrainingRun) -> None:
+    """Says that the batch is too small for the ranks, and which one would do."""
+    num_ranks, batch_size = run.engine.ranks.world_size, run.settings.batch_size
+
+    def share(size: int) -> float:
+        return expected_useful_share(
+            run.plan.matching,
+            run.examples.num_tokens,
+            batch_size=size,
+            micro_batch_tokens=run.settings.micro_batch_tokens,
+            num_ranks=num_ranks,
+            packs=run.engine.packs,
+            square_share=run.engine.square_share,
+        )
+
+    now = share(batch_size)
+    if not now < ENOUGH:
+        return
+    sizes = [batch_size * 2**n for n in range(1, 7)]
+    larger = next((size for size in sizes if share(size) >= ENOUGH), None)
+    hint = (
+        f"train.batch_size={larger} would give {share(larger):.0%}"
+        if larger is not None
+        else "no batch up to 64 times as large would do"
+    )
+    print(
+        f"  train.batch_size={batch_size} keeps {num_ranks} ranks busy {now:.0%} of the time: they"
+        f" wait for the slowest. {hint}; other learning rates may suit it. Or use fewer ranks.",
+        flush=True,
+    )
 
 
 def _link(source: str, target: str) -> None:
