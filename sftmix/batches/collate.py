@@ -65,6 +65,11 @@ class MicroBatch:
             moved["documents"] = self.documents.to(device)
         return replace(self, **moved)
 
+    def pinned(self) -> MicroBatch:
+        """Returns the same micro-batch in page-locked memory."""
+        names = ("input_ids", "attention_mask", "rows", "labels", "owner", "pairs", "lam")
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+
     def packed(self) -> MicroBatch:
         """Returns the same examples one after another in one row, without padding."""
         documents, tokens, place = pack(self.attention_mask)

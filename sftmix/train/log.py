@@ -46,6 +46,8 @@ REAL_RATE = "tokens/real (tokens/s)"
 RESPONSE_RATE = "tokens/response (tokens/s)"
 PADDED_RATE = "tokens/padded (tokens/s)"
 TRAINING_TIME = "time/training (s)"
+WAITING_TIME = "time/waiting for batches (s)"
+COLLECTOR_TIME = "time/garbage collection (s)"
 SKIPPED = "steps/skipped (steps)"
 
 # TensorBoard: key of a line -> tag and description. Every run has the same tags, so that curves of
@@ -72,9 +74,18 @@ SCALARS = {
         "seconds/training",
         "Seconds of training since the last point, without checkpoints.",
     ),
+    WAITING_TIME: (
+        "seconds/waiting_for_batches",
+        "Seconds of training in which a rank waited for its batches, since the last point; mean.",
+    ),
+    COLLECTOR_TIME: (
+        "seconds/garbage_collection",
+        "Seconds of Python's garbage collector since the last point; mean over the ranks.",
+    ),
     SKIPPED: ("steps/skipped", "Steps skipped so far."),
 }
 LOSSES = ("ntp", "mixup", "auxiliary")  # the keys that are summed
+PAUSES = ("waiting", "collector")  # seconds of this rank, summed over the steps of a window
 # summed over the steps of a window; all ranks have the same
 WINDOW = ("steps", "lam", "num_lam", "num_ntp_tokens", "num_mixup_tokens", *Balance._fields)
 
@@ -115,7 +126,8 @@ class RunLog:
         """Returns the running sums of this rank, to resume from: see
         `sftmix/train/resuming.py`."""
         self.meter.read()
-        own = dict(zip(LOSSES, self._losses.tolist(), strict=True)) | self.meter.window_tokens
+        own = dict(zip(LOSSES, self._losses.tolist(), strict=True))
+        own |= self.meter.window_tokens | self._pauses
         shared = {
             **{f"total_{kind}": count for kind, count in self.meter.tokens.items()},
             **{f"{activity}_seconds": seconds for activity, seconds in self.meter.seconds.items()},
@@ -131,13 +143,14 @@ class RunLog:
     ) -> None:
         """Restores the sums that all ranks saved. Removes lines of steps that will be repeated."""
         mine = numbers[min(self.ranks.rank, len(numbers) - 1)]
-        own = {name: mine[name] for name in (*LOSSES, *TOKEN_KINDS)}
+        own = {name: mine[name] for name in (*LOSSES, *TOKEN_KINDS, *PAUSES)}
         if len(numbers) != self.ranks.world_size:  # on other ranks: the first rank has all sums
             own = {name: sum(row[name] for row in numbers) * self.ranks.is_main for name in own}
         self._losses = torch.tensor(
             [own[name] for name in LOSSES], dtype=torch.float64, device=self.ranks.device
         )
         self.meter.window_tokens = {kind: own[kind] for kind in TOKEN_KINDS}
+        self._pauses = {name: own[name] for name in PAUSES}
         self.meter.window_seconds = mine["window_seconds"]
         for kind in TOKEN_KINDS:
             self.meter.tokens[kind] = mine[f"total_{kind}"]
@@ -202,12 +215,17 @@ class RunLog:
             return
         losses = self._losses.cpu()  # synchronises with the device before the clock is read
         self.meter.switch(TRAINING if step < self.num_steps else OTHER)
-        tokens = torch.tensor([self.meter.window_tokens[kind] for kind in TOKEN_KINDS]).double()
-        sums = self.ranks.sum(torch.cat([losses, tokens])).tolist()
-        ntp, mixup, auxiliary = sums[: len(LOSSES)]
-        seconds, rates = self.meter.end_window(
-            dict(zip(TOKEN_KINDS, sums[len(LOSSES) :], strict=True))
+        own = {**self.meter.window_tokens, **self._pauses}
+        of_rank = torch.tensor([own[name] for name in (*TOKEN_KINDS, *PAUSES)]).double()
+        sums = dict(
+            zip(
+                (*LOSSES, *TOKEN_KINDS, *PAUSES),
+                self.ranks.sum(torch.cat([losses, of_rank])).tolist(),
+                strict=True,
+            )
         )
+        ntp, mixup, auxiliary = (sums[name] for name in LOSSES)
+        seconds, rates = self.meter.end_window({kind: sums[kind] for kind in TOKEN_KINDS})
         window = self._window
         line: dict[str, float] = {"step": step, "epoch": epoch, NTP: ntp / window["steps"]}
         if self.has_mixup:
@@ -226,10 +244,23 @@ class RunLog:
             USEFUL: of_window.useful_share(self.ranks.world_size),
             IMBALANCE: of_window.imbalance(self.ranks.world_size),
             TRAINING_TIME: seconds,
+            WAITING_TIME: sums["waiting"] / self.ranks.world_size,
+            COLLECTOR_TIME: sums["collector"] / self.ranks.world_size,
             SKIPPED: self.num_skipped,
         }
         self._write(step, line)
         self._clear()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the seconds inside as waiting for batches, which is part of training."""
+        started = self.meter.clock()
+        yield
+        self._pauses["waiting"] += self.meter.clock() - started
+
+    def add_collection(self, seconds: float) -> None:
+        """Counts seconds of Python's garbage collector."""
+        self._pauses["collector"] += seconds
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -307,6 +338,7 @@ class RunLog:
     def _clear(self) -> None:
         self._losses = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
         self._window = dict.fromkeys(WINDOW, 0.0)
+        self._pauses = dict.fromkeys(PAUSES, 0.0)
 
 
 _other_hook = threading.excepthook

@@ -23,7 +23,7 @@ class Meter:
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
-        self._clock, self._read_at, self._activity = clock, clock(), OTHER
+        self.clock, self._read_at, self._activity = clock, clock(), OTHER
         self.seconds = dict.fromkeys(ACTIVITIES, 0.0)
         self.tokens = dict.fromkeys(TOKEN_KINDS, 0.0)
         self.window_seconds = 0.0
@@ -31,7 +31,7 @@ class Meter:
 
     def read(self) -> None:
         """Adds the seconds since the last reading to the current activity."""
-        now = self._clock()
+        now = self.clock()
         self.seconds[self._activity] += now - self._read_at
         if self._activity == TRAINING:
             self.window_seconds += now - self._read_at

@@ -80,7 +80,7 @@ class Log(RunLog):
 
     def __setattr__(self, name, value):
         if name == "_losses" and isinstance(value, torch.Tensor):
-            value = LossesOnDevice(self.meter._clock, value)
+            value = LossesOnDevice(self.meter.clock, value)
         super().__setattr__(name, value)
 
 
