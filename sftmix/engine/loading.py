@@ -22,6 +22,7 @@ from torch import nn
 
 from sftmix.config.schema import ModelConfig
 from sftmix.data.tokenizer import NOT_LOADED, why_not_loaded
+from sftmix.engine.deepspeed_internals import whole_shape
 from sftmix.errors import ConfigError, counted, did_you_mean, first_line
 from sftmix.storage.files import looks_local
 
@@ -391,6 +392,8 @@ def build_model(
             config, dtype=dtype, trust_remote_code=model.trust_remote_code, **options
         )
     shell.tie_weights()  # no_init_weights does not do it
+    for module in owners_of_experts(shell):
+        deepspeed.utils.set_z3_leaf_module(module, True)
     source = (
         load_source(model, config, dtype=dtype, seed=seed)
         if torch.distributed.get_rank() == 0
@@ -398,6 +401,33 @@ def build_model(
     )
     copy_weights(source, shell, buffer_dtypes(model, config, dtype=dtype))
     return shell
+
+
+def owners_of_experts(model: nn.Module) -> list[nn.Module]:
+    """Returns the modules of a mixture of experts whose experts are modules of their own.
+
+    Such a module calls only the experts that a token has chosen. ZeRO-3 gathers weights module by
+    module, on all ranks together, so a rank that skips an expert would leave the others waiting.
+    Its weights must be gathered with those of its owner (a leaf module of ZeRO-3). DeepSpeed knows
+    three families by name; here they are found by structure: a list of modules with parameters of
+    equal shapes, inside a module of another list (the layers). transformers 5 packs experts into
+    single parameters, which need nothing.
+    """
+
+    def shapes(module: nn.Module) -> list[tuple[int, ...]]:
+        return [tuple(whole_shape(parameter)) for parameter in module.parameters()]
+
+    found = []
+    for layers in model.modules():
+        if not isinstance(layers, nn.ModuleList):
+            continue
+        for owner in layers.modules():
+            for child in owner.children() if owner is not layers else ():
+                kinds = [shapes(module) for module in child.children()]
+                is_list = isinstance(child, nn.ModuleList) and len(kinds) > 1
+                if is_list and kinds[0] and all(kind == kinds[0] for kind in kinds):
+                    found.append(owner)
+    return found
 
 
 def copy_weights(

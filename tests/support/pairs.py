@@ -43,7 +43,6 @@ def micro_batch(numbers, *, mixes_inputs=False):
 def results_of(worker: Path, folder: Path, numbers_of_ranks: tuple[int, ...] = (1, 2)) -> dict:
     """Runs a worker on each number of ranks, on a folder with `tokenizer/` and the models `tied/`
     and `untied/`; returns what they wrote."""
-    character_tokenizer(chat_template=ALPACA).save_pretrained(folder / "tokenizer")
     for name in ("tied", "untied"):
         torch.manual_seed(1)
         config = AutoConfig.for_model(
@@ -57,8 +56,18 @@ def results_of(worker: Path, folder: Path, numbers_of_ranks: tuple[int, ...] = (
             tie_word_embeddings=name == "tied",
         )
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+    found: dict = {}
+    for result in results_of_each(worker, folder, numbers_of_ranks).values():
+        found |= result
+    return found
+
+
+def results_of_each(worker: Path, folder: Path, numbers_of_ranks: tuple[int, ...] = (1, 2)) -> dict:
+    """Runs a worker on each number of ranks, on a folder with `tokenizer/`; returns what each of
+    them wrote, by that number."""
+    character_tokenizer(chat_template=ALPACA).save_pretrained(folder / "tokenizer")
     found = {}
     for num_ranks in numbers_of_ranks:
         run_ranks(worker, num_ranks, str(folder), str(folder / f"{num_ranks}.json"))
-        found |= json.loads((folder / f"{num_ranks}.json").read_text())
+        found[num_ranks] = json.loads((folder / f"{num_ranks}.json").read_text())
     return found
