@@ -7,8 +7,9 @@ off and multiplies by the number of ranks.
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ from sftmix.engine.precision import (
 )
 from sftmix.engine.ranks import Ranks
 from sftmix.liveness.progress import Progress
+from sftmix.loss.flops import flops_of
 from sftmix.loss.head import CausalLMWithLoss
 from sftmix.loss.logit_transform import find_logit_transform
 from sftmix.loss.objective import Objective, loss_request
@@ -56,13 +58,16 @@ if TYPE_CHECKING:
 
     from sftmix.engine.state import StateFiles
 
+Timer = Callable[[str], contextlib.AbstractContextManager[None]]
 _said: set[str] = set()  # in this process: many engines may be made of one model
 
 
 class Engine:
     """A model in training (`train` given) or for scoring only. Every method is collective, except
     `score` if the model is not sharded. `is_sharded`: for scoring only, whether ZeRO-3 shards the
-    model; default: as `engine.zero_stage` says. progress: told of every step and micro-batch."""
+    model; default: as `engine.zero_stage` says. progress: told of every step and micro-batch.
+    timer: `timer(part)` is entered around "forward", "head" (a part of it), "backward" and
+    "optimiser"."""
 
     def __init__(
         self,
@@ -74,10 +79,12 @@ class Engine:
         train: TrainConfig | None = None,
         is_sharded: bool | None = None,
         progress: Progress | None = None,
+        timer: Timer | None = None,
     ):
         deepspeed = import_deepspeed()
         self.ranks = ranks
         self._progress = progress or Progress()
+        self._timer: Timer = timer or (lambda part: contextlib.nullcontext())
         self.backend = (
             None if config.engine.kernel_backend == "auto" else config.engine.kernel_backend
         )
@@ -118,6 +125,14 @@ class Engine:
         own_attention = use_packed_attention(module) if config.engine.packing == "auto" else None
         self.packs = own_attention is not None
         self.module = CausalLMWithLoss(module)
+        if timer is not None:
+            self.module.projection.timer = timer
+        self.flops = flops_of(
+            self.module,
+            {id(p): tuple(whole_shape(p)) for p in self.module.parameters()},
+            is_frozen=self.has_adapters,
+            recomputes=train is not None and config.engine.activation_checkpointing,
+        )
         optimizer = self._optimizer(train, settings) if train else None
         exact_buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(
@@ -212,10 +227,12 @@ class Engine:
         batch = self._on_device(batch)
         self._deepspeed.set_gradient_accumulation_boundary(is_last)
         request = loss_request(objective, batch, counts, backend=self.backend)
-        result: LossResult = self._deepspeed(
-            batch.input_ids, batch.attention_mask, request, batch.documents
-        )
-        self._deepspeed.backward(result.loss * self.ranks.world_size, scale_wrt_gas=False)
+        with self._timer("forward"):
+            result: LossResult = self._deepspeed(
+                batch.input_ids, batch.attention_mask, request, batch.documents
+            )
+        with self._timer("backward"):
+            self._deepspeed.backward(result.loss * self.ranks.world_size, scale_wrt_gas=False)
         return result.detached()
 
     def _on_device(self, batch: MicroBatch) -> MicroBatch:
@@ -227,6 +244,10 @@ class Engine:
     def step(self, *, learning_rate: float) -> float | Tensor:
         """Clips, updates and clears the gradients. Returns the global gradient norm before clipping
         (possibly a tensor on the device, which synchronises when read)."""
+        with self._timer("optimiser"):
+            return self._step(learning_rate)
+
+    def _step(self, learning_rate: float) -> float | Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = None
@@ -266,22 +287,6 @@ class Engine:
     def num_parameters(self) -> int:
         """Parameters of the whole model, adapters included; tied ones count once."""
         return sum(whole_shape(p).numel() for p in self.module.parameters())
-
-    @property
-    def square_share(self) -> float:
-        """What attention within a document of n tokens costs, over n^2 and in tokens: its products
-        are 2 L H E n^2 FLOPs where the rest of the transformer has 2 N n, for L layers, H heads of
-        size E and N parameters."""
-        config = self.hf_config.get_text_config()
-        embeddings = {id(self.module.projection.weight)}
-        inputs = self.module.model.get_input_embeddings()
-        embeddings |= {id(parameter) for parameter in inputs.parameters()}
-        others = sum(
-            whole_shape(p).numel() for p in self.module.parameters() if id(p) not in embeddings
-        )
-        heads = getattr(config, "num_attention_heads", 0)
-        size = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
-        return float(config.num_hidden_layers * heads * size / max(1, others))
 
     @property
     def num_trained_parameters(self) -> int:

@@ -16,6 +16,7 @@ Axes: B examples, S positions, T requested rows, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,8 +55,15 @@ class HeadProjection(nn.Module):
         self.weight = head.weight
         self.bias = getattr(head, "bias", None)
         self.transform = LogitTransform()
+        self.timer: Callable[[str], contextlib.AbstractContextManager[None]] = lambda part: (
+            contextlib.nullcontext()
+        )
 
     def forward(self, hidden: Tensor, request: Request | None) -> Tensor | HeadResult:
+        with self.timer("head"):
+            return self._compute(hidden, request)
+
+    def _compute(self, hidden: Tensor, request: Request | None) -> Tensor | HeadResult:
         weight, bias, transform = self.weight, self.bias, self.transform
         if request is None:
             return nn.functional.linear(hidden, weight, bias)

@@ -9,6 +9,7 @@ loss) and padded (what the transformer computed).
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import sys
 import threading
@@ -28,9 +29,19 @@ from sftmix.engine.ranks import Ranks
 from sftmix.liveness.progress import progress_bar
 from sftmix.storage.failures import accessing, describe
 from sftmix.storage.files import write_text
-from sftmix.train.meter import ACTIVITIES, CHECKPOINT, OTHER, TOKEN_KINDS, TRAINING, Meter
+from sftmix.train.meter import (
+    ACTIVITIES,
+    CHECKPOINT,
+    OTHER,
+    PARTS,
+    TOKEN_KINDS,
+    TRAINING,
+    Meter,
+    PartTimer,
+)
 
 if TYPE_CHECKING:
+    from sftmix.loss.flops import ModelFlops
     from sftmix.loss.requests import LossResult
 
 NTP = "loss/ntp (nats/token)"
@@ -45,6 +56,15 @@ IMBALANCE = "ranks/slowest (ratio)"
 REAL_RATE = "tokens/real (tokens/s)"
 RESPONSE_RATE = "tokens/response (tokens/s)"
 PADDED_RATE = "tokens/padded (tokens/s)"
+RATE_PER_RANK = "tokens/real per rank (tokens/s)"
+MODEL_FLOPS = "flops/model per rank (TFLOP/s)"
+HARDWARE_FLOPS = "flops/hardware per rank (TFLOP/s)"
+MFU = "flops/mfu (share)"
+HFU = "flops/hfu (share)"
+PEAK_MEMORY = "memory/peak (GiB)"
+RESERVED_MEMORY = "memory/reserved (GiB)"
+RETRIES = "memory/allocator retries (count)"
+PART_TIMES = {part: f"time/{part} (s)" for part in PARTS}
 TRAINING_TIME = "time/training (s)"
 WAITING_TIME = "time/waiting for batches (s)"
 COLLECTOR_TIME = "time/garbage collection (s)"
@@ -70,6 +90,22 @@ SCALARS = {
     REAL_RATE: ("tokens_per_second/real", f"Tokens without padding {_RATE}."),
     RESPONSE_RATE: ("tokens_per_second/response", f"Response tokens {_RATE}."),
     PADDED_RATE: ("tokens_per_second/padded", f"Tokens with padding {_RATE}."),
+    RATE_PER_RANK: ("tokens_per_second/real_per_rank", f"Tokens without padding {_RATE}, of one."),
+    MODEL_FLOPS: (
+        "flops/model",
+        "TFLOP/s of a rank for real tokens, without recomputation (docs/packing.md), since the last"
+        " point.",
+    ),
+    HARDWARE_FLOPS: ("flops/hardware", "The same with padding and recomputation."),
+    MFU: ("flops/mfu", "Model FLOP/s over the device's dense peak in half precision."),
+    HFU: ("flops/hfu", "Hardware FLOP/s over the same peak."),
+    PEAK_MEMORY: ("memory/peak", "Largest memory of any rank so far, in GiB: of its GPU, or host."),
+    RESERVED_MEMORY: ("memory/reserved", "Memory that torch holds on a GPU, in GiB; largest rank."),
+    RETRIES: ("memory/retries", "Times that torch freed its cache to find memory; all ranks."),
+    **{
+        key: (f"seconds/{part}", f"Seconds of the {part}, since the last point; mean of the ranks.")
+        for part, key in PART_TIMES.items()
+    },
     TRAINING_TIME: (
         "seconds/training",
         "Seconds of training since the last point, without checkpoints.",
@@ -94,8 +130,9 @@ class RunLog:
     """Collects the metrics of one training stage. `metrics` is the JSONL file; only rank 0 writes
     or prints.
 
-    meter: started with the stage. Windowed values are means over the steps since the last line. All
-    ranks must call every method.
+    meter: started with the stage. parts: times the parts of steps. flops: of the model. peak_flops:
+    of the device, in FLOP/s; None if unknown. Windowed values are means over the steps since the
+    last line. All ranks must call every method.
     """
 
     def __init__(
@@ -109,10 +146,14 @@ class RunLog:
         has_mixup: bool,
         has_router: bool,
         meter: Meter | None = None,
+        parts: PartTimer | None = None,
+        flops: ModelFlops | None = None,
+        peak_flops: float | None = None,
     ):
         self.stage, self.ranks, self.every_steps = stage, ranks, every_steps
         self.has_mixup, self.has_router = has_mixup, has_router
         self.meter = meter or Meter()
+        self._parts, self._flops, self._peak_flops = parts, flops, peak_flops
         self.num_skipped = 0
         self.num_steps = 0
         self._metrics, self._tensorboard = metrics, tensorboard
@@ -216,10 +257,11 @@ class RunLog:
         losses = self._losses.cpu()  # synchronises with the device before the clock is read
         self.meter.switch(TRAINING if step < self.num_steps else OTHER)
         own = {**self.meter.window_tokens, **self._pauses}
-        of_rank = torch.tensor([own[name] for name in (*TOKEN_KINDS, *PAUSES)]).double()
+        own |= self._parts.take() if self._parts is not None else {}
+        of_rank = torch.tensor(list(own.values())).double()
         sums = dict(
             zip(
-                (*LOSSES, *TOKEN_KINDS, *PAUSES),
+                (*LOSSES, *own),
                 self.ranks.sum(torch.cat([losses, of_rank])).tolist(),
                 strict=True,
             )
@@ -244,12 +286,32 @@ class RunLog:
             USEFUL: of_window.useful_share(self.ranks.world_size),
             IMBALANCE: of_window.imbalance(self.ranks.world_size),
             TRAINING_TIME: seconds,
+            RATE_PER_RANK: rates["real"] / self.ranks.world_size,
+            **self._speed(of_window, window["num_ntp_tokens"], seconds),
+            **memory_of(self.ranks),
+            **{
+                key: sums[part] / self.ranks.world_size
+                for part, key in PART_TIMES.items()
+                if part in sums
+            },
             WAITING_TIME: sums["waiting"] / self.ranks.world_size,
             COLLECTOR_TIME: sums["collector"] / self.ranks.world_size,
             SKIPPED: self.num_skipped,
         }
         self._write(step, line)
         self._clear()
+
+    def _speed(self, costs: Balance, num_responses: float, seconds: float) -> dict[str, float]:
+        """Returns FLOP/s of one rank, and their shares of the device's peak where it is known."""
+        if self._flops is None or not seconds:
+            return {}
+        rank_seconds = seconds * self.ranks.world_size
+        model = self._flops.of_model(costs.real, num_responses) / rank_seconds
+        hardware = self._flops.of_hardware(costs.computed, num_responses) / rank_seconds
+        line = {MODEL_FLOPS: model / 1e12, HARDWARE_FLOPS: hardware / 1e12}
+        if self._peak_flops is not None:
+            line |= {MFU: model / self._peak_flops, HFU: hardware / self._peak_flops}
+        return line
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -283,7 +345,17 @@ class RunLog:
 
     def facts(self) -> dict[str, float]:
         """Returns the facts of the whole stage, for the report."""
+        speed = self._speed(
+            self._balance, self.meter.tokens["response"], self.meter.seconds[TRAINING]
+        )
+        names = {
+            MODEL_FLOPS: "model_tflops_per_second_per_rank",
+            HARDWARE_FLOPS: "hardware_tflops_per_second_per_rank",
+            MFU: "mfu",
+            HFU: "hfu",
+        }
         return {
+            **{names[key]: value for key, value in speed.items()},
             "num_steps": self.num_steps,
             "num_skipped_steps": self.num_skipped,
             "useful_share": self._balance.useful_share(self.ranks.world_size),
@@ -339,6 +411,28 @@ class RunLog:
         self._losses = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
         self._window = dict.fromkeys(WINDOW, 0.0)
         self._pauses = dict.fromkeys(PAUSES, 0.0)
+
+
+def memory_of(ranks: Ranks) -> dict[str, float]:
+    """Returns the peak of the rank with the most memory, and on GPUs what torch holds and how often
+    it freed its cache to find memory. Collective: all ranks must call it."""
+    if ranks.device.type != "cuda":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+        peaks = ranks.gather_rows(torch.tensor([[peak]], dtype=torch.float64))
+        return {PEAK_MEMORY: float(peaks.max())}
+    stats = torch.cuda.memory_stats(ranks.device)
+    row = [
+        torch.cuda.max_memory_allocated(ranks.device) / 2**30,
+        torch.cuda.memory_reserved(ranks.device) / 2**30,
+        float(stats.get("num_alloc_retries", 0)),
+    ]
+    rows = ranks.gather_rows(torch.tensor([row], dtype=torch.float64))
+    largest = rows.max(0).values.tolist()
+    return {
+        PEAK_MEMORY: largest[0],
+        RESERVED_MEMORY: largest[1],
+        RETRIES: float(rows[:, 2].sum()),
+    }
 
 
 _other_hook = threading.excepthook

@@ -64,7 +64,7 @@ def train(run: TrainingRun) -> None:
         num_ranks=engine.ranks.world_size,
         rank=engine.ranks.rank,
         packs=engine.packs,
-        square_share=engine.square_share,
+        square_share=engine.flops.square_share,
         pad_id=run.pad_id,
         mixes_inputs=run.objective.mixes_inputs,
         pins=engine.ranks.device.type == "cuda",

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
+
 TOKEN_KINDS = ("real", "response", "padded")
 TRAINING, CHECKPOINT, OTHER = ACTIVITIES = ("training", "checkpoint", "other")
 
@@ -72,6 +74,41 @@ class Meter:
             for kind, rate in rates_of(self.tokens, self.seconds[TRAINING]).items()
         }
         return {**named, "waited_seconds": sum(self.seconds.values()), **rates}
+
+
+PARTS = ("forward", "head", "backward", "optimiser")  # the head is a part of the forward
+
+
+class PartTimer:
+    """Seconds of the parts of steps, since they were last taken. On a GPU they are measured on the
+    device, without waiting for it."""
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
+        self._is_gpu, self._clock = device.type == "cuda", clock
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def during(self, part: str) -> Iterator[None]:
+        """Counts the time inside for a part."""
+        if not self._is_gpu:
+            started = self._clock()
+            yield
+            self._seconds[part] += self._clock() - started
+            return
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        yield
+        last.record()
+        self._events.append((part, first, last))
+
+    def take(self) -> dict[str, float]:
+        """Returns the seconds of each part, and begins again. A GPU must have finished."""
+        for part, first, last in self._events:
+            self._seconds[part] += first.elapsed_time(last) / 1000
+        taken, self._seconds = self._seconds, dict.fromkeys(PARTS, 0.0)
+        self._events = []
+        return taken
 
 
 NAMES = {TRAINING: "training", CHECKPOINT: "checkpoints and exports", OTHER: "start and end"}

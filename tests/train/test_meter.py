@@ -163,7 +163,7 @@ class Stage:
         checkpoints.resume, checkpoints._save = resume, save
         engine = SimpleNamespace(
             packs=False,
-            square_share=0.0,
+            flops=SimpleNamespace(square_share=0.0),
             ranks=ranks,
             start_step=lambda **_: None,
             forward_backward=forward_backward,
@@ -433,6 +433,8 @@ def test_curves_of_all_runs_have_the_same_tags_and_units_in_their_description(tm
             and NTP in keys
             and (MIXUP in keys) == ("loss/mixup" in described) == has_mixup
         )
+    for curve in curves.values():
+        assert [step for step, value in curve.pop("memory/peak") if value > 0] == [1, 2, 3]
     assert curves["baseline"] == curves["sftmix"] and all(
         [step for step, _ in curve] == [1, 2, 3] for curve in curves["sftmix"].values()
     )

@@ -15,13 +15,15 @@ from sftmix.batches.examples import TokenisedExamples
 from sftmix.confidence.online import OnlineScores
 from sftmix.config.schema import ModelConfig, TrainConfig
 from sftmix.engine.engine import Engine
+from sftmix.engine.precision import DTYPES
 from sftmix.engine.process_group import use_threads
+from sftmix.loss.flops import peak_flops
 from sftmix.loss.objective import Objective
 from sftmix.pipeline.context import Facts, StageContext
 from sftmix.train.checkpointing import TrainingCheckpoints
 from sftmix.train.log import RunLog
 from sftmix.train.loop import TrainingRun, train
-from sftmix.train.meter import describe_time
+from sftmix.train.meter import PartTimer, describe_time
 from sftmix.train.plan import TrainingPlan
 from sftmix.train.skipped_steps import SkippedSteps
 
@@ -48,7 +50,16 @@ def train_model(
     it."""
     config, ranks, kept = context.config, context.ranks, context.kept
     assert ranks is not None, "this stage runs on all ranks"
-    engine = Engine(config, model, ranks, tokenizer, train=settings, progress=context.progress)
+    parts = PartTimer(ranks.device)
+    engine = Engine(
+        config,
+        model,
+        ranks,
+        tokenizer,
+        train=settings,
+        progress=context.progress,
+        timer=parts.during,
+    )
     check = context.lock.check if context.lock is not None else None
     checkpoints = TrainingCheckpoints(
         ranks,
@@ -73,6 +84,9 @@ def train_model(
         has_mixup=objective.mixup_weight > 0,
         has_router=engine.module.has_router,
         meter=context.meter,
+        parts=parts,
+        flops=engine.flops,
+        peak_flops=peak_flops(ranks.device, DTYPES[engine.precision]),
     )
     run = TrainingRun(
         engine=engine,
@@ -128,7 +142,7 @@ def _say_idle(run: TrainingRun) -> None:
             micro_batch_tokens=run.settings.micro_batch_tokens,
             num_ranks=num_ranks,
             packs=run.engine.packs,
-            square_share=run.engine.square_share,
+            square_share=run.engine.flops.square_share,
         )
 
     now = share(batch_size)
