@@ -10,8 +10,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
+
+
+def _off(value: Any) -> Any:
+    """YAML reads `off` as False."""
+    return "off" if value is False else value
 
 
 def _no_bool(value: Any) -> Any:
@@ -435,7 +448,7 @@ class EngineConfig(Section):
     deepspeed: Path | None = Field(
         None, description="A DeepSpeed JSON file to build on; must not contradict this file."
     )
-    packing: Literal["auto", "off"] = Field(
+    packing: Annotated[Literal["auto", "off"], BeforeValidator(_off)] = Field(
         "auto",
         description=(
             "auto: examples follow one another without padding, where the model computes the same"
@@ -456,6 +469,20 @@ class EvaluationConfig(Section):
 class LogConfig(Section):
     every_steps: Int = Field(10, ge=1, description="Steps between two lines of metrics.")
     tensorboard: bool = Field(True, description="Also write TensorBoard event files.")
+    profile_steps: tuple[Int, Int] | None = Field(
+        None,
+        description=(
+            "First and last training step of a trace by torch's profiler, one file per rank in"
+            " logs/traces, for https://ui.perfetto.dev. Each training stage writes its own."
+        ),
+    )
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _in_order(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and not 1 <= steps[0] <= steps[1]:
+            raise ValueError("expected the first and the last step, counted from 1")
+        return steps
 
 
 class CheckpointConfig(Section):

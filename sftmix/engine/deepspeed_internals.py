@@ -54,7 +54,9 @@ def release_leftovers(module: torch.nn.Module) -> None:
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.utils import groups
 
-    FWD_MODULE_STACK[:] = [entered for entered in FWD_MODULE_STACK if entered is not module]
+    # Parts of it too: layers that activation checkpointing runs again are entered and never left.
+    parts = set(module.modules())
+    FWD_MODULE_STACK[:] = [entered for entered in FWD_MODULE_STACK if entered not in parts]
     # private: its name is mangled
     cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
     for wrapped in inspect.getclosurevars(cached).nonlocals.values():

@@ -17,6 +17,7 @@ from sftmix.storage import faults
 from sftmix.train.checkpointing import TrainingCheckpoints
 from sftmix.train.collector import CollectorBetweenSteps
 from sftmix.train.log import RunLog
+from sftmix.train.meter import StepTrace
 from sftmix.train.plan import TrainingPlan, learning_rate_at
 from sftmix.train.resuming import Resumable
 from sftmix.train.skipped_steps import SkippedSteps
@@ -28,8 +29,8 @@ class TrainingRun:
 
     pad_id: token of padding. checkpoint_steps, save_checkpoint: `save_checkpoint(step)` is called
     after each of these steps. log: the metrics. checkpoints: saves the state, and loads it after an
-    interruption. skipped: limits the number of steps without finite gradients. online: collects the
-    token losses of each epoch, if needed.
+    interruption. skipped: limits the number of steps without finite gradients. trace: of some
+    steps. online: collects the token losses of each epoch, if needed.
     """
 
     engine: Engine
@@ -44,6 +45,7 @@ class TrainingRun:
     log: RunLog
     checkpoints: TrainingCheckpoints
     skipped: SkippedSteps
+    trace: StepTrace
     online: OnlineScores | None = None
 
 
@@ -77,7 +79,9 @@ def train(run: TrainingRun) -> None:
         for step, (epoch, _, _) in enumerate(steps[done:], start=done + 1):
             with log.waiting():
                 made = next(batches)
+            run.trace.begin_step(step)
             _take_step(run, step, made, epoch=epoch, num_steps=len(steps))
+            run.trace.end_step(step, is_last=step == len(steps))
             if online is not None and (step == len(steps) or steps[step][0] != epoch):
                 online.end_epoch(step)
             if step in run.checkpoint_steps:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -109,6 +110,36 @@ class PartTimer:
         taken, self._seconds = self._seconds, dict.fromkeys(PARTS, 0.0)
         self._events = []
         return taken
+
+
+class StepTrace:
+    """A trace of some steps by torch's profiler, written to a file that Perfetto opens.
+
+    steps: first and last; None for no trace.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, path: Path, device: torch.device):
+        self._steps, self._path = steps, path
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self._activities = activities
+        self._profile: torch.profiler.profile | None = None
+
+    def begin_step(self, step: int) -> None:
+        """Starts the trace before its first step, or in the middle of it after a resumption."""
+        if self._profile is None and self._steps and self._steps[0] <= step <= self._steps[1]:
+            self._profile = torch.profiler.profile(activities=self._activities)
+            self._profile.start()
+
+    def end_step(self, step: int, *, is_last: bool) -> None:
+        """Writes the trace after its last step, or after the last one of the training."""
+        if self._profile is not None and self._steps and (step >= self._steps[1] or is_last):
+            self._profile.stop()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._profile.export_chrome_trace(str(self._path))
+            print(f"  trace of steps {self._steps[0]} to {step}: {self._path}", flush=True)
+            self._profile = self._steps = None
 
 
 NAMES = {TRAINING: "training", CHECKPOINT: "checkpoints and exports", OTHER: "start and end"}

@@ -49,7 +49,7 @@ LAYOUTS = {
 }
 
 
-def config_for(stage, model):
+def config_for(stage, model, **engine):
     return Config.model_validate(
         {
             "run": {"dir": str(folder / "run")},
@@ -57,7 +57,7 @@ def config_for(stage, model):
             "tokenizer": {"path": str(folder / "tokenizer")},
             "data": {"generator": {}},
             "train": {"learning_rate": 1e-2},
-            "engine": {"zero_stage": stage, "precision": "fp32"},
+            "engine": {"zero_stage": stage, "precision": "fp32", **engine},
         }
     )
 
@@ -106,6 +106,19 @@ for stage in (0, 1, 2, 3):
                 logits = engine.logits(micro_batch([0, 2]))
                 if ranks.is_main:
                     torch.save(logits, export / "logits.pt")
+            close(engine)
+
+# Padded, and with activations computed again, on the same cuts.
+for stage in (0, 3):
+    for name, options in {
+        "padded": {"packing": "off"},
+        "recomputed": {"activation_checkpointing": True},
+    }.items():
+        config = config_for(stage, "untied", **options)
+        for layout_name, layout in LAYOUTS[ranks.world_size].items():
+            engine = Engine(config, config.model, ranks, tokenizer, train=config.train)
+            assert engine.packs == (name != "padded")
+            results[f"{name} {stage} {layout_name}"] = train_steps(engine, layout, Objective(0.4))
             close(engine)
 
 # Mixing at the input embeddings: a third forward on every rank, over nothing where a rank has no

@@ -41,6 +41,16 @@ def test_every_cut_gives_the_losses_and_gradient_norms_of_one_process(
     ]
 
 
+@pytest.mark.parametrize("layout", ["1 x 4", *LAYOUTS])
+@pytest.mark.parametrize("kind", ["padded", "recomputed"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_padding_and_recomputation_change_nothing(results, stage, kind, layout):
+    _, found = results
+    assert found[f"{kind} {stage} {layout}"] == [
+        pytest.approx(step, rel=1e-5) for step in found["0 untied 1 x 4"]
+    ]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", ["tied", "untied"])
 @pytest.mark.parametrize("stage", [0, 3])

@@ -156,6 +156,19 @@ def test_metrics_have_losses_rates_and_lam(finished):
         NTP,
         MIXUP,
         "mixup/lam (mean)",
+        "mixup/coverage (share)",
+        "ranks/useful (share)",
+        "ranks/slowest (ratio)",
+        "tokens/real per rank (tokens/s)",
+        "flops/model per rank (TFLOP/s)",
+        "flops/hardware per rank (TFLOP/s)",
+        "memory/peak (GiB)",
+        "time/forward (s)",
+        "time/head (s)",
+        "time/backward (s)",
+        "time/optimiser (s)",
+        "time/waiting for batches (s)",
+        "time/garbage collection (s)",
         "grad_norm",
         "learning_rate",
         "tokens/real (tokens/s)",
@@ -169,9 +182,49 @@ def test_metrics_have_losses_rates_and_lam(finished):
         assert (
             line["tokens/response (tokens/s)"]
             < line["tokens/real (tokens/s)"]
-            <= line["tokens/padded (tokens/s)"]
+            == line["tokens/padded (tokens/s)"]  # packed
+            == line["tokens/real per rank (tokens/s)"]
         )
+        assert 0 < line["mixup/coverage (share)"] <= 1
+        assert line["ranks/useful (share)"] == line["ranks/slowest (ratio)"] == 1  # one rank
+        parts = sum(line[f"time/{part} (s)"] for part in ("forward", "backward", "optimiser"))
+        assert 0 < line["time/head (s)"] < line["time/forward (s)"] < parts
+        assert parts <= line["time/training (s)"]
+        assert 0 < line["flops/model per rank (TFLOP/s)"] < 1
     assert MIXUP not in read_metrics(folder / "baseline" / "metrics.jsonl")[0]
+
+
+def test_padded_runs_have_the_losses_and_scores_of_packed_ones(copy_of):
+    """The same steps, to rounding, and more tokens to compute."""
+    before = {
+        name: read_metrics(copy_of / name / "metrics.jsonl") for name in ("reference", "sftmix")
+    }
+    scores = pq.read_table(copy_of / "confidence" / "perplexity.parquet")
+    metrics = json.loads((copy_of / "evaluation" / "metrics.json").read_text())
+    options = [QUICKSTART, *TINY, f"run.dir={copy_of}", "engine.packing=off", "--force"]
+    for stage in ("reference", "score", "split", "train", "evaluate"):
+        sftmix(stage, *options)
+    for name, packed in before.items():
+        padded = read_metrics(copy_of / name / "metrics.jsonl")
+        for key in (NTP, MIXUP, "grad_norm"):
+            if key in packed[0]:
+                assert [line[key] for line in padded] == [
+                    pytest.approx(line[key], rel=1e-4) for line in packed
+                ]
+        assert all(
+            line["tokens/padded (tokens/s)"] > line["tokens/real (tokens/s)"] for line in padded
+        )
+    after = pq.read_table(copy_of / "confidence" / "perplexity.parquet")
+    assert after["nll_sum"].to_pylist() == pytest.approx(scores["nll_sum"].to_pylist(), rel=1e-4)
+    again = json.loads((copy_of / "evaluation" / "metrics.json").read_text())
+    for model, figures in metrics.items():
+        if model == "sftmix":
+            assert again[model]["loss"] == pytest.approx(figures["loss"], rel=1e-4)
+
+
+def test_a_trace_is_written_where_it_is_asked_for(copy_of):
+    sftmix("train", QUICKSTART, *TINY, f"run.dir={copy_of}", "log.profile_steps=[2, 3]", "--force")
+    assert (copy_of / "logs" / "traces" / "sftmix_rank_0000.json.gz").stat().st_size > 1000
 
 
 def test_exported_models_load_with_plain_transformers_and_stop(finished):

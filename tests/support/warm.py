@@ -163,8 +163,10 @@ def _handle(connection, pid):
 
 
 def _execute(request):
+    import gc
     import runpy
 
+    atexit.register(gc.unfreeze)  # what libraries find frozen at the end, they report as leaks
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])

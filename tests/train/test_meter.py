@@ -31,7 +31,7 @@ from sftmix.train.log import (
     read_metrics,
 )
 from sftmix.train.loop import TrainingRun, train
-from sftmix.train.meter import CHECKPOINT, TRAINING, Meter, describe_time
+from sftmix.train.meter import CHECKPOINT, TRAINING, Meter, PartTimer, StepTrace, describe_time
 from sftmix.train.plan import TrainingPlan
 from sftmix.train.resuming import CheckpointReader
 
@@ -180,6 +180,7 @@ class Stage:
                     objective=Objective(0.2),
                     seed=0,
                     pad_id=0,
+                    trace=StepTrace(None, self.folder / "trace.json", ranks.device),
                     log=log,
                     settings=TrainConfig(micro_batch_tokens=2 * REAL),
                     checkpoint_steps=self.exports,
@@ -438,3 +439,32 @@ def test_curves_of_all_runs_have_the_same_tags_and_units_in_their_description(tm
     assert curves["baseline"] == curves["sftmix"] and all(
         [step for step, _ in curve] == [1, 2, 3] for curve in curves["sftmix"].values()
     )
+
+
+def test_parts_are_timed_and_taken():
+    clock = Clock(0.0)
+    parts = PartTimer(torch.device("cpu"), clock)
+    for part, seconds in (("forward", 2.0), ("head", 0.5), ("forward", 1.0)):
+        with parts.during(part):
+            clock.now += seconds
+    assert parts.take() == {"forward": 3.0, "head": 0.5, "backward": 0.0, "optimiser": 0.0}
+    assert set(parts.take().values()) == {0.0}
+
+
+def test_a_trace_has_the_operations_of_its_steps_and_no_others(tmp_path, capsys):
+    path = tmp_path / "traces" / "train_rank_0000.json"
+    trace = StepTrace((2, 3), path, torch.device("cpu"))
+    for step, operation in enumerate((torch.sin, torch.cos, torch.tan, torch.exp), start=1):
+        trace.begin_step(step)
+        operation(torch.ones(3))
+        trace.end_step(step, is_last=step == 4)
+    names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
+    assert {"aten::cos", "aten::tan"} <= names and not {"aten::sin", "aten::exp"} & names
+    assert f"trace of steps 2 to 3: {path}" in capsys.readouterr().out
+
+
+def test_a_trace_ends_with_the_training(tmp_path):
+    trace = StepTrace((2, 9), tmp_path / "trace.json", torch.device("cpu"))
+    trace.begin_step(2)
+    trace.end_step(2, is_last=True)
+    assert (tmp_path / "trace.json").is_file()

@@ -23,7 +23,7 @@ from sftmix.pipeline.context import Facts, StageContext
 from sftmix.train.checkpointing import TrainingCheckpoints
 from sftmix.train.log import RunLog
 from sftmix.train.loop import TrainingRun, train
-from sftmix.train.meter import PartTimer, describe_time
+from sftmix.train.meter import PartTimer, StepTrace, describe_time
 from sftmix.train.plan import TrainingPlan
 from sftmix.train.skipped_steps import SkippedSteps
 
@@ -102,6 +102,11 @@ def train_model(
         checkpoints=checkpoints,
         skipped=SkippedSteps(
             ranks, kept / "skipped_steps.jsonl", examples.example_ids, limit=limit
+        ),
+        trace=StepTrace(
+            config.log.profile_steps,
+            config.run.dir / "logs" / "traces" / f"{name}_rank_{ranks.rank:04d}.json.gz",
+            ranks.device,
         ),
         online=online,
     )
