@@ -144,8 +144,8 @@ def test_a_key_that_is_misspelled_by_a_letter_is_refused_with_place_and_suggesti
 def test_a_key_that_resembles_none_is_refused_with_the_known_keys(tmp_path):
     file, place = write(tmp_path, with_value(("log", "zzz"), MARK))
     assert refusal(file) == [
-        f"{place}: `log.zzz` is an unknown key. Known keys here: every_steps, profile_steps,"
-        " tensorboard."
+        f"{place}: `log.zzz` is an unknown key. Known keys here: every_steps, tensorboard,"
+        " profile_steps."
     ]
 
 

@@ -19,6 +19,7 @@ from naive import (
 
 from sftmix.batches.collate import build_micro_batch
 from sftmix.batches.documents import Documents
+from sftmix.engine.engine import enable_activation_checkpointing
 from sftmix.loss import packed_attention
 from sftmix.loss.head import CausalLMWithLoss
 from sftmix.loss.objective import Objective, loss_request
@@ -153,7 +154,9 @@ NOT_REPLACEABLE = {
 
 
 def packed_model(model):
-    assert use_packed_attention(model) is not None
+    if use_packed_attention(model) is None:
+        assert model.config.model_type == "gptj"
+        pytest.skip("this release of transformers cannot replace its attention")
     return ours_of(model, packs=True)
 
 
@@ -225,7 +228,7 @@ def test_layers_that_run_again_in_the_backward_see_the_same_documents(site):
     for checkpoints in (False, True):
         ours = packed_model(copy.deepcopy(model))
         if checkpoints:
-            ours.model.activation_checkpointing_enable({"use_reentrant": False})
+            enable_activation_checkpointing(ours.model)
             ours.train()
         loss_of(ours, site=site, counts=counts, examples=examples).loss.backward()
         # another forward, of other documents, in between would change a mask that is not kept
