@@ -210,7 +210,7 @@ class Engine:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)  # type: ignore[no-any-return]
-        return torch.optim.AdamW(groups, fused=self.ranks.device.type == "cuda", **options)
+        return torch.optim.AdamW(groups, fused=True, **options)
 
     def start_step(self, *, seed: int, step: int) -> None:
         """Seeds dropout from (seed, step, rank), so that a resumed run repeats it."""
