@@ -122,11 +122,11 @@ UNITS = (
     " match, the share of held-out responses that greedy decoding writes to the last token."
     " tokens/s: without padding, per second of training. minutes: what you waited for the stage."
 )
-# Measured on 2 cores of an AMD EPYC, seeds 0, 1, 2: NTP 67.3, 62.3, 72.7%, SFTMix 53.0, 74.3,
-# 67.3%.
+# Measured on 2 cores of an Intel Xeon, seeds 0, 1, 2: NTP 52.0, 72.7, 65.7%, SFTMix 50.0, 66.0,
+# 63.3%.
 ONE_SEED = (
-    "One seed decides nothing: three seeds of the quickstart spread over 10 points of exact match"
-    " (NTP) and 21 (SFTMix)."
+    "One seed decides nothing: three seeds of the quickstart spread over 21 points of exact match"
+    " (NTP) and 16 (SFTMix)."
 )
 TIME_TITLES = ["minutes", "waited", *NAMES.values()]
 WIDTH = 60  # columns of what is printed, for narrow terminals

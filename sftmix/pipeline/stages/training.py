@@ -60,34 +60,10 @@ def train_model(
         progress=context.progress,
         timer=parts.during,
     )
-    check = context.lock.check if context.lock is not None else None
-    checkpoints = TrainingCheckpoints(
-        ranks,
-        context.work / "checkpoints",
-        kept,
-        config.checkpoint,
-        context.stop,
-        **vars(context.identity),
-        check=check,
-    )
     limit = max(
         config.limits.skipped_steps, FP16_SKIPPED_STEPS if engine.precision == "fp16" else 0
     )
-    log = RunLog(
-        name,
-        ranks,
-        metrics=kept / "metrics.jsonl",
-        tensorboard=(
-            config.run.dir / "logs" / "tensorboard" / name if config.log.tensorboard else None
-        ),
-        every_steps=config.log.every_steps,
-        has_mixup=objective.mixup_weight > 0,
-        has_router=engine.module.has_router,
-        meter=context.meter,
-        parts=parts,
-        flops=engine.flops,
-        peak_flops=peak_flops(ranks.device, DTYPES[engine.precision]),
-    )
+    log = _log(context, engine, parts, name=name, has_mixup=objective.mixup_weight > 0)
     run = TrainingRun(
         engine=engine,
         examples=examples,
@@ -99,7 +75,7 @@ def train_model(
         checkpoint_steps=checkpoint_steps,
         save_checkpoint=lambda step: save(engine, step),
         log=log,
-        checkpoints=checkpoints,
+        checkpoints=_checkpoints(context, engine),
         skipped=SkippedSteps(
             ranks, kept / "skipped_steps.jsonl", examples.example_ids, limit=limit
         ),
@@ -127,12 +103,44 @@ def train_model(
         "world_size": ranks.world_size,
         "precision": engine.precision,
         "num_threads": use_threads(None),
+        "packs": engine.packs,
     }
     engine.close()
     facts |= log.facts()
     if ranks.is_main:
         print(f"  {describe_time(facts)}", flush=True)
     return facts
+
+
+def _checkpoints(context: StageContext, engine: Engine) -> TrainingCheckpoints:
+    return TrainingCheckpoints(
+        engine.ranks,
+        context.work / "checkpoints",
+        context.kept,
+        context.config.checkpoint,
+        context.stop,
+        **vars(context.identity),
+        check=context.lock.check if context.lock is not None else None,
+    )
+
+
+def _log(
+    context: StageContext, engine: Engine, parts: PartTimer, *, name: str, has_mixup: bool
+) -> RunLog:
+    settings, logs = context.config.log, context.config.run.dir / "logs"
+    return RunLog(
+        name,
+        engine.ranks,
+        metrics=context.kept / "metrics.jsonl",
+        tensorboard=logs / "tensorboard" / name if settings.tensorboard else None,
+        every_steps=settings.every_steps,
+        has_mixup=has_mixup,
+        has_router=engine.module.has_router,
+        meter=context.meter,
+        parts=parts,
+        flops=engine.flops,
+        peak_flops=peak_flops(engine.ranks.device, DTYPES[engine.precision]),
+    )
 
 
 def _say_idle(run: TrainingRun) -> None:
