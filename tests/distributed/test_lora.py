@@ -50,6 +50,14 @@ def test_a_rank_without_a_response_token_changes_nothing(results, what):
         ]
 
 
+def test_no_weight_stays_gathered_after_a_step(results):
+    """Not with layers that are run again either, which others report."""
+    _, found = results
+    with_zero3 = {name: entry["gathered"] for name, entry in found.items() if name[0] == "3"}
+    assert {name.split()[1] for name in with_zero3} == {"tied", "untied"}
+    assert all(gathered == [] for gathered in with_zero3.values()), with_zero3
+
+
 @pytest.mark.parametrize("layout", ["1 x 4", "2 x 2"])
 @pytest.mark.parametrize("stage", [0, 3])
 def test_mixing_at_the_input_depends_on_neither_cut_nor_stage(results, stage, layout):
