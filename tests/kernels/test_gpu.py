@@ -2,10 +2,13 @@
 beyond 2**31, memory, no waiting, graphs. Each result is held against float64 on the same rounded
 inputs, beside the textbook form in the same dtype."""
 
+import itertools
+
 import pytest
 import torch
 
 import sftmix.kernels.chunked_linear_mixup as chunked
+from sftmix.kernels import document_attention
 from sftmix.kernels.fused_linear_mixup_cross_entropy import (
     fused_linear_mixup_cross_entropy as loss_of,
 )
@@ -395,3 +398,47 @@ def test_peak_memory_is_a_slab_of_logits_and_the_gradients(num_rows, hidden_size
         slab + d_weight + d_hidden + of_chunk
     )
     del loss
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("groups", [8, 2])
+@pytest.mark.parametrize(
+    ("backend", "window", "softcap"),
+    [
+        ("varlen", None, None),
+        ("varlen", 50, None),
+        ("flash", None, None),
+        ("flash", 50, 20.0),
+        ("flex", None, 20.0),
+        ("flex", 50, None),
+        ("sdpa", None, None),
+        ("sdpa", 50, 20.0),
+    ],
+)
+def test_attention_within_documents(backend, window, softcap, groups, dtype):
+    if backend == "flash":
+        pytest.importorskip("flash_attn")
+    if backend == "varlen" and not document_attention._varlen_has_windows():
+        pytest.skip("this torch has no variable-length attention with windows")
+    lengths = (130, 1, 257, 64, 60)
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def tensor(heads):
+        shape = (1, heads, sum(lengths), 64)
+        values = torch.randn(shape, generator=generator, device=DEVICE, dtype=dtype)
+        return values.requires_grad_()
+
+    inputs = [tensor(8), tensor(groups), tensor(groups)]
+    exact = [each.detach().double().requires_grad_() for each in inputs]
+    options = {"window": window, "softcap": softcap}
+    results = []
+    for tensors, name in ((inputs, backend), (exact, "reference")):
+        output = document_attention.document_attention(
+            *tensors, lengths, bounds, backend=name, **options
+        )
+        gradients = torch.autograd.grad(output.sum(dim=(2, 3)).square().sum(), tensors)
+        results.append([output, *gradients])
+    for found, expected in zip(*results, strict=True):
+        error = (found.double() - expected).abs().max() / expected.abs().max()
+        assert error < 0.03, float(error)
