@@ -34,14 +34,11 @@ from sftmix.storage.files import sha256_of_file, write_json
 from sftmix.train import checkpointing
 from sftmix.train.checkpointing import TrainingCheckpoints
 from sftmix.train.log import (
-    PADDED_RATE,
-    REAL_RATE,
-    RESPONSE_RATE,
-    TRAINING_TIME,
     RunLog,
     read_metrics,
 )
 from sftmix.train.loop import TrainingRun, train
+from sftmix.train.meter import StepTrace
 from sftmix.train.plan import TrainingPlan
 from sftmix.train.skipped_steps import SkippedSteps
 
@@ -165,6 +162,7 @@ def run(
                 log=log,
                 checkpoints=checkpoints,
                 skipped=skipped,
+                trace=StepTrace(None, kept / "trace.json", ranks.device),
             )
         )
     except SftmixError as caught:
@@ -179,10 +177,11 @@ def run(
     ranks.barrier()
     errors = ranks.gather_texts(error or "")
     lines = read_metrics(kept / "metrics.jsonl") if ranks.is_main else []
-    rates = {REAL_RATE, RESPONSE_RATE, PADDED_RATE, TRAINING_TIME}
+    measured = ("time/", "tokens/", "memory/", "flops/")
     return {
         "lines": [
-            {key: value for key, value in line.items() if key not in rates} for line in lines
+            {key: value for key, value in line.items() if not key.startswith(measured)}
+            for line in lines
         ],
         "weights": digest.hexdigest(),
         "errors": errors,
