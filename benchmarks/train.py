@@ -114,7 +114,7 @@ def run_ours(arm: str, common: list[str], folder: Path) -> dict[str, float]:
     }
 
 
-def run_trl(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+def run_trl(folder: Path) -> dict[str, float]:
     command = [sys.executable, __file__, *sys.argv[1:], "--trl-worker", str(folder)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -219,7 +219,7 @@ def main() -> None:
             arms = options.arms[number % len(options.arms) :]
             arms += options.arms[: number % len(options.arms)]
             found = {
-                arm: run_trl(options, folder) if arm == "trl" else run_ours(arm, common, folder)
+                arm: run_trl(folder) if arm == "trl" else run_ours(arm, common, folder)
                 for arm in arms
             }
             record["rounds"].append(found)

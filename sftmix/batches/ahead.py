@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sftmix.batches.balance import Balance, balance_of
+from sftmix.batches.balance import Balance, cut_and_weigh
 from sftmix.batches.collate import MicroBatch, collate
-from sftmix.batches.cut import StepCounts, count_step, cut_step
+from sftmix.batches.cut import StepCounts, count_step
 from sftmix.batches.examples import TokenisedExamples
 from sftmix.pairing.matching import Matching, StepUnits
 
@@ -44,10 +44,8 @@ class BatchMaker:
     def make(self, epoch: int, start: int, stop: int) -> StepBatches:
         """Returns the step that trains on the units [start, stop) of an epoch."""
         drawn = self.matching.units(epoch, start, stop)
-        units = np.arange(len(drawn.units))
-        cut = cut_step(
+        cut, balance = cut_and_weigh(
             drawn,
-            units,
             self.examples.num_tokens,
             micro_batch_tokens=self.micro_batch_tokens,
             num_ranks=self.num_ranks,
@@ -68,14 +66,10 @@ class BatchMaker:
         return StepBatches(
             drawn=drawn,
             # from the plan, before any forward, so that every rank divides by the same number
-            counts=count_step(drawn, units, self.examples.num_response_tokens),
-            balance=balance_of(
-                drawn,
-                cut,
-                self.examples.num_tokens,
-                packs=self.packs,
-                square_share=self.square_share,
+            counts=count_step(
+                drawn, np.arange(len(drawn.units)), self.examples.num_response_tokens
             ),
+            balance=balance,
             micro_batches=[batch.pinned() for batch in batches] if self.pins else batches,
         )
 

@@ -62,6 +62,29 @@ def balance_of(
     return Balance(real, sum(loads), max(loads))
 
 
+def cut_and_weigh(
+    plan: StepUnits,
+    num_tokens: NDArray[np.int64],
+    *,
+    micro_batch_tokens: int,
+    num_ranks: int,
+    packs: bool,
+    square_share: float,
+) -> tuple[list[list[Units]], Balance]:
+    """Returns the micro-batches of every rank for all units of a step, as `cut_step`, and their
+    costs."""
+    ranks = cut_step(
+        plan,
+        np.arange(len(plan.units)),
+        num_tokens,
+        micro_batch_tokens=micro_batch_tokens,
+        num_ranks=num_ranks,
+        packs=packs,
+        square_share=square_share,
+    )
+    return ranks, balance_of(plan, ranks, num_tokens, packs=packs, square_share=square_share)
+
+
 def expected_useful_share(
     matching: Matching,
     num_tokens: NDArray[np.int64],
@@ -75,18 +98,14 @@ def expected_useful_share(
     """Returns the useful share of the first steps of an epoch; NaN without steps."""
     total = Balance(0.0, 0.0, 0.0)
     for number in range(min(SAMPLED_STEPS, matching.num_steps(batch_size))):
-        start, stop = matching.step(number, batch_size)
-        plan = matching.units(0, start, stop)
-        ranks = cut_step(
+        plan = matching.units(0, *matching.step(number, batch_size))
+        _, balance = cut_and_weigh(
             plan,
-            np.arange(stop - start),
             num_tokens,
             micro_batch_tokens=micro_batch_tokens,
             num_ranks=num_ranks,
             packs=packs,
             square_share=square_share,
         )
-        total = total.plus(
-            balance_of(plan, ranks, num_tokens, packs=packs, square_share=square_share)
-        )
+        total = total.plus(balance)
     return total.useful_share(num_ranks)

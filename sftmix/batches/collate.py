@@ -20,6 +20,9 @@ from sftmix.batches.mixed_inputs import MixedInputs, mix_inputs
 from sftmix.batches.pair_rows import pair_rows
 from sftmix.pairing.matching import StepUnits
 
+# of a MicroBatch
+TENSORS = ("input_ids", "attention_mask", "rows", "labels", "owner", "pairs", "lam")
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -55,9 +58,8 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Returns the same micro-batch on another device."""
-        names = ("input_ids", "attention_mask", "rows", "labels", "owner", "pairs", "lam")
         moved: dict[str, Any] = {
-            name: getattr(self, name).to(device, non_blocking=True) for name in names
+            name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS
         }
         if self.mixed_inputs is not None:
             moved["mixed_inputs"] = self.mixed_inputs.to(device)
@@ -67,8 +69,7 @@ class MicroBatch:
 
     def pinned(self) -> MicroBatch:
         """Returns the same micro-batch in page-locked memory."""
-        names = ("input_ids", "attention_mask", "rows", "labels", "owner", "pairs", "lam")
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in TENSORS})
 
     def packed(self) -> MicroBatch:
         """Returns the same examples one after another in one row, without padding."""

@@ -8,6 +8,7 @@ micro-batches, padded with empty ones, so that collectives never depend on data.
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,7 +125,9 @@ def _cut_packed(
     tokens = lengths.sum(1)
     cost = tokens + square_share * (lengths**2).sum(1)
     ranks = spread(cost, np.arange(len(units)), num_ranks)
-    count = 1
+    # No fewer can hold them: a micro-batch has the budget, or one unit.
+    budgeted = np.minimum(tokens, micro_batch_tokens)
+    count = max(1, *(math.ceil(budgeted[rank].sum() / micro_batch_tokens) for rank in ranks))
     for rank in ranks:
         while count < len(rank) and any(
             len(piece) > 1 and tokens[piece].sum() > micro_batch_tokens

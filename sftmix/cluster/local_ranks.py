@@ -8,7 +8,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 GRACE_SECONDS = 5.0  # for the others to end by themselves after a rank has failed
@@ -33,9 +33,10 @@ def run_local_ranks(
     *,
     limit_seconds: float,
     environment: Mapping[str, str] | None = None,
+    start: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen,
 ) -> list[RankEnd]:
     """Returns how each rank ended, in rank order. No process is left running. environment: merged
-    over that of this process."""
+    over that of this process. start: takes the arguments of `subprocess.Popen`, and its place."""
     from sftmix.cluster.environment import free_port
 
     shared = {
@@ -55,7 +56,7 @@ def run_local_ranks(
             for rank, output in enumerate(outputs):
                 own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 processes.append(
-                    subprocess.Popen(
+                    start(
                         command,
                         env=own,
                         stdin=subprocess.DEVNULL,

@@ -7,9 +7,8 @@ off and multiplies by the number of ranks.
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +44,7 @@ from sftmix.engine.precision import (
 from sftmix.engine.ranks import Ranks
 from sftmix.liveness.progress import Progress
 from sftmix.loss.flops import flops_of
-from sftmix.loss.head import CausalLMWithLoss
+from sftmix.loss.head import CausalLMWithLoss, Timer, no_timer
 from sftmix.loss.logit_transform import find_logit_transform
 from sftmix.loss.objective import Objective, loss_request
 from sftmix.loss.packed_attention import NAME as PACKED
@@ -58,7 +57,6 @@ if TYPE_CHECKING:
 
     from sftmix.engine.state import StateFiles
 
-Timer = Callable[[str], contextlib.AbstractContextManager[None]]
 _said: set[str] = set()  # in this process: many engines may be made of one model
 
 
@@ -79,12 +77,12 @@ class Engine:
         train: TrainConfig | None = None,
         is_sharded: bool | None = None,
         progress: Progress | None = None,
-        timer: Timer | None = None,
+        timer: Timer = no_timer,
     ):
         deepspeed = import_deepspeed()
         self.ranks = ranks
         self._progress = progress or Progress()
-        self._timer: Timer = timer or (lambda part: contextlib.nullcontext())
+        self._timer = timer
         self.backend = (
             None if config.engine.kernel_backend == "auto" else config.engine.kernel_backend
         )
@@ -125,8 +123,7 @@ class Engine:
         own_attention = use_packed_attention(module) if config.engine.packing == "auto" else None
         self.packs = own_attention is not None
         self.module = CausalLMWithLoss(module)
-        if timer is not None:
-            self.module.projection.timer = timer
+        self.module.projection.timer = timer
         self.flops = flops_of(
             self.module,
             {id(p): tuple(whole_shape(p)) for p in self.module.parameters()},

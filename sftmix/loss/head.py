@@ -42,6 +42,13 @@ from sftmix.loss.requests import (
     ScoreResult,
 )
 
+Timer = Callable[[str], contextlib.AbstractContextManager[None]]  # entered around a named part
+
+
+def no_timer(part: str) -> contextlib.AbstractContextManager[None]:
+    """Measures nothing."""
+    return contextlib.nullcontext()
+
 
 class HeadProjection(nn.Module):
     """Owns the head's weight (V, D) and bias (V,). Everything that reads them happens in its
@@ -55,9 +62,7 @@ class HeadProjection(nn.Module):
         self.weight = head.weight
         self.bias = getattr(head, "bias", None)
         self.transform = LogitTransform()
-        self.timer: Callable[[str], contextlib.AbstractContextManager[None]] = lambda part: (
-            contextlib.nullcontext()
-        )
+        self.timer: Timer = no_timer
 
     def forward(self, hidden: Tensor, request: Request | None) -> Tensor | HeadResult:
         with self.timer("head"):

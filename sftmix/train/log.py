@@ -90,7 +90,10 @@ SCALARS = {
     REAL_RATE: ("tokens_per_second/real", f"Tokens without padding {_RATE}."),
     RESPONSE_RATE: ("tokens_per_second/response", f"Response tokens {_RATE}."),
     PADDED_RATE: ("tokens_per_second/padded", f"Tokens with padding {_RATE}."),
-    RATE_PER_RANK: ("tokens_per_second/real_per_rank", f"Tokens without padding {_RATE}, of one."),
+    RATE_PER_RANK: (
+        "tokens_per_second/real_per_rank",
+        f"Tokens without padding {_RATE}, over the number of ranks.",
+    ),
     MODEL_FLOPS: (
         "flops/model",
         "TFLOP/s of a rank for real tokens, without recomputation (docs/packing.md), since the last"

@@ -1,56 +1,33 @@
 """Starts real ranks: one process each, joined over the loopback interface."""
 
-import contextlib
 import os
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import warm
 
-from sftmix.cluster.environment import free_port
-from sftmix.cluster.local_ranks import GRACE_SECONDS, RankEnd, first_failure
+from sftmix.cluster import local_ranks
+from sftmix.cluster.local_ranks import first_failure
 
 ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT_SECONDS = 600
 
 
 def run_local_ranks(arguments, num_ranks, *, limit_seconds=TIME_LIMIT_SECONDS, fault=None):
-    """Runs `python ARGUMENTS` once for each rank; returns how each ended. As
-    sftmix/cluster/local_ranks.py, in processes that start at once."""
-    shared = {
-        **environment(fault),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-    }
-    deadline = time.monotonic() + limit_seconds
-    with contextlib.ExitStack() as stack:
-        outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(num_ranks)]
-        ranks = [
-            warm.start(
-                arguments,
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                cwd=Path.cwd(),
-                stdout=output,
-                stderr=output,
-            )
-            for rank, output in enumerate(outputs)
-        ]
-        while None in (codes := [rank.poll() for rank in ranks]) and time.monotonic() < deadline:
-            if any(codes):
-                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-            time.sleep(0.02)
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-        texts = []
-        for output in outputs:
-            output.seek(0)
-            texts.append(output.read().decode(errors="replace"))
-    return [RankEnd(code, text) for code, text in zip(codes, texts, strict=True)]
+    """Runs `python ARGUMENTS` once for each rank, in processes that start at once; returns how each
+    ended."""
+
+    def start(command, *, env, stdout, **_):
+        return warm.start(command, env=env, cwd=Path.cwd(), stdout=stdout, stderr=stdout)
+
+    return local_ranks.run_local_ranks(
+        arguments,
+        num_ranks,
+        limit_seconds=limit_seconds,
+        environment=environment(fault),
+        start=start,
+    )
 
 
 def run_ranks(script: Path, num_ranks: int, *arguments: str) -> str:
