@@ -424,11 +424,13 @@ class Watch:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-        lines = [peer.line for peer in self._peers.values()]
-        for line in lines:
+        # A rank that ends at once may leave before rank 0 has answered its introduction. Without a
+        # goodbye rank 0 would take it for dead.
+        unanswered = self._strangers if self.rank > 0 else []
+        for line in [*unanswered, *(peer.line for peer in self._peers.values())]:
             line.send({"bye": True})
         deadline = time.monotonic() + GOODBYE_SECONDS
-        while self._peers and self._verdict is None and time.monotonic() < deadline:
+        while (self._peers or unanswered) and self._verdict is None and time.monotonic() < deadline:
             self._receive()
             for rank in [r for r, peer in self._peers.items() if not peer.line.is_open]:
                 del self._peers[rank]

@@ -19,7 +19,7 @@ from typing import NoReturn
 from sftmix.liveness import processes
 
 STACKS = "stacks"
-KILL_AFTER_SECONDS = 1.0  # between the order to write its stacks and the end of a silent rank
+KILL_AFTER_SECONDS = 1.0  # for a silent rank to write its stacks, which ends it
 POLL_SECONDS = 0.05
 
 
@@ -40,7 +40,9 @@ class LastWords:
             for old in self.folder.glob("first_cause_*.txt"):
                 if not old.name.startswith(self._first_cause.stem):
                     old.unlink(missing_ok=True)
-        faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=True)
+        # chain: the default action then ends the process. A suspended rank that is made to run
+        # again for its stacks must not go on: it could finish a run that the others have ended.
+        faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=True, chain=True)
 
     def watch_itself(self, seconds: float) -> None:
         """Writes the stacks unless it is called again in time. Works while the GIL is held."""

@@ -125,10 +125,11 @@ def test_ranks_killed_together_leave_the_word_to_the_others(run):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_stopped_rank_is_named_and_killed(run, victim):
+def test_a_stopped_rank_is_named_and_does_not_go_on(run, victim):
     run.in_training(3)
     run.ranks[victim].send_signal(signal.SIGSTOP)
-    assert run.codes() == [-9 if rank == victim else 1 for rank in range(3)]
+    # it ends by the signal that asks for its stacks, so it does nothing between the two
+    assert run.codes() == [-signal.SIGUSR2 if rank == victim else 1 for rank in range(3)]
     assert re.match(
         rf"rank {victim} \(.*\) has not answered for 2 s in train, step {victim + 10}\.",
         only_error(run),
@@ -140,7 +141,7 @@ def test_a_stopped_rank_is_named_and_killed(run, victim):
 def test_a_rank_that_holds_the_gil_shows_where(run, victim):
     run.in_training(2)
     run.tell(victim, "gil", answers=False)
-    assert run.codes() == [-9 if rank == victim else 1 for rank in range(2)]
+    assert run.codes() == [-signal.SIGUSR2 if rank == victim else 1 for rank in range(2)]
     assert f"rank {victim} " in only_error(run)
     # by itself when it was late, and for the rank that judged
     assert run.stacks(victim).count("in hold_the_gil") == 2
@@ -152,7 +153,7 @@ def test_a_rank_elsewhere_that_holds_the_gil_is_killed_by_its_neighbour(run):
     for rank in (1, 2):
         run.tell(0, f"knows {rank} start 0")
     run.tell(1, "gil", answers=False)
-    assert run.codes() == [1, -9, 1]
+    assert run.codes() == [1, -signal.SIGUSR2, 1]
     assert only_error(run).startswith("rank 1 (there, pid")
     assert "in hold_the_gil" in run.stacks(1)
 
@@ -361,6 +362,19 @@ def test_a_rank_that_comes_and_goes_in_one_breath_is_no_alarm(run):
             pass
     run.tell(0, "at train 1")
     run.tell(0, "close", answers=False)
+    assert run.codes() == [0]
+    assert run.errors() == ""
+
+
+def test_a_rank_that_leaves_before_rank_0_has_answered_says_goodbye(run):
+    with socket.create_server(("127.0.0.1", 0)) as rank_0:
+        run.port = str(rank_0.getsockname()[1])
+        run.start(1, 2)
+        connection, _ = rank_0.accept()
+        run.tell(1, "close", answers=False)
+        with connection, connection.makefile() as lines:
+            messages = [json.loads(line) for line in lines]
+    assert messages[0]["token"] == TOKEN and messages[-1] == {"bye": True}
     assert run.codes() == [0]
     assert run.errors() == ""
 

@@ -152,7 +152,7 @@ def assert_completed(folder, undisturbed, num_ranks, *more):
     assert [end.code for end in ends] == [0] * num_ranks, [end.output[-3000:] for end in ends]
     assert result_of(folder) == undisturbed(num_ranks)
     # a kill leaves nothing half done under a checkpoint's name
-    assert "Set aside" not in ends[0].output
+    assert "Set aside" not in ends[0].output, ends[0].output
     if saved:
-        assert f"resumed after step {saved}" in ends[0].output
+        assert f"resumed after step {saved}" in ends[0].output, ends[0].output
     assert not list((folder / "work").glob("*")) and not list(folder.glob(".*"))
