@@ -21,8 +21,13 @@ from sftmix.batches.documents import Documents
 from sftmix.config.deepspeed_json import deepspeed_config
 from sftmix.config.schema import Config, ModelConfig, TrainConfig
 from sftmix.engine.deepspeed_internals import import_deepspeed, release_leftovers, whole_shape
-from sftmix.engine.export import write_model, write_on_main
-from sftmix.engine.loading import build_model, empty_model, hf_config
+from sftmix.engine.export import Tensors, on_cpu, write_model, write_on_main
+from sftmix.engine.loading import (
+    build_model,
+    empty_model,
+    hf_config,
+    saved_tensors,
+)
 from sftmix.engine.lora import (
     adapted_layers,
     adapter_weights,
@@ -347,9 +352,9 @@ class Engine:
                     self.module.plain_name(name),
                     parameter.data if layer is None else merged_weight(layer),
                 )
-        parameters = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
-        for name, tensor in self.module.state_dict(keep_vars=True).items():
-            if name not in parameters and isinstance(tensor, Tensor):
+        parameters = dict(self.module.named_parameters())
+        for name, tensor in saved_tensors(self.module):
+            if name not in parameters:
                 yield self.module.plain_name(name), tensor
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -365,24 +370,20 @@ class Engine:
         """Writes a Hugging Face folder on rank 0: safetensors, config, generation config, tokenizer
         with template.
 
-        transformers writes it, from a model on the meta device and the gathered tensors, so that
-        names, shards and weight conversions match `AutoModelForCausalLM.from_pretrained`. Raises
+        transformers says, with a model on the meta device, which tensor belongs into which file
+        under which name, so that `AutoModelForCausalLM.from_pretrained` reads it. Raises
         ArtifactError, on all ranks, if the folder cannot be written.
         """
-        state: dict[str, Tensor] = {}
-        for name, tensor in self.named_tensors():
-            if self.ranks.is_main:
-                state[name] = tensor.detach().to("cpu", copy=True)
         buffers = {
             self.module.plain_name(name): dtype for name, dtype in self._expected.buffers.items()
         }
 
-        def write() -> None:
+        def write(tensors: Tensors) -> None:
             shell = empty_model(self._model_config, self.hf_config, dtype=self._dtype)
-            write_model(folder, shell, state, tokenizer)
+            write_model(folder, shell, tensors, tokenizer)
             check_exported(folder, self._dtype, buffers)
 
-        write_on_main(self.ranks, folder, state, write)
+        write_on_main(self.ranks, folder, self.named_tensors(), write)
 
     def named_adapters(self) -> Iterator[tuple[str, Tensor]]:
         """Yields (name of the module + `.lora_A.weight` or `.lora_B.weight`, whole tensor), one at
@@ -397,16 +398,13 @@ class Engine:
     def export_adapter(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Writes the adapters alone on rank 0, in peft's format, with the tokenizer and its
         template. Raises as `export`."""
-        state = {
-            name: tensor.detach().to("cpu", copy=True) for name, tensor in self.named_adapters()
-        }
 
-        def write() -> None:
-            write_adapter(folder, self.module.model, state)
+        def write(tensors: Tensors) -> None:
+            write_adapter(folder, self.module.model, on_cpu(tensors))
             check_exported(folder, self._dtype, {})
             tokenizer.save_pretrained(folder)
 
-        write_on_main(self.ranks, folder, state, write)
+        write_on_main(self.ranks, folder, self.named_adapters(), write)
 
     def frozen_checksum(self) -> str:
         """Returns a digest of the frozen weights, on every rank; "" if all weights are trained."""

@@ -1,24 +1,27 @@
 """Builds and loads the model, sharded from the start under ZeRO-3.
 
-Rank 0 loads or initialises an ordinary model on the CPU, as transformers does (with all weight
-conversions). Every rank builds an empty, sharded model, and receives the tensors one by one. So
-only one rank holds a whole model, nothing depends on the ZeRO branch of transformers' loader, and
-random weights are equal for every ZeRO stage and number of ranks.
+Every rank builds an empty, sharded model, and receives the tensors one by one from rank 0. Rank 0
+reads them one by one from their files. Where it cannot, it holds a whole model on the CPU first:
+random weights, so that they are equal for every ZeRO stage and number of ranks, and weights that
+transformers converts on loading. Nothing depends on the ZeRO branch of transformers' loader.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import json
 import math
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sftmix.config.schema import ModelConfig
 from sftmix.data.tokenizer import NOT_LOADED, why_not_loaded
@@ -29,6 +32,8 @@ from sftmix.storage.files import looks_local
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+Source = Mapping[str, Tensor]  # parameters and buffers by their names in the model
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ATTENTION = (
@@ -149,7 +154,7 @@ def check_weights(path: str, config: PretrainedConfig, shell: nn.Module, *, name
     Reads only the headers. shell: the model on the meta device. `load_source` handles what
     transformers renames or packs on loading.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     expected = {
         key: tuple(tensor.shape) for key, tensor in shell.state_dict(keep_vars=True).items()
@@ -158,8 +163,7 @@ def check_weights(path: str, config: PretrainedConfig, shell: nn.Module, *, name
     is_packed = getattr(config, "quantization_config", None) is not None
     for file in _weight_files(Path(path), name=name):
         try:
-            with safe_open(file, framework="pt") as tensors:
-                shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118  (no mapping)
+            shapes = shapes_of(file)
         except (SafetensorError, OSError) as error:
             raise ConfigError(
                 f"{name}.path: {file} cannot be read as safetensors: {first_line(error)} Copy or"
@@ -323,6 +327,22 @@ def load_source(
 
 
 @contextlib.contextmanager
+def returning_freed_memory() -> Iterator[None]:
+    """Makes glibc return freed blocks of more than 128 KiB to the system at once.
+
+    It keeps those of up to 32 MiB. Tensors that come and go one by one leave gaps that the next do
+    not fit into, and in the end a rank would hold as much as a whole model. No effect with another
+    allocator.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
+    mallopt(M_MMAP_THRESHOLD, 128 << 10)
+    try:
+        yield
+    finally:
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # what glibc itself arrives at after a while
+
+
+@contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Hides transformers' progress bars and advice while a model loads. Errors are still raised."""
     from transformers.utils import logging as hf_logging
@@ -358,6 +378,7 @@ def buffer_dtypes(
     return {name: buffer.dtype for name, buffer in named}
 
 
+@returning_freed_memory()
 def build_model(
     model: ModelConfig,
     config: PretrainedConfig,
@@ -394,13 +415,171 @@ def build_model(
     shell.tie_weights()  # no_init_weights does not do it
     for module in owners_of_experts(shell):
         deepspeed.utils.set_z3_leaf_module(module, True)
-    source = (
-        load_source(model, config, dtype=dtype, seed=seed)
-        if torch.distributed.get_rank() == 0
-        else None
-    )
+    source: Source | None = None
+    if torch.distributed.get_rank() == 0:
+        source = tensors_of_files(model, config, dtype=dtype)
+        if source is None:
+            whole = load_source(model, config, dtype=dtype, seed=seed)
+            source = dict(whole.named_parameters()) | dict(whole.named_buffers())
     copy_weights(source, shell, buffer_dtypes(model, config, dtype=dtype))
     return shell
+
+
+def layout_of(shell: Any, folder: Path) -> dict[str, dict[str, str]] | None:
+    """Returns, for every file in which transformers saves the weights of a model, each tensor's
+    name in the file and its name in the model; None if a tensor would be converted, and so is not
+    in a file as it is in the model. Writes all but the weights (config, index) to `folder`.
+
+    shell: the model on the meta device. transformers loads as it saves, the other way round.
+    """
+    tensors = {name: tensor.detach() for name, tensor in saved_tensors(shell)}
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    files: dict[str, dict[str, str | None]] = {}
+
+    def note(saved: dict[str, Tensor], path: str, metadata: object = None) -> None:
+        files[Path(path).name] = {key: names.get(id(tensor)) for key, tensor in saved.items()}
+
+    # the last thing that save_pretrained calls, with what it would write
+    with quiet_transformers(), mock.patch("transformers.modeling_utils.safe_save_file", note):
+        shell.save_pretrained(folder, state_dict=dict(tensors))
+    if not files or any(None in file.values() for file in files.values()):
+        return None
+    return {
+        path: {key: name for key, name in file.items() if name is not None}
+        for path, file in files.items()
+    }
+
+
+def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, tensor) of every parameter, tied ones once, and every persistent buffer."""
+    yield from model.named_parameters()
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in parameters and isinstance(tensor, Tensor):
+            yield name, tensor
+
+
+class TensorsOfFiles(Mapping[str, Tensor]):
+    """Tensors by their name in the model, each read when it is asked for. places: name -> file and
+    name there. computed: those that are in no file."""
+
+    def __init__(self, places: dict[str, tuple[Path, str]], computed: dict[str, Tensor]):
+        self._places, self._computed = places, computed
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._places:
+            return read_tensor(*self._places[name])
+        return self._computed[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._computed, **self._places})
+
+    def __len__(self) -> int:
+        return len({**self._computed, **self._places})
+
+
+def tensors_of_files(
+    model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype
+) -> TensorsOfFiles | None:
+    """Returns the parameters and buffers of a model that can be read from its files one by one;
+    None if it must be loaded as a whole: random or quantised weights, those that transformers
+    converts, and those of which something is missing, about which `load_source` knows more."""
+    from safetensors import SafetensorError
+
+    folder = _folder_of_weights(model, config)
+    if folder is None:
+        return None
+    shell = empty_model(model, config, dtype=dtype)
+    with tempfile.TemporaryDirectory() as scratch:
+        layout = layout_of(shell, Path(scratch))
+    if layout is None:
+        print(
+            f"  transformers converts the weights of a {config.model_type}: rank 0 holds the whole"
+            " model while it is loaded",
+            flush=True,
+        )
+        return None
+    try:
+        found = {
+            key: (file, shape)
+            for file in _weight_files(folder, name="model")
+            for key, shape in shapes_of(file).items()
+        }
+    except (SafetensorError, OSError):
+        return None
+    expected = {key: name for file in layout.values() for key, name in file.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(shell)}
+    aliases = set(shell.state_dict()) - set(shapes)  # of tied weights: transformers compares them
+    if aliases & set(found) or any(
+        key not in found or found[key][1] != shapes[name] for key, name in expected.items()
+    ):
+        return None
+    places = {name: (found[key][0], key) for key, name in expected.items()}
+    return TensorsOfFiles(places, _computed_buffers(model, config, dtype=dtype))
+
+
+def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+    """Returns name -> shape of a safetensors file, from its header. Raises OSError or
+    SafetensorError."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118  (no mapping)
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """Returns one tensor, on the CPU. The file is closed again, so that its pages do not stay in
+    this process's memory longer than the tensor."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as tensors:
+        found: Tensor = tensors.get_tensor(name)
+    return found
+
+
+def _folder_of_weights(model: ModelConfig, config: PretrainedConfig) -> Path | None:
+    """Returns the folder of the weights, after a download from the Hub; None where they are not
+    plain: random, quantised, or with adapters that transformers adds."""
+    from huggingface_hub import snapshot_download
+
+    if model.path is None or getattr(config, "quantization_config", None) is not None:
+        return None
+    folder = Path(model.path)
+    if not folder.is_dir():
+        files = [WEIGHTS, "model-*.safetensors", INDEX, "adapter_config.json"]
+        try:
+            folder = Path(
+                snapshot_download(model.path, revision=model.revision, allow_patterns=files)
+            )
+        except (OSError, ValueError):  # transformers says it better
+            return None
+    return None if (folder / "adapter_config.json").exists() else folder
+
+
+def _computed_buffers(
+    model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Returns the buffers that the constructor of a model computes, without memory for its
+    parameters."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    with (
+        quiet_transformers(),
+        no_init_weights(),
+        mock.patch.object(nn.Module, "register_parameter", register_on_meta),
+    ):
+        built = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=model.trust_remote_code
+        )
+    return dict(built.named_buffers())
 
 
 def owners_of_experts(model: nn.Module) -> list[nn.Module]:
@@ -430,29 +609,25 @@ def owners_of_experts(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def copy_weights(
-    source: nn.Module | None, target: nn.Module, buffers: dict[str, torch.dtype]
-) -> None:
+def copy_weights(source: Source | None, target: nn.Module, buffers: dict[str, torch.dtype]) -> None:
     """Fills a sharded model from rank 0's `source` (None elsewhere), one tensor at a time, and
     gives each buffer its dtype in `buffers`, because zero.Init casts some. Collective: all ranks
     must call it."""
     import deepspeed
     import torch.distributed as dist
 
-    given = dict(source.named_parameters()) if source is not None else {}
-    names = [name for name, _ in target.named_parameters()]
-    if source is not None and set(given) != set(names):
+    names = {name for name, _ in [*target.named_parameters(), *target.named_buffers()]}
+    if source is not None and set(source) != names:
         raise ConfigError(
             "the loaded model and its sharded shell differ in"
-            f" {sorted(set(given) ^ set(names))[:4]}: a transformers bug"
+            f" {sorted(set(source) ^ names)[:4]}: a transformers bug"
         )
     for name, parameter in target.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if source is not None:
-                parameter.data.copy_(given[name].data.to(parameter.device))
-    given_buffers = dict(source.named_buffers()) if source is not None else {}
+                parameter.data.copy_(source[name].data)
     for name, buffer in target.named_buffers():
         buffer.data = buffer.data.to(buffers[name])
         if source is not None:
-            buffer.data.copy_(given_buffers[name])
+            buffer.data.copy_(source[name].data)
         dist.broadcast(buffer.data, src=0)

@@ -23,7 +23,7 @@ from sftmix.errors import ArtifactError, ConfigError, TrainingError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_SAFETENSORS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+SAFETENSORS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def resolve_precision(wanted: str) -> str:
@@ -144,7 +144,7 @@ def check_exported(folder: Path, weights: torch.dtype, buffers: Mapping[str, tor
             for name in sorted(file.keys()):
                 found = file.get_slice(name).get_dtype()
                 wanted = buffers.get(name, weights)
-                if found in _SAFETENSORS and _SAFETENSORS[found] != wanted:
+                if found in SAFETENSORS and SAFETENSORS[found] != wanted:
                     raise ArtifactError(
                         f"{path}: {name} was written as {found}, and the trained tensor is"
                         f" {_short(wanted)}. The export is refused."

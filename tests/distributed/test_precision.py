@@ -60,7 +60,7 @@ def test_adapters_and_the_merged_model_have_the_dtype_of_the_config(results, pre
         ("states", ["the optimiser state exp_avg of group 0 is bfloat16 after the first step"]),
         ("loaded", ["the optimiser state exp_avg_sq of group 0 is bfloat16 after", "was loaded"]),
         ("loaded universal", ["exp_avg_sq of group 0 is bfloat16 after", "-universal was loaded"]),
-        ("exported", ["model.safetensors: model.layers.0.mlp.up_proj.weight was written as BF16"]),
+        ("exported", ["model.safetensors: model.layers.0.mlp.up_proj.weight is BF16 [24, 16]"]),
     ],
 )
 def test_another_dtype_ends_the_run_with_the_name_of_the_tensor(results, what, words):
