@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,12 @@ from sftmix.batches.cut import StepCounts
 from sftmix.batches.documents import Documents
 from sftmix.config.deepspeed_json import deepspeed_config
 from sftmix.config.schema import Config, ModelConfig, TrainConfig
-from sftmix.engine.deepspeed_internals import import_deepspeed, release_leftovers, whole_shape
+from sftmix.engine.deepspeed_internals import (
+    TimedCommunication,
+    import_deepspeed,
+    release_leftovers,
+    whole_shape,
+)
 from sftmix.engine.export import Tensors, on_cpu, write_model, write_on_main
 from sftmix.engine.loading import (
     build_model,
@@ -69,8 +75,8 @@ class Engine:
     """A model in training (`train` given) or for scoring only. Every method is collective, except
     `score` if the model is not sharded. `is_sharded`: for scoring only, whether ZeRO-3 shards the
     model; default: as `engine.zero_stage` says. progress: told of every step and micro-batch.
-    timer: `timer(part)` is entered around "forward", "head" (a part of it), "backward" and
-    "optimiser"."""
+    timer: `timer(part)` is entered around "forward", "head" (a part of it), "backward",
+    "optimiser", and "communication" (a part of all)."""
 
     def __init__(
         self,
@@ -140,6 +146,9 @@ class Engine:
         self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, config=settings
         )
+        self._communication = TimedCommunication(partial(timer, "communication"))
+        if timer is not no_timer:
+            self._communication.start()
         for name, buffer in self.module.named_buffers():
             # DeepSpeed casts buffers with the weights; rotary frequencies in bf16 are wrong at long
             # positions.
@@ -450,6 +459,7 @@ class Engine:
     def close(self) -> None:
         """Frees the model, its optimiser and the hooks, so that the next engine of this process has
         memory."""
+        self._communication.stop()
         self._deepspeed.destroy()
         release_leftovers(self.module)
         del self._deepspeed, self.optimizer, self.module

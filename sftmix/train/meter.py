@@ -77,7 +77,8 @@ class Meter:
         return {**named, "waited_seconds": sum(self.seconds.values()), **rates}
 
 
-PARTS = ("forward", "head", "backward", "optimiser")  # the head is a part of the forward
+# the head is a part of the forward; communication (also the wait for slower ranks) one of all
+PARTS = ("forward", "head", "backward", "optimiser", "communication")
 
 
 class PartTimer:

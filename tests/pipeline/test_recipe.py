@@ -167,6 +167,7 @@ def test_metrics_have_losses_rates_and_lam(finished):
         "time/head (s)",
         "time/backward (s)",
         "time/optimiser (s)",
+        "time/communication (s)",
         "time/waiting for batches (s)",
         "time/garbage collection (s)",
         "grad_norm",
@@ -190,6 +191,7 @@ def test_metrics_have_losses_rates_and_lam(finished):
         parts = sum(line[f"time/{part} (s)"] for part in ("forward", "backward", "optimiser"))
         assert 0 < line["time/head (s)"] < line["time/forward (s)"] < parts
         assert parts <= line["time/training (s)"]
+        assert 0 <= line["time/communication (s)"] < parts
         assert 0 < line["flops/model per rank (TFLOP/s)"] < 1
     assert MIXUP not in read_metrics(folder / "baseline" / "metrics.jsonl")[0]
 
@@ -465,6 +467,7 @@ def test_two_processes_of_any_launcher_train_as_one_does(finished, copy_of, laun
         assert (b[NTP], b[MIXUP], b["grad_norm"]) == pytest.approx(
             (a[NTP], a[MIXUP], a["grad_norm"]), rel=2e-4
         )
+        assert b["time/communication (s)"] > 0
 
 
 def test_no_baseline_and_no_held_out_examples(tmp_path):
