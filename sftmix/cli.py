@@ -31,26 +31,197 @@ STAGES = {
     "evaluate": "measure the trained models on held-out examples",
     "report": "write the HTML report and print its table",
 }
-OTHERS = {
-    "run": "the whole recipe; stages that are up to date are not run again",
-    "inspect": "show examples with their tokens coloured by the response mask",
-    "export": "copy a trained model to a folder of your own",
-}
-LAUNCH = (
-    "run on the nodes of a hostfile, through DeepSpeed's launchers; or write a batch script, with"
-    " --template"
-)
 FORCE = "replace finished work that was made with other settings"
-RESTART = "discard saved progress instead of resuming"
 LAUNCHERS = ("pdsh", "ssh", "torchrun", "openmpi", "slurm")
 TEMPLATES = ("slurm", "kubernetes", "skypilot", "pdsh")
-DOCTOR = "look for what would make a run fail or compute wrong numbers, on this machine and others"
-CONFIGS = "list the configs that come with sftmix, which CONFIG takes by name"
-SCORES = {
-    "show": "what a score table holds, and how it was made",
-    "check": "whether a score table fits the data of a config",
-    "merge": "one table of several: of other examples, or of other checkpoints",
-    "export": "a folder with a dataset card, ready for the Hub",
+
+# of argparse: the names of arguments, and what `add_argument` is told of them
+Arguments = dict[str, dict[str, Any]]
+CONFIG: Arguments = {
+    "config": {
+        "metavar": "CONFIG",
+        "help": "YAML file, or a name that `sftmix configs` lists",
+    },
+    "overrides": {
+        "nargs": "*",
+        "metavar": "key=value",
+        "help": "replaces a field, for example train.epochs=1",
+    },
+}
+DEBUG: Arguments = {"--debug": {"action": "store_true", "help": "show the traceback of an error"}}
+RESTART: Arguments = {
+    "--restart": {"action": "store_true", "help": "discard saved progress instead of resuming"}
+}
+RUN: Arguments = {
+    **CONFIG,
+    **DEBUG,
+    **RESTART,
+    "--force": {"action": "store_true", "help": FORCE},
+}
+STAGE: Arguments = {
+    **RUN,
+    "--force": {"action": "store_true", "help": f"run the stage again, and {FORCE}"},
+}
+TO: Arguments = {
+    "--to": {"type": Path, "required": True, "metavar": "FOLDER", "help": "a new folder"}
+}
+TABLE: Arguments = {
+    "table": {"metavar": "TABLE", "help": "folder, Parquet file, or Hub name"},
+}
+# command -> its line in the list of all, and its arguments in the order of its help
+COMMANDS: dict[str, tuple[str, Arguments]] = {
+    "run": ("the whole recipe; stages that are up to date are not run again", RUN),
+    **{stage: (text, STAGE) for stage, text in STAGES.items()},
+    "inspect": (
+        "show examples with their tokens coloured by the response mask",
+        {
+            **CONFIG,
+            **DEBUG,
+            "--num": {
+                "type": int,
+                "default": 3,
+                "metavar": "N",
+                "help": "examples to show (default 3)",
+            },
+        },
+    ),
+    "export": (
+        "copy a trained model to a folder of your own",
+        {
+            **CONFIG,
+            **DEBUG,
+            **TO,
+            "--which": {"default": "sftmix", "help": "sftmix (default) or baseline"},
+            "--adapter": {
+                "action": "store_true",
+                "help": "the LoRA adapter alone, in peft's format, not merged",
+            },
+        },
+    ),
+    "launch": (
+        "run on the nodes of a hostfile, through DeepSpeed's launchers; or write a batch script,"
+        " with --template",
+        {
+            **CONFIG,
+            "--hostfile": {
+                "type": Path,
+                "metavar": "FILE",
+                "help": "the nodes: lines of `host slots=N`",
+            },
+            "--launcher": {
+                "choices": LAUNCHERS,
+                "default": "pdsh",
+                "help": "what starts the ranks (default pdsh)",
+            },
+            "--stage": {
+                "choices": STAGES,
+                "help": "this stage alone, in place of the whole recipe",
+            },
+            "--dry-run": {
+                "action": "store_true",
+                "help": "show the command, and what each node would do; start nothing",
+            },
+            "--node-rank": {
+                "type": int,
+                "metavar": "I",
+                "help": "with ssh and torchrun: the part of node I alone, on this machine",
+            },
+            "--master-addr": {
+                "metavar": "HOST",
+                "help": "where the ranks meet (default: the first node)",
+            },
+            "--master-port": {
+                "type": int,
+                "metavar": "PORT",
+                "help": "and at which port (default 29500; slurm: by the job's number)",
+            },
+            "--force": {"action": "store_true", "help": f"with --stage: run it again; {FORCE}"},
+            **RESTART,
+            "--template": {
+                "choices": TEMPLATES,
+                "help": "print a file that starts this config there, and start nothing",
+            },
+            "--set": {
+                "action": "append",
+                "default": [],
+                "metavar": "NAME=VALUE",
+                "help": "with --template: its values, as nodes=2 gpus=8 or nodes=2,gpus=8",
+            },
+            **DEBUG,
+        },
+    ),
+    "doctor": (
+        "look for what would make a run fail or compute wrong numbers, on this machine and others",
+        {
+            "config": {
+                "nargs": "?",
+                "metavar": "CONFIG",
+                "help": "also look at what this run needs: memory, disk, network",
+            },
+            "overrides": {
+                "nargs": "*",
+                "metavar": "key=value",
+                "help": "replaces a field, for example run.dir=/scratch/run",
+            },
+            "--hostfile": {
+                "type": Path,
+                "metavar": "FILE",
+                "help": "also look at these nodes, over ssh, and compare them with this one",
+            },
+            "--json": {
+                "action": "store_true",
+                "help": "print one JSON object instead of lines",
+            },
+            "--quick": {
+                "action": "store_true",
+                "help": "leave out what starts ranks: the gradient test and the bandwidth",
+            },
+            "--fix": {"action": "store_true", "help": "remove stale build locks"},
+            **DEBUG,
+            # for the doctors of other nodes
+            "--nodes": {"type": int, "help": argparse.SUPPRESS},
+            "--ranks": {"type": int, "help": argparse.SUPPRESS},
+            "--look-for": {"type": Path, "help": argparse.SUPPRESS},
+        },
+    ),
+    "configs": ("list the configs that come with sftmix, which CONFIG takes by name", {}),
+    "scores": ("show, check, merge or export score tables", {}),
+}
+SCORES: dict[str, tuple[str, Arguments]] = {
+    "scores show": (
+        "what a score table holds, and how it was made",
+        {
+            **TABLE,
+            "--num": {
+                "type": int,
+                "default": 5,
+                "metavar": "N",
+                "help": "examples to show at either end (default 5)",
+            },
+            "--column": {"metavar": "NAME", "help": "column to take for the confidence"},
+            **DEBUG,
+        },
+    ),
+    "scores check": (
+        "whether a score table fits the data of a config",
+        {**TABLE, **CONFIG, **DEBUG},
+    ),
+    "scores merge": (
+        "one table of several: of other examples, or of other checkpoints",
+        {
+            "tables": {
+                "nargs": "+",
+                "metavar": "TABLE",
+                "help": "folder or Hub name; two or more",
+            },
+            **TO,
+            **DEBUG,
+        },
+    ),
+    "scores export": (
+        "a folder with a dataset card, ready for the Hub",
+        {**TABLE, **TO, **DEBUG},
+    ),
 }
 
 
@@ -157,7 +328,6 @@ EXAMPLES = {
     "inspect": "inspect quickstart --num 1",
     "export": "export quickstart --to my-model",
     "launch": "launch recipes/llama3.1-8b-alpaca --hostfile hostfile",
-    "doctor": "doctor quickstart",
     "configs": "configs",
     "scores": "scores show runs/quickstart/confidence",
     "scores show": "scores show runs/quickstart/confidence",
@@ -167,12 +337,6 @@ EXAMPLES = {
 }
 
 
-def _texts(name: str, text: str) -> dict[str, Any]:
-    """Returns the help of a command in the list of all, and in its own help."""
-    example = f"Example: sftmix {EXAMPLES.get(name, f'{name} quickstart')}"
-    return {"help": text, "description": text[0].upper() + text[1:] + ".", "epilog": example}
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sftmix",
@@ -180,164 +344,26 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: sftmix run quickstart train.epochs=2",
     )
     parser.add_argument("--version", action="version", version=f"sftmix {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in {"run": OTHERS["run"], **STAGES, **OTHERS}.items():
-        command = commands.add_parser(name, **_texts(name, text))
-        _add_config(command)
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        if name in STAGES or name == "run":
-            command.add_argument("--restart", action="store_true", help=RESTART)
-            again = "run the stage again, and " if name in STAGES else ""
-            command.add_argument("--force", action="store_true", help=again + FORCE)
-        if name == "inspect":
-            command.add_argument(
-                "--num", type=int, default=3, metavar="N", help="examples to show (default 3)"
-            )
-        if name == "export":
-            command.add_argument(
-                "--to", type=Path, required=True, metavar="FOLDER", help="a new folder"
-            )
-            command.add_argument("--which", default="sftmix", help="sftmix (default) or baseline")
-            command.add_argument(
-                "--adapter",
-                action="store_true",
-                help="the LoRA adapter alone, in peft's format, not merged",
-            )
-    _add_launch(commands.add_parser("launch", **_texts("launch", LAUNCH)))
-    _add_doctor(commands.add_parser("doctor", **_texts("doctor", DOCTOR)))
-    commands.add_parser("configs", **_texts("configs", CONFIGS))
-    _add_scores(
-        commands.add_parser(
-            "scores", **_texts("scores", "show, check, merge or export score tables")
-        )
-    )
+    scores = _add_commands(parser, "command", COMMANDS)["scores"]
+    _add_commands(scores, "scores_command", SCORES)
     return parser
 
 
-def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "config", metavar="CONFIG", help="YAML file, or a name that `sftmix configs` lists"
-    )
-    command.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="replaces a field, for example train.epochs=1",
-    )
-
-
-def _add_launch(command: argparse.ArgumentParser) -> None:
-    _add_config(command)
-    command.add_argument(
-        "--hostfile", type=Path, metavar="FILE", help="the nodes: lines of `host slots=N`"
-    )
-    command.add_argument(
-        "--launcher", choices=LAUNCHERS, default="pdsh", help="what starts the ranks (default pdsh)"
-    )
-    command.add_argument(
-        "--stage", choices=STAGES, help="this stage alone, in place of the whole recipe"
-    )
-    command.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="show the command, and what each node would do; start nothing",
-    )
-    command.add_argument(
-        "--node-rank",
-        type=int,
-        metavar="I",
-        help="with ssh and torchrun: the part of node I alone, on this machine",
-    )
-    command.add_argument(
-        "--master-addr", metavar="HOST", help="where the ranks meet (default: the first node)"
-    )
-    command.add_argument(
-        "--master-port",
-        type=int,
-        metavar="PORT",
-        help="and at which port (default 29500; slurm: by the job's number)",
-    )
-    command.add_argument(
-        "--force", action="store_true", help=f"with --stage: run it again; {FORCE}"
-    )
-    command.add_argument("--restart", action="store_true", help=RESTART)
-    command.add_argument(
-        "--template",
-        choices=TEMPLATES,
-        help="print a file that starts this config there, and start nothing",
-    )
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="with --template: its values, as nodes=2 gpus=8 or nodes=2,gpus=8",
-    )
-    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def _add_doctor(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "config",
-        nargs="?",
-        metavar="CONFIG",
-        help="also look at what this run needs: memory, disk, network",
-    )
-    command.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="replaces a field, for example run.dir=/scratch/run",
-    )
-    command.add_argument(
-        "--hostfile",
-        type=Path,
-        metavar="FILE",
-        help="also look at these nodes, over ssh, and compare them with this one",
-    )
-    command.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of lines"
-    )
-    command.add_argument(
-        "--quick",
-        action="store_true",
-        help="leave out what starts ranks: the gradient test and the bandwidth",
-    )
-    command.add_argument("--fix", action="store_true", help="remove stale build locks")
-    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    # for the doctors of other nodes
-    for name, kind in (("--nodes", int), ("--ranks", int), ("--look-for", Path)):
-        command.add_argument(name, type=kind, help=argparse.SUPPRESS)
-
-
-def _add_scores(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(dest="scores_command", required=True, metavar="COMMAND")
-    for name, text in SCORES.items():
-        command = commands.add_parser(name, **_texts(f"scores {name}", text))
-        if name == "merge":
-            command.add_argument(
-                "tables", nargs="+", metavar="TABLE", help="folder or Hub name; two or more"
-            )
-        else:
-            command.add_argument("table", metavar="TABLE", help="folder, Parquet file, or Hub name")
-        if name == "show":
-            command.add_argument(
-                "--num",
-                type=int,
-                default=5,
-                metavar="N",
-                help="examples to show at either end (default 5)",
-            )
-            command.add_argument(
-                "--column", metavar="NAME", help="column to take for the confidence"
-            )
-        if name == "check":
-            _add_config(command)
-        if name in ("merge", "export"):
-            command.add_argument(
-                "--to", type=Path, required=True, metavar="FOLDER", help="a new folder"
-            )
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+def _add_commands(
+    parser: argparse.ArgumentParser, dest: str, commands: dict[str, tuple[str, Arguments]]
+) -> dict[str, argparse.ArgumentParser]:
+    """Adds commands with their help to a parser. Returns their parsers, by name."""
+    group = parser.add_subparsers(dest=dest, required=True, metavar="COMMAND")
+    for name, (text, arguments) in commands.items():
+        command = group.add_parser(
+            name.removeprefix("scores "),
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"Example: sftmix {EXAMPLES.get(name, f'{name} quickstart')}",
+        )
+        for argument, settings in arguments.items():
+            command.add_argument(argument, **settings)
+    return group.choices
 
 
 def _list_configs() -> None:
