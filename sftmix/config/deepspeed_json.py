@@ -97,35 +97,29 @@ def deepspeed_config(
                 f"{where}: `{key}` is set here, but the YAML decides it ({owner}). Remove it, or"
                 ' write "auto".'
             )
-    zero = _section(content, "zero_optimization", where)
-    _agree(
-        zero,
-        "stage",
-        config.engine.zero_stage,
-        f"{where}: zero_optimization.stage",
-        "engine.zero_stage",
-    )
-    _agree(
-        content,
-        "gradient_clipping",
-        max_grad_norm,
-        f"{where}: gradient_clipping",
-        "train.max_grad_norm",
-    )
     if "bfloat16" in content:
         raise ConfigError(
             f"{where}: `bfloat16` is an old name, which DeepSpeed ignores beside `bf16`. Rename it"
             " to `bf16`."
         )
-    for name in ("bf16", "fp16"):
-        section = _section(content, name, where)
-        _agree(
-            section,
-            "enabled",
-            precision == name,
-            f"{where}: {name}.enabled",
-            f"engine.precision ({precision})",
-        )
+    dtype = f"engine.precision ({precision})"
+    for path_there, ours, ours_name in (
+        ("zero_optimization.stage", config.engine.zero_stage, "engine.zero_stage"),
+        ("gradient_clipping", max_grad_norm, "train.max_grad_norm"),
+        ("bf16.enabled", precision == "bf16", dtype),
+        ("fp16.enabled", precision == "fp16", dtype),
+    ):
+        name, _, key = path_there.rpartition(".")
+        section = _section(content, name, where) if name else content
+        theirs = section.get(key, "auto")
+        if theirs != "auto" and (
+            theirs != ours or isinstance(theirs, bool) != isinstance(ours, bool)
+        ):
+            raise ConfigError(
+                f"{where}: {path_there} is {theirs!r}, but {ours_name} is {ours!r}. Make them"
+                ' equal, or write "auto" in the JSON.'
+            )
+        section[key] = ours
 
     # Gradients of the micro-batches are summed in float32 for any dtype of the weights.
     _section(content, "data_types", where).setdefault("grad_accum_dtype", "fp32")
@@ -141,13 +135,3 @@ def _section(content: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise ConfigError(f"{where}: `{key}` is {section!r}; expected an object.")
     return section
-
-
-def _agree(section: dict[str, Any], key: str, ours: Any, theirs_name: str, ours_name: str) -> None:
-    theirs = section.get(key, "auto")
-    if theirs != "auto" and (theirs != ours or isinstance(theirs, bool) != isinstance(ours, bool)):
-        raise ConfigError(
-            f"{theirs_name} is {theirs!r}, but {ours_name} is {ours!r}. Make them equal, or write"
-            ' "auto" in the JSON.'
-        )
-    section[key] = ours

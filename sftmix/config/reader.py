@@ -54,7 +54,10 @@ def load_config(
     folder = Path(path)
     is_run_folder = (folder / RUN_CONFIG).is_file()
     path = folder / RUN_CONFIG if is_run_folder else find_config(path)
-    raw, places = _read_with_bases(path)
+    raw: dict[str, Any] = {}
+    places: Locations = {}
+    for layer, layer_places in _layers(path, (), set()):
+        _lay_over(raw, places, layer, layer_places, ())
     if is_run_folder:
         raw["run"] = {**raw.get("run", {}), "dir": str(folder)}  # the folder may have moved
     for override in overrides:
@@ -66,16 +69,12 @@ def load_config(
         return Config.model_validate(raw)
     except ValidationError as error:
         # An error in what `reference.train` inherits is reported at its line under `train`.
-        inherited = {
-            ("train", *d["loc"][2:])
-            for d in error.errors()
-            if d["loc"][:2] == ("reference", "train")
-        }
-        at_home = {d["loc"] for d in error.errors()} & inherited
+        places_of_errors = {detail["loc"] for detail in error.errors()}
         details = [
-            d
-            for d in error.errors()
-            if d["loc"][:2] != ("reference", "train") or ("train", *d["loc"][2:]) not in at_home
+            detail
+            for detail in error.errors()
+            if detail["loc"][:2] != ("reference", "train")
+            or ("train", *detail["loc"][2:]) not in places_of_errors
         ]
         raise ConfigError("\n".join(explain(detail, path, places) for detail in details)) from None
 
@@ -85,17 +84,6 @@ def dump_config(config: Config) -> str:
     return yaml.dump(
         config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True
     )
-
-
-def _read_with_bases(path: Path) -> tuple[dict[str, Any], Locations]:
-    layers = _layers(path, (), set())
-    if len(layers) == 1:
-        return layers[0]
-    merged: dict[str, Any] = {}
-    places: Locations = {}
-    for raw, raw_places in layers:
-        _lay_over(merged, places, raw, raw_places, ())
-    return merged, places
 
 
 def _layers(
@@ -115,8 +103,7 @@ def _layers(
             f"{place}: `base` is {base!r}; expected the path of a YAML file, relative to this one,"
             " or a list of them."
         )
-    for inside in [key for key in places if key[0] == "base"]:
-        del places[inside]
+    _forget(places, ("base",))
     chain = (*chain, path)
     layers = []
     for name in names:
@@ -258,7 +245,6 @@ def _set(raw: dict[str, Any], places: Locations, name: str, value: Any, place: s
     _forget(places, tuple(keys))  # replaces the value of the file
     for depth in range(len(keys)):  # errors in the value belong to the override
         places.setdefault(tuple(keys[: depth + 1]), place)
-    places[tuple(keys)] = place
 
 
 def _inherit_train(raw: dict[str, Any]) -> None:
