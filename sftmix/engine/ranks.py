@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 
 # Numbers the counters of this process; equal on all ranks, because all ranks create them together.
@@ -52,9 +53,8 @@ class Ranks:
     @property
     def ranks_of_storage(self) -> list[int]:
         """The ranks that see the same run folder as this one."""
-        if self.is_storage_shared:
-            return list(range(self.world_size))
-        return [rank for rank, leader in enumerate(self.storage) if leader == self.storage_leader]
+        leaders = self.storage or [0] * self.world_size
+        return [rank for rank, leader in enumerate(leaders) if leader == self.storage_leader]
 
     def bytes_to_leaders(self, content: bytes, length: int) -> bytes:
         """Sends `length` bytes from rank 0 to every rank that leads a disk, padded with zeros.
@@ -126,16 +126,9 @@ class Ranks:
         it. Sends bytes, not pickles."""
         if self.world_size == 1:
             return [text]
-        content, group = text.encode(), _control_group()
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        torch.distributed.all_gather(lengths, torch.tensor([len(content)]), group=group)
-        padded = _as_tensor(content, max(1, *(int(length) for length in lengths)))
-        gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
-        torch.distributed.all_gather(gathered, padded, group=group)
-        return [
-            part[: int(length)].numpy().tobytes().decode()
-            for part, length in zip(gathered, lengths, strict=True)
-        ]
+        content = text.encode()
+        parts = self._gather(_as_tensor(content, len(content)), _control_group())
+        return [part.numpy().tobytes().decode() for part in parts]
 
     def first_text(self, text: str) -> str:
         """Returns the text of the lowest rank that has one, on every rank; empty if none has.
@@ -144,41 +137,39 @@ class Ranks:
 
     def text_from_main(self, text: str) -> str:
         """Returns rank 0's text on every rank. Collective: all ranks must call it."""
-        return self._bytes_from_main(text.encode()).decode()
-
-    def _bytes_from_main(self, content: bytes) -> bytes:
         if self.world_size == 1:
-            return content
-        group, length = _control_group(), torch.tensor([len(content)])
+            return text
+        content, group = text.encode() if self.is_main else b"", _control_group()
+        length = torch.tensor([len(content)])
         torch.distributed.broadcast(length, src=0, group=group)
-        sent = _as_tensor(content if self.is_main else b"", int(length))
+        sent = _as_tensor(content, int(length))
         if len(sent):
             torch.distributed.broadcast(sent, src=0, group=group)
-        return sent.numpy().tobytes()
+        return sent.numpy().tobytes().decode()
 
     def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Returns the rows (N_r, K) of all ranks, concatenated in rank order; N_r may differ.
         Collective: all ranks must call it."""
         if self.world_size == 1:
             return rows
-        rows = rows.to(self.device)
-        count = torch.tensor([rows.shape[0]], device=self.device)
+        return torch.cat(self._gather(rows.to(self.device))).cpu()
+
+    def _gather(self, rows: torch.Tensor, group: Any = None) -> list[torch.Tensor]:
+        """Returns the rows (N_r, ...) of every rank, in rank order; N_r may differ. group: for the
+        collectives; all ranks by default."""
+        count = torch.tensor([len(rows)], device=rows.device)
         counts = [torch.zeros_like(count) for _ in range(self.world_size)]
-        torch.distributed.all_gather(counts, count)
-        longest = max(int(c) for c in counts)
-        padded = rows.new_zeros(longest, *rows.shape[1:])
-        padded[: rows.shape[0]] = rows
+        torch.distributed.all_gather(counts, count, group=group)
+        padded = rows.new_zeros(max(1, *map(int, counts)), *rows.shape[1:])
+        padded[: len(rows)] = rows
         gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
-        torch.distributed.all_gather(gathered, padded)
-        return torch.cat([part[: int(c)] for part, c in zip(gathered, counts, strict=True)]).cpu()
+        torch.distributed.all_gather(gathered, padded, group=group)
+        return [part[: int(n)] for part, n in zip(gathered, counts, strict=True)]
 
 
 def _as_tensor(content: bytes, length: int) -> torch.Tensor:
     """Returns bytes as a tensor (length,) of uint8, padded with zeros."""
-    tensor = torch.zeros(length, dtype=torch.uint8)
-    if content:
-        tensor[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    return tensor
+    return torch.from_numpy(np.frombuffer(bytearray(content.ljust(length, b"\0")), np.uint8))
 
 
 @functools.cache
