@@ -12,6 +12,7 @@ import re
 import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from sftmix.cluster.hostfile import is_host_name
 from sftmix.errors import ConfigError
@@ -19,6 +20,7 @@ from sftmix.errors import ConfigError
 DEFAULT_PORT = 29500  # of deepspeed and torchrun
 # prefix of a variable that a launcher would otherwise garble
 CARRIED = "SFTMIX_SET_"
+Otherwise = TypeVar("Otherwise")
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,22 @@ def launched_rank(environment: Mapping[str, str] = os.environ) -> LaunchedRank |
     even if SLURM_NTASKS is set.
     """
     if "RANK" in environment:
-        local_size = _number(environment, "LOCAL_WORLD_SIZE", _number(environment, "LOCAL_SIZE"))
-        rank, world_size = _needed(environment, "RANK"), _number(environment, "WORLD_SIZE", 1)
-        assert world_size is not None, "a default was given"
+        local_size = _number(environment, "LOCAL_SIZE", None)
         return LaunchedRank(
-            "RANK", rank, world_size, _number(environment, "LOCAL_RANK"), local_size
+            launcher="RANK",
+            rank=_needed(environment, "RANK"),
+            world_size=_number(environment, "WORLD_SIZE", 1),
+            local_rank=_number(environment, "LOCAL_RANK", None),
+            local_size=_number(environment, "LOCAL_WORLD_SIZE", local_size),
         )
     if "OMPI_COMM_WORLD_RANK" in environment:
-        names = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
-        return _many("mpirun", *(_needed(environment, name) for name in names))
+        rank, size, local_rank, local_size = (
+            _needed(environment, f"OMPI_COMM_WORLD_{name}")
+            for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+        )
+        return LaunchedRank("mpirun", rank, size, local_rank, local_size) if size > 1 else None
     if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
         size = _number(environment, "SLURM_STEP_NUM_TASKS", _number(environment, "SLURM_NTASKS", 1))
-        assert size is not None, "a default was given"
         if size > 1:
             rank, local_rank = (
                 _needed(environment, name) for name in ("SLURM_PROCID", "SLURM_LOCALID")
@@ -171,16 +177,7 @@ def _port(place: LaunchedRank, environment: Mapping[str, str]) -> int:
     if place.launcher != "srun":
         return DEFAULT_PORT
     job, step = _number(environment, "SLURM_JOB_ID", 0), _number(environment, "SLURM_STEP_ID", 0)
-    assert job is not None and step is not None, "defaults were given"
     return 10000 + (job * 31 + step) % 20000  # below the kernel's ephemeral ports
-
-
-def _many(
-    launcher: str, rank: int, world_size: int, local_rank: int, local_size: int
-) -> LaunchedRank | None:
-    return (
-        LaunchedRank(launcher, rank, world_size, local_rank, local_size) if world_size > 1 else None
-    )
 
 
 def _tasks_here(environment: Mapping[str, str]) -> int | None:
@@ -198,11 +195,11 @@ def _tasks_here(environment: Mapping[str, str]) -> int | None:
             return None
         counts += [int(match[1])] * int(match[2] or 1)
     node = _number(environment, "SLURM_NODEID", 0)
-    return counts[node] if node is not None and node < len(counts) else None
+    return counts[node] if node < len(counts) else None
 
 
 def _needed(environment: Mapping[str, str], name: str) -> int:
-    value = _number(environment, name)
+    value = _number(environment, name, None)
     if value is None:
         raise ConfigError(
             f"{name} is not set, though other variables of the launcher are. Set it, or set RANK"
@@ -211,7 +208,7 @@ def _needed(environment: Mapping[str, str], name: str) -> int:
     return value
 
 
-def _number(environment: Mapping[str, str], name: str, otherwise: int | None = None) -> int | None:
+def _number(environment: Mapping[str, str], name: str, otherwise: Otherwise) -> int | Otherwise:
     text = environment.get(name)
     if text is None:
         return otherwise

@@ -38,13 +38,8 @@ SENT_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 ENV_FILE = "DS_ENV_FILE"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN = re.compile(r"[\w@%+=:,./-]*")  # values that DeepSpeed does not quote
-# every user of the node can read command lines
+# must not appear on a command line, which every user of the node can read
 _SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|KEY)$")
-
-
-def is_secret(name: str) -> bool:
-    """Returns whether this names a secret, which must not appear on a command line."""
-    return _SECRET.search(name) is not None
 
 
 def wanted(environment: Mapping[str, str], package_root: Path = PACKAGE_ROOT) -> dict[str, str]:
@@ -57,7 +52,7 @@ def wanted(environment: Mapping[str, str], package_root: Path = PACKAGE_ROOT) ->
     found = {
         name: value
         for name, value in environment.items()
-        if (name.startswith(PREFIXES) or name in NAMES) and not is_secret(name)
+        if (name.startswith(PREFIXES) or name in NAMES) and not _SECRET.search(name)
     }
     found["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(package_root), found.get("PYTHONPATH", "")])
@@ -95,24 +90,17 @@ def env_file_text(variables: Mapping[str, str], launcher: str) -> str:
     quotes as part of it."""
     lines = []
     for name, value in variables.items():
-        if launcher == "openmpi" and _PLAIN.fullmatch(value) is None:
+        is_plain = _PLAIN.fullmatch(value) is not None
+        if launcher == "openmpi" and not is_plain:
             raise ConfigError(
                 f"{name} is {value[:80]!r}: DeepSpeed gives mpirun such a value with quotes around"
                 " it. Use letters, digits and @%+=:,./-_ only, unset it, or take another"
                 " --launcher."
             )
-        if launcher == "pdsh":
-            quoted = value if _PLAIN.fullmatch(value) else in_double_quotes(value)
-            lines.append(f"{name}={for_pdsh(quoted)}\n")
-        else:
-            lines.append(f"{name}={value}\n")
+        # for the double quotes that DeepSpeed adds, so that the shell on the node sees the value
+        escaped = value if is_plain else re.sub(r'([\\"$`])', r"\\\1", value)
+        lines.append(f"{name}={for_pdsh(escaped) if launcher == 'pdsh' else value}\n")
     return "".join(lines)
-
-
-def in_double_quotes(text: str) -> str:
-    """Escapes `text` for the double quotes that DeepSpeed adds, so that the shell on the node sees
-    `text`."""
-    return re.sub(r'([\\"$`])', r"\\\1", text)
 
 
 def for_pdsh(text: str) -> str:

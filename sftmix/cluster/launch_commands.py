@@ -50,10 +50,6 @@ class Plan:
     address: str | None
     port: int | None
 
-    @property
-    def num_ranks(self) -> int:
-        return sum(node.slots for node in self.nodes)
-
     def ranks_of(self, number: int) -> range:
         """Returns the ranks of a node."""
         first = sum(node.slots for node in self.nodes[:number])
@@ -130,8 +126,8 @@ def local_command(
 ) -> list[str]:
     """Returns the command that starts a rank for each device of this machine alone. arguments: of
     launch/run.py."""
-    host = {"localhost": devices}
-    return [*_launcher(host, 0, "127.0.0.1", port), str(RUN_SCRIPT), *arguments]
+    launcher = _launcher({"localhost": devices}, 0, "127.0.0.1", port)
+    return [*launcher, str(RUN_SCRIPT), *arguments]
 
 
 def _launcher(
@@ -207,28 +203,33 @@ def node_command(plan: Plan, number: int) -> list[str]:
 
 
 def ssh_command(plan: Plan, number: int, variables: Mapping[str, str]) -> list[str]:
-    """Returns the command that starts a node's ranks over ssh. ssh passes one string to the shell
-    there, so every word is quoted."""
-    there = shlex.join(
-        [
-            "env",
-            *(f"{name}={value}" for name, value in variables.items()),
-            *node_command(plan, number),
-        ]
-    )
+    """Returns the command that starts a node's ranks over ssh."""
+    there = in_this_folder(node_command(plan, number), variables)
+    return [*SSH, "--", plan.nodes[number].host, there]
+
+
+def in_this_folder(command: Sequence[str], variables: Mapping[str, str]) -> str:
+    """Returns a command with its environment for the shell of another node, in the folder in which
+    this process is. ssh passes one string to the shell there, so every word is quoted."""
+    given = [f"{name}={value}" for name, value in variables.items()]
+    return f"cd -- {shlex.quote(str(Path.cwd()))} && exec {shlex.join(['env', *given, *command])}"
+
+
+def stage_options(stage: str | None, *, force: bool, restart: bool) -> list[str]:
+    """Returns the options of launch/run.py for one stage, or the whole recipe."""
     return [
-        *SSH,
-        "--",
-        plan.nodes[number].host,
-        f"cd -- {shlex.quote(str(Path.cwd()))} && exec {there}",
+        *(["--stage", stage] if stage else []),
+        *(["--force"] if force else []),
+        *(["--restart"] if restart else []),
     ]
 
 
 def describe(plan: Plan, variables: Mapping[str, str], command: Sequence[str] | None) -> list[str]:
     """Returns readable lines: the command that is started here, and the command of each node."""
+    num_ranks = sum(node.slots for node in plan.nodes)
     where = f"{plan.address}:{plan.port}" if plan.address else "the first node of SLURM's list"
     lines = [
-        f"{counted(len(plan.nodes), 'node')}, {counted(plan.num_ranks, 'rank')}, meeting at"
+        f"{counted(len(plan.nodes), 'node')}, {counted(num_ranks, 'rank')}, meeting at"
         f" {where}, started by {plan.launcher}"
     ]
     if command is not None:
@@ -241,11 +242,11 @@ def describe(plan: Plan, variables: Mapping[str, str], command: Sequence[str] | 
     for number, node in enumerate(plan.nodes):
         ranks = plan.ranks_of(number)
         shown = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"
+        there = (
+            [sys.executable, "-u", str(RUN_SCRIPT), *plan.arguments]
+            if plan.launcher in ("openmpi", "slurm")
+            else node_command(plan, number)
+        )
         lines += ["", f"node {number}, {node.host}: {shown}, in {Path.cwd()}"]
-        if plan.launcher in ("openmpi", "slurm"):
-            lines.append(
-                f"  {shlex.join([sys.executable, '-u', str(RUN_SCRIPT), *plan.arguments])}"
-            )
-        else:
-            lines.append(f"  {shlex.join(node_command(plan, number))}")
+        lines += [f"  {shlex.join(there)}"]
     return lines

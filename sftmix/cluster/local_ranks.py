@@ -4,12 +4,15 @@ for all."""
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from sftmix.cluster.environment import free_port
 
 GRACE_SECONDS = 5.0  # for the others to end by themselves after a rank has failed
 OF_A_LAUNCHER = frozenset(
@@ -37,8 +40,6 @@ def run_local_ranks(
 ) -> list[RankEnd]:
     """Returns how each rank ended, in rank order. No process is left running. environment: merged
     over that of this process. start: takes the arguments of `subprocess.Popen`, and its place."""
-    from sftmix.cluster.environment import free_port
-
     shared = {
         **{name: value for name, value in os.environ.items() if name not in OF_A_LAUNCHER},
         "MASTER_ADDR": "127.0.0.1",
@@ -47,7 +48,6 @@ def run_local_ranks(
         "LOCAL_WORLD_SIZE": str(num_ranks),
         **(environment or {}),
     }
-    deadline = time.monotonic() + limit_seconds
     processes: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as stack:
         # a full pipe would block a rank
@@ -64,13 +64,9 @@ def run_local_ranks(
                         stderr=subprocess.STDOUT,
                     )
                 )
-            while (
-                None in (codes := [process.poll() for process in processes])
-                and time.monotonic() < deadline
-            ):
-                if any(codes):
-                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-                time.sleep(0.05)
+            codes = wait_for_all(
+                processes, grace_seconds=GRACE_SECONDS, limit_seconds=limit_seconds
+            )
         finally:
             for process in processes:
                 process.kill()
@@ -79,6 +75,24 @@ def run_local_ranks(
             output.seek(0)
         texts = [output.read().decode(errors="replace") for output in outputs]
     return [RankEnd(code, text) for code, text in zip(codes, texts, strict=True)]
+
+
+def wait_for_all(
+    processes: Sequence[subprocess.Popen[bytes]],
+    *,
+    grace_seconds: float,
+    limit_seconds: float = math.inf,
+) -> list[int | None]:
+    """Waits until all processes have ended, until `grace_seconds` after the first that failed, or
+    until the time is over. Returns their exit codes; None for one that still runs."""
+    deadline = time.monotonic() + limit_seconds
+    while (
+        None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline
+    ):
+        if any(codes):
+            deadline = min(deadline, time.monotonic() + grace_seconds)
+        time.sleep(0.05)
+    return codes
 
 
 def first_failure(ends: list[RankEnd]) -> str | None:

@@ -23,19 +23,14 @@ FLUSH_SECONDS = 5.0
 NOT_FOR_COPIER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGPIPE)
 
 
-def name_of(rank: int) -> str:
-    """Returns the name of a rank's log."""
-    return f"rank_{rank:04d}.log"
-
-
 def start(folder: Path, rank: int) -> None:
     """From here on, the output of this process and its children is also appended to a file in
-    `folder`.
+    `folder`, rank_0000.log for rank 0.
 
     If the file cannot be written, stderr says so and the rank continues. Call it before threads are
     started.
     """
-    path = folder / name_of(rank)
+    path = folder / f"rank_{rank:04d}.log"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

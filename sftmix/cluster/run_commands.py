@@ -6,9 +6,9 @@ import contextlib
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 
+from sftmix.cluster.local_ranks import wait_for_all
 from sftmix.errors import INTERRUPTED, STOPPED
 
 # for the other commands to end after one has; heartbeats have told their ranks
@@ -20,7 +20,6 @@ def run_commands(commands: Sequence[Sequence[str]], environment: Mapping[str, st
     had time to end. Returns 0, or the code of a command that failed, with 75 and 130 preferred. No
     command is left running, even after an interrupt."""
     processes: list[subprocess.Popen[bytes]] = []
-    deadline = None
     try:
         for command in commands:
             # In their own session, so that this process handles an interrupt from the terminal.
@@ -29,12 +28,7 @@ def run_commands(commands: Sequence[Sequence[str]], environment: Mapping[str, st
                     command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
                 )
             )
-        while None in (codes := [process.poll() for process in processes]):
-            if deadline is None and any(codes):
-                deadline = time.monotonic() + GRACE_SECONDS
-            if deadline is not None and time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
+        codes = wait_for_all(processes, grace_seconds=GRACE_SECONDS)
     finally:
         for process in processes:
             if process.poll() is None:

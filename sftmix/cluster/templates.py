@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
+from sftmix.cluster.launch_commands import stage_options
 from sftmix.config.reader import load_config
 from sftmix.errors import ConfigError, did_you_mean
 
@@ -99,11 +100,8 @@ def print_template(options: argparse.Namespace) -> int:
             )
     given, overrides = _pairs(options)
     load_config(options.config, overrides)
-    stage = [
-        *(["--stage", options.stage] if options.stage else []),
-        *(["--force"] if options.force else []),
-    ]
-    arguments = [options.config, *overrides, *stage, *(["--restart"] if options.restart else [])]
+    stage = stage_options(options.stage, force=options.force, restart=options.restart)
+    arguments = [options.config, *overrides, *stage]
     print(
         render(options.template, given, arguments, doctor_arguments=[options.config, *overrides]),
         end="",

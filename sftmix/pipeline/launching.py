@@ -32,6 +32,7 @@ from sftmix.cluster.launch_commands import (
     node_command,
     runner_command,
     ssh_command,
+    stage_options,
 )
 from sftmix.cluster.run_commands import run_commands
 from sftmix.cluster.templates import print_template
@@ -96,7 +97,8 @@ def launch_here(
 ) -> int:
     """Runs `engine.num_processes` ranks on this machine, through DeepSpeed's launcher. Returns the
     exit code."""
-    options = [config_path, *overrides, *_options(request)]
+    stage = stage_options(request.only, force=request.force, restart=request.restart)
+    options = [config_path, *overrides, *stage]
     visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES", "") if has_gpu() else ""
     devices = devices_of_ranks(config.engine.num_processes, visible_devices)  # before any data
 
@@ -124,7 +126,7 @@ def launch_on_nodes(options: argparse.Namespace) -> int:
     if options.node_rank is None:
         _check_programs(plan.launcher)
     os.umask(0o077)
-    request = _request(options)
+    request = Request(options.stage, options.force, options.restart)
     threads = threads_of_rank(None, max(node.slots for node in plan.nodes))
     # the first node's command claims the folder and prepares the data; these ranks join it
     if options.node_rank:
@@ -136,20 +138,6 @@ def launch_on_nodes(options: argparse.Namespace) -> int:
         lambda environment: _start(plan, options.node_rank, environment),
         threads=threads,
     )
-
-
-def _request(options: argparse.Namespace) -> Request:
-    return Request(options.stage, options.force, options.restart)
-
-
-def _options(request: Request) -> list[str]:
-    """Returns a request as options of launch/run.py."""
-    stage = ["--stage", request.only] if request.only else []
-    return [
-        *stage,
-        *(["--force"] if request.force else []),
-        *(["--restart"] if request.restart else []),
-    ]
 
 
 def _launch(
@@ -259,12 +247,12 @@ def plan_of(options: argparse.Namespace) -> Plan:
                 f"--node-rank is {options.node_rank}, and {options.hostfile} has"
                 f" {counted(len(nodes), 'node')}, counted from 0. Correct it."
             )
-    arguments = [options.config, *options.overrides, *_options(_request(options))]
+    stage = stage_options(options.stage, force=options.force, restart=options.restart)
     return make_plan(
         nodes,
         options.hostfile,
         options.launcher,
-        arguments,
+        [options.config, *options.overrides, *stage],
         address=options.master_addr,
         port=options.master_port,
     )

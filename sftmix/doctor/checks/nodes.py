@@ -17,6 +17,7 @@ from typing import Any
 
 from sftmix.cluster.exports import wanted
 from sftmix.cluster.hostfile import Node, is_host_name
+from sftmix.cluster.launch_commands import in_this_folder
 from sftmix.doctor.findings import Finding, examine
 from sftmix.errors import counted
 
@@ -153,9 +154,8 @@ def on_node(
 def remote_command(arguments: list[str]) -> list[str]:
     """Returns the command for a node: the same Python in the same folder, as with DeepSpeed's
     launchers."""
-    exported = [f"{name}={value}" for name, value in wanted(os.environ).items()]
-    doctor = ["env", *exported, sys.executable, "-m", "sftmix.cli", "doctor", *arguments]
-    return ["sh", "-c", f"cd -- {shlex.quote(str(Path.cwd()))} && exec {shlex.join(doctor)}"]
+    doctor = [sys.executable, "-m", "sftmix.cli", "doctor", *arguments]
+    return ["sh", "-c", in_this_folder(doctor, wanted(os.environ))]
 
 
 def parse_report(text: str) -> dict[str, Any] | None:
