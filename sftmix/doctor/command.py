@@ -7,11 +7,11 @@ import json
 import os
 import socket
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from sftmix.cluster.hostfile import read_hostfile
@@ -24,6 +24,7 @@ from sftmix.errors import SftmixError, counted
 
 CONFIG, REFUSED = "config", "sftmix run refuses it"
 Look = tuple[str, Callable[[], list[Finding]]]
+Show = Callable[[list[Finding]], None]
 
 
 def examine_machine(options: argparse.Namespace) -> int:
@@ -54,8 +55,14 @@ def examine_machine(options: argparse.Namespace) -> int:
 def _examine_all(options: argparse.Namespace) -> tuple[dict[str, Any], list[Finding]]:
     """Returns the report of this machine, for comparison with other nodes, and all findings."""
     findings: list[Finding] = []
+
+    def show(found: list[Finding]) -> None:
+        findings.extend(found)
+        for finding in [] if options.json else found:
+            print(finding.line(), flush=True)
+
     known = read_hostfile(options.hostfile) if options.hostfile is not None else []
-    config = _load(options, findings)
+    config = _load(options, show)
     num_nodes = options.nodes or max(1, len(known))
     local_ranks = max(
         (node.slots for node in known), default=config.engine.num_processes if config else 1
@@ -63,15 +70,7 @@ def _examine_all(options: argparse.Namespace) -> tuple[dict[str, Any], list[Find
     num_ranks = options.ranks or sum(node.slots for node in known) or local_ranks
     if options.ranks:
         local_ranks = -(-num_ranks // num_nodes)
-    need = _need(config, num_ranks, local_ranks, findings)
-
-    def show(found: list[Finding]) -> None:
-        findings.extend(found)
-        for finding in [] if options.json else found:
-            print(finding.line(), flush=True)
-
-    first, findings[:] = list(findings), []
-    show(first)
+    need = _need(config, num_ranks, local_ranks, show)
     cards: list[gpus.Gpu] = []
     show(examine("GPUs", lambda: _list_gpus(cards)))
     for item, look in _items(config, need, cards, num_nodes=num_nodes, options=options):
@@ -82,7 +81,13 @@ def _examine_all(options: argparse.Namespace) -> tuple[dict[str, Any], list[Find
     if options.look_for is not None:
         report["sees_run_folder"] = options.look_for.exists()
     if known:
-        with _beside_run_folder(config) as probe:
+        probe = None
+        with ExitStack() as held:
+            if config is not None:
+                with suppress(OSError):  # other nodes look for this file
+                    beside = storage.nearest_folder(config.run.dir)
+                    file = held.enter_context(NamedTemporaryFile(prefix=".doctor.", dir=beside))
+                    probe = Path(file.name)
             arguments = _arguments(options, probe, num_nodes=num_nodes, num_ranks=num_ranks)
             show(examine(nodes.ITEM, lambda: nodes.check_nodes(known, report, arguments)))
     return report, findings
@@ -95,40 +100,50 @@ def _items(
     *,
     num_nodes: int,
     options: argparse.Namespace,
-) -> Iterator[Look]:
-    """Yields the items in order, each with its function."""
-    yield "versions", versions.check_versions
-    yield "CUDA", lambda: versions.check_driver(_torch_cuda(), cards[0].driver if cards else None)
+) -> list[Look]:
+    """Returns the items in order, each with its function."""
     offloads = need is not None and need.offload["optimizer"]
-    yield "compiler", lambda: build.check_compiler(has_gpu=bool(cards), offloads=offloads)
-    yield build.LOCKS, lambda: build.check_locks(build.extension_folders(), fix=options.fix)
-    yield build.LEFTOVERS, build.check_leftovers
-    yield "ports", network.check_ports
-    yield "host name", lambda: network.check_host_name(num_nodes=num_nodes)
-    yield "interfaces", lambda: network.check_interfaces(num_nodes=num_nodes)
+    items: list[Look] = [
+        ("versions", versions.check_versions),
+        (
+            "CUDA",
+            lambda: versions.check_driver(_torch_cuda(), cards[0].driver if cards else None),
+        ),
+        ("compiler", lambda: build.check_compiler(has_gpu=bool(cards), offloads=offloads)),
+        (build.LOCKS, lambda: build.check_locks(build.extension_folders(), fix=options.fix)),
+        (build.LEFTOVERS, build.check_leftovers),
+        ("ports", network.check_ports),
+        ("host name", lambda: network.check_host_name(num_nodes=num_nodes)),
+        ("interfaces", lambda: network.check_interfaces(num_nodes=num_nodes)),
+    ]
     if config is not None:
         folder = config.run.dir
-        yield "run folder", lambda: storage.check_writable(folder)
-        yield "file system", lambda: storage.check_file_system(folder)
-        yield "other runs", lambda: storage.check_writer(folder)
+        items += [
+            ("run folder", lambda: storage.check_writable(folder)),
+            ("file system", lambda: storage.check_file_system(folder)),
+            ("other runs", lambda: storage.check_writer(folder)),
+        ]
     if config is not None and need is not None:
-        count = (
+        meaning = (
             f"{config.checkpoint.keep_last} + 1 checkpoints of"
-            f" {counted(need.num_trained_parameters, 'parameter')}"
+            f" {counted(need.num_trained_parameters, 'parameter')},"
+            f" {counted(need.num_exports, 'exported model')}"
         )
-        meaning = f"{count}, {counted(need.num_exports, 'exported model')}"
-        yield (
-            "free space",
-            lambda: storage.check_space(
-                config.run.dir, needed_bytes=need.disk_bytes, meaning=meaning
-            ),
+        needed = need.disk_bytes
+        items.append(
+            (
+                "free space",
+                lambda: storage.check_space(folder, needed_bytes=needed, meaning=meaning),
+            )
         )
-    yield "memory", lambda: memory.check_machine(need, has_gpu=bool(cards))
-    yield "GPU memory", lambda: memory.check_gpus(need, cards)
-    yield gpus.ITEM, lambda: gpus.check_health(cards)
-    if options.quick:
-        return
-    yield "ranks", lambda: _check_ranks(need, num_gpus=len(cards))
+    items += [
+        ("memory", lambda: memory.check_machine(need, has_gpu=bool(cards))),
+        ("GPU memory", lambda: memory.check_gpus(need, cards)),
+        (gpus.ITEM, lambda: gpus.check_health(cards)),
+    ]
+    if not options.quick:
+        items.append(("ranks", lambda: _check_ranks(need, num_gpus=len(cards))))
+    return items
 
 
 def _check_ranks(need: Need | None, *, num_gpus: int) -> list[Finding]:
@@ -142,7 +157,7 @@ def _check_ranks(need: Need | None, *, num_gpus: int) -> list[Finding]:
     ]
 
 
-def _load(options: argparse.Namespace, findings: list[Finding]) -> Config | None:
+def _load(options: argparse.Namespace, show: Show) -> Config | None:
     """Returns the config, checked as in a run; an error becomes a finding."""
     if options.config is None:
         return None
@@ -159,13 +174,11 @@ def _load(options: argparse.Namespace, findings: list[Finding]) -> Config | None
             return [Finding(CONFIG, "bad", str(error), facts={REFUSED: True})]
         return [Finding(CONFIG, "ok", f"{options.config} loads, and a run would start.")]
 
-    findings += examine(CONFIG, look)
+    show(examine(CONFIG, look))
     return loaded[0] if loaded else None
 
 
-def _need(
-    config: Config | None, num_ranks: int, local_ranks: int, findings: list[Finding]
-) -> Need | None:
+def _need(config: Config | None, num_ranks: int, local_ranks: int, show: Show) -> Need | None:
     """Returns the need of the config's model; a model that cannot be examined becomes a finding."""
     if config is None:
         return None
@@ -178,7 +191,7 @@ def _need(
         return [Finding("model", "ok", f"{words}, {counted(num_ranks, 'rank')}{offloaded}.")]
 
     found = examine("model", look)
-    findings += found
+    show(found)
     return need if found[0].verdict == "ok" else None
 
 
@@ -202,30 +215,10 @@ def _torch_cuda() -> str | None:
     return torch.version.cuda
 
 
-@contextmanager
-def _beside_run_folder(config: Config | None) -> Iterator[Path | None]:
-    """Yields a temporary file at the place of the run folder, which other nodes look for."""
-    path = None
-    if config is not None:
-        folder = storage.nearest_folder(config.run.dir)
-        with suppress(OSError):
-            probe = folder / f".doctor.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
-            probe.write_text("sftmix doctor\n")
-            path = probe
-    try:
-        yield path
-    finally:
-        if path is not None:
-            with suppress(OSError):
-                path.unlink()
-
-
 def _arguments(
     options: argparse.Namespace, probe: Path | None, *, num_nodes: int, num_ranks: int
 ) -> list[str]:
     """Returns the arguments of the doctor on another node."""
-    config: list[Any] = [options.config, *options.overrides] if options.config is not None else []
-    looks = ["--look-for", str(probe)] if probe is not None else []
     return [
         "--json",
         "--quick",
@@ -233,6 +226,6 @@ def _arguments(
         str(num_nodes),
         "--ranks",
         str(num_ranks),
-        *looks,
-        *config,
+        *(["--look-for", str(probe)] if probe is not None else []),
+        *([options.config, *options.overrides] if options.config is not None else []),
     ]

@@ -141,9 +141,9 @@ def compare_gradients(ranks: Ranks, folder: Path) -> dict[str, Any]:
     weights = {
         name: tensor.detach().float().cpu().clone() for name, tensor in engine.named_tensors()
     }
-    found: dict[str, Any] = {"seconds": 0.0}
-    if ranks.is_main:
-        found = compare_to_one_process(config, pairs, counts, gradients, weights)
+    found = (
+        compare_to_one_process(config, pairs, counts, gradients, weights) if ranks.is_main else {}
+    )
     engine.close()
     return {**found, "seconds": time.monotonic() - started}
 

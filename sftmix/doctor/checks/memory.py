@@ -87,15 +87,19 @@ def check_gpus(need: Need | None, gpus: list[Gpu]) -> list[Finding]:
         f"under ZeRO stage {need.config.engine.zero_stage}, without activations; "
         f"GPU {smallest.index} has {gib(free)} free of {gib(smallest.total_bytes)}."
     )
-    remedy = ""
-    if needed > 0.8 * free:
-        remedy = (
-            "Use more GPUs, a higher engine.zero_stage, or"
-            " engine.deepspeed=configs/deepspeed/zero3_offload.json."
-        )
+    remedy = (
+        "Use more GPUs, a higher engine.zero_stage, or"
+        " engine.deepspeed=configs/deepspeed/zero3_offload.json."
+    )
     return [
         *findings,
-        Finding("GPU memory", verdict, found, remedy, {"needed_bytes": needed, "free_bytes": free}),
+        Finding(
+            "GPU memory",
+            verdict,
+            found,
+            remedy if needed > 0.8 * free else "",
+            {"needed_bytes": needed, "free_bytes": free},
+        ),
     ]
 
 

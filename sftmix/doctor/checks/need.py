@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from sftmix.config.schema import Config, ModelConfig
+from sftmix.config.schema import Config
 from sftmix.errors import counted
 from sftmix.storage.checkpoints import ADAM_BYTES
 from sftmix.train.plan import num_reference_checkpoints
@@ -24,13 +24,37 @@ class Need:
     local_ranks: int
 
     @cached_property
+    def _empty_target(self) -> Any:
+        """The target on the meta device. An architecture may leave the size of its vocabulary to
+        the tokenizer."""
+        from sftmix.engine.loading import empty_model, hf_config
+
+        model, tokenizer = self.config.model, self.config.tokenizer
+        if model.architecture is not None and "vocab_size" not in model.architecture:
+            if tokenizer.train is not None:
+                size = tokenizer.train.vocab_size
+            else:
+                from sftmix.data.tokenizer import load_tokenizer
+
+                size = len(load_tokenizer(self.config))
+            model = model.model_copy(
+                update={"architecture": {**model.architecture, "vocab_size": size}}
+            )
+        return empty_model(model, hf_config(model))
+
+    @cached_property
     def num_parameters(self) -> int:
-        return count_parameters(self.config)
+        """Those of the target. Tied ones count once."""
+        return sum(parameter.numel() for parameter in self._empty_target.parameters())
 
     @cached_property
     def num_adapter_parameters(self) -> int:
-        """Those of LoRA, beside the model's own; 0 where all weights are trained."""
-        return count_adapter_parameters(self.config)
+        """Those of LoRA, beside the model's own; 0 where all weights are trained. Raises
+        ConfigError for targets that the model does not have."""
+        from sftmix.engine.lora import num_adapter_parameters
+
+        lora = self.config.model.lora
+        return num_adapter_parameters(self._empty_target, lora, name="model") if lora else 0
 
     @property
     def num_trained_parameters(self) -> int:
@@ -143,40 +167,3 @@ class Need:
             }
         reductions = self.num_micro_batches if self.config.engine.zero_stage == 2 else 1
         return {"gather": trained, "reduce": trained * reductions}
-
-
-def count_parameters(config: Config) -> int:
-    """Returns the number of parameters of the target, built on the meta device. Tied ones count
-    once."""
-    return sum(parameter.numel() for parameter in _empty_target(config).parameters())
-
-
-def count_adapter_parameters(config: Config) -> int:
-    """Returns how many parameters LoRA adds to the target; 0 without it. Raises ConfigError for
-    targets that the model does not have."""
-    if config.model.lora is None:
-        return 0
-    from sftmix.engine.lora import num_adapter_parameters
-
-    return num_adapter_parameters(_empty_target(config), config.model.lora, name="model")
-
-
-def _empty_target(config: Config) -> Any:
-    from sftmix.engine.loading import empty_model, hf_config
-
-    return empty_model(config.model, hf_config(_with_vocabulary(config)))
-
-
-def _with_vocabulary(config: Config) -> ModelConfig:
-    """Returns the model with the size of its vocabulary, which an architecture may leave to the
-    tokenizer."""
-    model = config.model
-    if model.architecture is None or "vocab_size" in model.architecture:
-        return model
-    if config.tokenizer.train is not None:
-        size = config.tokenizer.train.vocab_size
-    else:
-        from sftmix.data.tokenizer import load_tokenizer
-
-        size = len(load_tokenizer(config))
-    return model.model_copy(update={"architecture": {**model.architecture, "vocab_size": size}})

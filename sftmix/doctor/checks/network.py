@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sftmix.cluster.environment import DEFAULT_PORT
+from sftmix.cluster.environment import DEFAULT_PORT, free_port
 from sftmix.doctor.findings import Finding
 
 # Bridges and virtual interfaces of containers, which do not lead to another machine.
@@ -47,15 +47,11 @@ class Interface:
 def check_ports(port: int | None = None) -> list[Finding]:
     """Checks that a free port can be bound, and that the meeting port is free. port: MASTER_PORT by
     default, or 29500."""
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", 0))
-            free = probe.getsockname()[1]
-        except OSError as error:
-            remedy = (
-                "Look at the firewall, the limits of open files, and net.ipv4.ip_local_port_range."
-            )
-            return [Finding("ports", "bad", f"no free port can be had: {error.strerror}.", remedy)]
+    try:
+        free = free_port()
+    except OSError as error:
+        remedy = "Look at the firewall, the limits of open files, and net.ipv4.ip_local_port_range."
+        return [Finding("ports", "bad", f"no free port can be had: {error.strerror}.", remedy)]
     named = os.environ.get("MASTER_PORT")
     if port is None and named is not None and not (named.isdecimal() and 0 < int(named) < 65536):
         return [
@@ -74,10 +70,11 @@ def check_ports(port: int | None = None) -> list[Finding]:
             probe.bind(("", wanted))
             probe.listen()
         except OSError as error:
-            what = "MASTER_PORT" if named or port else "the default port of deepspeed and torchrun"
-            holder = _holder_of(wanted)
-            found = f"{wanted} ({what}) is not available: {error.strerror}, by {holder}."
             is_named = bool(named or port)
+            what = "MASTER_PORT" if is_named else "the default port of deepspeed and torchrun"
+            found = (
+                f"{wanted} ({what}) is not available: {error.strerror}, by {_holder_of(wanted)}."
+            )
             remedy = (
                 "Name another: --master_port"
                 f" {free}{' (sftmix run chooses one itself)' if not is_named else ''}."
@@ -146,14 +143,19 @@ def check_interfaces(found: list[Interface] | None = None, *, num_nodes: int = 1
     item = "interfaces"
     present = interfaces() if found is None else found
     names = {interface.name for interface in present}
-    for library, variable in NAMES.items():
-        value = os.environ.get(variable)
-        if value and not _names_one(value, names):
+    named = {
+        library: os.environ[variable]
+        for library, variable in NAMES.items()
+        if os.environ.get(variable)
+    }
+    for library, value in named.items():
+        if not _names_one(value, names):
+            only = ", ".join(sorted(names))
             return [
                 Finding(
                     item,
                     "bad",
-                    f"{variable}={value}, but {library} finds only {', '.join(sorted(names))}.",
+                    f"{NAMES[library]}={value}, but {library} finds only {only}.",
                     "Correct it.",
                 )
             ]
@@ -161,11 +163,6 @@ def check_interfaces(found: list[Interface] | None = None, *, num_nodes: int = 1
         i for i in present if i.is_up and i.address is not None and not i.name.startswith(VIRTUAL)
     ]
     facts = {"interfaces": [{"name": i.name, "address": i.address} for i in usable]}
-    named = {
-        library: os.environ[variable]
-        for library, variable in NAMES.items()
-        if os.environ.get(variable)
-    }
     if named:
         return [
             Finding(

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +45,15 @@ def check_nodes(nodes: list[Node], here: Mapping[str, Any], arguments: list[str]
         ]
 
     def look(node: Node) -> list[Finding]:
-        return examine(node_item(node.host), lambda: check_node(node, here, arguments))
+        return examine(f"node {node.host}", lambda: check_node(node, here, arguments))
 
     with ThreadPoolExecutor(min(16, len(nodes))) as pool:
         return [finding for findings in pool.map(look, nodes) for finding in findings]
 
 
-def node_item(host: str) -> str:
-    return f"node {host}"
-
-
 def check_node(node: Node, here: Mapping[str, Any], arguments: list[str]) -> list[Finding]:
     """Returns the problems and differences of a node, or one finding that it is well."""
-    item = node_item(node.host)
+    item = f"node {node.host}"
     skew, problem = measure_skew(
         lambda: on_node(node.host, ["date", "+%s.%N"], CONNECT_SECONDS + 10.0)
     )
@@ -162,11 +159,8 @@ def parse_report(text: str) -> dict[str, Any] | None:
     """Finds the report in the output of a node: the last line that is a JSON object with
     findings."""
     for line in reversed(text.splitlines()):
-        if line.startswith("{"):
-            try:
-                report = json.loads(line)
-            except ValueError:
-                continue
+        with suppress(ValueError):
+            report = json.loads(line)
             if isinstance(report, dict) and {"findings", "identity"} <= report.keys():
                 return report
     return None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from sftmix.doctor.findings import Finding, gib
 from sftmix.liveness import run_lock
-from sftmix.storage.files import sync_folder
+from sftmix.storage.files import sync_folder, write_text
 
 NETWORK = frozenset(
     "nfs nfs4 cifs smb3 smbfs afs lustre gpfs beegfs ceph glusterfs wekafs panfs orangefs pvfs2"
@@ -72,26 +71,18 @@ def check_writable(folder: Path) -> list[Finding]:
                 "Choose another run.dir, or move what is there.",
             )
         ]
-    name = f".doctor.{socket.gethostname()}.{os.getpid()}"
-    first, second = place / f"{name}.new", place / f"{name}.published"
     started = time.monotonic()
     try:
-        with first.open("wb") as file:
-            file.write(b"doctor")
-            file.flush()
-            os.fsync(file.fileno())
-        first.replace(second)
-        sync_folder(place)
-        is_whole = second.read_bytes() == b"doctor"
+        with tempfile.TemporaryDirectory(prefix=".doctor.", dir=place) as name:
+            path = Path(name, "published")
+            write_text(path, "doctor")  # writes another file, flushes it and renames it
+            sync_folder(path.parent)
+            is_whole = path.read_bytes() == b"doctor"
     except OSError as error:
         remedy = "Fix its permissions or disk, or choose another run.dir."
         return [
             Finding(item, "bad", f"{place} cannot be written: {error.strerror or error}.", remedy)
         ]
-    finally:
-        for path in (first, second):
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
     seconds = time.monotonic() - started
     if not is_whole:
         return [
@@ -102,11 +93,17 @@ def check_writable(folder: Path) -> list[Finding]:
                 "Fix the disk.",
             )
         ]
-    verdict, remedy = ("ok", "") if seconds < 2 else ("warning", "Checkpoints will be slow there.")
+    is_slow = seconds >= 2
     where = "" if place == folder.absolute() else f" (the run will make {folder})"
     found = f"{place}{where} takes a write, a flush and a rename, in {seconds:.3f} s."
     return [
-        Finding(item, "ok" if verdict == "ok" else "warning", found, remedy, {"seconds": seconds})
+        Finding(
+            item,
+            "warning" if is_slow else "ok",
+            found,
+            "Checkpoints will be slow there." if is_slow else "",
+            {"seconds": seconds},
+        )
     ]
 
 

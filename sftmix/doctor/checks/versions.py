@@ -7,9 +7,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +15,40 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from sftmix.config.schema import Config
-from sftmix.doctor.findings import Finding, Verdict
+from sftmix.doctor.findings import Finding
 from sftmix.storage.files import sha256_of_file
 from sftmix.storage.provenance import commit, fingerprint, versions
 
 ITEM = "versions"
 
 
-@dataclass(frozen=True)
-class KnownBad:
-    """Releases `first` to `last`, both included, of a package."""
-
-    package: str
-    first: str
-    last: str
-    verdict: Verdict
-    reason: str
-    link: str
-
-
+# package, first and last release (both included), what is wrong with them, and where that is told
 KNOWN_BAD = (
-    KnownBad(
+    (
         "deepspeed",
         "0.17.6",
         "0.18.2",
-        "bad",
         "wrong gradients under ZeRO-2",
         "https://github.com/deepspeedai/DeepSpeed/issues/7718",
     ),
-    KnownBad(
+    (
         "deepspeed",
         "0.18.3",
         "0.19.3",
-        "bad",
         "wrong gradients under ZeRO-2 in bf16 where a module runs twice in a step",
         "https://github.com/deepspeedai/DeepSpeed/issues/8224",
     ),
-    KnownBad(
+    (
         "transformers",
         "5.1.0",
         "5.1.0",
-        "bad",
         "does not work with DeepSpeed",
         "https://github.com/huggingface/transformers/issues/43780",
     ),
-    KnownBad(
+    (
         "transformers",
         "5.4.0",
         "5.4.0",
-        "bad",
         "weights of Qwen3.5 are not loaded under ZeRO-3",
         "https://github.com/huggingface/transformers/issues/45313",
     ),
@@ -85,11 +68,13 @@ def check_versions() -> list[Finding]:
     """Reports what is installed, known bad releases, and versions outside the ranges of
     setup.py."""
     found = installed()
-    problems = [*known_bad(found), *outside_ranges(found, requirements())]
-    missing = sorted({"torch", "deepspeed", "transformers", "datasets"} - set(found))
-    problems += [
-        Finding(ITEM, "bad", f"{name} is not installed.", f"Install it: pip install {name}")
-        for name in missing
+    problems = [
+        *known_bad(found),
+        *outside_ranges(found, requirements()),
+        *(
+            Finding(ITEM, "bad", f"{name} is not installed.", f"Install it: pip install {name}")
+            for name in sorted({"torch", "deepspeed", "transformers", "datasets"} - set(found))
+        ),
     ]
     shown = ", ".join(f"{name} {version}" for name, version in found.items())
     return problems or [Finding(ITEM, "ok", f"{shown}: none known to be wrong.", facts=dict(found))]
@@ -100,14 +85,12 @@ def known_bad(found: Mapping[str, str]) -> list[Finding]:
     return [
         Finding(
             ITEM,
-            row.verdict,
-            f"{row.package} {found[row.package]}: {row.reason} ({row.link}; {row.first} to"
-            f" {row.last}).",
-            f"Install one outside of these: pip install '{row.package}>{row.last}'.",
+            "bad",
+            f"{package} {found[package]}: {reason} ({link}; {first} to {last}).",
+            f"Install one outside of these: pip install '{package}>{last}'.",
         )
-        for row in KNOWN_BAD
-        if row.package in found
-        and Version(row.first) <= _release(found[row.package]) <= Version(row.last)
+        for package, first, last, reason, link in KNOWN_BAD
+        if package in found and Version(first) <= _release(found[package]) <= Version(last)
     ]
 
 
@@ -121,22 +104,18 @@ def requirements() -> list[str]:
 
 def outside_ranges(found: Mapping[str, str], required: list[str]) -> list[Finding]:
     """Returns a finding for every package of `found` whose version a requirement does not allow."""
-    problems = []
-    for requirement in map(Requirement, required):
-        version = found.get(requirement.name)
-        if version is not None and not requirement.specifier.contains(
-            _release(version), prereleases=True
-        ):
-            problems.append(
-                Finding(
-                    ITEM,
-                    "bad",
-                    f"{requirement.name} {version} is outside of what setup.py asks for:"
-                    f" {requirement.specifier}.",
-                    f"Install one inside: pip install '{requirement.name}{requirement.specifier}'.",
-                )
-            )
-    return problems
+    return [
+        Finding(
+            ITEM,
+            "bad",
+            f"{requirement.name} {found[requirement.name]} is outside of what setup.py asks for:"
+            f" {requirement.specifier}.",
+            f"Install one inside: pip install '{requirement.name}{requirement.specifier}'.",
+        )
+        for requirement in map(Requirement, required)
+        if requirement.name in found
+        and not requirement.specifier.contains(_release(found[requirement.name]), prereleases=True)
+    ]
 
 
 def check_driver(cuda: str | None, driver: str | None) -> list[Finding]:
@@ -183,7 +162,7 @@ def check_driver(cuda: str | None, driver: str | None) -> list[Finding]:
 def _release(version: str) -> Version:
     """Returns a version without its local part (`+cpu`), so that it compares as the release it was
     built from."""
-    return Version(re.split(r"\+", version)[0])
+    return Version(version.split("+")[0])
 
 
 WHOLE_BYTES = 2**28  # larger files are compared by size, beginning and end
