@@ -580,6 +580,17 @@ class Config(Section):
         return self.reference.model or self.model
 
     @property
+    def models(self) -> dict[str, ModelConfig]:
+        """The target, the reference model if it is another, and those that score, by their key."""
+        other = {"reference.model": self.reference.model} if self.reference.model else {}
+        scoring = enumerate(self.confidence.models)
+        return {
+            "model": self.model,
+            **other,
+            **{f"confidence.models[{number}]": model for number, model in scoring},
+        }
+
+    @property
     def reference_train(self) -> TrainConfig:
         return self.reference.train or self.train
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sftmix.config.schema import Config
 from sftmix.engine.ranks import Ranks
 from sftmix.liveness.progress import Progress
@@ -17,6 +19,7 @@ from sftmix.storage.unfinished import Identity
 from sftmix.train.meter import Meter
 
 Facts = dict[str, Any]
+ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class StageContext:
 
     folder: of the output, on rank 0 only. inputs: folders of the stages that it reads. work: folder
     for what must survive a kill; removed after the output is published. identity: of settings and
-    inputs, equal on every rank. ranks: None for a stage that rank 0 runs alone before the ranks
-    join. lock: on the ranks that lead a disk. meter: started with the stage.
+    inputs, equal on every rank. ranks: ALONE for a stage that rank 0 runs before the ranks join.
+    lock: on the ranks that lead a disk. meter: started with the stage.
     """
 
     config: Config
@@ -38,13 +41,8 @@ class StageContext:
     stop: StopRequest
     progress: Progress
     meter: Meter
-    ranks: Ranks | None = None
+    ranks: Ranks = ALONE
     lock: RunLock | None = None
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes the output."""
-        return self.ranks is None or self.ranks.is_main
 
     @property
     def kept(self) -> Path:
@@ -62,14 +60,15 @@ class StageContext:
 @dataclass(frozen=True)
 class Stage:
     """name: as on the command line. folder: in the run folder. reads: stages whose output it needs.
-    settings: what else its output depends on. run: its function. needs_engine: runs on all ranks.
-    is_view: its output only presents its inputs, so it is replaced without asking when they
-    change."""
+    settings: what else its output depends on. function: as `file:function` in
+    sftmix/pipeline/stages, imported when it runs: it may load torch and transformers. needs_engine:
+    runs on all ranks. is_view: its output only presents its inputs, so it is replaced without
+    asking when they change."""
 
     name: str
     folder: str
     reads: tuple[str, ...]
     settings: Callable[[Config], dict[str, Any]]
-    run: Callable[[StageContext], Facts]
+    function: str
     needs_engine: bool = True
     is_view: bool = False

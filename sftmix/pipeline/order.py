@@ -5,15 +5,13 @@ data -> reference -> score -> split -> baseline, train -> evaluate -> report
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sftmix.config.deepspeed_json import read_deepspeed_json
 from sftmix.config.schema import Config, ModelConfig
 from sftmix.errors import ArtifactError
-from sftmix.pipeline.context import Facts, Stage, StageContext
+from sftmix.pipeline.context import Stage
 from sftmix.storage.files import sha256_of_file
 from sftmix.storage.provenance import fingerprint
 
@@ -28,86 +26,55 @@ def stages_of(config: Config) -> list[Stage]:
     every = ("data", *reference, "score", "split", *trained, "evaluate")
     scores_given = config.confidence.scores is not None
     stages = [
-        Stage("data", "data", (), _data_settings, _run("data"), needs_engine=False),
-        Stage("reference", "reference", ("data",), _reference_settings, _run("reference")),
+        Stage("data", "data", (), _data_settings, "data:run", needs_engine=False),
+        Stage("reference", "reference", ("data",), _reference_settings, "reference:run"),
         Stage(
             "score",
             "confidence",
             ("data", *reference),
             _score_settings,
-            _run("score"),
+            "score:run",
             needs_engine=not scores_given,
         ),
         Stage(
             "split",
             "pairing",
             ("data", "score"),
-            _split_settings,
-            _run("split"),
+            lambda config: config.split.model_dump(mode="json"),
+            "split:run",
             needs_engine=False,
         ),
+        Stage("baseline", "baseline", ("data", "split"), _target_settings, "target:run_baseline"),
+        Stage("train", "sftmix", ("data", "split"), _mixup_settings, "target:run_train"),
         Stage(
-            "baseline",
-            "baseline",
-            ("data", "split"),
-            _target_settings,
-            _run("target", "run_baseline"),
-        ),
-        Stage("train", "sftmix", ("data", "split"), _mixup_settings, _run("target", "run_train")),
-        Stage(
-            "evaluate", "evaluation", ("data", *trained), _numerics, _run("evaluate"), is_view=True
+            "evaluate", "evaluation", ("data", *trained), _numerics, "evaluate:run", is_view=True
         ),
         Stage(
             "report",
             "report",
             every,
-            _report_settings,
-            _run("report"),
+            lambda config: {"summary": sha256_of_file(config.run.dir / "data" / "summary.json")},
+            "report:run",
             needs_engine=False,
             is_view=True,
         ),
     ]
-    left_out = {
-        name
-        for name, is_there in (("reference", has_reference), ("baseline", has_baseline))
-        if not is_there
-    }
-    return [stage for stage in stages if stage.name not in left_out]
-
-
-def _run(file: str, function: str = "run") -> Callable[[StageContext], Facts]:
-    """Returns the function of a stage, whose file is imported when it runs: it may load torch and
-    transformers."""
-
-    def run(context: StageContext) -> Facts:
-        facts: Facts = getattr(importlib.import_module(f"sftmix.pipeline.stages.{file}"), function)(
-            context
-        )
-        return facts
-
-    return run
-
-
-def check_stage(stages: list[Stage], only: str | None) -> None:
-    """Raises ArtifactError if this config has no stage of that name."""
-    if only is None or only in {stage.name for stage in stages}:
-        return
-    if only == "reference":
-        raise ArtifactError(
-            "there is no stage 'reference' in this config: confidence.models or confidence.scores"
-            " takes its place."
-        )
-    raise ArtifactError(
-        f"the stage {only!r} is switched off in this config (baseline.enabled is false). Switch"
-        " it on."
-    )
+    return [stage for stage in stages if stage.name in (*every, "report")]
 
 
 def needed_stages(stages: list[Stage], only: str | None) -> list[Stage]:
     """Returns the stage `only` and everything that it reads, directly or indirectly, in order; all
-    stages if `only` is None."""
+    stages if `only` is None. Raises ArtifactError if this config has no stage of that name."""
     if only is None:
         return stages
+    if only not in {stage.name for stage in stages}:
+        raise ArtifactError(
+            "there is no stage 'reference' in this config: confidence.models or confidence.scores"
+            " takes its place."
+            if only == "reference"
+            else f"the stage {only!r} is switched off in this config (baseline.enabled is false)."
+            " Switch it on."
+        )
     needed = {only}
     for stage in reversed(stages):
         if stage.name in needed:
@@ -148,10 +115,6 @@ def _score_settings(config: Config) -> dict[str, Any]:
     return {**settings, **_numerics(config)}
 
 
-def _split_settings(config: Config) -> dict[str, Any]:
-    return config.split.model_dump(mode="json")
-
-
 def _target_settings(config: Config) -> dict[str, Any]:
     return {
         "model": model_identity(config.model),
@@ -162,10 +125,6 @@ def _target_settings(config: Config) -> dict[str, Any]:
 
 def _mixup_settings(config: Config) -> dict[str, Any]:
     return {**_target_settings(config), "mixup": config.mixup.model_dump(mode="json")}
-
-
-def _report_settings(config: Config) -> dict[str, Any]:
-    return {"summary": sha256_of_file(config.run.dir / "data" / "summary.json")}
 
 
 def _numerics(config: Config) -> dict[str, Any]:

@@ -6,11 +6,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sftmix.config.reader import load_config
 from sftmix.config.schema import Config, ModelConfig
 from sftmix.errors import ArtifactError, ConfigError, counted, first_line
 from sftmix.storage.artifacts import MANIFEST, verify
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def check(config: Config, *, has_device: bool = True) -> None:
@@ -62,13 +66,11 @@ def check(config: Config, *, has_device: bool = True) -> None:
             )
             check_zero_section(settings["zero_optimization"], str(config.engine.deepspeed))
     choose_template(config.tokenizer.chat_template, None)
-    models = _models(config)
-    for name, model in models.items():
-        # before the tokenizer, whose loader also reads the model's config but has worse errors
-        hf_config(model, name=name)
-    _check_fit(config, models)
-    for name, model in models.items():
-        _check_model(model, name, precision=precision, has_device=has_device)
+    # before the tokenizer, whose loader also reads the model's config but has worse errors
+    settings_of = {name: hf_config(model, name=name) for name, model in config.models.items()}
+    _check_fit(config, settings_of)
+    for name, model in config.models.items():
+        _check_model(model, settings_of[name], name, precision=precision, has_device=has_device)
 
 
 def check_scores(source: str, config_path: str, overrides: Sequence[str]) -> str:
@@ -78,9 +80,8 @@ def check_scores(source: str, config_path: str, overrides: Sequence[str]) -> str
     Raises ArtifactError if it does not, or if the data stage has not run with this config.
     """
     from sftmix.batches.examples import TokenisedExamples
-    from sftmix.confidence.table import fit_scores, read_scores
-    from sftmix.engine.precision import resolve_precision
     from sftmix.pipeline.run import Request, check_finished_work, first_unfinished_stage
+    from sftmix.pipeline.stages.score import fit_table
 
     # The config as it would be with this table, which replaces the reference run and its modes.
     own = {"scores": source, "mode": "checkpoints", "compare": [], "models": []}
@@ -97,25 +98,24 @@ def check_scores(source: str, config_path: str, overrides: Sequence[str]) -> str
             f"{folder / MANIFEST} has no fingerprints: an older sftmix wrote it. Run `sftmix data"
             f" {config_path} --force`."
         )
-    examples, settings = TokenisedExamples(folder / "train.arrow"), config.confidence
-    rows = fit_scores(
-        read_scores(source, settings.scores_revision, column=settings.scores_column),
-        examples.example_ids,
-        {**fingerprints, "dtype": resolve_precision(config.engine.precision)},
-        allow_differences=settings.allow_differences,
-        report_to=config.run.dir / "scores_that_do_not_fit.jsonl",
-    )
+    _, rows = fit_table(config, TokenisedExamples(folder / "train.arrow"), fingerprints)
     return f"{source} fits the {counted(len(rows), 'training example')} in {folder}"
 
 
-def _check_model(model: ModelConfig, name: str, *, precision: str, has_device: bool) -> None:
+def _check_model(
+    model: ModelConfig,
+    settings: PretrainedConfig,
+    name: str,
+    *,
+    precision: str,
+    has_device: bool,
+) -> None:
     """Checks the model on the meta device: attention, shapes of the weights, target modules of the
     adapters."""
-    from sftmix.engine.loading import check_attention, check_weights, empty_model, hf_config
+    from sftmix.engine.loading import check_attention, check_weights, empty_model
     from sftmix.engine.lora import import_peft, target_names
     from sftmix.engine.ranks import has_gpu
 
-    settings = hf_config(model, name=name)
     if has_device:
         check_attention(model, settings, precision=precision, is_on_gpu=has_gpu(), name=name)
     try:
@@ -140,18 +140,9 @@ def _check_model(model: ModelConfig, name: str, *, precision: str, has_device: b
         target_names(shell, model.lora, name=name)
 
 
-def _models(config: Config) -> dict[str, ModelConfig]:
-    models = {"model": config.model}
-    if config.reference.model is not None:
-        models["reference.model"] = config.reference.model
-    models |= {
-        f"confidence.models[{number}]": model
-        for number, model in enumerate(config.confidence.models)
-    }
-    return models
-
-
-def _check_fit(config: Config, models: dict[str, ModelConfig]) -> None:
+def _check_fit(config: Config, settings_of: dict[str, PretrainedConfig]) -> None:
+    """Checks the tokenizer and the maximum length against the models, whose settings are given by
+    their key."""
     from sftmix.engine.loading import check_context, check_fit, hf_config
 
     max_length = config.data.max_length
@@ -159,14 +150,14 @@ def _check_fit(config: Config, models: dict[str, ModelConfig]) -> None:
         from sftmix.data.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(config)
-        for name, model in models.items():
+        for name, model in config.models.items():
             check_fit(
                 hf_config(model, tokenizer, name=name), tokenizer, max_length=max_length, name=name
             )
         return
     size = config.tokenizer.train.vocab_size
-    for name, model in models.items():
-        settings = hf_config(model, name=name)
+    for name, model in config.models.items():
+        settings = settings_of[name]
         check_context(settings, max_length=max_length, name=name)
         is_given = model.path is not None or "vocab_size" in (model.architecture or {})
         if is_given and size > settings.vocab_size:

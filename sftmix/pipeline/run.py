@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pkgutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,9 +26,9 @@ from sftmix.liveness.processes import Process
 from sftmix.liveness.run_lock import RunLock
 from sftmix.liveness.stopping import StopRequest
 from sftmix.pipeline import unshared_folder
-from sftmix.pipeline.context import Facts, Stage, StageContext
+from sftmix.pipeline.context import ALONE, Facts, Stage, StageContext
 from sftmix.pipeline.guard import Guard, holding
-from sftmix.pipeline.order import check_stage, needed_stages, stages_of
+from sftmix.pipeline.order import needed_stages, stages_of
 from sftmix.pipeline.up_to_date import refusal, refuse_changed, state_of
 from sftmix.storage import artifacts, failures, provenance, unfinished
 from sftmix.storage.files import await_visible, write_text
@@ -52,11 +53,10 @@ class Request:
 
 def run_pipeline(
     config: Config,
-    request: Request | None = None,
+    request: Request,
     *,
     launchers: Sequence[Process] = (),
     lock: RunLock | None = None,
-    say: Callable[[str], None] = print,
 ) -> Path:
     """Runs the stages of `request` that are not up to date. Returns the folder of the last one.
 
@@ -65,13 +65,12 @@ def run_pipeline(
     and runs the stages without a model alone while the others wait. Raises ArtifactError if
     finished work would be replaced without `force`.
     """
-    request = request or Request()
     guard = Guard(config, launchers)
     with contextlib.ExitStack() as held:
         if rank_of() == 0:
             guard.lock = lock or held.enter_context(holding(config, joins=True))
         try:
-            _Run(config, request, guard, held, say).run()
+            _Run(config, request, guard, held).run()
         except BaseException as error:
             known = failures.explain(error, config.run.dir)
             guard.end(known or error)
@@ -85,9 +84,7 @@ def run_pipeline(
 def check_finished_work(config: Config, request: Request) -> None:
     """Raises ArtifactError, before anything starts, if `run_pipeline` would refuse to replace
     finished work."""
-    stages = stages_of(config)
-    check_stage(stages, request.only)
-    needed = needed_stages(stages, request.only)
+    needed = needed_stages(stages_of(config), request.only)
     may_be_replaced = {request.only} if request.only else {stage.name for stage in needed}
     refuse_changed(config, needed, {name for name in may_be_replaced if request.force})
 
@@ -123,25 +120,22 @@ class _Run:
         request: Request,
         guard: Guard,
         held: contextlib.ExitStack,
-        say: Callable[[str], None],
     ):
-        self.config, self.request, self.guard = config, request, guard
-        self._held, self._say = held, say
+        self.config, self.request, self.guard, self._held = config, request, guard, held
         self._stages = stages_of(config)
-        check_stage(self._stages, request.only)
         self._needed = needed_stages(self._stages, request.only)
         self._stop = StopRequest(
             config.run.dir, wall_clock_minutes=config.limits.wall_clock_minutes
         )
         self._is_main = rank_of() == 0
-        self._ranks: Ranks | None = None
+        self._ranks = ALONE  # until they join
         self._digests: dict[str, str] = {}
 
     def run(self) -> None:
         if self._is_main:
             check_finished_work(self.config, self.request)
         for stage in self._needed:
-            if stage.needs_engine and self._ranks is None:
+            if stage.needs_engine and self._ranks is ALONE:
                 self._ranks = self._join()
             self.guard.progress.begin_phase(stage.name, can_stall=stage.needs_engine)
             if not (self._is_main or stage.needs_engine):
@@ -149,15 +143,15 @@ class _Run:
             context = self._prepare(stage)
             if context is not None:
                 start = time.perf_counter()
-                facts = stage.run(context)
+                run = pkgutil.resolve_name(f"sftmix.pipeline.stages.{stage.function}")
+                facts = run(context)
                 self._publish(stage, context, facts, seconds=time.perf_counter() - start)
             if self._is_main:
                 manifest = artifacts.read_manifest(self._folder(stage))
                 assert manifest is not None, f"{stage.name} was published or verified just now"
                 unfinished.discard(self._work(stage), manifest.fingerprint)
                 self._digests[stage.name] = manifest.digest
-        if self._ranks is not None:
-            self._ranks.barrier()
+        self._ranks.barrier()
 
     def _join(self) -> Ranks:
         """Joins the other ranks and starts the heartbeats. Collective: all ranks must call it."""
@@ -175,32 +169,26 @@ class _Run:
 
         Rank 0 decides and tells the others. Returns None if the output is up to date.
         """
-        ranks = self._ranks if stage.needs_engine else None
+        ranks = self._ranks if stage.needs_engine else ALONE
         identity = self._identity(stage) if self._is_main else Identity("", {}, {})
-        must_run = self._is_main and self._must_run(stage, identity)
-        if ranks is not None:
-            must_run = ranks.same_as_main(must_run)
-        if not must_run:
+        if not ranks.same_as_main(self._is_main and self._must_run(stage, identity)):
             if self._is_main and self.request.only in (None, stage.name):
-                self._say(f"{self._title(stage)}: up to date")
+                print(f"{self._title(stage)}: up to date")
             return None
         if self._is_main:
-            self._say(self._title(stage))
+            print(self._title(stage))
             if not self.request.restart:
                 self._refuse_to_lose_work(stage, identity.settings)
-        if ranks is not None:
-            sent = ranks.text_from_main(json.dumps(vars(identity), default=str))
-            identity = identity if self._is_main else Identity(**json.loads(sent))
-        leads = self._ranks is not None and self._ranks.leads_storage
-        if self._is_main or leads:
+        sent = ranks.text_from_main(json.dumps(vars(identity), default=str))
+        identity = identity if self._is_main else Identity(**json.loads(sent))
+        if ranks.leads_storage:
             unfinished.claim(self._work(stage), stage.name, identity, discard=self.request.restart)
         inputs = {
             each.name: self._folder(each) for each in self._stages if each.name in stage.reads
         }
-        if ranks is not None:
-            for folder in (inputs[name] for name in stage.reads):
-                unshared_folder.copy_to_others(ranks, folder, self.guard)
-                await_visible(folder / artifacts.MANIFEST)
+        for name in stage.reads:
+            unshared_folder.copy_to_others(ranks, inputs[name], self.guard)
+            await_visible(inputs[name] / artifacts.MANIFEST)
         return StageContext(
             config=self.config,
             folder=(
@@ -224,15 +212,18 @@ class _Run:
             if context.lock is not None:  # ranks on other disks
                 unfinished.discard(context.work, context.identity.fingerprint)
             return
-        settings, inputs = context.identity.settings, context.identity.inputs
         artifacts.seal(
-            context.folder, stage=stage.name, settings=settings, inputs=inputs, facts=facts
+            context.folder,
+            stage=stage.name,
+            settings=context.identity.settings,
+            inputs=context.identity.inputs,
+            facts=facts,
         )
         assert context.lock is not None, "rank 0 holds the run folder"
         artifacts.replace_folder(context.folder, self._folder(stage), check=context.lock.check)
         # the content that the folder now has
         write_text(self.config.run.dir / "config.yaml", dump_config(self.config))
-        self._say(f"{self._title(stage)}: {seconds:.1f} s")
+        print(f"{self._title(stage)}: {seconds:.1f} s")
 
     def _identity(self, stage: Stage) -> Identity:
         settings = stage.settings(self.config)

@@ -91,10 +91,9 @@ def say_storage(ranks: Ranks, config: Config) -> None:
     names = ranks.gather_texts(socket.gethostname())
     others = sorted({name for name, leader in zip(names, ranks.storage, strict=True) if leader})
     if ranks.is_main:
-        models = [config.model, config.reference_model, *config.confidence.models]
         needed = [
             str(Path(model.path).absolute())
-            for model in models
+            for model in config.models.values()
             if model.path is not None and Path(model.path).exists()
         ]
         own_json = config.engine.deepspeed  # otherwise a file of the package, which every node has

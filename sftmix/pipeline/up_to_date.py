@@ -52,26 +52,23 @@ def refuse_changed(config: Config, stages: Iterable[Stage], replaced: set[str]) 
     lines: list[str] = []
     digests: dict[str, str] = {}
     for stage in stages:
-        manifest = artifacts.read_manifest(config.run.dir / stage.folder)
+        folder = config.run.dir / stage.folder
+        manifest = artifacts.read_manifest(folder)
         if manifest is None:
             continue
         digests[stage.name] = manifest.digest
         if stage.name in replaced or stage.is_view:
             continue
-        changed = differing_keys(config, stage, manifest.settings)
+        differences = provenance.differences(manifest.settings, stage.settings(config))
+        changed = [config_key(config, stage.name, line) for line in differences]
         changed += [
             f"its input `{name}` has been made anew since"
             for name, digest in manifest.inputs.items()
             if name in digests and digests[name] != digest
         ]
-        lines += [f"  {stage.name} ({manifest_place(config, stage)}): {line}" for line in changed]
+        lines += [f"  {stage.name} ({folder}): {line}" for line in changed]
     if lines:
         raise refusal(config, lines)
-
-
-def manifest_place(config: Config, stage: Stage) -> Path:
-    """Returns the folder of a stage's output."""
-    return config.run.dir / stage.folder
 
 
 def refusal(config: Config, lines: list[str]) -> ArtifactError:
@@ -82,13 +79,6 @@ def refusal(config: Config, lines: list[str]) -> ArtifactError:
         f"Put them back (`sftmix run {config.run.dir}` takes the config of the run folder), name "
         "another run.dir, or replace the finished work with --force."
     )
-
-
-def differing_keys(config: Config, stage: Stage, before: Mapping[str, Any]) -> list[str]:
-    """Returns a line for each differing setting of a stage, by config key. before: settings of its
-    output."""
-    now = stage.settings(config)
-    return [config_key(config, stage.name, line) for line in provenance.differences(before, now)]
 
 
 def config_key(config: Config, stage: str, line: str) -> str:

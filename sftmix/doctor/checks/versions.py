@@ -177,9 +177,10 @@ def identity(config: Config | None) -> dict[str, Any]:
         found["data"] = {
             source.path: digest_of(Path(source.path)) for source in config.data.all_sources
         }
-        models = [config.model, config.reference_model, *config.confidence.models]
         found["model"] = {
-            model.path: digest_of(Path(model.path)) for model in models if model.path is not None
+            model.path: digest_of(Path(model.path))
+            for model in config.models.values()
+            if model.path is not None
         }
     return found
 

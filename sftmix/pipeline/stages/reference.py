@@ -25,7 +25,6 @@ def run(context: StageContext) -> Facts:
     Face folder; scores of passes during the run (live); scores of the training forwards
     (online)."""
     config, ranks = context.config, context.ranks
-    assert ranks is not None, "this stage runs on all ranks"
     settings, modes = config.reference_train, config.confidence.modes
     examples, tokenizer = read_examples(context), read_tokenizer(context)
     plan = TrainingPlan(

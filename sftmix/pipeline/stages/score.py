@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sftmix.batches.examples import TokenisedExamples
 from sftmix.confidence.metadata import ScoreMetadata
 from sftmix.confidence.scoring import WorkPlan, score_missing_units
-from sftmix.confidence.table import fit_scores, read_scores, write_scores
+from sftmix.confidence.table import ScoreTable, fit_scores, read_scores, write_scores
 from sftmix.confidence.table_files import CONFIDENCE
 from sftmix.confidence.units import UnitFolder
 from sftmix.config.schema import Config, ModelConfig
@@ -60,7 +60,7 @@ def run(context: StageContext) -> Facts:
             facts["num_threads"] = use_threads(None)
             nll_sum, precision = score_checkpoints(context, examples, _models(context, mode))
             facts["precision"] = precision
-        if context.is_main:
+        if context.ranks.is_main:
             is_first = mode in (config.confidence.mode, "models")
             folder = context.folder if is_first else context.folder / "compared" / mode
             write_tables(context, folder, mode, examples, nll_sum, precision=precision)
@@ -94,7 +94,6 @@ def score_checkpoints(
     has scored. Collective: all ranks must call it. Returns the sums, on rank 0 only, and the dtype
     of the models' weights."""
     config, ranks = context.config, context.ranks
-    assert ranks is not None, "this stage runs on all ranks"
     tokenizer, plan = read_tokenizer(context), work_plan(config, examples)
     # For existing units. Their fingerprint contains the dtype, which was checked on the engine that
     # wrote them.
@@ -196,7 +195,7 @@ def write_tables(
         mode=mode,
         models=[model_identity(model) for model in models],
         checkpoints=sorted(nll_sum),
-        fingerprints=_fingerprints(context, precision),
+        fingerprints={**context.facts_of("data")["fingerprints"], "dtype": precision},
         dataset=[source.path for source in config.data.all_sources] or ["generated toy skills"],
         versions=provenance.versions(),
         commit=provenance.commit(),
@@ -216,8 +215,19 @@ def write_tables(
 def import_scores(context: StageContext, examples: TokenisedExamples) -> None:
     """Uses a published table instead of scoring: checked against the data, and reordered to match
     it."""
+    table, rows = fit_table(context.config, examples, context.facts_of("data")["fingerprints"])
+    path = context.folder / CONFIDENCE
+    with accessing(path):
+        pq.write_table(table.confidence.take(pa.array(rows)), path)
+    print(f"  {counted(len(rows), 'score')} of {context.config.confidence.scores}")
 
-    settings = context.config.confidence
+
+def fit_table(
+    config: Config, examples: TokenisedExamples, fingerprints: dict[str, str | int]
+) -> tuple[ScoreTable, NDArray[np.int64]]:
+    """Returns the table of `confidence.scores`, and its row for each example, (N,). fingerprints:
+    of the data stage. Raises ArtifactError if the table does not fit the examples."""
+    settings = config.confidence
     assert settings.scores is not None, "the caller looked"
     table = read_scores(
         settings.scores, revision=settings.scores_revision, column=settings.scores_column
@@ -225,20 +235,11 @@ def import_scores(context: StageContext, examples: TokenisedExamples) -> None:
     rows = fit_scores(
         table,
         examples.example_ids,
-        _fingerprints(context, resolve_precision(context.config.engine.precision)),
+        {**fingerprints, "dtype": resolve_precision(config.engine.precision)},
         allow_differences=settings.allow_differences,
-        report_to=context.config.run.dir / "scores_that_do_not_fit.jsonl",
+        report_to=config.run.dir / "scores_that_do_not_fit.jsonl",
     )
-    path = context.folder / CONFIDENCE
-    with accessing(path):
-        pq.write_table(table.confidence.take(pa.array(rows)), path)
-    print(f"  {counted(len(rows), 'score')} of {settings.scores}")
-
-
-def _fingerprints(context: StageContext, precision: str) -> dict[str, str | int]:
-    """Returns the fingerprints of this run's data, which its scores carry and other tables are
-    compared with."""
-    return {**context.facts_of("data")["fingerprints"], "dtype": precision}
+    return table, rows
 
 
 def write_sums(path: Path, nll_sum: Sums) -> None:

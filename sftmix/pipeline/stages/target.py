@@ -42,7 +42,7 @@ def _train_target(context: StageContext, name: str, *, mixup_weight: float) -> F
         engine.export(context.kept / "model", tokenizer)
         if engine.has_adapters:
             engine.export_adapter(context.kept / "adapter", tokenizer)
-        if context.is_main:
+        if context.ranks.is_main:
             write_model_card(context.kept / "model", config, name)
             if engine.has_adapters:
                 write_model_card(context.kept / "adapter", config, name, is_adapter=True)
