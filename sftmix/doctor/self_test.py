@@ -205,11 +205,13 @@ def time_collectives(ranks: Ranks) -> list[dict[str, Any]]:
         )
         gather = partial(ranks.all_gather_into, whole, share)
         reduce = partial(ranks.reduce_scatter_into, share, whole)
-        seconds = {
-            "all_gather": _median_seconds(ranks, gather),
-            "reduce_scatter": _median_seconds(ranks, reduce),
-        }
-        found.append({"bytes": 4 * whole.numel(), **seconds})
+        found.append(
+            {
+                "bytes": 4 * whole.numel(),
+                "all_gather": _median_seconds(ranks, gather),
+                "reduce_scatter": _median_seconds(ranks, reduce),
+            }
+        )
         if ranks.same_as_main(time.monotonic() - started > BUDGET_SECONDS):
             break
     return found

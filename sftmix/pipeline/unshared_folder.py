@@ -242,12 +242,11 @@ def collect_units(ranks: Ranks, shards: UnitFolder, sizes: list[int]) -> None:
     call it. sizes: examples of each unit."""
     if ranks.is_storage_shared:
         return
-    lacking = (
+    lacking = ranks.from_main(
         [unit for unit, size in enumerate(sizes) if shards.problem(unit, size) is not None]
         if ranks.is_main
         else []
     )
-    lacking = ranks.from_main(lacking)
     for start in range(0, len(lacking), UNITS_AT_ONCE):
         units = lacking[start : start + UNITS_AT_ONCE]
         rows = [torch.zeros(0, 3, dtype=torch.float64)]

@@ -9,6 +9,7 @@ import shutil
 import stat
 import sysconfig
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from sftmix.doctor.checks.storage import is_network, mount_of
@@ -174,16 +175,11 @@ def _open_files() -> dict[tuple[int, int], int]:
     see."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*/fd"):
-        try:
-            descriptors = list(folder.iterdir())
-        except OSError:  # ended, or owned by another user
-            continue
-        for descriptor in descriptors:
-            try:
-                status = descriptor.stat()
-            except OSError:
-                continue
-            found[status.st_dev, status.st_ino] = int(folder.parent.name)
+        with suppress(OSError):  # ended, or owned by another user
+            for descriptor in folder.iterdir():
+                with suppress(OSError):
+                    status = descriptor.stat()
+                    found[status.st_dev, status.st_ino] = int(folder.parent.name)
     return found
 
 
@@ -191,9 +187,7 @@ def _mapped_files(folder: Path) -> set[str]:
     """Returns the paths below a folder that processes have mapped."""
     found: set[str] = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
-        try:
+        with suppress(OSError):
             lines = maps.read_text(errors="replace").splitlines()
-        except OSError:
-            continue
-        found.update(line[line.index(str(folder)) :] for line in lines if f" {folder}/" in line)
+            found.update(line[line.index(str(folder)) :] for line in lines if f" {folder}/" in line)
     return found

@@ -39,11 +39,13 @@ def mounts(table: Path = Path("/proc/self/mounts")) -> list[Mount]:
 def mount_of(path: Path, table: list[Mount] | None = None) -> Mount | None:
     """Returns the mount of a path; None if unknown. Of two mounts at one place the later one hides
     the other."""
-    real, best = str(path.resolve()), None
-    for mount in mounts() if table is None else table:
-        if real == mount.point or real.startswith(mount.point.rstrip("/") + "/"):
-            best = mount if best is None or len(mount.point) >= len(best.point) else best
-    return best
+    real = str(path.resolve())
+    above = [
+        mount
+        for mount in (mounts() if table is None else table)
+        if real == mount.point or real.startswith(mount.point.rstrip("/") + "/")
+    ]
+    return max(reversed(above), key=lambda mount: len(mount.point), default=None)
 
 
 def is_network(mount: Mount | None) -> bool:

@@ -169,12 +169,8 @@ def score_checkpoints(
 def weight_bytes(model: ModelConfig) -> int:
     """Returns the size of a model's weight files; 0 (treated as small) for a model that is not a
     local folder."""
-    folder = Path(model.path) if model.path else None
-    return (
-        sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        if folder is not None and folder.is_dir()
-        else 0
-    )
+    files = Path(model.path).glob("*.safetensors") if model.path else ()
+    return sum(file.stat().st_size for file in files)
 
 
 def write_tables(

@@ -74,7 +74,15 @@ def train_model(
         checkpoint_steps=checkpoint_steps,
         save_checkpoint=lambda step: save(engine, step),
         log=log,
-        checkpoints=_checkpoints(context, engine),
+        checkpoints=TrainingCheckpoints(
+            ranks,
+            context.work / "checkpoints",
+            kept,
+            config.checkpoint,
+            context.stop,
+            **vars(context.identity),
+            check=context.lock.check if context.lock is not None else None,
+        ),
         skipped=SkippedSteps(
             ranks, kept / "skipped_steps.jsonl", examples.example_ids, limit=limit
         ),
@@ -109,18 +117,6 @@ def train_model(
     if ranks.is_main:
         print(f"  {describe_time(facts)}", flush=True)
     return facts
-
-
-def _checkpoints(context: StageContext, engine: Engine) -> TrainingCheckpoints:
-    return TrainingCheckpoints(
-        engine.ranks,
-        context.work / "checkpoints",
-        context.kept,
-        context.config.checkpoint,
-        context.stop,
-        **vars(context.identity),
-        check=context.lock.check if context.lock is not None else None,
-    )
 
 
 def _log(
