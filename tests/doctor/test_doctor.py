@@ -15,6 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 from doctoring import only, stand_in
+from families import FAMILIES
+from naive import model_from
 from processes import ROOT
 
 from sftmix.cluster import exports
@@ -413,6 +415,27 @@ def test_the_need_follows_the_stage_and_the_offload():
     )
     assert need_of(10**9).disk_bytes == 10**9 * (16 * 3 + 4 * 8)
     assert need_of(10**9).step_traffic == {"gather": 8 * 10**9, "reduce": 4 * 10**9}
+
+
+@pytest.mark.parametrize(
+    ("settings", "stage", "is_whole"),
+    [
+        ({"model_type": "llama"}, 3, False),
+        ({"model_type": "llama"}, 2, True),
+        ({"model_type": "mixtral", "num_local_experts": 2}, 3, True),
+        (None, 3, True),  # random weights
+    ],
+)
+def test_the_host_holds_a_whole_model_only_where_it_must(tmp_path, settings, stage, is_whole):
+    overrides = [f"engine.zero_stage={stage}"]
+    if settings is not None:
+        model_from({**FAMILIES["llama"][0], **settings}).save_pretrained(tmp_path)
+        path = [f"model.path={tmp_path}", "model.architecture=", "tokenizer.train={vocab_size: 90}"]
+        overrides += path
+    need = Need(quickstart(*overrides), 8, 8)
+    shards = 8 * (need.states_per_rank + need.weights_per_rank)
+    whole = need.num_parameters * need.bytes_per_weight
+    assert need.host_bytes(has_gpu=False) == shards + (whole if is_whole else 0)
 
 
 @pytest.mark.parametrize(

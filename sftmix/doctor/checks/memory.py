@@ -40,7 +40,7 @@ def machine_bytes() -> tuple[int, int]:
 def check_machine(
     need: Need | None, *, has_gpu: bool, memory: tuple[int, int] | None = None
 ) -> list[Finding]:
-    """The host holds the whole model while it is loaded, and on CPUs or with offload also the
+    """The host may hold the whole model while it is loaded, and on CPUs or with offload also the
     states of its ranks."""
     total, available = memory or machine_bytes()
     facts = {"total_bytes": total, "available_bytes": available}

@@ -3,8 +3,10 @@ bounds without activations."""
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from sftmix.config.schema import Config
@@ -121,10 +123,21 @@ class Need:
         return states + (0 if self.offload["param"] else self.weights_per_rank)
 
     def host_bytes(self, *, has_gpu: bool) -> int:
-        """Rank 0 also holds the whole model while it is loaded."""
         states = 0 if has_gpu and not self.offload["optimizer"] else self.states_per_rank
         weights = 0 if has_gpu and not self.offload["param"] else self.weights_per_rank
-        return self.local_ranks * (states + weights) + self.num_parameters * self.bytes_per_weight
+        whole = self.num_parameters * self.bytes_per_weight if self.is_loaded_whole else 0
+        return self.local_ranks * (states + weights) + whole
+
+    @cached_property
+    def is_loaded_whole(self) -> bool:
+        """Whether rank 0 holds the whole model while it is loaded: below ZeRO-3, with random
+        weights, and with weights that transformers converts."""
+        from sftmix.engine.loading import layout_of
+
+        if self.config.engine.zero_stage < 3 or self.config.model.path is None:
+            return True
+        with tempfile.TemporaryDirectory() as scratch:
+            return layout_of(self._empty_target, Path(scratch)) is None
 
     @property
     def disk_bytes(self) -> int:
