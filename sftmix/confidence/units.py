@@ -8,12 +8,10 @@ point only the missing units are scored again.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +20,7 @@ from numpy.typing import NDArray
 
 from sftmix.storage import faults
 from sftmix.storage.failures import accessing
-from sftmix.storage.files import sha256_of_file, sync_folder, write_json
+from sftmix.storage.files import read_record, sha256_of_file, sync_folder, write_json
 
 SCHEMA = pa.schema([("nll_sum", pa.float64()), ("num_misses", pa.int64())])
 
@@ -79,46 +77,33 @@ class UnitFolder:
 
     def problem(self, unit: int, num_examples: int) -> str | None:
         """Returns why a unit must be scored (again), or None if its shard is complete."""
-        manifest = self._read_manifest(unit)
+        manifest = read_record(self.manifest(unit))
         if manifest is None:
             return "not scored yet"
-        data = self._data(unit)
-        if (
-            manifest.get("fingerprint") != self.fingerprint
-            or manifest.get("num_examples") != num_examples
-        ):
+        made_from = (manifest.get("fingerprint"), manifest.get("num_examples"))
+        if made_from != (self.fingerprint, num_examples):
             return "made from something else"
-        if (
-            not data.is_file()
-            or data.stat().st_size != manifest["size"]
-            or sha256_of_file(data) != manifest["sha256"]
-        ):
-            return "damaged"
-        return None
-
-    def _read_manifest(self, unit: int) -> dict[str, Any] | None:
-        try:
-            content = json.loads(self.manifest(unit).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-            return None
-        return content if isinstance(content, dict) else None
+        data = self._data(unit)
+        is_whole = (
+            data.is_file()
+            and data.stat().st_size == manifest["size"]
+            and sha256_of_file(data) == manifest["sha256"]
+        )
+        return None if is_whole else "damaged"
 
     def pending(self, sizes: list[int]) -> list[int]:
         """Returns the units that must be scored. sizes: number of examples of each unit. Damaged
         shards are renamed and reported."""
         units = []
         for unit, size in enumerate(sizes):
-            problem = self.problem(unit, size)
-            if problem is None:
-                continue
-            if problem == "damaged" and self._data(unit).exists():
-                aside = self._data(unit).with_suffix(".damaged")
-                self._data(unit).replace(aside)
+            problem, data = self.problem(unit, size), self._data(unit)
+            if problem == "damaged" and data.exists():
+                aside = data.replace(data.with_suffix(".damaged"))
                 print(
-                    f"  {self._data(unit)} is damaged: set aside as {aside.name}, and scored again",
-                    flush=True,
+                    f"  {data} is damaged: set aside as {aside.name}, and scored again", flush=True
                 )
-            units.append(unit)
+            if problem is not None:
+                units.append(unit)
         return units
 
     def read(self, unit: int) -> UnitScores:

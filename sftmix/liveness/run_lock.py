@@ -28,7 +28,7 @@ from typing import Any
 
 from sftmix.errors import ArtifactError, SftmixError
 from sftmix.liveness import processes
-from sftmix.storage.files import write_json
+from sftmix.storage.files import read_record, write_json
 
 ATTEMPTS = "attempts"
 LEASE = "lease"
@@ -180,9 +180,9 @@ def holder(folder: Path, *, patience_seconds: float = 2.0) -> str | None:
 
 
 def _claim(folder: Path, attempts: Path, deadline: float) -> RunLock:
-    first = _last_attempt(attempts)
-    last = first
-    while True:
+    lock, first = None, _last_attempt(attempts)
+    while lock is None:
+        last = _last_attempt(attempts)
         # An attempt that began during this check is alive, even without a lease so far.
         if (
             last
@@ -193,13 +193,8 @@ def _claim(folder: Path, attempts: Path, deadline: float) -> RunLock:
                 f" {alive.get('started', 'just now')}. Wait for it, stop it, or choose another"
                 " run.dir."
             )
-        try:
-            key = _create(attempts, last + 1)
-        except FileExistsError:
-            last = _last_attempt(attempts)
-            continue
-        break
-    lock = RunLock(folder, last + 1, key)
+        with contextlib.suppress(FileExistsError):
+            lock = RunLock(folder, last + 1, _create(attempts, last + 1))
     lock.renew()
     for name, number in _listing(attempts).items():
         if number <= lock.attempt - NUM_KEPT:
@@ -265,9 +260,8 @@ def _living_owner(attempts: Path, number: int, deadline: float, *, is_new: bool)
 
 
 def _lease(attempts: Path) -> Record | None:
-    with contextlib.suppress(OSError, ValueError):
-        lease = json.loads((attempts / LEASE).read_text(encoding="utf-8"))
-        return lease if isinstance(lease, dict) else None
+    with contextlib.suppress(OSError):
+        return read_record(attempts / LEASE)
     return None
 
 
@@ -289,14 +283,9 @@ def _path(attempts: Path, number: int) -> Path:
 
 def _read(attempts: Path, number: int) -> Record | None:
     """Returns the record of an attempt, None if it is missing or incomplete."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        record = json.loads(_path(attempts, number).read_text(encoding="utf-8"))
-        if (
-            isinstance(record, dict)
-            and {"key", "pid", "host", "process_start", "boot_id", "pid_namespace"} <= record.keys()
-        ):
-            return record
-    return None
+    record = read_record(_path(attempts, number)) or {}
+    needed = {"key", "pid", "host", "process_start", "boot_id", "pid_namespace"}
+    return record if needed <= record.keys() else None
 
 
 def _who(record: Record | None) -> str:

@@ -37,7 +37,27 @@ def permute(indices: Index, n: int, *key: int | str, tweak: Index | None = None)
 
     tweak: one number per index, which selects among permutations of the same key.
     """
-    return _walk(indices, n, key, tweak)
+    if not 0 <= n <= _MAX:
+        raise ValueError(f"a range has between 0 and 2**48 indices, not {n}")
+    start = np.asarray(indices)
+    if start.size and not (start.min() >= 0 and start.max() < n):
+        raise ValueError(f"indices must be in [0, {n}), got [{start.min()}, {start.max()}]")
+    words = _words_of(key, 1 + (_ROUNDS_SHORT if n < _SHORT else _ROUNDS))
+    flat = start.reshape(-1).astype(np.uint64)
+    tweaks = (
+        None
+        if tweak is None
+        else np.broadcast_to(np.asarray(tweak), start.shape).reshape(-1).astype(np.uint64)
+    )
+    for low in range(0, len(flat), _BLOCK):
+        block = flat[low : low + _BLOCK]
+        mixed = None if tweaks is None else _mix(tweaks[low : low + _BLOCK] + words[0])
+        block[:] = _feistel(block, n, words[1:], mixed)
+        while len(outside := np.flatnonzero(block >= n)):
+            block[outside] = _feistel(
+                block[outside], n, words[1:], None if mixed is None else mixed[outside]
+            )
+    return flat.astype(np.int64).reshape(start.shape)
 
 
 def uniform(indices: Index, *key: int | str) -> NDArray[np.float64]:
@@ -64,30 +84,6 @@ def symmetric_beta(indices: Index, alpha: float, *key: int | str) -> NDArray[np.
     root = np.sqrt(spread / (power + spread))
     tail = power / (power + spread) / (2 * (1 + root))  # (1 - root) / 2 without cancellation
     return np.where(cosine < 0, tail, 1 - tail)
-
-
-def _walk(indices: Index, n: int, key: tuple[int | str, ...], tweak: Index | None) -> Index:
-    if not 0 <= n <= _MAX:
-        raise ValueError(f"a range has between 0 and 2**48 indices, not {n}")
-    start = np.asarray(indices)
-    if start.size and not (start.min() >= 0 and start.max() < n):
-        raise ValueError(f"indices must be in [0, {n}), got [{start.min()}, {start.max()}]")
-    words = _words_of(key, 1 + (_ROUNDS_SHORT if n < _SHORT else _ROUNDS))
-    flat = start.reshape(-1).astype(np.uint64)
-    tweaks = (
-        None
-        if tweak is None
-        else np.broadcast_to(np.asarray(tweak), start.shape).reshape(-1).astype(np.uint64)
-    )
-    for low in range(0, len(flat), _BLOCK):
-        block = flat[low : low + _BLOCK]
-        mixed = None if tweaks is None else _mix(tweaks[low : low + _BLOCK] + words[0])
-        block[:] = _feistel(block, n, words[1:], mixed)
-        while len(outside := np.flatnonzero(block >= n)):
-            block[outside] = _feistel(
-                block[outside], n, words[1:], None if mixed is None else mixed[outside]
-            )
-    return flat.astype(np.int64).reshape(start.shape)
 
 
 def _feistel(indices: _Words, n: int, words: _Words, tweak: _Words | None) -> _Words:

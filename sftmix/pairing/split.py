@@ -32,14 +32,7 @@ _ID, _VALUE, _STRATUM, _KEY = pl.col("id"), pl.col("value"), pl.col("stratum"), 
 
 
 class NotFiniteError(ValueError):
-    """Values that cannot be ranked. count: how many; first_ids: up to 20 of them, in file order."""
-
-    def __init__(self, column: str, count: int, first_ids: list[str]):
-        super().__init__(
-            f"{column} of {counted(count, 'example')} is missing or not finite; first:"
-            f" {', '.join(first_ids)}"
-        )
-        self.count, self.first_ids = count, first_ids
+    """Values that cannot be ranked."""
 
 
 @dataclass(frozen=True)
@@ -136,15 +129,10 @@ def _assign(
         .then(pl.lit(MIDDLE))
         .otherwise(pl.lit(UNCONFIDENT))
     )
-    written = rows.select(_ID.alias("example_id"), part.alias("part"))
-    sizes = {
+    return rows.select(_ID.alias("example_id"), part.alias("part")), {
         CONFIDENT: sum(first.values()),
+        MIDDLE: sum(second.values()) - sum(first.values()),
         UNCONFIDENT: sum(totals.values()) - sum(second.values()),
-    }
-    return written, {
-        CONFIDENT: sizes[CONFIDENT],
-        MIDDLE: sum(totals.values()) - sum(sizes.values()),
-        UNCONFIDENT: sizes[UNCONFIDENT],
     }
 
 
@@ -184,10 +172,12 @@ def _check(rows: pl.LazyFrame, column: str, stratified: bool) -> dict[Any, int]:
         else rows.select(pl.lit(0).alias("stratum"), *sums)
     )
     if count := int(counts["bad"].sum()):
+        first = map(str, _collect(rows.filter(bad).select("id").head(20))["id"])
         raise NotFiniteError(
-            column, count, [str(i) for i in _collect(rows.filter(bad).select("id").head(20))["id"]]
+            f"{column} of {counted(count, 'example')} is missing or not finite; first:"
+            f" {', '.join(first)}"
         )
-    return {row[0]: row[1] for row in counts.sort("stratum").iter_rows()}
+    return dict(counts.sort("stratum").select("stratum", "count").iter_rows())
 
 
 def _is_before(cuts: dict[Any, _Cut], totals: dict[Any, int], before: dict[Any, int]) -> pl.Expr:

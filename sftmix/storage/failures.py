@@ -13,6 +13,7 @@ import errno
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from sftmix.errors import MachineError, SftmixError
@@ -77,23 +78,18 @@ def error_number(error: BaseException) -> int | None:
     return next((number for number in _NAMED if os.strerror(number) in text), None)
 
 
-class accessing(contextlib.AbstractContextManager[None]):
+@contextlib.contextmanager
+def accessing(path: Path) -> Iterator[None]:
     """Within the context, turns any library's error that comes from a failed read or write into an
     OSError that names `path`."""
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if (
-            error is None
-            or isinstance(error, SftmixError)
-            or getattr(error, "filename", None) is not None
-        ):
-            return
-        number = error_number(error)
-        if number is not None:
-            raise OSError(number, os.strerror(number), str(self._path)) from error
+    try:
+        yield
+    except BaseException as error:
+        is_plain = isinstance(error, SftmixError) or getattr(error, "filename", None) is not None
+        number = None if is_plain else error_number(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def describe(error: OSError, folder: Path | None = None, *, needed_bytes: int | None = None) -> str:
@@ -127,7 +123,7 @@ def explain(error: BaseException, folder: Path | None = None) -> MachineError | 
     if (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or _is_about_memory(error)
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in _MEMORY))
     ):
         found = " ".join(str(error).split()) or "memory cannot be allocated"
         found = re.sub(r"^\[enforce fail at [^\]]*\] .*?DefaultCPUAllocator: ", "", found)
@@ -150,10 +146,6 @@ def _file_of(error: OSError) -> str | None:
     """Returns the file that an error names; of two, the one being written."""
     named = error.filename2 or error.filename
     return str(named) if named else None
-
-
-def _is_about_memory(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _MEMORY)
 
 
 def _mib(num_bytes: int) -> str:

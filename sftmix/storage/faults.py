@@ -28,6 +28,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 
 VARIABLE, SECONDS = "SFTMIX_FAULT", "SFTMIX_FAULT_SECONDS"
 SIGNALS = {
@@ -61,24 +62,23 @@ def point(site: str) -> bool:
 
 
 def _act(site: str, action: str) -> bool:
+    others: dict[str, Callable[[], object]] = {
+        "exit0": lambda: os._exit(0),
+        "leave": lambda: sys.exit(0),
+        "sleep": lambda: time.sleep(float(os.environ.get(SECONDS, "6"))),
+        "hold": lambda: ctypes.PyDLL(None).sleep(100_000),
+        "segfault": lambda: ctypes.string_at(0),
+        "abort": os.abort,
+        "short-write": lambda: None,
+    }
     if action in SIGNALS:
         os.kill(os.getpid(), SIGNALS[action])
     elif action in ERRORS:
         raise OSError(ERRORS[action], os.strerror(ERRORS[action]), f"fault injected at {site}")
     elif action == "raise":
         raise RuntimeError(f"fault injected at {site}")
-    elif action == "exit0":
-        os._exit(0)
-    elif action == "leave":
-        sys.exit(0)
-    elif action == "sleep":
-        time.sleep(float(os.environ.get(SECONDS, "6")))
-    elif action == "hold":
-        ctypes.PyDLL(None).sleep(100_000)
-    elif action == "segfault":
-        ctypes.string_at(0)
-    elif action == "abort":
-        os.abort()
-    elif action != "short-write":
+    elif action in others:
+        others[action]()
+    else:
         raise ValueError(f"{VARIABLE}: unknown action {action!r}")
     return action == "short-write"

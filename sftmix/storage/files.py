@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,6 +22,14 @@ def looks_local(name: str) -> bool:
     """Returns whether a name that does not exist here was meant as a path, not as a name on the Hub
     (`owner/name`)."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Returns the content of a JSON file; None if there is no file, or no JSON object in it."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else None
+    return None
 
 
 def write_json(path: Path, content: Any) -> None:

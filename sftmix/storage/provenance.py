@@ -60,14 +60,11 @@ def commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    git = ["git", "-C", str(root)]
+    # without tags and with all its digits, this describes the commit by its hash alone
+    describe = ("describe", "--always", "--exclude=*", "--abbrev=64", "--dirty=+changes")
     try:
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        return subprocess.run(
+            ["git", "-C", str(root), *describe], capture_output=True, text=True, check=True
         ).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head + ("+changes" if changed else "")

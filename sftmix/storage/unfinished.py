@@ -8,7 +8,6 @@ belong to: that run is refused, with the differences.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 from sftmix.errors import ArtifactError, counted
 from sftmix.storage import provenance
 from sftmix.storage.checkpoints import CheckpointFolder
-from sftmix.storage.files import write_json
+from sftmix.storage.files import read_record, write_json
 
 RECORD = "work.json"
 
@@ -88,12 +87,5 @@ def describe(folder: Path) -> str | None:
 
 
 def _read(folder: Path) -> Mapping[str, Any] | None:
-    try:
-        content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    return (
-        content
-        if isinstance(content, dict) and {"fingerprint", "settings", "inputs"} <= content.keys()
-        else None
-    )
+    content = read_record(folder / RECORD) or {}
+    return content if {"fingerprint", "settings", "inputs"} <= content.keys() else None
