@@ -75,11 +75,10 @@ def to_messages(
     fields: dict[str, Any] = {}
     for field in (*required, *optional, "group"):
         column = columns.get(field, field)
-        if column not in row:
-            if field in required or field in columns:
-                raise BadRow(f"no field {column!r}")
-            continue
-        fields[field] = row[column]
+        if column in row:
+            fields[field] = row[column]
+        elif field in required or field in columns:
+            raise BadRow(f"no field {column!r}")
     group = fields.pop("group", None)
     messages = convert(fields)
     for text in (*(message["content"] for message in messages), str(group)):
@@ -93,15 +92,10 @@ def to_messages(
 def check_format(format_name: str, columns: dict[str, str]) -> None:
     """Raises DataError for an unknown format, or a mapping of fields that the format does not
     have."""
-    if format_name == "auto":
-        known = {
-            field for required, optional, _ in FORMATS.values() for field in (*required, *optional)
-        } | {"group"}
-    elif format_name in FORMATS:
-        required, optional, _ = FORMATS[format_name]
-        known = {*required, *optional, "group"}
-    else:
+    if format_name not in ("auto", *FORMATS):
         raise DataError(f"data.format is {format_name!r}; expected auto, {', '.join(FORMATS)}.")
+    chosen = FORMATS if format_name == "auto" else [format_name]
+    known = {"group"}.union(*(FORMATS[name][0] + FORMATS[name][1] for name in chosen))
     unknown = sorted(set(columns) - known)
     if unknown:
         raise DataError(
@@ -121,21 +115,14 @@ def _text(fields: dict[str, Any], name: str, *, optional: bool = False) -> str:
     return value
 
 
-def _instruction(fields: dict[str, Any], extra: str, answer: str) -> list[Message]:
-    instruction, context = _text(fields, "instruction"), _text(fields, extra, optional=True)
+def _exchange(fields: dict[str, Any], question: str, answer: str, extra: str = "") -> list[Message]:
+    instruction, context = _text(fields, question), _text(fields, extra, optional=True)
     system = _text(fields, "system", optional=True)
     prompt = f"{instruction}\n\n{context}" if context.strip() else instruction
     head = [{"role": "system", "content": system}] if system.strip() else []
     return [
         *head,
         {"role": "user", "content": prompt},
-        {"role": "assistant", "content": _text(fields, answer)},
-    ]
-
-
-def _exchange(fields: dict[str, Any], question: str, answer: str) -> list[Message]:
-    return [
-        {"role": "user", "content": _text(fields, question)},
         {"role": "assistant", "content": _text(fields, answer)},
     ]
 
@@ -185,12 +172,12 @@ FORMATS: dict[
     "alpaca": (
         ("instruction", "output"),
         ("input", "system"),
-        lambda f: _instruction(f, "input", "output"),
+        lambda f: _exchange(f, "instruction", "output", "input"),
     ),
     "dolly": (
         ("instruction", "response"),
         ("context",),
-        lambda f: _instruction(f, "context", "response"),
+        lambda f: _exchange(f, "instruction", "response", "context"),
     ),
     "prompt": (("prompt", "completion"), (), lambda f: _exchange(f, "prompt", "completion")),
     "qa": (("question", "answer"), (), lambda f: _exchange(f, "question", "answer")),

@@ -81,8 +81,8 @@ def coloured(
             .replace("\n", "\u21b5")
             .replace("\u0120", "\u00b7")
             .replace("\u010a", "\u21b5")
+            .replace("<0x0A>", "\u21b5")
         )
-        shown = shown.replace("<0x0A>", "\u21b5")
         if with_marks and carries_loss != was_trained:
             text.append(">>" if carries_loss else "<<")
             was_trained = carries_loss

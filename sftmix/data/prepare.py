@@ -14,6 +14,7 @@ Every example that was read is in exactly one of: train, held out, dropped, left
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -111,12 +112,13 @@ class Summary:
 
 def data_settings(config: Config) -> dict[str, Any]:
     """Returns everything that the stage's output depends on: the cache key."""
-    settings = config.data.model_dump(mode="json")
-    settings["content"] = [readers.source_identity(source) for source in config.data.all_sources]
-    settings["tokenizer"] = tokenizer_identity(config)
-    settings["mask_policy"] = MASK_POLICY
-    settings["seed"] = config.run.seed
-    return settings
+    return {
+        **config.data.model_dump(mode="json"),
+        "content": [readers.source_identity(source) for source in config.data.all_sources],
+        "tokenizer": tokenizer_identity(config),
+        "mask_policy": MASK_POLICY,
+        "seed": config.run.seed,
+    }
 
 
 def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]:
@@ -140,8 +142,7 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
         train, held_out = (
             [e for e in part if _has_response(e, drop)] for part in (train, held_out)
         )
-        if config.data.limit is not None:
-            train, held_out = _limit(train, held_out, config, summary)
+        train, held_out = _limit(train, held_out, config, summary)
         tokenizer = _tokenizer(config, train, folder)
         encoder = ChatEncoder(tokenizer)
         # Includes the tokenizer and its template, because every exported model contains them.
@@ -155,8 +156,8 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
         }
         with (folder / "truncated.jsonl").open("w", encoding="utf-8") as truncated_file:
             for name, part in (("train", train), ("held_out", held_out)):
-                rows = _encode(part, encoder, config, drop, truncated_file)
-                counts = _write_arrow(folder / f"{name}.arrow", rows, noisy, identity)
+                rows = _encode(part, encoder, config, noisy, drop, truncated_file)
+                counts = _write_arrow(folder / f"{name}.arrow", rows, identity)
                 setattr(summary, f"num_{name}", counts["examples"])
                 summary.num_truncated += counts["truncated"]
                 if name == "train":
@@ -220,10 +221,9 @@ def _read_source(source: DataSource, bad: readers.BadRows, summary: Summary) -> 
             name = detect_format(row, place, source.columns)
         try:
             messages, group = to_messages(row, name, source.columns)
+            examples.append(Example(content_hash(messages), messages, place, group))
         except BadRow as error:
             bad.add(place, f"{error} (format {name})")
-            continue
-        examples.append(Example(content_hash(messages), messages, place, group))
     return examples
 
 
@@ -248,10 +248,9 @@ def _limit(
     train: list[Example], held_out: list[Example], config: Config, summary: Summary
 ) -> tuple[list[Example], list[Example]]:
     """Keeps `data.limit` examples in all, at the same ratio of train to held out, in the order they
-    were read."""
+    were read; all without a limit."""
     limit, total = config.data.limit, len(train) + len(held_out)
-    assert limit is not None, "called with a limit only"
-    if total <= limit:
+    if limit is None or total <= limit:
         return train, held_out
     summary.num_left_out += total - limit
     num_held_out = (
@@ -290,8 +289,14 @@ Row = dict[str, Any]
 
 
 def _encode(
-    part: list[Example], encoder: ChatEncoder, config: Config, drop: Any, truncated_file: Any
+    part: list[Example],
+    encoder: ChatEncoder,
+    config: Config,
+    noisy: set[str],
+    drop: Any,
+    truncated_file: Any,
 ) -> Iterator[Row]:
+    """Yields the columns of SCHEMA for every example that is not dropped."""
     limit = config.data.max_length
     for start in range(0, len(part), ENCODE_BATCH):
         batch = part[start : start + ENCODE_BATCH]
@@ -321,53 +326,42 @@ def _encode(
                     "num_tokens": len(ids),
                     "kept": limit,
                 }
-                if not mask[:limit].any():
+                ids, mask = ids[:limit], mask[:limit]
+                if not mask.any():
                     drop(example, f"no response token within {counted(limit, 'token')}")
                     continue
                 truncated_file.write(json.dumps(record) + "\n")
-                ids, mask = ids[:limit], mask[:limit]
-            yield {"example": example, "ids": ids, "mask": mask, "is_truncated": is_truncated}
+            yield {
+                "example_id": example.example_id,
+                "input_ids": ids,
+                "response_mask": mask,
+                "num_tokens": len(ids),
+                "num_response_tokens": int(mask.sum()),
+                "is_truncated": is_truncated,
+                "is_noisy": example.example_id in noisy,
+                "group": example.group,
+                "place": example.place,
+                "messages": json.dumps(example.messages, ensure_ascii=False),
+            }
 
 
-def _write_arrow(path: Path, rows: Iterator[Row], noisy: set[str], identity: Any) -> Counter[str]:
+def _write_arrow(path: Path, rows: Iterator[Row], identity: Any) -> Counter[str]:
     counts: Counter[str] = Counter(examples=0, truncated=0, tokens=0, response_tokens=0)
     with (
         accessing(path),
         pa.OSFile(str(path), "wb") as sink,
         pa.ipc.new_stream(sink, SCHEMA) as writer,
     ):
-        columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-
-        def flush() -> None:
-            writer.write_table(pa.Table.from_pydict(columns, schema=SCHEMA))
-            for values in columns.values():
-                values.clear()
-
-        for row in rows:
-            example, ids, mask = row["example"], row["ids"], row["mask"]
-            identity.update(repr((path.name, example.example_id, example.group, len(ids))).encode())
-            identity.update(ids.tobytes() + np.packbits(mask).tobytes())
-            values = (
-                example.example_id,
-                ids,
-                mask,
-                len(ids),
-                int(mask.sum()),
-                row["is_truncated"],
-                example.example_id in noisy,
-                example.group,
-                example.place,
-                json.dumps(example.messages, ensure_ascii=False),
-            )
-            for name, value in zip(SCHEMA.names, values, strict=True):
-                columns[name].append(value)
-            counts.update(
-                examples=1,
-                truncated=int(row["is_truncated"]),
-                tokens=len(ids),
-                response_tokens=int(mask.sum()),
-            )
-            if len(columns["example_id"]) >= ENCODE_BATCH:
-                flush()
-        flush()
+        while batch := list(itertools.islice(rows, ENCODE_BATCH)):
+            writer.write_table(pa.Table.from_pylist(batch, schema=SCHEMA))
+            for row in batch:
+                ids, mask = row["input_ids"], row["response_mask"]
+                key = (path.name, row["example_id"], row["group"], len(ids))
+                identity.update(repr(key).encode() + ids.tobytes() + np.packbits(mask).tobytes())
+                counts.update(
+                    examples=1,
+                    truncated=int(row["is_truncated"]),
+                    tokens=len(ids),
+                    response_tokens=row["num_response_tokens"],
+                )
     return counts

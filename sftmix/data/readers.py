@@ -13,7 +13,7 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -59,18 +59,23 @@ def read_rows(source: DataSource, bad: BadRows) -> Iterator[tuple[str, Row]]:
     Raises DataError for a source that does not exist or is of an unknown kind.
     """
     path = Path(source.path)
-    if path.is_dir():
-        yield from _read_saved_dataset(path, source)
-    elif path.is_file():
-        kind = _kind(path)
-        if kind == ".csv":
-            yield from _read_csv(path, bad)
-        elif kind == ".parquet":
-            yield from _read_parquet(path)
-        else:
-            yield from _read_json(path, bad)
+    kind = _kind(path) if path.is_file() else None
+    if kind in TEXT_FORMATS:
+        try:
+            with _open(path) as file:
+                yield from (_read_csv if kind == ".csv" else _read_json)(path, file, bad)
+        except UNREADABLE as error:
+            raise DataError(
+                f"{path}: cannot be read: {error}. Check that the file is whole and of the kind"
+                " its name says."
+            ) from None
+        return
+    rows: Iterable[Row]
+    if kind == ".parquet":
+        rows = _read_parquet(path)
     else:
-        yield from _read_hub(source)
+        rows = _read_saved_dataset(path, source) if path.is_dir() else _read_hub(source)
+    yield from ((f"{path}:row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def source_identity(source: DataSource) -> str:
@@ -133,32 +138,17 @@ def _open(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
-def _read_json(path: Path, bad: BadRows) -> Iterator[tuple[str, Row]]:
-    try:
-        with _open(path) as file:
-            start = file.peek(1)[:1] if hasattr(file, "peek") else b""
-            content = (
-                file.read() if start in (b"[", b"", b" ", b"\n", b"\t", b"\r", b"\xef") else None
-            )
-            if content is not None and content.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"[":
-                yield from _read_json_array(path, content, bad)
-            else:
-                yield from _read_json_lines(
-                    path, io.BytesIO(content) if content is not None else file, bad
-                )
-    except UNREADABLE as error:
-        raise DataError(
-            f"{path}: cannot be read: {error}. Check that the file is whole and of the kind its"
-            " name says."
-        ) from None
-
-
-def _read_json_lines(path: Path, file: IO[bytes], bad: BadRows) -> Iterator[tuple[str, Row]]:
+def _read_json(path: Path, file: IO[bytes], bad: BadRows) -> Iterator[tuple[str, Row]]:
+    start = file.peek(1)[:1] if hasattr(file, "peek") else b""
+    if start in (b"[", b"", b" ", b"\n", b"\t", b"\r", b"\xef"):
+        content = file.read()
+        if content.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"[":
+            yield from _read_json_array(path, content, bad)
+            return
+        file = io.BytesIO(content)
     for number, line in enumerate(file, start=1):
-        if line.strip():
-            row = _parse(line, f"{path}:{number}", bad)
-            if row is not None:
-                yield f"{path}:{number}", row
+        if line.strip() and (row := _parse(line, f"{path}:{number}", bad)) is not None:
+            yield f"{path}:{number}", row
 
 
 def _parse(line: bytes, place: str, bad: BadRows) -> Row | None:
@@ -241,67 +231,54 @@ def _no_constants(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _read_csv(path: Path, bad: BadRows) -> Iterator[tuple[str, Row]]:
+def _read_csv(path: Path, file: IO[bytes], bad: BadRows) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(1 << 30)
     line = 0
 
-    def lines(file: IO[bytes]) -> Iterator[str]:
+    def lines() -> Iterator[str]:
         nonlocal line
         for line, raw in enumerate(file, start=1):
             yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
 
     try:
-        with _open(path) as file:
-            reader = csv.DictReader(lines(file), strict=True)
-            names = list(reader.fieldnames or [])
-            twice = sorted({name for name in names if names.count(name) > 1})
-            if twice:
-                raise DataError(
-                    f"{path}:1: the header names {', '.join(map(repr, twice))} twice. Rename one of"
-                    " the columns."
-                )
-            for row in reader:
-                place = f"{path}:{reader.line_num}"
-                if None in row:
-                    bad.add(place, f"more fields than the header's {len(names)}")
-                elif None in row.values():
-                    bad.add(place, f"fewer fields than the header's {len(names)}")
-                else:
-                    yield place, row
+        reader = csv.DictReader(lines(), strict=True)
+        names = list(reader.fieldnames or [])
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise DataError(
+                f"{path}:1: the header names {', '.join(map(repr, twice))} twice. Rename one of"
+                " the columns."
+            )
+        for row in reader:
+            place = f"{path}:{reader.line_num}"
+            if None in row:
+                bad.add(place, f"more fields than the header's {len(names)}")
+            elif None in row.values():
+                bad.add(place, f"fewer fields than the header's {len(names)}")
+            else:
+                yield place, row
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path}:{line}: not valid CSV in UTF-8: {error}. Fix the file.") from None
-    except UNREADABLE as error:
-        raise DataError(
-            f"{path}: cannot be read: {error}. Check that the file is whole and of the kind its"
-            " name says."
-        ) from None
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        number = 0
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}:row {number}", row
+            yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {error}. Fix the file.") from None
 
 
-def _read_saved_dataset(path: Path, source: DataSource) -> Iterator[tuple[str, Row]]:
+def _read_saved_dataset(path: Path, source: DataSource) -> Iterable[Row]:
     import datasets
 
     try:
         loaded = datasets.load_from_disk(str(path))
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ) as error:  # JSON and Arrow errors are ValueErrors
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        # JSON and Arrow errors are ValueErrors
         raise DataError(
             f"{path}: not a folder written by `datasets.save_to_disk`: {error}. Save it again."
         ) from None
@@ -312,7 +289,7 @@ def _read_saved_dataset(path: Path, source: DataSource) -> Iterator[tuple[str, R
                 " source (data.sources)."
             )
         loaded = loaded[source.split]
-    yield from ((f"{path}:row {number}", row) for number, row in enumerate(loaded, start=1))
+    return loaded
 
 
 def _check_hub_name(source: DataSource) -> None:
@@ -324,15 +301,14 @@ def _check_hub_name(source: DataSource) -> None:
         )
 
 
-def _read_hub(source: DataSource) -> Iterator[tuple[str, Row]]:
+def _read_hub(source: DataSource) -> Iterable[Row]:
     _check_hub_name(source)
     import datasets
 
     try:
-        loaded = datasets.load_dataset(source.path, split=source.split)
+        return datasets.load_dataset(source.path, split=source.split)
     except (OSError, ValueError, ConnectionError) as error:
         raise _not_reachable(source, error) from None
-    yield from ((f"{source.path}:row {number}", row) for number, row in enumerate(loaded, start=1))
 
 
 def _not_reachable(source: DataSource, error: Exception) -> DataError:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from sftmix.data.formats import Message
 from sftmix.data.template import choose_template, rendering
 from sftmix.errors import ConfigError, DataError, first_line
 from sftmix.storage.failures import accessing
-from sftmix.storage.files import sha256_of_file
+from sftmix.storage.files import read_record, sha256_of_file
 from sftmix.storage.provenance import fingerprint
 
 if TYPE_CHECKING:
@@ -66,14 +66,9 @@ def why_not_loaded(source: str | Path, error: BaseException) -> str:
     """Returns why transformers could not load a folder, as a sentence: a file that is not a JSON
     object, else the text of the error."""
     for path in sorted(Path(source).glob("*.json")) if Path(source).is_dir() else []:
-        try:
-            is_object = isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
-        except OSError:
-            continue
-        except ValueError:
-            is_object = False
-        if not is_object:
-            return f"{path} is damaged: it holds no JSON object."
+        with contextlib.suppress(OSError):
+            if path.exists() and read_record(path) is None:
+                return f"{path} is damaged: it holds no JSON object."
     return first_line(error.__cause__ or error)
 
 
