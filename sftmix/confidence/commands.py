@@ -14,6 +14,7 @@ from sftmix.confidence.metadata import ScoreMetadata
 from sftmix.confidence.table import MAX_NAMED, ScoreTable, named, read_scores
 from sftmix.confidence.table_files import CONFIDENCE, PERPLEXITY, refuse_existing
 from sftmix.errors import counted
+from sftmix.storage.artifacts import new_staging
 from sftmix.storage.files import write_text
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -108,13 +109,12 @@ def export_scores(source: str, to: Path) -> Path:
     table = read_scores(source)
     assert table.metadata is not None, f"{source} was read without naming a column"
     files = ((table.path, CONFIDENCE), (table.perplexity_path, PERPLEXITY))
-    num_not_finite = int((~np.isfinite(table.values)).sum())
     text = dataset_card(
-        table.metadata, num_examples=len(table.confidence), num_not_finite=num_not_finite
+        table.metadata,
+        num_examples=len(table.confidence),
+        num_not_finite=int((~np.isfinite(table.values)).sum()),
     )
-    staging = to.with_name(f".{to.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    staging = new_staging(to)
     for path, name in files:
         shutil.copyfile(path, staging / name)
     write_text(staging / "README.md", text)

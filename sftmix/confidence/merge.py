@@ -103,12 +103,12 @@ def _metadata_of_more_checkpoints(tables: Sequence[ScoreTable]) -> ScoreMetadata
             f" them the checkpoints {', '.join(map(str, twice))}. Tables of the same examples can"
             " be merged where no checkpoint is in two of them; take one."
         )
-    fingerprints, data = (
-        dict(metadata[0].fingerprints),
-        {m.fingerprints.get("data") for m in metadata},
-    )
-    if len(data) > 1:
-        fingerprints.pop("data", None)
+    data = {m.fingerprints.get("data") for m in metadata}
+    fingerprints = {
+        key: value
+        for key, value in metadata[0].fingerprints.items()
+        if key != "data" or len(data) == 1
+    }
     numbered = sorted(
         (pair for m in metadata for pair in zip(m.checkpoints, m.models, strict=False)),
         key=lambda pair: pair[0],

@@ -65,12 +65,15 @@ class ScoreMetadata:
                 f" {FORMAT}. Update sftmix."
             )
         names = {field.name for field in fields(cls)}
-        wrong = sorted(names ^ set(found)) or [
-            name for name, kind in _KINDS.items() if not isinstance(found[name], kind)
-        ]
-        for name, kind in (("checkpoints", int), ("models", dict)) if not wrong else ():
-            if not found[name] or not all(isinstance(item, kind) for item in found[name]):
-                wrong.append(name)
+        wrong = (
+            sorted(names ^ set(found))
+            or [name for name, kind in _KINDS.items() if not isinstance(found[name], kind)]
+            or [
+                name
+                for name, kind in (("checkpoints", int), ("models", dict))
+                if not found[name] or not all(isinstance(item, kind) for item in found[name])
+            ]
+        )
         if wrong:
             raise ArtifactError(
                 f"{path}: in its sftmix metadata, {', '.join(wrong)} is missing, unknown, empty or"

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from sftmix.batches.collate import build_micro_batch
 from sftmix.batches.examples import TokenisedExamples
-from sftmix.confidence.units import UnitFolder, UnitScores
+from sftmix.confidence.units import UnitScores
 from sftmix.engine.engine import Engine
 from sftmix.engine.ranks import Ranks
 from sftmix.liveness.progress import progress_bar
@@ -94,20 +93,6 @@ def score_examples(
     return Scores(table[:, 1], examples.num_response_tokens, table[:, 2] == 0)
 
 
-def score_missing_units(
-    engine: Engine,
-    examples: TokenisedExamples,
-    plan: WorkPlan,
-    shards: UnitFolder,
-    units: list[int],
-    **shown: Any,
-) -> None:
-    """Scores `units` (the same list on all ranks) and publishes each as a shard when it is
-    complete. Collective: all ranks must call it."""
-    score_units(engine, examples, plan, units, shards.write, **shown)
-    engine.ranks.barrier()
-
-
 def score_units(
     engine: Engine,
     examples: TokenisedExamples,
@@ -118,8 +103,8 @@ def score_units(
     pad_id: int,
     title: str,
 ) -> None:
-    """Scores every unit of `units` on one rank, which calls `finished(unit, scores)`. All ranks
-    call it."""
+    """Scores every unit of `units` (the same list on all ranks) on one rank, which calls
+    `finished(unit, scores)`. Collective: all ranks must call it."""
     shown = _Progress(engine.ranks, plan, units, title)
     turns = _in_turns(engine, plan, units) if engine.is_sharded else _as_free(engine.ranks, units)
     for unit, num_forwards in turns:

@@ -49,9 +49,6 @@ from sftmix.storage.failures import accessing
 MAX_NAMED = 20  # ids in one message
 
 
-MEANING = "minus the perplexity of a response; -1 is the highest possible"
-
-
 @dataclass(frozen=True)
 class ScoreSummary:
     """mean_confidence: over the finite ones, NaN for none. not_finite: the first 20 ids;
@@ -69,7 +66,10 @@ class ScoreSummary:
             f"{counted(self.num_examples, 'example')},"
             f" {counted(self.num_checkpoints, 'checkpoint')}"
         )
-        lines = [f"{sizes}, mean confidence {self.mean_confidence:.4g} ({MEANING})"]
+        lines = [
+            f"{sizes}, mean confidence {self.mean_confidence:.4g} (minus the perplexity of a"
+            " response; -1 is the highest possible)"
+        ]
         if self.num_not_finite:
             lines.append(
                 f"{counted(self.num_not_finite, 'has', 'have')} no finite confidence"
@@ -213,14 +213,12 @@ class ScoreTable:
         follows that column, and unknown columns are null."""
         is_ours = self.metadata is not None and self.column == "confidence"
         has = set(read_schema(self.path).names) if self.column == "confidence" else set()
-        columns: dict[str, Any] = {"example_id": self.example_ids, "confidence": self.values}
-        for name in ("variability", "minimum", "maximum"):
-            is_there = is_ours or name in has
-            columns[name] = (
-                read_column(self.path, name, pa.float64())
-                if is_there
-                else pa.nulls(len(self.values), pa.float64())
-            )
+        statistics = [
+            read_column(self.path, name, pa.float64())
+            if is_ours or name in has
+            else pa.nulls(len(self.values), pa.float64())
+            for name in ("variability", "minimum", "maximum")
+        ]
         rank = (
             read_column(self.path, "rank", pa.int64())
             if is_ours
@@ -231,7 +229,7 @@ class ScoreTable:
             if is_ours and self.metadata
             else CONFIDENCE_SCHEMA
         )
-        return pa.table([*columns.values(), rank], schema=schema)
+        return pa.table([self.example_ids, self.values, *statistics, rank], schema=schema)
 
     @cached_property
     def perplexity_path(self) -> Path:
@@ -311,12 +309,11 @@ def fit_scores(
         )
     else:
         theirs = table.metadata.fingerprints
-        differ = [
+        refused = [
             key
-            for key in sorted({*theirs, *fingerprints} - {"data"})
+            for key in sorted({*theirs, *fingerprints} - {"data", *allow_differences})
             if theirs.get(key) != fingerprints.get(key)
         ]
-        refused = [key for key in differ if key not in allow_differences]
         if refused:
             found = "; ".join(
                 f"{key} is {theirs.get(key)!r} in the table, {fingerprints.get(key)!r} for the data"

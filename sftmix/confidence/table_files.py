@@ -93,9 +93,10 @@ def read_column(path: Path, name: str, kind: pa.DataType) -> pa.ChunkedArray:
     given = schema.field(name).type
     value_type = given.value_type if pa.types.is_dictionary(given) else given
     fits = (
-        _is_text(value_type)
+        value_type in (pa.string(), pa.large_string(), pa.string_view())
         if is_text
-        else pa.types.is_integer(given) or (not is_whole and _is_number(given))
+        else pa.types.is_integer(given)
+        or (not is_whole and (pa.types.is_floating(given) or pa.types.is_decimal(given)))
     )
     if not fits:
         expected = "text" if is_text else "whole numbers" if is_whole else "numbers"
@@ -132,13 +133,3 @@ def string_column(values: Sequence[str] | pa.ChunkedArray) -> pa.ChunkedArray:
         for start in range(0, len(values), ROWS_PER_GROUP)
     ]
     return pa.chunked_array(parts, pa.string())
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_floating(kind) or pa.types.is_decimal(kind))

@@ -3,7 +3,7 @@ results, and how to use it."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,9 @@ import yaml
 
 from sftmix import __version__
 from sftmix.config.schema import Config, LoraConfig
+from sftmix.errors import counted
 from sftmix.storage import provenance
-from sftmix.storage.files import write_text
+from sftmix.storage.files import read_record, write_text
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -30,8 +31,7 @@ _FILES = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".xz", ".zst")
 _SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/")  # of the Hub's cache
 UNKNOWN = "unknown"  # the Hub's word for an unstated license
 
-SNIPPET = """from transformers import AutoTokenizer
-{imports}
+SNIPPET = """from transformers import {imports}
 
 name = "."  # this folder, or the model's name on the Hub
 tokenizer = AutoTokenizer.from_pretrained(name)
@@ -139,11 +139,9 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    with contextlib.suppress(OSError):
+        return read_record(folder / "config.json") or {}
+    return {}
 
 
 def _metadata_of(path: str | None, base: str | None) -> dict[str, Any]:
@@ -152,19 +150,12 @@ def _metadata_of(path: str | None, base: str | None) -> dict[str, Any]:
     from huggingface_hub import ModelCard
     from huggingface_hub.errors import HfHubHTTPError
 
-    readme = Path(path) / "README.md" if path is not None and Path(path).is_dir() else None
-    for source in (readme if readme is not None and readme.is_file() else None, base):
-        if source is None:
-            continue
-        try:
+    readme = Path(path) / "README.md" if path is not None else None
+    cards: list[Path | str | None] = [readme if readme and readme.is_file() else None, base]
+    for source in [card for card in cards if card is not None]:
+        # no connection, no card, or not a card
+        with contextlib.suppress(OSError, ValueError, HfHubHTTPError, yaml.YAMLError):
             return ModelCard.load(source, ignore_metadata_errors=True).data.to_dict()
-        except (
-            OSError,
-            ValueError,
-            HfHubHTTPError,
-            yaml.YAMLError,
-        ):  # no connection, no card, or not a card
-            continue
     return {}
 
 
@@ -223,14 +214,12 @@ def _eval_results(config: Config, metrics: dict[str, Any] | None) -> list[EvalRe
 
 
 def _results(metrics: dict[str, Any]) -> str:
-    rows = [f"| {name} | {metrics[key]:.4f} |" for key, (_, name) in METRICS.items()]
-    count = metrics["num_examples"]
     lines = [
-        f"On {count:,} held-out example{'' if count == 1 else 's'}, one seed:",
+        f"On {counted(metrics['num_examples'], 'held-out example')}, one seed:",
         "",
         "| metric | value |",
         "|---|---|",
-        *rows,
+        *(f"| {name} | {metrics[key]:.4f} |" for key, (_, name) in METRICS.items()),
     ]
     return "\n".join(lines)
 
@@ -242,16 +231,11 @@ def _usage(config: Config, *, is_adapter: bool) -> str:
             " model."
         )
     loader = "AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM"
-    imports = f"from peft import {loader}" if is_adapter else ""
-    text = (
-        SNIPPET
-        if is_adapter
-        else SNIPPET.replace(
-            "import AutoTokenizer\n{imports}", "import AutoModelForCausalLM, AutoTokenizer"
-        )
+    imports = (
+        f"AutoTokenizer\nfrom peft import {loader}" if is_adapter else f"{loader}, AutoTokenizer"
     )
     options = ", trust_remote_code=True" if config.model.trust_remote_code else ""
-    return f"```python\n{text.format(imports=imports, loader=loader, options=options)}```"
+    return f"```python\n{SNIPPET.format(imports=imports, loader=loader, options=options)}```"
 
 
 def _method(config: Config) -> str:

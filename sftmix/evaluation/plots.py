@@ -139,26 +139,15 @@ def _draw_cuts(axes: Any, found: list[tuple[float, str, str]], *, is_across: boo
             value, color="black", linewidth=0.9, linestyle=(0, (6, 3))
         )
     outer = ((found[0][0], found[0][1], -3), (found[-1][0], found[-1][2], 3)) if found else ()
+    order = 1 if is_across else -1  # of the two coordinates
     for value, name, offset in outer:
-        if is_across:
-            where: dict[str, Any] = {
-                "xy": (1, value),
-                "xycoords": ("axes fraction", "data"),
-                "xytext": (-5, offset),
-                "ha": "right",
-            }
-            where["va"] = "top" if offset < 0 else "bottom"
-        else:
-            where = {
-                "xy": (value, 1),
-                "xycoords": ("data", "axes fraction"),
-                "xytext": (offset, -5),
-                "va": "top",
-            }
-            where["ha"] = "right" if offset < 0 else "left"
         axes.annotate(
             name,
-            **where,
+            xy=(1, value)[::order],
+            xycoords=("axes fraction", "data")[::order],
+            xytext=(-5, offset)[::order],
+            ha="right" if is_across or offset < 0 else "left",
+            va="top" if not is_across or offset < 0 else "bottom",
             textcoords="offset points",
             fontsize=9,
             bbox={"color": "white", "alpha": 0.6, "pad": 0.5},

@@ -76,11 +76,13 @@ def build_report(run: RunOutputs, folder: Path) -> None:
         config=dump_config(run.config),
     )
     write_text(folder / "index.html", page)
-    text = markdown(TITLES, [cells(row) for row in table]) + f"\n{UNITS}\n\n{ONE_SEED}\n"
-    text += "\n" + markdown(TIME_TITLES, times)
-    if agreed:
-        text += "\n" + markdown(Agreement.TITLES, [row.cells() for row in agreed])
-    write_text(folder / "report.md", text)
+    parts = [
+        markdown(TITLES, [cells(row) for row in table]),
+        f"{UNITS}\n\n{ONE_SEED}\n",
+        markdown(TIME_TITLES, times),
+        *([markdown(Agreement.TITLES, [row.cells() for row in agreed])] if agreed else []),
+    ]
+    write_text(folder / "report.md", "\n".join(parts))
     for row in agreed:
         print(f"  {row.line()}")
     print_table(table)
@@ -91,9 +93,7 @@ def result_table(run: RunOutputs) -> list[dict[str, Any]]:
     figure."""
     metrics = read_json(run.inputs["evaluate"] / "metrics.json")
     rows = []
-    for stage in ("baseline", "train"):
-        if stage not in run.inputs:
-            continue
+    for stage in [name for name in MODEL_NAMES if name in run.inputs]:
         facts, held_out = run.facts_of(stage), metrics.get(stage, {})
         rows.append(
             {

@@ -158,18 +158,16 @@ def duplicates(scored: ScoredExamples) -> dict[str, Any]:
 def truncated(scored: ScoredExamples) -> dict[str, Any]:
     """Returns how many examples are truncated, their share in each part, and the least confident
     ones."""
-    parts = []
-    for part in (CONFIDENT, MIDDLE, UNCONFIDENT):
-        inside = scored.is_truncated[scored.part == part]
-        if len(inside):
-            parts.append(
-                {
-                    "part": part,
-                    "num_examples": len(inside),
-                    "num_truncated": int(inside.sum()),
-                    "share": float(inside.mean()),
-                }
-            )
+    parts = [
+        {
+            "part": part,
+            "num_examples": len(inside),
+            "num_truncated": int(inside.sum()),
+            "share": float(inside.mean()),
+        }
+        for part in (CONFIDENT, MIDDLE, UNCONFIDENT)
+        if len(inside := scored.is_truncated[scored.part == part])
+    ]
     order = ranking(scored)[::-1]
     chosen = order[scored.is_truncated[order]][:NUM_SHOWN]
     return {
@@ -247,16 +245,18 @@ class Agreement:
 def agreements(run: RunOutputs, scored: ScoredExamples) -> list[Agreement]:
     """Returns the agreement of the run's scores with those of every compared mode, in the column
     that the split uses."""
-    settings, split, rows = run.config.confidence, run.config.split, []
+    settings, split = run.config.confidence, run.config.split
     strata = scored.table.data.table[split.stratify_by] if split.stratify_by else None
     own, *others = (
         read_confidence(run.inputs["score"] / folder / CONFIDENCE, scored.example_ids, split.column)
         for folder in ("", *(f"compared/{mode}" for mode in settings.compare))
     )
-    for mode, other in zip(settings.compare, others, strict=True):
-        modes = f"{settings.mode}, {mode}"
-        rows.append(agreement_of(scored.example_ids, own, other, split, modes, strata=strata))
-    return rows
+    return [
+        agreement_of(
+            scored.example_ids, own, other, split, f"{settings.mode}, {mode}", strata=strata
+        )
+        for mode, other in zip(settings.compare, others, strict=True)
+    ]
 
 
 def agreement_of(

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +112,9 @@ class CheckpointFolder:
     def set_aside(self, step: int) -> Path:
         """Renames a checkpoint that fails verification, so that it is ignored; returns its new
         name."""
-        number = 1
-        while (
-            aside := self.folder / f"{self.path(step).name}.damaged{number if number > 1 else ''}"
-        ).exists():
-            number += 1
-        self.path(step).rename(aside)
-        return aside
+        names = (f"{self.path(step).name}.damaged{number}" for number in chain([""], count(2)))
+        free = next(name for name in names if not (self.folder / name).exists())
+        return self.path(step).rename(self.folder / free)
 
 
 def find_problem(folder: Path, manifest: artifacts.Manifest, names: list[str]) -> str | None:
@@ -218,7 +215,13 @@ class HashedFile:
         digest, chunk = hashlib.sha256(), memoryview(bytearray(self.CHUNK_BYTES))
         while True:
             with self._grown:
-                self._grown.wait_for(self._can_go_on)
+                self._grown.wait_for(
+                    lambda: (
+                        self._is_complete
+                        or self._is_abandoned
+                        or self.size - self._hashed >= self.CHUNK_BYTES
+                    )
+                )
                 written = self.size
                 if self._is_abandoned or self._hashed == written:
                     return digest.hexdigest()
@@ -232,8 +235,3 @@ class HashedFile:
                     )
                 digest.update(chunk[:count])
                 self._hashed += count
-
-    def _can_go_on(self) -> bool:
-        return (
-            self._is_complete or self._is_abandoned or self.size - self._hashed >= self.CHUNK_BYTES
-        )

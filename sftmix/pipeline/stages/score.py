@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sftmix.batches.examples import TokenisedExamples
 from sftmix.confidence.metadata import ScoreMetadata
-from sftmix.confidence.scoring import WorkPlan, score_missing_units
+from sftmix.confidence.scoring import WorkPlan, score_units
 from sftmix.confidence.table import ScoreTable, fit_scores, read_scores, write_scores
 from sftmix.confidence.table_files import CONFIDENCE
 from sftmix.confidence.units import UnitFolder
@@ -132,15 +132,16 @@ def score_checkpoints(
                 config, model, ranks, tokenizer, is_sharded=is_sharded, progress=context.progress
             )
             precision = engine.precision
-            score_missing_units(
+            score_units(
                 engine,
                 examples,
                 plan,
-                done_units,
                 units,
+                done_units.write,
                 pad_id=tokenizer.pad_token_id,
                 title=f"step {step}",
             )
+            ranks.barrier()
             engine.close()
             collect_units(ranks, done_units, sizes)
         if not ranks.is_main:
