@@ -11,11 +11,18 @@ trl`) is a process that calls `SFTTrainer.train()` on the same token ids, masks 
 seconds are the trainer's `train_runtime`, whose log and saving are switched off. Each round runs
 every arm once, in rotating order; ratios are those within a round.
 
-    packed      NTP, examples one after another (engine.packing=auto, the default)
-    padded      NTP, examples padded to equal length (engine.packing=off)
-    sftmix      NTP + 0.2 Mixup, packed
-    trl         NTP, TRL's trainer with examples of like length in a micro-batch
-                (train_sampling_strategy=group_by_length), its own chunked loss, one process
+    packed          NTP, examples one after another (engine.packing=auto, the default)
+    padded          NTP, examples padded to equal length (engine.packing=off)
+    sftmix          NTP + 0.2 Mixup, packed
+    trl             NTP, TRL's trainer with examples of like length in a micro-batch
+                    (train_sampling_strategy=group_by_length), its own chunked loss, one process
+    small-batches   packed, micro-batches of 512 tokens
+    checkpointing   packed, with activation checkpointing
+    zero1, zero2, zero3   packed, on that ZeRO stage
+    lora            packed, adapters on all linear layers (`pip install peft`)
+
+The arms behind `trl` are for memory: `peak GiB` is the most that a rank's process held (on a GPU:
+that torch's allocator held).
 
 All see the same examples, number of epochs, batch size and learning rate. The score table is
 random: it decides which examples are paired, and nothing about speed.
@@ -41,17 +48,29 @@ import torch
 
 from sftmix.batches.examples import TokenisedExamples
 from sftmix.engine.ranks import has_gpu
+from sftmix.train.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = {"packed": "baseline", "padded": "baseline", "sftmix": "train"}
+# arm -> the overrides that make it
+ARMS: dict[str, list[str]] = {
+    "packed": [],
+    "padded": ["engine.packing=off"],
+    "sftmix": [],
+    "small-batches": ["train.micro_batch_tokens=512"],
+    "checkpointing": ["engine.activation_checkpointing=true"],
+    **{f"zero{stage}": [f"engine.zero_stage={stage}"] for stage in (1, 2, 3)},
+    "lora": ["model.lora={}"],
+}
 RATIOS = (("packed", "padded"), ("packed", "trl"), ("packed", "sftmix"))
 
 
-def sftmix(stage: str, *arguments: str) -> None:
-    """Runs a stage in a process of its own. A failure ends the benchmark with its output."""
+def sftmix(stage: str, *arguments: str) -> str:
+    """Runs a stage in a process of its own; returns what it prints. A failure ends the benchmark
+    with its output."""
     command = [sys.executable, "-m", "sftmix.cli", stage, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
 def prepared(options: argparse.Namespace, folder: Path) -> list[str]:
@@ -99,18 +118,18 @@ def prepared(options: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def run_ours(arm: str, common: list[str], folder: Path) -> dict[str, float]:
-    """Trains once; returns real, padded tokens/s and seconds of training."""
+    """Trains once; returns real, padded tokens/s, seconds of training and GiB at the peak."""
     run = folder / "run"
-    stage = STAGES[arm]
-    packing = "off" if arm == "padded" else "auto"
-    sftmix(stage, *common, f"engine.packing={packing}", "--force")
-    output = run / ("baseline" if stage == "baseline" else "sftmix")
+    stage, output = ("train", run / "sftmix") if arm == "sftmix" else ("baseline", run / "baseline")
+    sftmix(stage, *common, *ARMS[arm], "--force")
     facts = json.loads((output / "manifest.json").read_text())["facts"]
+    last = read_metrics(output / "metrics.jsonl")[-1]
     shutil.rmtree(output)
     return {
         "real tokens/s": facts["real_tokens_per_second"],
         "padded tokens/s": facts["padded_tokens_per_second"],
         "seconds": facts["training_seconds"],
+        "peak GiB": last["memory/peak (GiB)"],
     }
 
 
