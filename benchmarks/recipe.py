@@ -25,35 +25,20 @@ from typing import Any
 import numpy as np
 import side_by_side
 import torch
-from train import sftmix
+from train import architecture, new_config, sftmix
 
 from sftmix.engine.ranks import has_gpu
 
 RECIPE = ("reference", "score", "split", "train")
 
 
-def architecture(hidden_size: int, layers: int) -> str:
-    sizes = {
-        "model_type": "llama",
-        "hidden_size": hidden_size,
-        "intermediate_size": hidden_size * 11 // 4 // 8 * 8,
-        "num_hidden_layers": layers,
-        "num_attention_heads": max(1, hidden_size // 64),
-    }
-    return "{" + ", ".join(f"{name}: {value}" for name, value in sizes.items()) + "}"
-
-
 def run_once(options: argparse.Namespace, arm: str, folder: Path) -> dict[str, float]:
     """Runs the recipe; returns the seconds of each stage."""
-    rows = json.loads(Path(options.data).read_text())[: options.examples]
-    (folder / "data.json").write_text(json.dumps(rows))
-    config = folder / "config.yaml"
-    config.write_text(f"run:\n  dir: {folder / 'run'}\n")
     share = 2 if arm == "weak" else 1
     small = architecture(options.hidden_size // share, options.layers // share)
     printed = sftmix(
         "run",
-        str(config),
+        new_config(options, folder),
         f"model.architecture={architecture(options.hidden_size, options.layers)}",
         f"reference.model.architecture={small}",
         f"tokenizer.train={{vocab_size: {options.vocab_size}}}",

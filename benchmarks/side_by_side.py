@@ -66,7 +66,14 @@ def machine(device: torch.device, script: str, *, packages: Iterable[str] = ()) 
         "load_average_before": os.getloadavg()[0],
         "versions": provenance.versions() | found,
         "commit": provenance.commit(),
-        "command": " ".join(["python", script, *sys.argv[1:]]),
+        # a folder of this machine says nothing elsewhere
+        "command": " ".join(
+            [
+                "python",
+                script,
+                *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]),
+            ]
+        ),
     }
 
 

@@ -73,20 +73,33 @@ def sftmix(stage: str, *arguments: str) -> str:
     return done.stdout
 
 
-def prepared(options: argparse.Namespace, folder: Path) -> list[str]:
-    """Prepares data and split in `folder / "run"`; returns the overrides of all arms."""
-    rows = json.loads(Path(options.data).read_text())[: options.examples]
-    (folder / "data.json").write_text(json.dumps(rows))
+def architecture(hidden_size: int, layers: int) -> str:
+    """Returns a Llama's sizes as a value of `model.architecture`."""
     sizes = {
         "model_type": "llama",
-        "hidden_size": options.hidden_size,
-        "intermediate_size": options.hidden_size * 11 // 4 // 8 * 8,
-        "num_hidden_layers": options.layers,
-        "num_attention_heads": options.hidden_size // 64,
+        "hidden_size": hidden_size,
+        "intermediate_size": hidden_size * 11 // 4 // 8 * 8,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, hidden_size // 64),
     }
-    text = ", ".join(f"{name}: {value}" for name, value in sizes.items())
+    return "{" + ", ".join(f"{name}: {value}" for name, value in sizes.items()) + "}"
+
+
+def new_config(options: argparse.Namespace, folder: Path) -> str:
+    """Writes the first `options.examples` rows to `folder / "data.json"`, and a config whose run
+    folder is `folder / "run"`; returns its path."""
+    rows = json.loads(Path(options.data).read_text())[: options.examples]
+    (folder / "data.json").write_text(json.dumps(rows))
+    config = folder / "config.yaml"
+    config.write_text(f"run:\n  dir: {folder / 'run'}\n")
+    return str(config)
+
+
+def prepared(options: argparse.Namespace, folder: Path) -> list[str]:
+    """Prepares data and split in `folder / "run"`; returns the overrides of all arms."""
+    config = new_config(options, folder)
     random = [
-        f"model.architecture={{{text}}}",
+        f"model.architecture={architecture(options.hidden_size, options.layers)}",
         f"tokenizer.train={{vocab_size: {options.vocab_size}}}",
     ]
     model = [f"model.path={options.model}"] if options.model else random
@@ -107,8 +120,6 @@ def prepared(options: argparse.Namespace, folder: Path) -> list[str]:
         f"confidence.scores={folder / 'scores.parquet'}",
     ]
     run = folder / "run"
-    config = str(folder / "config.yaml")
-    Path(config).write_text(f"run:\n  dir: {run}\n")
     sftmix("data", config, *[o for o in overrides if not o.startswith("confidence.")])
     ids = TokenisedExamples(run / "data" / "train.arrow").example_ids.to_pylist()
     quality = np.random.default_rng(0).random(len(ids))

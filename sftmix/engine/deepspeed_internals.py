@@ -90,7 +90,9 @@ class TimedCommunication:
         self._comm.cdb = self
 
     def stop(self) -> None:
-        self._comm.cdb = self._plain
+        """Does nothing if it was not started, or another has its place."""
+        if self._comm.cdb is self:
+            self._comm.cdb = self._plain
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._plain, name)

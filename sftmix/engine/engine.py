@@ -32,7 +32,7 @@ from sftmix.engine.loading import (
     build_model,
     empty_model,
     hf_config,
-    saved_tensors,
+    persistent_buffers,
 )
 from sftmix.engine.lora import (
     adapted_layers,
@@ -361,10 +361,8 @@ class Engine:
                     self.module.plain_name(name),
                     parameter.data if layer is None else merged_weight(layer),
                 )
-        parameters = dict(self.module.named_parameters())
-        for name, tensor in saved_tensors(self.module):
-            if name not in parameters:
-                yield self.module.plain_name(name), tensor
+        for name, tensor in persistent_buffers(self.module):
+            yield self.module.plain_name(name), tensor
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yields (Hugging Face name, whole gradient) of every trained parameter, before `step`. For

@@ -347,14 +347,15 @@ def quiet_transformers() -> Iterator[None]:
     """Hides transformers' progress bars and advice while a model loads. Errors are still raised."""
     from transformers.utils import logging as hf_logging
 
-    before = hf_logging.get_verbosity()
+    before, had_bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
         yield
     finally:
         hf_logging.set_verbosity(before)
-        hf_logging.enable_progress_bar()
+        if had_bars:
+            hf_logging.enable_progress_bar()
 
 
 def empty_model(
@@ -400,12 +401,9 @@ def build_model(
     options = (
         {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
     )
-    with torch.device("meta"):
-        # Import the model's code before zero.Init wraps constructors: a class defined inside loses
-        # what decorators did to its __init__ (Mixtral's experts lose their config).
-        AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=model.trust_remote_code, **options
-        )
+    # It also imports the model's code before zero.Init wraps constructors: a class defined inside
+    # loses what decorators did to its __init__ (Mixtral's experts lose their config).
+    empty = empty_model(model, config, dtype=dtype)
     # zero.Init reads the dtype from the config; its `dtype` argument is broken (precision.py).
     init = deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
     with no_init_weights(), prevent_arange_dtype_change(), init:
@@ -417,18 +415,19 @@ def build_model(
         deepspeed.utils.set_z3_leaf_module(module, True)
     source: Source | None = None
     if torch.distributed.get_rank() == 0:
-        source = tensors_of_files(model, config, dtype=dtype)
+        source = tensors_of_files(model, config, empty, dtype=dtype)
         if source is None:
             whole = load_source(model, config, dtype=dtype, seed=seed)
             source = dict(whole.named_parameters()) | dict(whole.named_buffers())
-    copy_weights(source, shell, buffer_dtypes(model, config, dtype=dtype))
+    copy_weights(source, shell, {name: buffer.dtype for name, buffer in empty.named_buffers()})
     return shell
 
 
-def layout_of(shell: Any, folder: Path) -> dict[str, dict[str, str]] | None:
+def layout_of(shell: Any, folder: Path | None = None) -> dict[str, dict[str, str]] | None:
     """Returns, for every file in which transformers saves the weights of a model, each tensor's
     name in the file and its name in the model; None if a tensor would be converted, and so is not
-    in a file as it is in the model. Writes all but the weights (config, index) to `folder`.
+    in a file as it is in the model. Writes all but the weights (config, index) to `folder`, if one
+    is given.
 
     shell: the model on the meta device. transformers loads as it saves, the other way round.
     """
@@ -440,8 +439,12 @@ def layout_of(shell: Any, folder: Path) -> dict[str, dict[str, str]] | None:
         files[Path(path).name] = {key: names.get(id(tensor)) for key, tensor in saved.items()}
 
     # the last thing that save_pretrained calls, with what it would write
-    with quiet_transformers(), mock.patch("transformers.modeling_utils.safe_save_file", note):
-        shell.save_pretrained(folder, state_dict=dict(tensors))
+    with (
+        quiet_transformers(),
+        mock.patch("transformers.modeling_utils.safe_save_file", note),
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        shell.save_pretrained(folder or scratch, state_dict=dict(tensors))
     if not files or any(None in file.values() for file in files.values()):
         return None
     return {
@@ -453,6 +456,11 @@ def layout_of(shell: Any, folder: Path) -> dict[str, dict[str, str]] | None:
 def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yields (name, tensor) of every parameter, tied ones once, and every persistent buffer."""
     yield from model.named_parameters()
+    yield from persistent_buffers(model)
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, tensor) of every buffer that belongs to the saved model."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in parameters and isinstance(tensor, Tensor):
@@ -479,19 +487,19 @@ class TensorsOfFiles(Mapping[str, Tensor]):
 
 
 def tensors_of_files(
-    model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype
+    model: ModelConfig, config: PretrainedConfig, empty: Any, *, dtype: torch.dtype
 ) -> TensorsOfFiles | None:
     """Returns the parameters and buffers of a model that can be read from its files one by one;
     None if it must be loaded as a whole: random or quantised weights, those that transformers
-    converts, and those of which something is missing, about which `load_source` knows more."""
+    converts, and those of which something is missing, about which `load_source` knows more.
+
+    empty: the model on the meta device, with weights of `dtype`."""
     from safetensors import SafetensorError
 
     folder = _folder_of_weights(model, config)
     if folder is None:
         return None
-    shell = empty_model(model, config, dtype=dtype)
-    with tempfile.TemporaryDirectory() as scratch:
-        layout = layout_of(shell, Path(scratch))
+    layout = layout_of(empty)
     if layout is None:
         print(
             f"  transformers converts the weights of a {config.model_type}: rank 0 holds the whole"
@@ -508,8 +516,8 @@ def tensors_of_files(
     except (SafetensorError, OSError):
         return None
     expected = {key: name for file in layout.values() for key, name in file.items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(shell)}
-    aliases = set(shell.state_dict()) - set(shapes)  # of tied weights: transformers compares them
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(empty)}
+    aliases = set(empty.state_dict()) - set(shapes)  # of tied weights: transformers compares them
     if aliases & set(found) or any(
         key not in found or found[key][1] != shapes[name] for key, name in expected.items()
     ):

@@ -28,11 +28,15 @@ def saved(folder, settings, dtype, **options):
     return model, hf_config(model)
 
 
+def read(model, config, dtype):
+    return tensors_of_files(model, config, empty_model(model, config, dtype=dtype), dtype=dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_tensors_from_files_are_those_of_the_model_that_transformers_loads(tmp_path, name, dtype):
     model, config = saved(tmp_path, SETTINGS[name], torch.float32)
-    found = tensors_of_files(model, config, dtype=dtype)
+    found = read(model, config, dtype)
     assert (found is None) == (name in CONVERTED)
     if found is None:
         return
@@ -47,7 +51,7 @@ def test_tensors_from_files_are_those_of_the_model_that_transformers_loads(tmp_p
 def test_tensors_of_many_files(tmp_path):
     model, config = saved(tmp_path, SETTINGS["llama"], torch.float32, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    found = tensors_of_files(model, config, dtype=torch.float32)
+    found = read(model, config, torch.float32)
     for key, tensor in AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters():
         assert torch.equal(found[key], tensor), key
 
@@ -86,7 +90,7 @@ def test_transformers_loads_what_is_not_plain(tmp_path, change):
     saved(tmp_path, SETTINGS["llama-tied"], torch.float32)
     change(tmp_path)
     model = ModelConfig(path=str(tmp_path))
-    assert tensors_of_files(model, hf_config(model), dtype=torch.float32) is None
+    assert read(model, hf_config(model), torch.float32) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,10 +3,8 @@ bounds without activations."""
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from sftmix.config.schema import Config
@@ -136,8 +134,7 @@ class Need:
 
         if self.config.engine.zero_stage < 3 or self.config.model.path is None:
             return True
-        with tempfile.TemporaryDirectory() as scratch:
-            return layout_of(self._empty_target, Path(scratch)) is None
+        return layout_of(self._empty_target) is None
 
     @property
     def disk_bytes(self) -> int:
