@@ -78,14 +78,14 @@ def show_scores(source: str, *, num: int = 5, column: str | None = None) -> list
 
 def describe(metadata: ScoreMetadata) -> list[str]:
     """Returns lines that describe how a table was made."""
-    models = []
-    for model in metadata.models:
-        revision = f" at {model['revision']}" if model.get("revision") else ""
-        start = (
+    models = [
+        (
             model.get("path")
             or f"random weights ({(model.get('architecture') or {}).get('model_type')})"
         )
-        models.append(f"{start}{revision}")
+        + (f" at {model['revision']}" if model.get("revision") else "")
+        for model in metadata.models
+    ]
     return [
         f"mode: {metadata.mode}",
         f"models: {', '.join(models)}",

@@ -148,12 +148,11 @@ def _refuse_differences(tables: Sequence[ScoreTable], names: Sequence[str], what
 def _flat(metadata: ScoreMetadata, names: Sequence[str]) -> dict[str, Any]:
     """Returns the metadata fields to compare, each fingerprint separately. The data fingerprint is
     left out, because ids and counts are compared instead."""
-    found = {
+    return {
         name: value
         for name, value in asdict(metadata).items()
         if name in names and name != "fingerprints"
-    }
-    return found | {
+    } | {
         f"fingerprints.{key}": value
         for key, value in metadata.fingerprints.items()
         if key != "data"

@@ -60,14 +60,11 @@ class WorkPlan:
     def micro_batches(self, unit: int, *, packs: bool) -> list[NDArray[np.int64]]:
         """Returns the dataset indices of each of a unit's micro-batches. packs: the budget counts
         tokens without padding."""
-        start = self.examples(unit).start
-        lengths = self.num_tokens[start : start + self.unit_examples]
-        return [
-            start + piece
-            for piece in cut_by_length(
-                lengths, micro_batch_tokens=self.micro_batch_tokens, packs=packs
-            )
-        ]
+        chosen = np.array(self.examples(unit))
+        pieces = cut_by_length(
+            self.num_tokens[chosen], micro_batch_tokens=self.micro_batch_tokens, packs=packs
+        )
+        return [chosen[piece] for piece in pieces]
 
 
 def score_examples(

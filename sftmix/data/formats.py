@@ -81,11 +81,10 @@ def to_messages(
             raise BadRow(f"no field {column!r}")
     group = fields.pop("group", None)
     messages = convert(fields)
-    for text in (*(message["content"] for message in messages), str(group)):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise BadRow("the text holds an unpaired surrogate, which is not a character") from None
+    try:
+        "".join([*(message["content"] for message in messages), str(group)]).encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRow("the text holds an unpaired surrogate, which is not a character") from None
     return tuple(messages), None if group is None else str(group)
 
 

@@ -103,16 +103,13 @@ def generate(
     noisy: set[str] = set()
     for number in range(1, settings.num_train + 1):
         skill, prompt, answer = draw()
-        if rng.random() < settings.noisy_share:
-            wrong = answer
-            # the answer to another prompt of the same skill: plausible, but wrong
-            while wrong == answer:
-                wrong = SKILLS[skill](rng)[1]
-            example = _example(skill, prompt, wrong, f"generated:train {number}")
-            noisy.add(example.example_id)
-        else:
-            example = _example(skill, prompt, answer, f"generated:train {number}")
-        train.append(example)
+        is_noisy, given = rng.random() < settings.noisy_share, answer
+        # the answer to another prompt of the same skill: plausible, but wrong
+        while is_noisy and given == answer:
+            given = SKILLS[skill](rng)[1]
+        train.append(_example(skill, prompt, given, f"generated:train {number}"))
+        if is_noisy:
+            noisy.add(train[-1].example_id)
     return train, held_out, noisy
 
 

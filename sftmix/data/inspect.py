@@ -32,23 +32,19 @@ def inspect(config: Config, *, num_examples: int) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         summary, *_ = prepare(config, folder)
-        for line in summary.lines():
-            console.print(line)
-        total = summary.num_train + summary.num_held_out
-        console.print(
-            f"{summary.num_truncated / total:.1%} truncated to"
-            f" {counted(config.data.max_length, 'token')}"
-        )
         tokenizer = tokenizer_from(folder / "tokenizer")
         examples = TokenisedExamples(folder / "train.arrow")
-        longest = int(examples.num_tokens.max())
-        console.print(
-            f"tokens per example: median {int(np.median(examples.num_tokens))}, longest {longest}"
-        )
-        console.print(
+        total = summary.num_train + summary.num_held_out
+        for line in (
+            *summary.lines(),
+            f"{summary.num_truncated / total:.1%} truncated to"
+            f" {counted(config.data.max_length, 'token')}",
+            f"tokens per example: median {int(np.median(examples.num_tokens))}, longest"
+            f" {int(examples.num_tokens.max())}",
             "\ntokens that carry loss are [bold green]green[/] (>> << without colours); | separates"
-            " tokens"
-        )
+            " tokens",
+        ):
+            console.print(line)
         for index in range(min(num_examples, len(examples))):
             ids, mask = examples.tokens(index)
             place = examples.table[index]["place"]

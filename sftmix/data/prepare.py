@@ -88,26 +88,28 @@ class Summary:
             f"{self.num_response_tokens / max(1, self.num_tokens):.0%} of {self.num_tokens:,}"
             " training tokens carry loss"
         )
-        lines = [
+        copies = counted(
+            self.num_duplicates,
+            "has the same content as an earlier one and is kept",
+            "have the same content as an earlier one and are kept",
+        )
+        others = (
+            (self.num_left_out, f"{self.num_left_out:,} left out by data.limit and source weights"),
+            (self.num_duplicates, f"{copies} (ids end in -2, -3, ...)"),
+            (
+                self.num_truncated,
+                f"{self.num_truncated:,} truncated to data.max_length (data/truncated.jsonl)",
+            ),
+        )
+        return [
             f"{counted(self.num_read, 'example')} read: {self.num_train:,} to train on,"
-            f" {self.num_held_out:,} held out; {shares}"
+            f" {self.num_held_out:,} held out; {shares}",
+            *(line for count, line in others if count),
+            *(
+                f"{count:,} dropped: {reason} (data/dropped.jsonl)"
+                for reason, count in sorted(self.dropped.items())
+            ),
         ]
-        if self.num_left_out:
-            lines.append(f"{self.num_left_out:,} left out by data.limit and source weights")
-        if self.num_duplicates:
-            copies = counted(
-                self.num_duplicates,
-                "has the same content as an earlier one and is kept",
-                "have the same content as an earlier one and are kept",
-            )
-            lines.append(f"{copies} (ids end in -2, -3, ...)")
-        if self.num_truncated:
-            lines.append(
-                f"{self.num_truncated:,} truncated to data.max_length (data/truncated.jsonl)"
-            )
-        for reason, count in sorted(self.dropped.items()):
-            lines.append(f"{count:,} dropped: {reason} (data/dropped.jsonl)")
-        return lines
 
 
 def data_settings(config: Config) -> dict[str, Any]:

@@ -125,17 +125,14 @@ def _kind(path: Path) -> str:
 
 
 def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    if path.suffix == ".xz":
-        return lzma.open(path, "rb")
     if path.suffix == ".zst":
         import pyarrow
 
         # Does not use the package zstandard, which takes the end of a truncated file for the end of
         # its content.
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
-    return path.open("rb")
+    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
+    return cast(IO[bytes], openers.get(path.suffix, Path.open)(path, "rb"))
 
 
 def _read_json(path: Path, file: IO[bytes], bad: BadRows) -> Iterator[tuple[str, Row]]:

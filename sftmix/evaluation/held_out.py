@@ -16,13 +16,12 @@ def summarise(scores: Scores, groups: list[str | None]) -> dict[str, Any]:
     Loss is the mean over all response tokens, not the mean of the examples' means. Exact match is
     the share of examples whose whole response greedy decoding would produce.
     """
-    summary = _figures(scores, list(range(len(groups))))
     named = sorted({group for group in groups if group is not None})
-    summary["groups"] = {
+    by_group = {
         name: _figures(scores, [i for i, group in enumerate(groups) if group == name])
         for name in named
     }
-    return summary
+    return {**_figures(scores, list(range(len(groups)))), "groups": by_group}
 
 
 def _figures(scores: Scores, members: list[int]) -> dict[str, Any]:

@@ -62,10 +62,6 @@ class StopRequest:
             )
         return self._reason
 
-    @property
-    def is_requested(self) -> bool:
-        return self.reason is not None
-
     def _take(self, number: int, frame: FrameType | None) -> None:
         # torchrun answers Control-C with a SIGTERM to its ranks, so only the same signal again
         # counts as a second one.

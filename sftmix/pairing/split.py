@@ -115,8 +115,9 @@ def _assign(
             f"confident_share {shares[0]} and unconfident_share {shares[1]} are more than the whole"
         )
     if not highest_first:
-        kind = rows.collect_schema()["value"]
-        rows = rows.with_columns(_reversed(kind).alias("value"))
+        # the bits of a whole number turned: -1 - value, and without a sign the largest - value
+        is_whole = rows.collect_schema()["value"].is_integer()
+        rows = rows.with_columns((_VALUE.not_() if is_whole else -_VALUE).alias("value"))
     totals = _check(rows, column, is_stratified)
     first = {key: math.floor(confident * total) for key, total in totals.items()}
     second = {key: total - math.floor(unconfident * total) for key, total in totals.items()}
@@ -141,13 +142,6 @@ def exact_share(share: float) -> Fraction:
     if not 0 <= share <= 1:
         raise ValueError(f"a share is between 0 and 1, not {share}")
     return Fraction(share).limit_denominator(1_000_000)
-
-
-def _reversed(kind: Any) -> pl.Expr:
-    """Returns the values such that the lowest come first; no whole number overflows."""
-    if kind.is_unsigned_integer():
-        return kind.max() - _VALUE
-    return -1 - _VALUE if kind.is_integer() else -_VALUE
 
 
 def _collect(query: pl.LazyFrame) -> pl.DataFrame:

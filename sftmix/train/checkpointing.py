@@ -121,7 +121,7 @@ class TrainingCheckpoints:
         )
         is_busy = self._pending is not None and not self._pending.files.is_done
         should_stop, should_save, any_busy = self.ranks.agree(
-            [self.stop.is_requested, is_due, is_busy]
+            [self.stop.reason is not None, is_due, is_busy]
         )
         must_publish = self._pending is not None and (
             not any_busy or should_save or should_stop or is_last
