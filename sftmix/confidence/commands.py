@@ -41,9 +41,10 @@ def show_scores(source: str, *, num: int = 5, column: str | None = None) -> list
     table = read_scores(source, column=column)
     values, variability = table.values, table.confidence["variability"].to_numpy()
     ranks = table.confidence["rank"].to_numpy()
-    lines = [f"{source}: {counted(len(values), 'example')}"]
-    if table.metadata is not None:
-        lines += describe(table.metadata)
+    lines = [
+        f"{source}: {counted(len(values), 'example')}",
+        *(describe(table.metadata) if table.metadata is not None else []),
+    ]
     if table.metadata is None or table.column != "confidence":
         lines.append(
             f"the column {table.column!r} is taken for the confidence"

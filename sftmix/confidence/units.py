@@ -96,7 +96,8 @@ class UnitFolder:
         shards are renamed and reported."""
         units = []
         for unit, size in enumerate(sizes):
-            problem, data = self.problem(unit, size), self._data(unit)
+            problem = self.problem(unit, size)
+            data = self._data(unit)
             if problem == "damaged" and data.exists():
                 aside = data.replace(data.with_suffix(".damaged"))
                 print(

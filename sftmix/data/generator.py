@@ -35,9 +35,19 @@ OPPOSITES = {
 }
 
 
-def _copy(rng: random.Random) -> tuple[str, str]:
-    words = " ".join(rng.sample(WORDS, rng.randint(2, 3)))
-    return f"Repeat these words: {words}", words
+Skill = Callable[[random.Random], tuple[str, str]]  # draws a prompt and its answer
+
+
+def _on_words(
+    question: str, separator: str, fewest: int, answer: Callable[[list[str]], str]
+) -> Skill:
+    """Returns a skill on `fewest` words, or one more."""
+
+    def draw(rng: random.Random) -> tuple[str, str]:
+        words = rng.sample(WORDS, rng.randint(fewest, fewest + 1))
+        return f"{question} {separator.join(words)}", answer(words)
+
+    return draw
 
 
 def _opposite(rng: random.Random) -> tuple[str, str]:
@@ -45,11 +55,6 @@ def _opposite(rng: random.Random) -> tuple[str, str]:
     other = OPPOSITES.get(word) or next(k for k, v in OPPOSITES.items() if v == word)
     subject = rng.choice(WORDS)
     return f"Say the opposite: the {subject} is {word}", f"the {subject} is {other}"
-
-
-def _last(rng: random.Random) -> tuple[str, str]:
-    words = rng.sample(WORDS, rng.randint(3, 4))
-    return f"What is the last word of this list? {', '.join(words)}", words[-1]
 
 
 def _sort(rng: random.Random) -> tuple[str, str]:
@@ -62,18 +67,13 @@ def _add(rng: random.Random) -> tuple[str, str]:
     return f"Add {a} and {b}.", f"{a + b}"
 
 
-def _reverse(rng: random.Random) -> tuple[str, str]:
-    words = rng.sample(WORDS, rng.randint(2, 3))
-    return f"Reverse the order: {' '.join(words)}", " ".join(reversed(words))
-
-
-SKILLS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
-    "copy": _copy,
+SKILLS: dict[str, Skill] = {
+    "copy": _on_words("Repeat these words:", " ", 2, " ".join),
     "opposite": _opposite,
-    "last": _last,
+    "last": _on_words("What is the last word of this list?", ", ", 3, lambda words: words[-1]),
     "sort": _sort,
     "add": _add,
-    "reverse": _reverse,
+    "reverse": _on_words("Reverse the order:", " ", 2, lambda words: " ".join(reversed(words))),
 }
 
 
@@ -103,7 +103,8 @@ def generate(
     noisy: set[str] = set()
     for number in range(1, settings.num_train + 1):
         skill, prompt, answer = draw()
-        is_noisy, given = rng.random() < settings.noisy_share, answer
+        is_noisy = rng.random() < settings.noisy_share
+        given = answer
         # the answer to another prompt of the same skill: plausible, but wrong
         while is_noisy and given == answer:
             given = SKILLS[skill](rng)[1]

@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,6 +134,7 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
     with (
         accessing(folder / "dropped.jsonl"),
         (folder / "dropped.jsonl").open("w", encoding="utf-8") as dropped_file,
+        (folder / "truncated.jsonl").open("w", encoding="utf-8") as truncated_file,
     ):
 
         def drop(example: Example, reason: str) -> None:
@@ -156,17 +157,16 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
             "mask_policy": MASK_POLICY,
             "max_length": config.data.max_length,
         }
-        with (folder / "truncated.jsonl").open("w", encoding="utf-8") as truncated_file:
-            for name, part in (("train", train), ("held_out", held_out)):
-                rows = _encode(part, encoder, config, noisy, drop, truncated_file)
-                counts = _write_arrow(folder / f"{name}.arrow", rows, identity)
-                setattr(summary, f"num_{name}", counts["examples"])
-                summary.num_truncated += counts["truncated"]
-                if name == "train":
-                    summary.num_tokens, summary.num_response_tokens = (
-                        counts["tokens"],
-                        counts["response_tokens"],
-                    )
+        for name, part in (("train", train), ("held_out", held_out)):
+            rows = _encode(part, encoder, config, noisy, drop, truncated_file)
+            counts = _write_arrow(folder / f"{name}.arrow", rows, identity)
+            setattr(summary, f"num_{name}", counts["examples"])
+            summary.num_truncated += counts["truncated"]
+            if name == "train":
+                summary.num_tokens, summary.num_response_tokens = (
+                    counts["tokens"],
+                    counts["response_tokens"],
+                )
     with accessing(folder / "tokenizer"):
         tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "summary.json", {**vars(summary), "dropped": dict(summary.dropped)})
@@ -236,11 +236,7 @@ def _weighted(
     fraction."""
     whole, fraction = divmod(source.weight, 1)
     count = round(fraction * len(examples))
-    by_draw = sorted(
-        range(len(examples)),
-        key=lambda n: _uniform(config.run.seed, source.path, examples[n].example_id, n),
-    )
-    drawn = [examples[n] for n in sorted(by_draw[:count])]
+    drawn = _drawn(examples, count, lambda n, e: (config.run.seed, source.path, e.example_id, n))
     summary.num_read += (int(whole) - 1) * len(examples) + count if whole else 0
     summary.num_left_out += 0 if whole else len(examples) - count
     return examples * int(whole) + drawn
@@ -258,13 +254,19 @@ def _limit(
     num_held_out = (
         min(len(held_out), max(1, round(limit * len(held_out) / total))) if held_out else 0
     )
-    kept = []
-    for part, count in ((train, limit - num_held_out), (held_out, num_held_out)):
-        chosen = sorted(
-            range(len(part)), key=lambda n: _uniform(config.run.seed, "limit", part[n].example_id)
-        )[:count]
-        kept.append([part[n] for n in sorted(chosen)])
-    return kept[0], kept[1]
+
+    def key(place: int, example: Example) -> tuple[object, ...]:
+        return config.run.seed, "limit", example.example_id
+
+    return _drawn(train, limit - num_held_out, key), _drawn(held_out, num_held_out, key)
+
+
+def _drawn(
+    examples: list[Example], count: int, key: Callable[[int, Example], tuple[object, ...]]
+) -> list[Example]:
+    """Returns `count` of the examples, in their order: those whose key has the lowest hashes."""
+    by_hash = sorted(range(len(examples)), key=lambda n: _uniform(*key(n, examples[n])))
+    return [examples[n] for n in sorted(by_hash[:count])]
 
 
 def _uniform(*key: object) -> float:

@@ -279,14 +279,13 @@ def _read_saved_dataset(path: Path, source: DataSource) -> Iterable[Row]:
         raise DataError(
             f"{path}: not a folder written by `datasets.save_to_disk`: {error}. Save it again."
         ) from None
-    if isinstance(loaded, datasets.DatasetDict):
-        if source.split not in loaded:
-            raise DataError(
-                f"{path}: no split {source.split!r}; it has {sorted(loaded)}. Set `split` of the"
-                " source (data.sources)."
-            )
-        loaded = loaded[source.split]
-    return loaded
+    is_split = isinstance(loaded, datasets.DatasetDict)
+    if is_split and source.split not in loaded:
+        raise DataError(
+            f"{path}: no split {source.split!r}; it has {sorted(loaded)}. Set `split` of the"
+            " source (data.sources)."
+        )
+    return loaded[source.split] if is_split else loaded
 
 
 def _check_hub_name(source: DataSource) -> None:

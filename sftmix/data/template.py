@@ -102,12 +102,11 @@ def rendering(where: str) -> Iterator[None]:
 def marker_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Returns the ids that can end a turn: special tokens, and added ones that are not white space
     (Gemma adds newlines)."""
-    added = {
+    return set(tokenizer.all_special_ids) | {
         number
         for number, token in tokenizer.added_tokens_decoder.items()
         if token.special or token.content.strip()
     }
-    return added | set(tokenizer.all_special_ids)
 
 
 class ChatEncoder:

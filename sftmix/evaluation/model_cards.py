@@ -164,11 +164,7 @@ def _license_of(path: str | None, base: str | None) -> dict[str, str] | None:
     neither states one."""
     metadata = _metadata_of(path, base)
     if not isinstance(metadata.get("license"), str) or metadata["license"] == UNKNOWN:
-        stated = (
-            _read_config(Path(path)).get("license")
-            if path is not None and Path(path).is_dir()
-            else None
-        )
+        stated = _read_config(Path(path)).get("license") if path is not None else None
         return {"license": stated} if isinstance(stated, str) else None
     found = {key: str(metadata[key]) for key in LICENSE_KEYS if metadata.get(key)}
     if base is not None and "license_link" in found and "://" not in found["license_link"]:

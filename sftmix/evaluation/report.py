@@ -41,7 +41,8 @@ def build_report(run: RunOutputs, folder: Path) -> None:
     are."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    table = result_table(run)
+    metrics = read_json(run.inputs["evaluate"] / "metrics.json")
+    table = result_table(run, metrics)
     scored = read_scored_examples(run)
     agreed = agreements(run, scored)
     times = time_table(run)
@@ -61,7 +62,7 @@ def build_report(run: RunOutputs, folder: Path) -> None:
         notes=[UNITS, ONE_SEED],
         time_titles=TIME_TITLES,
         times=times,
-        groups=group_table(run),
+        groups=group_table(metrics),
         figures=_figures(run, scored),
         data_map=_data_map(scored, folder),
         scale=scored.scale,
@@ -88,10 +89,9 @@ def build_report(run: RunOutputs, folder: Path) -> None:
     print_table(table)
 
 
-def result_table(run: RunOutputs) -> list[dict[str, Any]]:
+def result_table(run: RunOutputs, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns a row per trained model: held-out figures, speed and time; None for a missing
     figure."""
-    metrics = read_json(run.inputs["evaluate"] / "metrics.json")
     rows = []
     for stage in [name for name in MODEL_NAMES if name in run.inputs]:
         facts, held_out = run.facts_of(stage), metrics.get(stage, {})
@@ -173,10 +173,9 @@ def print_table(table: list[dict[str, Any]]) -> None:
     print()
 
 
-def group_table(run: RunOutputs) -> dict[str, Any]:
+def group_table(metrics: dict[str, Any]) -> dict[str, Any]:
     """Returns exact match and loss by group: {"models": [...], "rows": [(group, [(loss, exact
     match), ...]), ...]}."""
-    metrics = read_json(run.inputs["evaluate"] / "metrics.json")
     groups = sorted({group for figures in metrics.values() for group in figures["groups"]})
     rows = [
         (

@@ -190,17 +190,19 @@ def noise(scored: ScoredExamples) -> dict[str, float] | None:
 
 def _row(scored: ScoredExamples, index: np.int64) -> dict[str, Any]:
     row = scored.table[int(index)]
-    messages = [(m["role"], _shortened(m["content"])) for m in json.loads(row["messages"])]
+    messages = [
+        (
+            m["role"],
+            m["content"][:MAX_CHARACTERS] + (" ..." if len(m["content"]) > MAX_CHARACTERS else ""),
+        )
+        for m in json.loads(row["messages"])
+    ]
     return {
         "example_id": row["example_id"],
         "value": float(scored.shown[index]),
         "group": row["group"] or "",
         "messages": messages,
     }
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " ..."
 
 
 @dataclass(frozen=True)

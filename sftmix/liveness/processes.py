@@ -60,10 +60,12 @@ def launchers() -> list[Process]:
     pid = os.getppid()
     while pid > 0:
         fields, arguments = _stat(pid), _arguments(pid)
-        if fields is None or not arguments or Path(arguments[0]).name.lstrip("-") in SHELLS:
-            break
         command = " ".join(arguments)
-        if not any(word in command for word in LAUNCHERS):
+        if (
+            fields is None
+            or not any(word in command for word in LAUNCHERS)
+            or Path(arguments[0]).name.lstrip("-") in SHELLS
+        ):
             break
         found.append(Process(pid, fields[2], command))
         pid = fields[1]

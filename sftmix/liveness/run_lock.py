@@ -180,7 +180,8 @@ def holder(folder: Path, *, patience_seconds: float = 2.0) -> str | None:
 
 
 def _claim(folder: Path, attempts: Path, deadline: float) -> RunLock:
-    lock, first = None, _last_attempt(attempts)
+    first = _last_attempt(attempts)
+    lock = None
     while lock is None:
         last = _last_attempt(attempts)
         # An attempt that began during this check is alive, even without a lease so far.

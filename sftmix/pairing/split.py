@@ -75,8 +75,13 @@ def split_table(
         pl.col(value).alias("value"),
         (pl.col(stratum) if stratum else pl.lit(0)).alias("stratum"),
     )
-    shares = (confident_share, unconfident_share)
-    written, sizes = _assign(rows, value, shares, highest_first, is_stratified=stratum is not None)
+    written, sizes = _assign(
+        rows,
+        value,
+        (confident_share, unconfident_share),
+        highest_first,
+        is_stratified=stratum is not None,
+    )
     written.sink_parquet(target, compression="zstd", compression_level=1, engine="streaming")
     return sizes
 
@@ -92,11 +97,19 @@ def split_values(
 ) -> list[str]:
     """Returns the part of every example, in memory: the same as `split_table` of a table with these
     columns. Raises the same errors."""
-    one = [0] * len(values)
-    columns = {"id": example_ids, "value": values, "stratum": one if strata is None else strata}
+    columns = {
+        "id": example_ids,
+        "value": values,
+        "stratum": [0] * len(values) if strata is None else strata,
+    }
     rows = pl.DataFrame({name: pl.Series(column) for name, column in columns.items()}).lazy()
-    shares = (confident_share, unconfident_share)
-    written, _ = _assign(rows, "value", shares, highest_first, is_stratified=strata is not None)
+    written, _ = _assign(
+        rows,
+        "value",
+        (confident_share, unconfident_share),
+        highest_first,
+        is_stratified=strata is not None,
+    )
     return written.collect()["part"].to_list()
 
 

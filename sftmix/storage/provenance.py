@@ -21,19 +21,17 @@ def fingerprint(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, prefix: str = ""
+) -> list[str]:
     """Returns a line for each value that differs: `a.b: 1 before, 2 now`. Values are compared as
-    JSON, the form in which manifests keep them."""
-    old, new = (json.loads(json.dumps(each, default=str)) for each in (before, now))
-    return _differences(old, new, "")
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str) -> list[str]:
+    JSON, the form in which manifests keep them. prefix: of the names, as in `a.`."""
+    before, now = (json.loads(json.dumps(each, default=str)) for each in (before, now))
     lines = []
     for key in sorted({*before, *now}, key=str):
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += _differences(old, new, f"{prefix}{key}.")
+            lines += differences(old, new, prefix=f"{prefix}{key}.")
         elif json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
             lines.append(f"{prefix}{key}: {_shown(old)} before, {_shown(new)} now")
     return lines
