@@ -5,6 +5,7 @@ Axes: K documents (examples), S tokens of the row.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +24,8 @@ class Documents:
     @classmethod
     def of(cls, lengths: tuple[int, ...]) -> Documents:
         """Returns documents of these lengths, each at least 1."""
-        ends = torch.tensor(lengths).cumsum(0)
-        starts = ends - torch.tensor(lengths)
-        first = torch.repeat_interleave(starts, torch.tensor(lengths))
-        position_ids = torch.arange(sum(lengths)) - first
-        bounds = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32)
+        position_ids = torch.cat([torch.arange(length) for length in lengths])
+        bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         return cls(lengths, bounds, position_ids[None])
 
     def to(self, device: torch.device | str) -> Documents:

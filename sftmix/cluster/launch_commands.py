@@ -171,9 +171,7 @@ def pdsh_argument(text: str) -> str:
     """Quotes an argument so that the shell on the node sees `text`. DeepSpeed puts an argument with
     a space between double quotes and escapes only quotes inside it; it does not quote other
     arguments."""
-    if " " in text:
-        return for_pdsh(re.sub(r"([\\$`])", r"\\\1", text))
-    return for_pdsh(shlex.quote(text))
+    return for_pdsh(re.sub(r"([\\$`])", r"\\\1", text) if " " in text else shlex.quote(text))
 
 
 def node_command(plan: Plan, number: int) -> list[str]:

@@ -51,8 +51,7 @@ class ModelFlops:
 
     def of_model(self, cost: float, num_responses: float) -> float:
         """Returns the FLOPs of a step. cost: sum of n + square_share n^2 over its documents."""
-        forward = self.per_token * cost + self.per_response * num_responses
-        return (1 + self.backward) * forward
+        return (1 + self.backward) * (self.per_token * cost + self.per_response * num_responses)
 
     def of_hardware(self, computed_cost: float, num_responses: float) -> float:
         """Returns the FLOPs that are computed. computed_cost: with padding."""

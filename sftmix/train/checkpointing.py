@@ -186,13 +186,12 @@ class TrainingCheckpoints:
 
     def _make_room(self, engine: Engine, step: int) -> None:
         staging = self.checkpoints.new_staging(step)
-        size = engine.num_trained_parameters * (engine.bytes_per_weight + ADAM_BYTES)
-        if self._last_step and self.checkpoints.path(self._last_step).is_dir():
-            size = sum(
-                path.stat().st_size for path in self.checkpoints.path(self._last_step).iterdir()
-            )
-        self._needed = size
-        check_space(staging, size)
+        before = self.checkpoints.path(self._last_step)
+        files = before.iterdir() if self._last_step and before.is_dir() else ()
+        self._needed = sum(path.stat().st_size for path in files) or (
+            engine.num_trained_parameters * (engine.bytes_per_weight + ADAM_BYTES)
+        )
+        check_space(staging, self._needed)
 
     def _publish_pending(self) -> None:
         pending, self._pending = self._pending, None
@@ -212,13 +211,13 @@ class TrainingCheckpoints:
                 if self._last_step
                 else "there is none before it"
             )
-            message = (
+            # free space changes, so use rank 0's text on all ranks
+            message = self.ranks.text_from_main(
                 f"the checkpoint of step {pending.step} could not be written: {problem}"
                 f" ({free:,.1f} MiB free in {self.checkpoints.folder}, {self._needed / 2**20:,.1f}"
                 f" MiB needed); {before}. Make room or fix the disk, and start again."
             )
-            # free space changes, so use rank 0's text on all ranks
-            raise ArtifactError(self.ranks.text_from_main(message), on_all_ranks=True)
+            raise ArtifactError(message, on_all_ranks=True)
         entries: dict[str, dict[str, Any]] = {}
         texts = self.ranks.gather_texts(json.dumps(pending.files.entries))
         for rank in self.ranks.ranks_of_storage:

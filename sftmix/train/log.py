@@ -317,15 +317,12 @@ class RunLog:
         return line
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the seconds inside as waiting for batches, which is part of training."""
+    def counting(self, pause: str) -> Iterator[None]:
+        """Counts the seconds inside, which are part of training. pause: one of `PAUSES`: waiting
+        for batches, or Python's garbage collector."""
         started = self.meter.clock()
         yield
-        self._pauses["waiting"] += self.meter.clock() - started
-
-    def add_collection(self, seconds: float) -> None:
-        """Counts seconds of Python's garbage collector."""
-        self._pauses["collector"] += seconds
+        self._pauses[pause] += self.meter.clock() - started
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -419,22 +416,17 @@ class RunLog:
 def memory_of(ranks: Ranks) -> dict[str, float]:
     """Returns the peak of the rank with the most memory, and on GPUs what torch holds and how often
     it freed its cache to find memory. Collective: all ranks must call it."""
-    if ranks.device.type != "cuda":
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-        peaks = ranks.gather_rows(torch.tensor([[peak]], dtype=torch.float64))
-        return {PEAK_MEMORY: float(peaks.max())}
-    stats = torch.cuda.memory_stats(ranks.device)
-    row = [
-        torch.cuda.max_memory_allocated(ranks.device) / 2**30,
-        torch.cuda.memory_reserved(ranks.device) / 2**30,
-        float(stats.get("num_alloc_retries", 0)),
-    ]
-    rows = ranks.gather_rows(torch.tensor([row], dtype=torch.float64))
-    largest = rows.max(0).values.tolist()
+    own = {PEAK_MEMORY: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # KiB on Linux
+    if ranks.device.type == "cuda":
+        own = {
+            PEAK_MEMORY: torch.cuda.max_memory_allocated(ranks.device) / 2**30,
+            RESERVED_MEMORY: torch.cuda.memory_reserved(ranks.device) / 2**30,
+            RETRIES: float(torch.cuda.memory_stats(ranks.device).get("num_alloc_retries", 0)),
+        }
+    rows = ranks.gather_rows(torch.tensor([list(own.values())], dtype=torch.float64))
     return {
-        PEAK_MEMORY: largest[0],
-        RESERVED_MEMORY: largest[1],
-        RETRIES: float(rows[:, 2].sum()),
+        name: float(column.sum() if name == RETRIES else column.max())
+        for name, column in zip(own, rows.T, strict=True)
     }
 
 

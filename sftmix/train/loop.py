@@ -3,6 +3,7 @@ objective."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from sftmix.engine.engine import Engine
 from sftmix.loss.objective import Objective
 from sftmix.storage import faults
 from sftmix.train.checkpointing import TrainingCheckpoints
-from sftmix.train.collector import CollectorBetweenSteps
+from sftmix.train.collector import collector_between_steps
 from sftmix.train.log import RunLog
 from sftmix.train.meter import StepTrace
 from sftmix.train.plan import TrainingPlan, learning_rate_at
@@ -73,11 +74,11 @@ def train(run: TrainingRun) -> None:
     )
     log.start(num_steps=len(steps), after=done)
     with (
-        CollectorBetweenSteps(log.meter.clock) as collector,
+        collector_between_steps(),
         closing(maker.ahead(steps[done:])) as batches,
     ):
         for step, (epoch, _, _) in enumerate(steps[done:], start=done + 1):
-            with log.waiting():
+            with log.counting("waiting"):
                 made = next(batches)
             run.trace.begin_step(step)
             _take_step(run, step, made, epoch=epoch, num_steps=len(steps))
@@ -90,7 +91,8 @@ def train(run: TrainingRun) -> None:
             run.checkpoints.end_step(
                 engine, step, is_last=step == len(steps), parts=parts, pause=log.pause
             )
-            log.add_collection(collector.collect())
+            with log.counting("collector"):
+                gc.collect()
     log.finish()
 
 

@@ -121,10 +121,8 @@ class StepTrace:
 
     def __init__(self, steps: tuple[int, int] | None, path: Path, device: torch.device):
         self._steps, self._path = steps, path
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self._activities = activities
+        kinds = torch.profiler.ProfilerActivity
+        self._activities = [kinds.CPU, *([kinds.CUDA] if device.type == "cuda" else [])]
         self._profile: torch.profiler.profile | None = None
 
     def begin_step(self, step: int) -> None:

@@ -76,7 +76,7 @@ class CheckpointReader:
             return 0
         manifest = self.checkpoints.read(step)
         if self.ranks.is_main:
-            self._say_differences(manifest)
+            self._say_differences(engine, manifest)
             self._clear_kept(after=step)
         self._load(engine, step, manifest)
         arrays = {
@@ -189,27 +189,36 @@ class CheckpointReader:
             on_all_ranks=True,
         )
 
-    def _say_differences(self, manifest: artifacts.Manifest) -> None:
+    def _say_differences(self, engine: Engine, manifest: artifacts.Manifest) -> None:
+        facts, threads = manifest.facts, use_threads(None)
         changed = provenance.differences(manifest.versions, provenance.versions())
-        if changed:
-            print(
-                "  not bit for bit: the checkpoint was written by other versions:"
+        before = facts.get("num_threads")
+        has_threads = self.ranks.device.type == "cpu" and before is not None
+        differences = (
+            (
+                bool(changed),
+                f"not bit for bit: the checkpoint was written by other versions:"
                 f" {'; '.join(changed)}",
-                flush=True,
-            )
-        if manifest.facts["world_size"] != self.ranks.world_size:
-            print(
-                f"  from {manifest.facts['world_size']} to"
-                f" {counted(self.ranks.world_size, 'rank')}: the same examples, other rounding",
-                flush=True,
-            )
-        threads, before = use_threads(None), manifest.facts.get("num_threads")
-        if self.ranks.device.type == "cpu" and before not in (None, threads):
-            print(
-                f"  not bit for bit: {counted(threads, 'CPU thread')} per rank, {before} when it"
-                " was saved (engine.num_threads)",
-                flush=True,
-            )
+            ),
+            (
+                facts["world_size"] != self.ranks.world_size,
+                f"from {facts['world_size']} to {counted(self.ranks.world_size, 'rank')}: the same"
+                " examples, other rounding",
+            ),
+            (
+                has_threads and before != threads,
+                f"not bit for bit: {counted(threads, 'CPU thread')} per rank, {before} when it was"
+                " saved (engine.num_threads)",
+            ),
+            (
+                facts.get("packs", False) != engine.packs,
+                "not bit for bit: micro-batches were"
+                f" {'packed' if facts.get('packs') else 'padded'} before (engine.packing)",
+            ),
+        )
+        for differs, text in differences:
+            if differs:
+                print(f"  {text}", flush=True)
 
     def _load(self, engine: Engine, step: int, manifest: artifacts.Manifest) -> None:
         faults.point("resume.load")
@@ -227,12 +236,6 @@ class CheckpointReader:
                 " weights than those that model.path now has. Put them back, or start over with"
                 " --restart.",
                 on_all_ranks=True,
-            )
-        if manifest.facts.get("packs", False) != engine.packs and self.ranks.is_main:
-            before = "packed" if manifest.facts.get("packs") else "padded"
-            print(
-                f"  not bit for bit: micro-batches were {before} before (engine.packing)",
-                flush=True,
             )
         if engine.zero_stage == 0 or manifest.facts["world_size"] == self.ranks.world_size:
             engine.load_state(self.checkpoints.path(step))

@@ -3,7 +3,7 @@
 import gc
 import weakref
 
-from sftmix.train.collector import CollectorBetweenSteps
+from sftmix.train.collector import collector_between_steps
 
 
 class Node:
@@ -20,7 +20,7 @@ def test_garbage_of_a_step_is_collected_between_steps_and_not_in_one():
 
     old = Node()
     old_is_there = weakref.ref(old)
-    with CollectorBetweenSteps() as collector:
+    with collector_between_steps():
         gc.callbacks.append(note)
         try:
             new = Node()
@@ -29,12 +29,11 @@ def test_garbage_of_a_step_is_collected_between_steps_and_not_in_one():
             for _ in range(5000):
                 Node()
             assert not collections and is_there() is not None
-            assert collector.collect() > 0
+            gc.collect()
             assert len(collections) == 1 and is_there() is None
             assert old_is_there() is not None  # what was there before is not looked at
         finally:
             gc.callbacks.remove(note)
-        assert collector.seconds > 0
     assert gc.isenabled()
     gc.collect()
     assert old_is_there() is None
@@ -43,7 +42,7 @@ def test_garbage_of_a_step_is_collected_between_steps_and_not_in_one():
 def test_a_collector_that_was_off_stays_off():
     gc.disable()
     try:
-        with CollectorBetweenSteps():
+        with collector_between_steps():
             pass
         assert not gc.isenabled()
     finally:

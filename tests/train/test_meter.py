@@ -372,7 +372,7 @@ def test_a_state_with_sums_of_other_names_is_refused(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(reader, "newest", lambda: 3)
     monkeypatch.setattr(reader, "find_problem", lambda step: None)
-    monkeypatch.setattr(reader, "_say_differences", lambda manifest: None)
+    monkeypatch.setattr(reader, "_say_differences", lambda *arguments: None)
     monkeypatch.setattr(reader, "_load", lambda *arguments: None)
     monkeypatch.setattr(CheckpointFolder, "read", lambda folder, step: manifest)
     with pytest.raises(
