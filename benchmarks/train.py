@@ -20,9 +20,12 @@ every arm once, in rotating order; ratios are those within a round.
     checkpointing   packed, with activation checkpointing
     zero1, zero2, zero3   packed, on that ZeRO stage
     lora            packed, adapters on all linear layers (`pip install peft`)
+    offload         packed, ZeRO 3 with the optimiser on the host, activation checkpointing
 
 The arms behind `trl` are for memory: `peak GiB` is the most that a rank's process held (on a GPU:
 that torch's allocator held).
+
+With `--device cuda` on a machine without a GPU, the record says that nothing was measured.
 
 All see the same examples, number of epochs, batch size and learning rate. The score table is
 random: it decides which examples are paired, and nothing about speed.
@@ -60,6 +63,11 @@ ARMS: dict[str, list[str]] = {
     "checkpointing": ["engine.activation_checkpointing=true"],
     **{f"zero{stage}": [f"engine.zero_stage={stage}"] for stage in (1, 2, 3)},
     "lora": ["model.lora={}"],
+    "offload": [
+        "engine.zero_stage=3",
+        "engine.deepspeed=configs/deepspeed/zero3_offload.json",
+        "engine.activation_checkpointing=true",
+    ],
 }
 RATIOS = (("packed", "padded"), ("packed", "trl"), ("packed", "sftmix"))
 
@@ -129,7 +137,8 @@ def prepared(options: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def run_ours(arm: str, common: list[str], folder: Path) -> dict[str, float]:
-    """Trains once; returns real, padded tokens/s, seconds of training and GiB at the peak."""
+    """Trains once; returns real, padded tokens/s, seconds of training, GiB at the peak, and MFU on
+    a device whose peak is known."""
     run = folder / "run"
     stage, output = ("train", run / "sftmix") if arm == "sftmix" else ("baseline", run / "baseline")
     sftmix(stage, *common, *ARMS[arm], "--force")
@@ -141,6 +150,7 @@ def run_ours(arm: str, common: list[str], folder: Path) -> dict[str, float]:
         "padded tokens/s": facts["padded_tokens_per_second"],
         "seconds": facts["training_seconds"],
         "peak GiB": last["memory/peak (GiB)"],
+        **({"MFU": facts["mfu"]} if "mfu" in facts else {}),
     }
 
 
@@ -226,6 +236,7 @@ def main() -> None:
     parser.add_argument("--zero-stage", type=int, default=0)
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--device", choices=("auto", "cuda"), default="auto")
     parser.add_argument("--trl-micro-batch", type=int, default=8, help="examples of one of TRL's")
     parser.add_argument("--arms", nargs="+", default=["packed", "padded", "sftmix"])
     parser.add_argument("--rounds", type=int, default=3)
@@ -240,6 +251,11 @@ def main() -> None:
         **side_by_side.machine(device, "benchmarks/train.py", packages=["trl"]),
         "rounds": [],
     }
+    if options.device == "cuda" and not has_gpu():
+        print("not measured: this machine has no GPU")
+        record = {"device": "cuda", "command": record["command"], "rounds": "not measured: no GPU"}
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         common = prepared(options, folder)
@@ -254,7 +270,7 @@ def main() -> None:
             }
             record["rounds"].append(found)
             for arm in options.arms:
-                rates = ", ".join(f"{k} {v:,.1f}" for k, v in found[arm].items())
+                rates = ", ".join(f"{k} {v:,.2f}" for k, v in found[arm].items())
                 print(f"round {number + 1}: {arm:8} {rates}", flush=True)
     record["ratios"] = {}
     for ours, other in RATIOS:
