@@ -35,6 +35,7 @@ setup(
     ],
     package_data={
         "sftmix.evaluation": ["*.j2"],
+        "sftmix.studies": ["*.j2"],
         "sftmix.cluster.launch": ["hostfile", "templates/*"],
         "sftmix.config.files": ["*.yaml", "*/*"],
     },
@@ -54,6 +55,9 @@ setup(
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "rich>=13.8.1",
+        # for studies: their tests and intervals
+        "scipy>=1.15",
+        "statsmodels>=0.14.4",
     ],
     extras_require={
         "lora": LORA,

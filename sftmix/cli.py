@@ -72,6 +72,18 @@ TABLE: Arguments = {
 COMMANDS: dict[str, tuple[str, Arguments]] = {
     "run": ("the whole recipe; stages that are up to date are not run again", RUN),
     **{stage: (text, STAGE) for stage, text in STAGES.items()},
+    "study": (
+        "several arms, several seeds each: run what is missing, and say what differs",
+        {
+            **RUN,
+            "--only-seeds": {
+                "type": int,
+                "nargs": "+",
+                "metavar": "SEED",
+                "help": "these seeds alone, for example one per job of an array",
+            },
+        },
+    ),
     "inspect": (
         "show examples with their tokens coloured by the response mask",
         {
@@ -328,6 +340,7 @@ EXAMPLES = {
     "inspect": "inspect quickstart --num 1",
     "export": "export quickstart --to my-model",
     "launch": "launch recipes/llama3.1-8b-alpaca --hostfile hostfile",
+    "study": "study studies/quickstart",
     "configs": "configs",
     "scores": "scores show runs/quickstart/confidence",
     "scores show": "scores show runs/quickstart/confidence",
@@ -417,6 +430,11 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         print(check_scores(options.table, options.config, options.overrides))
         return 0
+    if options.command == "study":
+        from sftmix.studies.command import run_study
+
+        translate()
+        return run_study(options)
     config = load_config(options.config, options.overrides)
     if options.command == "export":
         from sftmix.pipeline.export import export

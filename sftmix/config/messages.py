@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,9 +15,11 @@ KeyPath = tuple[str | int, ...]
 Locations = dict[KeyPath, str]  # key -> "file:line", or "override `...`"
 
 
-def explain(detail: Any, path: Path, places: Locations) -> str:
+def explain(
+    detail: Any, path: Path, places: Locations, others: Mapping[str, type[BaseModel]] | None = None
+) -> str:
     """Returns one line for a mistake that pydantic found. detail: of `ValidationError.errors()`.
-    path: of the config file."""
+    path: of the config file. others: sections beside those of `Config`."""
     location: KeyPath = tuple(detail["loc"])
     place = next(
         (places[location[:n]] for n in range(len(location), 0, -1) if location[:n] in places),
@@ -30,7 +33,9 @@ def explain(detail: Any, path: Path, places: Locations) -> str:
                 " Remove it here."
             )
         case "extra_forbidden":
-            known = _fields_at(location[:-1]) + (["base"] if len(location) == 1 else [])
+            known = _fields_at(location[:-1], others or {}) + (
+                ["base"] if len(location) == 1 else []
+            )
             remedy = did_you_mean(str(location[-1]), known, f"Known keys here: {', '.join(known)}.")
             return f"{place}: `{name}` is an unknown key. {remedy}"
         case "missing":
@@ -46,9 +51,9 @@ def explain(detail: Any, path: Path, places: Locations) -> str:
             return f"{place}: `{name}` is {detail['input']!r}: {message}."
 
 
-def _fields_at(location: KeyPath) -> list[str]:
-    model: Any = Config
-    for key in location:
+def _fields_at(location: KeyPath, others: Mapping[str, type[BaseModel]]) -> list[str]:
+    model: Any = others.get(str(location[0]), Config) if location else Config
+    for key in location[1:] if model is not Config else location:
         if isinstance(key, int):
             continue
         annotation = model.model_fields[key].annotation

@@ -54,16 +54,37 @@ def load_config(
     folder = Path(path)
     is_run_folder = (folder / RUN_CONFIG).is_file()
     path = folder / RUN_CONFIG if is_run_folder else find_config(path)
+    raw, places = read_layers(path)
+    if "study" in raw:
+        raise ConfigError(
+            f"{places[('study',)]}: this is a study of several runs. Start it with"
+            f" `sftmix study {path}`."
+        )
+    if is_run_folder:
+        raw["run"] = {**raw.get("run", {}), "dir": str(folder)}  # the folder may have moved
+    apply_overrides(raw, places, overrides)
+    for name, value in (values or {}).items():
+        _set(raw, places, name, value, f"`{name}`")
+    return check_config(raw, places, path)
+
+
+def read_layers(path: Path) -> tuple[dict[str, Any], Locations]:
+    """Returns the content of a file merged over its bases, and where each key stands."""
     raw: dict[str, Any] = {}
     places: Locations = {}
     for layer, layer_places in _layers(path, (), set()):
-        _lay_over(raw, places, layer, layer_places, ())
-    if is_run_folder:
-        raw["run"] = {**raw.get("run", {}), "dir": str(folder)}  # the folder may have moved
+        lay_over(raw, places, layer, layer_places, ())
+    return raw, places
+
+
+def apply_overrides(raw: dict[str, Any], places: Locations, overrides: Sequence[str]) -> None:
+    """Sets what the command line gives as `key.sub=value`."""
     for override in overrides:
         _apply_override(raw, places, override)
-    for name, value in (values or {}).items():
-        _set(raw, places, name, value, f"`{name}`")
+
+
+def check_config(raw: dict[str, Any], places: Locations, path: Path) -> Config:
+    """Returns the checked config. path: of the file, for errors without a place."""
     _inherit_train(raw)
     try:
         return Config.model_validate(raw)
@@ -130,7 +151,7 @@ def _beside(path: Path, name: str) -> Path:
     return short if short.resolve() == joined.resolve() else joined
 
 
-def _lay_over(
+def lay_over(
     below: dict[str, Any],
     places: Locations,
     above: dict[str, Any],
@@ -147,7 +168,7 @@ def _lay_over(
                 below[name] = {}
             if key in above_places:
                 places[key] = above_places[key]
-            _lay_over(below[name], places, value, above_places, key)
+            lay_over(below[name], places, value, above_places, key)
             continue
         _forget(places, key)
         # inside it, null is a value for transformers

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from sftmix.evaluation.report_examples import ScoredExamples
 
 COLOURS = {"confident": "#2a7f62", "middle": "#9a9a9a", "unconfident": "#b5533c"}
+NO_METADATA = {"Date": None, "Creator": None}  # the same figure gives the same bytes
 MAX_POINTS = 10_000  # of the data map; more would hide each other
 
 
 def loss_curves(curves: dict[str, list[tuple[int, float | None]]]) -> str:
     """Returns the curves {name: [(step, loss), ...]} as SVG; a missing loss leaves a gap."""
-    figure, axes = _figure(3.6)
+    figure, axes = new_figure(3.6)
     for name, points in curves.items():
         style = "--" if name.endswith("Mixup") else "-"
         steps, losses = zip(*points, strict=True) if points else ((), ())
@@ -31,13 +32,13 @@ def loss_curves(curves: dict[str, list[tuple[int, float | None]]]) -> str:
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("nats")
     axes.legend(frameon=False)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def confidence_histogram(scored: ScoredExamples) -> str:
     """Returns the distribution of the finite confidences by part, as SVG; perplexities on a
     logarithmic axis."""
-    figure, axes = _figure(3.6)
+    figure, axes = new_figure(3.6)
     finite = np.isfinite(scored.confidence)
     values, part = scored.shown[finite], scored.part[finite]
     if len(values):
@@ -58,7 +59,7 @@ def confidence_histogram(scored: ScoredExamples) -> str:
         else "confidence"
     )
     axes.set_ylabel("examples")
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def points_of_data_map(scored: ScoredExamples) -> tuple[NDArray[np.int64], int]:
@@ -93,7 +94,7 @@ def data_map(scored: ScoredExamples, points: NDArray[np.int64]) -> bytes:
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap, LogNorm
 
-    figure, axes = _figure(5)
+    figure, axes = new_figure(5)
     variability, lengths = scored.variability[points], scored.num_response_tokens[points]
     # without its end, which is hard to see on white
     colours = ListedColormap(colormaps["viridis"](np.linspace(0, 0.93, 256)))
@@ -175,7 +176,8 @@ def _plain_ticks(axis: Any) -> None:
     axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
 
 
-def _figure(height: float) -> tuple[Any, Any]:
+def new_figure(height: float) -> tuple[Any, Any]:
+    """Returns a figure of a page's width and its axes. height: inches."""
     from matplotlib.figure import Figure
 
     # without pyplot: no global state, no display
@@ -185,11 +187,13 @@ def _figure(height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _svg(figure: Any) -> str:
+def as_svg(figure: Any) -> str:
+    """Returns a figure as SVG for use inside HTML. What is black takes the colour of the page's
+    text, so that dark pages show it."""
     import matplotlib
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "sftmix", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, dpi=120)
-    text = buffer.getvalue()
+        figure.savefig(buffer, format="svg", metadata=NO_METADATA, dpi=120, transparent=True)
+    text = buffer.getvalue().replace("#000000", "currentColor")
     return text[text.index("<svg") :]  # without the XML prologue, for use inside HTML

@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 import json
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from sftmix.config.reader import dump_config
 from sftmix.errors import counted
 from sftmix.evaluation import plots
 from sftmix.evaluation.held_out import MODEL_NAMES
+from sftmix.evaluation.page import markdown, render
 from sftmix.evaluation.report_examples import (
     Agreement,
     RunOutputs,
@@ -39,23 +39,14 @@ from sftmix.train.meter import NAMES, minutes_of
 def build_report(run: RunOutputs, folder: Path) -> None:
     """Writes index.html, report.md and the data map into `folder`; prints a summary and where they
     are."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     metrics = read_json(run.inputs["evaluate"] / "metrics.json")
     table = result_table(run, metrics)
     scored = read_scored_examples(run)
     agreed = agreements(run, scored)
     times = time_table(run)
-    environment = Environment(
-        loader=PackageLoader("sftmix.evaluation", "."), autoescape=True, undefined=StrictUndefined
-    )
-    environment.filters |= {
-        "count": "{:,}".format,
-        "figure": "{:,.5g}".format,
-        "percent": "{:.1%}".format,
-        "counted": counted,
-    }
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        "sftmix.evaluation",
+        "report.html.j2",
         title=run.config.run.dir.name,
         titles=TITLES,
         table=[cells(row) for row in table],
@@ -146,16 +137,6 @@ def time_table(run: RunOutputs) -> list[list[str]]:
 def cells(row: dict[str, Any]) -> list[str]:
     """Returns a row of the result table as text."""
     return ["-" if row[key] is None else form.format(row[key]) for key, _, form in COLUMNS]
-
-
-def markdown(titles: Sequence[str], rows: list[list[str]]) -> str:
-    """Returns a table in Markdown."""
-    lines = [
-        " | ".join(titles),
-        " | ".join("---" for _ in titles),
-        *(" | ".join(row) for row in rows),
-    ]
-    return "".join(f"| {line} |\n" for line in lines)
 
 
 def print_table(table: list[dict[str, Any]]) -> None:

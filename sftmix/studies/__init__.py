@@ -1,0 +1,1 @@
+"""Studies: several arms, several seeds each, and what they show."""

@@ -1,0 +1,225 @@
+"""The table and the page of a study, written anew after each trial."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from sftmix.config.reader import dump_config
+from sftmix.config.study import Study
+from sftmix.engine.ranks import has_gpu
+from sftmix.errors import counted
+from sftmix.evaluation import plots
+from sftmix.evaluation.page import markdown, render
+from sftmix.storage import provenance
+from sftmix.storage.files import write_json, write_text
+from sftmix.studies.results import OUTCOMES, ArmResult, as_json, sentences
+from sftmix.studies.statistics import Difference
+
+TITLES = ["arm", "seeds", "loss", "difference", "exact match", "difference", "min"]
+NOTES = [
+    "Loss: nats per response token of held-out examples, lower is better. Exact match: share of"
+    " held-out responses that greedy decoding would produce, higher is better. Both: mean ±"
+    " standard deviation over the seeds. min: minutes of training a trial's models, the reference"
+    " included.",
+    "Difference: to the control, paired by seed, with its 95% t interval over the seeds. The"
+    " examples of one seed say how well that seed was measured; they are no further evidence.",
+]
+SEED_TITLES = ["arm", "seed", "loss", "exact match", "only this arm exact", "only control", "p"]
+WIDTH = 78
+
+
+def write_results(
+    study: Study,
+    results: Sequence[ArmResult],
+    failed: Mapping[tuple[str, int], str],
+    *,
+    command: str,
+) -> None:
+    """Writes results.json, results.md and index.html into the study's folder. failed: why trials
+    failed. command: that makes them again."""
+    settings = study.settings
+    settings.dir.mkdir(parents=True, exist_ok=True)
+    said = sentences(results, settings.control, settings.outcome)
+    rows = [row_of(arm) for arm in results]
+    failures = [f"{arm}, seed {seed} failed: {text}" for (arm, seed), text in failed.items()]
+    done = sum(len(arm.trials) for arm in results)
+    progress = f"{done} of {counted(len(study.arms) * len(settings.seeds), 'trial')} finished."
+    facts = _facts(results, command)
+    write_json(
+        settings.dir / "results.json",
+        {
+            **dict(facts),
+            "outcome": settings.outcome,
+            "control": settings.control,
+            "sentences": said,
+            "failed": failures,
+            "arms": as_json(results, settings.outcome),
+        },
+    )
+    notes = [*NOTES, _adjusted(results, settings.outcome)]
+    text = [*said, "", progress, *failures, "", markdown(TITLES, rows), *notes]
+    write_text(settings.dir / "results.md", "\n".join(text) + "\n")
+    page = render(
+        "sftmix.studies",
+        "study.html.j2",
+        title=settings.dir.name,
+        sentences=said,
+        progress=progress,
+        failed=failures,
+        titles=TITLES,
+        table=rows,
+        notes=notes,
+        figures=_figures(results, settings.outcome),
+        seed_titles=SEED_TITLES,
+        seeds=[row for arm in results for row in _seed_rows(arm)],
+        arms=[(name, json.dumps(arm)) for name, arm in settings.arms.items()],
+        facts=facts,
+        control=settings.control,
+        config=dump_config(study.arms[settings.control]),
+    )
+    write_text(settings.dir / "index.html", page)
+
+
+def print_results(study: Study, results: Sequence[ArmResult]) -> None:
+    """Prints the table, and what the data allow to say."""
+    rows = [TITLES, *map(row_of, results)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print()
+    for row in rows:
+        first, *others = (text.rjust(width) for text, width in zip(row, widths, strict=True))
+        print("  ".join([row[0].ljust(len(first)), *others]))
+    print()
+    for line in sentences(results, study.settings.control, study.settings.outcome):
+        print(textwrap.fill(line, WIDTH))
+
+
+def row_of(arm: ArmResult) -> list[str]:
+    """Returns an arm's row of the table."""
+    minutes = [sum(trial.minutes.values()) for trial in arm.trials.values()]
+    loss, match = arm.deviation("loss"), arm.deviation("exact_match")
+    return [
+        arm.name,
+        str(len(arm.trials)),
+        f"{arm.mean('loss'):.4f}" + ("" if loss is None else f" ± {loss:.4f}"),
+        _shown(arm.differences["loss"], 1, 4),
+        f"{arm.mean('exact_match'):.1%}" + ("" if match is None else f" ± {100 * match:.1f}"),
+        _shown(arm.differences["exact_match"], 100, 1),
+        f"{np.mean(minutes):.2f}",
+    ]
+
+
+def _shown(difference: Difference | None, factor: float, digits: int) -> str:
+    if difference is None:
+        return "-"
+    mean = f"{factor * difference.mean:+.{digits}f}"
+    if difference.low is None or difference.high is None:
+        return mean
+    low, high = factor * difference.low, factor * difference.high
+    return f"{mean} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def _adjusted(results: Sequence[ArmResult], outcome: str) -> str:
+    found = [
+        f"{arm.name} p = {difference.p_value:.2g}, adjusted {difference.p_holm:.2g}"
+        + ("" if difference.p_sign_flip is None else f", sign flip {difference.p_sign_flip:.2g}")
+        + ("" if difference.effect_size is None else f", Hedges' g {difference.effect_size:+.2f}")
+        for arm in results
+        if (difference := arm.differences[outcome]) is not None
+        and difference.p_value is not None
+        and difference.p_holm is not None
+    ]
+    return (
+        f"The outcome of this study is {outcome.replace('_', ' ')}; p of the paired t test,"
+        f" adjusted for {counted(len(found), 'comparison')} (Holm):"
+        f" {'; '.join(found) or 'none yet'}."
+    )
+
+
+def _seed_rows(arm: ArmResult) -> list[list[str]]:
+    rows = []
+    for seed, trial in arm.trials.items():
+        found = arm.switched.get(seed)
+        counts = (
+            ["-", "-", "-"]
+            if found is None
+            else [str(found.only_arm), str(found.only_control), f"{found.p_value:.2g}"]
+        )
+        rows.append([arm.name, str(seed), f"{trial.loss:.4f}", f"{trial.exact_match:.1%}", *counts])
+    return rows
+
+
+def _facts(results: Sequence[ArmResult], command: str) -> list[tuple[str, Any]]:
+    trials = [trial for arm in results for trial in arm.trials.values()]
+    facts = trials[0].facts if trials else {}
+    return [
+        ("command", command),
+        ("device", torch.cuda.get_device_name() if has_gpu() else provenance.processor()),
+        ("versions", provenance.versions()),
+        ("commit", provenance.commit()),
+        *(
+            (key, facts[key])
+            for key in ("precision", "num_parameters", "world_size")
+            if key in facts
+        ),
+    ]
+
+
+def _figures(results: Sequence[ArmResult], outcome: str) -> list[tuple[str, str]]:
+    compared = [arm for arm in results if arm.differences[outcome] is not None]
+    found = []
+    if compared:
+        better, unit = OUTCOMES[outcome]
+        side = "left" if better < 0 else "right"
+        found.append(
+            (
+                f"Difference to the control in {outcome.replace('_', ' ')} ({side} is better)",
+                _difference_figure(compared, outcome, unit),
+            )
+        )
+    if results:
+        found.append(("Training loss: mean and range over the seeds", _curves(results)))
+    return found
+
+
+def _difference_figure(arms: Sequence[ArmResult], outcome: str, unit: str) -> str:
+    figure, axes = plots.new_figure(0.8 + 0.45 * len(arms))
+    for place, arm in enumerate(reversed(arms)):
+        difference = arm.differences[outcome]
+        assert difference is not None
+        axes.plot(difference.per_seed, [place] * len(difference.per_seed), "o", ms=4, alpha=0.45)
+        if difference.low is not None and difference.high is not None:
+            axes.plot([difference.low, difference.high], [place, place], "-", color="#2a7f62", lw=2)
+        axes.plot([difference.mean], [place], "D", color="#2a7f62", ms=6)
+    axes.axvline(0, color="#9a9a9a", linewidth=1)
+    axes.set_yticks(range(len(arms)), [arm.name for arm in reversed(arms)])
+    axes.set_xlabel(f"{unit}; a point per seed, the mean and its 95% interval")
+    return plots.as_svg(figure)
+
+
+def _curves(results: Sequence[ArmResult]) -> str:
+    figure, axes = plots.new_figure(3.6)
+    for arm in results:
+        by_step: dict[int, list[float]] = {}
+        for trial in arm.trials.values():
+            for step, loss in trial.curve:
+                by_step.setdefault(step, []).append(loss)
+        steps = sorted(by_step)
+        line = axes.plot(steps, [np.mean(by_step[step]) for step in steps], label=arm.name, lw=1.4)
+        axes.fill_between(
+            steps,
+            [min(by_step[step]) for step in steps],
+            [max(by_step[step]) for step in steps],
+            color=line[0].get_color(),
+            alpha=0.15,
+            linewidth=0,
+        )
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("nats per response token")
+    axes.legend(frameon=False)
+    return plots.as_svg(figure)

@@ -1,0 +1,127 @@
+"""Run the trials of a study: one run of the recipe for each arm and seed.
+
+Trials of one seed share what their arms have in common. A stage that another trial of the seed has
+finished, with the same settings and inputs, is linked into the run folder (hard links: it takes no
+space, and published files never change). So the reference model is trained and scored once per
+seed, unless an arm changes it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sftmix.config.schema import Config
+from sftmix.config.study import Study
+from sftmix.errors import STOPPED, SftmixError, StoppedError, first_line
+from sftmix.pipeline.guard import holding
+from sftmix.pipeline.launching import run
+from sftmix.pipeline.order import needed_stages, stages_of
+from sftmix.pipeline.run import first_unfinished_stage
+from sftmix.storage import artifacts
+
+LAST = "evaluate"  # the stage that a trial ends with
+
+
+def run_trials(
+    study: Study,
+    seeds: Sequence[int],
+    *,
+    force: bool,
+    restart: bool,
+    done: Callable[[], object],
+) -> dict[tuple[str, int], str]:
+    """Runs the trials of these seeds that are not finished, seed by seed. Calls `done` after
+    each. force, restart: as of `sftmix run`. `limits.wall_clock_minutes` holds for all of
+    them together.
+
+    Returns what stopped the trials that failed, in one line each; the others go on without them.
+    Raises StoppedError if the study was asked to stop; the same command goes on from there.
+    """
+    started, failed = time.monotonic(), {}
+    arms = list(study.arms)
+    trials = [(arm, seed) for seed in seeds for arm in arms]
+    for number, (arm, seed) in enumerate(trials, start=1):
+        title = f"trial {number}/{len(trials)}: {arm}, seed {seed}"
+        config = study.config(arm, seed)
+        if not force and first_unfinished_stage(config, LAST) is None:
+            print(f"{title}: finished before", flush=True)
+            done()
+            continue
+        print(title, flush=True)
+        config = _with_time_left(config, minutes=(time.monotonic() - started) / 60)
+        try:
+            with holding(config, joins=False):
+                share_stages(config, [study.folder(other, seed) for other in arms if other != arm])
+            # with force every stage may be replaced, so all are asked for
+            run(config, stage=None if force else LAST, force=force, restart=restart)
+        except StoppedError:
+            raise
+        except SftmixError as error:
+            failed[arm, seed] = first_line(error)
+            print(f"{title} failed: {error}", flush=True)
+        else:
+            done()
+    return failed
+
+
+def _with_time_left(config: Config, *, minutes: float) -> Config:
+    """Returns the config with what is left of its wall clock limit. Raises StoppedError if nothing
+    is. minutes: that have passed."""
+    limit = config.limits.wall_clock_minutes
+    if limit is None:
+        return config
+    if minutes >= limit:
+        raise StoppedError(
+            f"stopped between two trials: limits.wall_clock_minutes ({limit:g}) is over. The same"
+            " command goes on from here",
+            STOPPED,
+        )
+    limits = config.limits.model_copy(update={"wall_clock_minutes": limit - minutes})
+    return config.model_copy(update={"limits": limits})
+
+
+def share_stages(config: Config, others: Sequence[Path]) -> list[str]:
+    """Links the stages that other run folders have finished, with this config's settings and
+    inputs, into this config's run folder. Returns their names. A stage that is there already stays
+    as it is."""
+    shared: list[str] = []
+    digests: dict[str, str] = {}
+    for stage in needed_stages(stages_of(config), LAST):
+        folder = config.run.dir / stage.folder
+        if stage.is_view or any(name not in digests for name in stage.reads):
+            continue
+        inputs = {name: digests[name] for name in stage.reads}
+        wanted = artifacts.stage_fingerprint(stage.name, stage.settings(config), inputs)
+        if artifacts.read_manifest(folder) is None:
+            found = [other / stage.folder for other in others if _has(other / stage.folder, wanted)]
+            if found:
+                _link(found[0], folder)
+                shared.append(stage.name)
+        manifest = artifacts.read_manifest(folder)
+        if manifest is not None:
+            digests[stage.name] = manifest.digest
+    return shared
+
+
+def _has(folder: Path, fingerprint: str) -> bool:
+    manifest = artifacts.read_manifest(folder)
+    return manifest is not None and manifest.fingerprint == fingerprint
+
+
+def _link(source: Path, folder: Path) -> None:
+    staging = artifacts.new_staging(folder)
+    shutil.copytree(source, staging, copy_function=_link_or_copy, dirs_exist_ok=True)
+    artifacts.replace_folder(staging, folder)
+
+
+def _link_or_copy(source: str, target: str) -> Any:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or a file system without links
+        shutil.copy2(source, target)
+    return target
