@@ -369,7 +369,10 @@ class SplitConfig(Section):
     )
     column: str = Field(
         "confidence",
-        description="Column of the score table to rank by: confidence, variability, or your own.",
+        description=(
+            "Column of the score table to rank by: confidence, variability, or your own. `random`"
+            " splits by chance, whatever the scores say (a control)."
+        ),
     )
     highest_is_confident: bool = Field(
         True, description="Are the highest values the confident ones?"
@@ -393,11 +396,12 @@ class MixupConfig(Section):
     alpha: Float = Field(
         0.5, gt=0, description="lam is drawn from Beta(alpha, alpha), once per pair and epoch."
     )
-    matching: Literal["random", "length"] = Field(
+    matching: Literal["random", "length", "within_halves"] = Field(
         "random",
         description=(
-            "Partners: any (the paper), or of like response length, so that less of the longer one"
-            " is left unmixed."
+            "Partners: any of the other half (the paper); of the other half and of like response"
+            " length, so that less of the longer one is left unmixed; or of the same half (a"
+            " control)."
         ),
     )
     length_block: Int = Field(

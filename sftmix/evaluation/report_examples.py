@@ -23,7 +23,7 @@ from sftmix.confidence.table_files import CONFIDENCE
 from sftmix.config.schema import Config, SplitConfig
 from sftmix.errors import counted
 from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT
-from sftmix.pairing.on_files import SPLIT
+from sftmix.pairing.on_files import RANDOM, SPLIT
 from sftmix.pairing.split import split_values
 from sftmix.storage.artifacts import read_facts
 
@@ -249,8 +249,9 @@ def agreements(run: RunOutputs, scored: ScoredExamples) -> list[Agreement]:
     that the split uses."""
     settings, split = run.config.confidence, run.config.split
     strata = scored.table.data.table[split.stratify_by] if split.stratify_by else None
+    column = "confidence" if split.column == RANDOM else split.column
     own, *others = (
-        read_confidence(run.inputs["score"] / folder / CONFIDENCE, scored.example_ids, split.column)
+        read_confidence(run.inputs["score"] / folder / CONFIDENCE, scored.example_ids, column)
         for folder in ("", *(f"compared/{mode}" for mode in settings.compare))
     )
     return [

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from sftmix.config.schema import MixupConfig, SplitConfig
 from sftmix.errors import ArtifactError, ConfigError, counted
 from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT, Matching, mix_coverage
+from sftmix.pairing.permutation import permute
 from sftmix.pairing.split import split_table
 from sftmix.storage.failures import accessing
 
@@ -26,22 +27,28 @@ from sftmix.storage.failures import accessing
 # a percent
 COVERAGE_UNITS = 200_000
 SPLIT = "split.parquet"
+RANDOM = "random"  # split.column: by chance, whatever the scores say
 COVERAGE = "share of the response tokens that are mixed with another example's"
 ROWS_PER_GROUP = 1 << 17  # read at a time
 
 
-def split_scores(table: Path, data: pa.Table, split: SplitConfig, folder: Path) -> dict[str, int]:
+def split_scores(
+    table: Path, data: pa.Table, split: SplitConfig, folder: Path, *, seed: int
+) -> dict[str, int]:
     """Writes split.parquet into `folder`: example_id and part, in the data's order. Returns the
     sizes of the parts.
 
     table: file of the scores. data: the training examples, with their ids and, for
-    `split.stratify_by`, that column. Raises ConfigError for a column that is not there,
-    ArtifactError for values that cannot be ranked.
+    `split.stratify_by`, that column. seed: of the random split. Raises ConfigError for a column
+    that is not there, ArtifactError for values that cannot be ranked.
     """
-    schema = pq.read_schema(table)
-    if split.column not in schema.names:
+    schema, is_random = pq.read_schema(table), split.column == RANDOM
+    if is_random == (split.column in schema.names):
         raise ConfigError(
-            f"split.column: the score table has no column {split.column!r}. It has"
+            f"split.column: the score table has a column {RANDOM!r}, and this word splits by"
+            " chance. Rename the column."
+            if is_random
+            else f"split.column: the score table has no column {split.column!r}. It has"
             f" {', '.join(schema.names)}."
         )
     if split.stratify_by is not None and split.stratify_by not in data.column_names:
@@ -49,17 +56,18 @@ def split_scores(table: Path, data: pa.Table, split: SplitConfig, folder: Path) 
             f"split.stratify_by: the data has no column {split.stratify_by!r}. It has"
             f" {', '.join(data.column_names)}."
         )
-    kind = schema.field(split.column).type
+    kind = pa.int64() if is_random else schema.field(split.column).type
     if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
         raise ConfigError(
             f"split.column: {split.column} is {kind}, and only numbers can be ranked."
         )
-    beside = folder / "with_stratum.parquet"
-    _check_order(table, split.column, data, split.stratify_by, beside)
+    beside = folder / "to_split.parquet"
+    is_beside = is_random or split.stratify_by is not None
+    _check_order(table, split, data, beside if is_beside else None, seed)
     try:
         with accessing(folder / SPLIT):
             return split_table(
-                [beside if split.stratify_by else table],
+                [beside if is_beside else table],
                 folder / SPLIT,
                 value=split.column,
                 highest_first=split.highest_is_confident,
@@ -76,21 +84,19 @@ def split_scores(table: Path, data: pa.Table, split: SplitConfig, folder: Path) 
 
 
 def _check_order(
-    table: Path, column: str, data: pa.Table, stratify_by: str | None, beside: Path
+    table: Path, split: SplitConfig, data: pa.Table, beside: Path | None, seed: int
 ) -> None:
     """Raises ArtifactError unless the table lists the data's examples in the data's order, as the
-    score stage writes it. With `stratify_by` writes `beside`: the table's ids and values, and the
-    data's column as "stratum"."""
-    if pq.read_metadata(table).num_rows != data.num_rows:
-        found = (
-            f"{counted(pq.read_metadata(table).num_rows, 'row')} for"
-            f" {counted(data.num_rows, 'example')}"
-        )
+    score stage writes it. Writes `beside`: the table's ids and values (or random ones), and the
+    data's column of `split.stratify_by` as "stratum"."""
+    num_rows, is_random = pq.read_metadata(table).num_rows, split.column == RANDOM
+    if num_rows != data.num_rows:
+        found = f"{counted(num_rows, 'row')} for {counted(data.num_rows, 'example')}"
         raise ArtifactError(f"{table} has {found}. Run the score stage again.")
     writer, start = None, 0
     try:
         for batch in pq.ParquetFile(table).iter_batches(
-            ROWS_PER_GROUP, columns=["example_id", column]
+            ROWS_PER_GROUP, columns=["example_id", *([] if is_random else [split.column])]
         ):
             if not pa.chunked_array([batch["example_id"]]).equals(
                 data["example_id"].slice(start, len(batch))
@@ -99,11 +105,15 @@ def _check_order(
                     f"{table} is not in the order of the data, near row {start:,}. Run the score"
                     " stage again."
                 )
-            if stratify_by is not None:
-                columns = {"example_id": batch["example_id"], column: batch[column]}
-                rows = pa.table({**columns, "stratum": data[stratify_by].slice(start, len(batch))})
-                writer = writer or pq.ParquetWriter(beside, rows.schema)
-                writer.write_table(rows)
+            if beside is not None:
+                rows = np.arange(start, start + len(batch))
+                values = permute(rows, num_rows, RANDOM, seed) if is_random else batch[split.column]
+                columns = {"example_id": batch["example_id"], split.column: values}
+                if split.stratify_by is not None:
+                    columns["stratum"] = data[split.stratify_by].slice(start, len(batch))
+                lines = pa.table(columns)
+                writer = writer or pq.ParquetWriter(beside, lines.schema)
+                writer.write_table(lines)
             start += len(batch)
     finally:
         if writer is not None:
@@ -146,14 +156,24 @@ def _new_list(path: Path, size: int) -> NDArray[np.int64]:
 
 def open_matching(folder: Path, mixup: MixupConfig, seed: int, way: str | None = None) -> Matching:
     """Returns the matching over the lists in a split stage's folder. They are memory-mapped, so
-    that a rank reads only what its steps need. way: "random" or "length"; None is
-    `mixup.matching`."""
+    that a rank reads only what its steps need. way: None is `mixup.matching`.
+
+    Within halves: both halves are dealt out in turn to two lists, and an example of one list gets a
+    partner of its own half from the other. These lists are copied into memory.
+    """
     way = way or mixup.matching
     suffix = "_by_length" if way == "length" else ""
     confident, unconfident, middle = (
         np.load(folder / f"{name}.npy", mmap_mode="r")
         for name in (CONFIDENT + suffix, UNCONFIDENT + suffix, MIDDLE)
     )
+    if way == "within_halves":
+        half = min(len(confident), len(unconfident)) // 2
+        halves = (confident[: 2 * half], unconfident[: 2 * half])
+        left = [confident[2 * half :], unconfident[2 * half :], middle]
+        first, second = (np.concatenate([part[n::2] for part in halves]) for n in (0, 1))
+        # two blocks of equal size: the confident pairs, the unconfident pairs
+        return Matching(first, second, np.concatenate(left), seed, mixup.alpha, max(1, half))
     block = mixup.length_block if way == "length" else None
     return Matching(confident, unconfident, middle, seed, mixup.alpha, block)
 

@@ -40,11 +40,11 @@ def stages_of(config: Config) -> list[Stage]:
             "split",
             "pairing",
             ("data", "score"),
-            lambda config: config.split.model_dump(mode="json"),
+            _split_settings,
             "split:run",
             needs_engine=False,
         ),
-        Stage("baseline", "baseline", ("data", "split"), _target_settings, "target:run_baseline"),
+        Stage("baseline", "baseline", ("data", "split"), _baseline_settings, "target:run_baseline"),
         Stage("train", "sftmix", ("data", "split"), _mixup_settings, "target:run_train"),
         Stage(
             "evaluate", "evaluation", ("data", *trained), _numerics, "evaluate:run", is_view=True
@@ -115,12 +115,25 @@ def _score_settings(config: Config) -> dict[str, Any]:
     return {**settings, **_numerics(config)}
 
 
+def _split_settings(config: Config) -> dict[str, Any]:
+    settings = config.split.model_dump(mode="json")
+    return settings | ({"seed": config.run.seed} if config.split.column == "random" else {})
+
+
 def _target_settings(config: Config) -> dict[str, Any]:
     return {
         "model": model_identity(config.model),
         "train": config.train.model_dump(mode="json"),
         **_numerics(config),
     }
+
+
+def _baseline_settings(config: Config) -> dict[str, Any]:
+    # It takes the examples in the order of the pairs, so it depends on the matching.
+    names = {"length": {"matching", "length_block"}, "within_halves": {"matching"}}
+    order = names.get(config.mixup.matching)
+    mixup = {"mixup": config.mixup.model_dump(mode="json", include=order)} if order else {}
+    return {**_target_settings(config), **mixup}
 
 
 def _mixup_settings(config: Config) -> dict[str, Any]:

@@ -72,7 +72,9 @@ def stage(tmp_path, monkeypatch):
         return (
             config,
             examples,
-            on_files.split_scores(table, examples.table.data.table, config.split, folder),
+            on_files.split_scores(
+                table, examples.table.data.table, config.split, folder, seed=config.run.seed
+            ),
         )
 
     return split, columns, values
@@ -142,3 +144,37 @@ def test_a_table_in_another_order_is_refused(stage, tmp_path, change, message):
     pq.write_table(table.take(order) if change == "order" else table.slice(1), path)
     with pytest.raises(ArtifactError, match=message):
         stage[0]()
+
+
+def test_a_random_split_has_nothing_to_do_with_the_scores(stage, tmp_path):
+    split, columns, values = stage
+    split(column="random")
+    parts = pq.read_table(tmp_path / "split" / on_files.SPLIT)["part"].to_pylist()
+    num = len(parts)
+    assert abs(parts.count("confident") - parts.count("unconfident")) <= num % 2
+    is_confident = np.array([part == "confident" for part in parts])
+    high = values["confidence"] > np.median(values["confidence"])
+    # about half of the confident ones: four standard deviations of the hypergeometric distribution
+    assert abs((is_confident & high).sum() - num / 4) <= 4 * np.sqrt(num / 16) + 1
+    split(column="random", highest_is_confident=False)
+    turned = pq.read_table(tmp_path / "split" / on_files.SPLIT)["part"].to_pylist()
+    assert parts != turned  # from the other end
+
+
+def test_within_halves_no_pair_crosses_and_all_examples_are_there_once(stage, tmp_path):
+    split, columns, values = stage
+    for shares in ((0.5, 0.5), (0.4, 0.3)):
+        config, examples, sizes = split(confident_share=shares[0], unconfident_share=shares[1])
+        folder = tmp_path / "split"
+        on_files.write_parts(folder, sizes, examples.column("num_response_tokens"))
+        found = on_files.open_matching(folder, config.mixup, 0, "within_halves")
+        part = np.array(pq.read_table(folder / on_files.SPLIT)["part"].to_pylist())
+        smaller = min(sizes["confident"], sizes["unconfident"])
+        assert found.num_pairs == smaller // 2 * 2
+        for epoch in range(3):
+            units = found.units(epoch, 0, found.num_units).units
+            pairs = units[units[:, 1] >= 0]
+            assert (part[pairs[:, 0]] == part[pairs[:, 1]]).all()
+            assert sorted(units[units >= 0].tolist()) == list(range(len(part)))
+        again = found.units(0, 0, found.num_units).units
+        assert not np.array_equal(units, again)  # other partners in another epoch

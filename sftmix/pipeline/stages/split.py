@@ -18,6 +18,7 @@ def run(context: StageContext) -> Facts:
         examples.table.data.table,
         config.split,
         context.folder,
+        seed=config.run.seed,
     )
     print("  " + ", ".join(f"{count:,} {part}" for part, count in sizes.items()))
     lengths = examples.column("num_response_tokens")
