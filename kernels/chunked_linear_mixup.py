@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sftmix.kernels.pair_epilogue import pair_epilogue_torch
+from sftmix.kernels.token_weights import token_weights
 
 # Bytes of raw logits that live at once. Chunks are balanced, and a pair is never split between two.
 WORKSPACE_BYTES = 1 << 30
@@ -31,10 +32,10 @@ ROW_MULTIPLE = 128
 
 
 # Positions in the signature of `chunked_linear_mixup`, for autograd, which sees it as a tuple.
-NUM_ARGUMENTS = 16
+NUM_ARGUMENTS = 20
 ONE_OVER_NTP = 6
 DIFFERENTIABLE = slice(0, 3)  # hidden, weight, bias
-WANTED = slice(13, 16)  # which of these three need a gradient
+WANTED = slice(17, 20)  # which of these three need a gradient
 GRADIENTS = slice(4, 7)  # of these three, among the outputs
 
 
@@ -52,6 +53,10 @@ def chunked_linear_mixup(
     logit_scale: float,
     logit_softcap: float | None,
     ignore_index: int,
+    ntp_weight: float,
+    weighting: str,
+    alpha: float,
+    label_smoothing: float,
     backend: str,
     want_hidden: bool,
     want_weight: bool,
@@ -84,7 +89,8 @@ def chunked_linear_mixup(
 
     # Weights of order one in the chunks; 1 / tokens, which float16 cannot hold, follows in float32
     # in the backward.
-    one = torch.ones_like(one_over_ntp)
+    ntp_share = torch.full_like(one_over_ntp, ntp_weight)
+    objective = torch.zeros_like(one_over_ntp)  # sum of what replaces the plain loss of each row
     mixup_share = mixup_weight * one_over_mixup / one_over_ntp
     # The torch epilogue works on a copy in float32 where the logits are not; the Triton one in
     # registers.
@@ -97,17 +103,27 @@ def chunked_linear_mixup(
         logits = logits_of(chunk, weight, bias, out=slab[: stop - start])
         # pairs of neighbours in this chunk
         first, last = min(start // 2, num_pairs), min(stop // 2, num_pairs)
-        token_nll[start:stop], mixup_nll[first:last] = epilogue(
+        transform = (logit_scale, logit_softcap, ignore_index)
+        is_plain = weighting == "none"
+        weights = (
+            ntp_share
+            if is_plain
+            else ntp_share
+            * token_weights(weighting, alpha, logits, targets[start:stop], *transform)
+        )
+        nll, mixup_nll[first:last], even = epilogue(
             logits,
             targets[start:stop],
             lam[first:last],
-            one,
+            weights,
             mixup_share,
-            logit_scale,
-            logit_softcap,
-            ignore_index,
+            *transform,
             want_hidden or want_weight or want_bias,
+            label_smoothing,
         )
+        token_nll[start:stop] = nll
+        if not is_plain or label_smoothing:
+            objective += (weights * torch.lerp(nll, even, label_smoothing)).sum()
         d_logits = logits  # overwritten
         if want_bias:
             d_bias += d_logits.sum(dim=0, dtype=accumulate)
@@ -123,7 +139,9 @@ def chunked_linear_mixup(
         token_nll = torch.empty_like(token_nll).index_copy_(0, order, token_nll)
     ntp = token_nll.sum() * one_over_ntp
     mixup = mixup_nll.sum() * one_over_mixup
-    return ntp + mixup_weight * mixup, ntp, mixup, token_nll.float(), d_hidden, d_weight, d_bias
+    is_ntp = weighting == "none" and not label_smoothing
+    loss = (ntp_weight * ntp if is_ntp else objective * one_over_ntp) + mixup_weight * mixup
+    return loss, ntp, mixup, token_nll.float(), d_hidden, d_weight, d_bias
 
 
 @chunked_linear_mixup.register_fake
@@ -185,7 +203,7 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 chunked_linear_mixup.register_autograd(_backward, setup_context=_save)
 
 
-def _epilogue(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def _epilogue(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     if backend == "torch":
         return pair_epilogue_torch
     # Import triton only when it is used: it is not available on every platform, and it reads

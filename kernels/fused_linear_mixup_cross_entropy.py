@@ -17,6 +17,10 @@ mixed logits are a combination of logits that NTP computes anyway. With p, p~ th
 hence three matrix products in all (logits, d hidden, d weight), as for NTP. A final soft-cap (cap
 tanh(logits / cap)) is applied after mixing, because only raw logits are affine in z.
 
+Other objectives for next tokens take the place of NTP at the same price: weights of tokens
+(`token_weights.py`) scale a row's gradient, and label smoothing, (1 - eps) NTP + eps mean over V of
+-log p (https://arxiv.org/abs/1512.00567), changes its target.
+
 Axes: T rows that predict a response token, M mixed positions, D hidden size, V vocabulary.
 """
 
@@ -29,6 +33,7 @@ from torch import Tensor
 
 from sftmix.kernels.backends import choose_backend, softcapped
 from sftmix.kernels.chunked_linear_mixup import chunked_linear_mixup
+from sftmix.kernels.token_weights import WEIGHTINGS, weights_by_definition
 
 IGNORE_INDEX = -100
 
@@ -36,7 +41,8 @@ IGNORE_INDEX = -100
 class FusedLossOutput(NamedTuple):
     """What `fused_linear_mixup_cross_entropy` returns.
 
-    loss: scalar, `ntp + mixup_weight * mixup`; differentiable, once, in hidden, weight and bias.
+    loss: scalar, `ntp_weight * ntp + mixup_weight * mixup`, where tokens are weighted or labels
+    smoothed with that objective in the place of ntp; differentiable, once, in hidden, weight, bias.
     ntp: scalar, detached; mean negative log-likelihood in nats per response token.
     mixup: scalar, detached; mean Mixup cross-entropy in nats per mixed position.
     token_nll: (T,) float32, detached; NTP loss of each row in nats, 0 where the label is ignored.
@@ -62,6 +68,10 @@ def fused_linear_mixup_cross_entropy(
     num_mixup_tokens: float | Tensor | None = None,
     backend: str | None = None,
     ignore_index: int = IGNORE_INDEX,
+    ntp_weight: float = 1.0,
+    weighting: str = "none",
+    alpha: float = 1.0,
+    label_smoothing: float = 0.0,
 ) -> FusedLossOutput:
     """Returns the SFTMix loss of `logits = softcap(logit_scale * (hidden @ weight.T + bias))`.
 
@@ -79,6 +89,9 @@ def fused_linear_mixup_cross_entropy(
     (materialised,
         plain autograd); default "triton" for tensors on a GPU, else "torch". An explicit backend is
         never replaced by another.
+    ntp_weight: factor of the next-token part; 0 leaves Mixup alone. weighting, alpha: of tokens, as
+    `token_weights` takes them; weights carry no gradient, and the sum is divided by the number of
+    tokens, not by the weights' sum. label_smoothing: in [0, 1).
 
     Without rows the loss is 0, the gradients are exact zeros and the graph is attached, so that
     every rank of a sharded run takes part in the same collectives. The call does not synchronise
@@ -101,7 +114,16 @@ def fused_linear_mixup_cross_entropy(
         logit_scale=1.0 if logit_scale is None else float(logit_scale),
         logit_softcap=None if logit_softcap is None else float(logit_softcap),
         ignore_index=ignore_index,
+        ntp_weight=float(ntp_weight),
+        weighting=weighting,
+        alpha=float(alpha),
+        label_smoothing=float(label_smoothing),
     )
+    if weighting not in WEIGHTINGS or not 0 <= label_smoothing < 1:
+        raise ValueError(
+            f"weighting is {weighting!r} and label_smoothing {label_smoothing}, expected one of"
+            f" {', '.join(WEIGHTINGS)} and a number in [0, 1)"
+        )
     if backend == "reference":
         return _reference(hidden, weight, bias, labels, pairs, lam, scales)
     # The forward computes the gradients, so it must know which ones are needed.
@@ -122,6 +144,10 @@ class _Scales(NamedTuple):
     logit_scale: float
     logit_softcap: float | None
     ignore_index: int
+    ntp_weight: float
+    weighting: str
+    alpha: float
+    label_smoothing: float
 
 
 def under_autocast(
@@ -205,8 +231,12 @@ def _reference(
 
     valid = labels != scales.ignore_index
     safe = labels.clamp(min=0)
-    nll = -log_probabilities(hidden).gather(1, safe[:, None]).squeeze(1) * valid
+    log_p = log_probabilities(hidden)
+    nll = -log_p.gather(1, safe[:, None]).squeeze(1) * valid
     ntp = nll.sum() * scales.ntp
+    weights = weights_by_definition(scales.weighting, scales.alpha, log_p.detach(), safe)
+    smoothed = -log_p.mean(dim=1) * valid if scales.label_smoothing else nll
+    objective = (weights * torch.lerp(nll, smoothed, scales.label_smoothing)).sum() * scales.ntp
 
     live = _live_pairs(labels, pairs, scales.ignore_index)
     lam = lam.to(accumulate)
@@ -218,5 +248,5 @@ def _reference(
     to_unconfident = log_p.gather(1, safe[pairs[:, 1], None]).squeeze(1)
     mixup = (-(lam * to_confident + (1 - lam) * to_unconfident) * live).sum() * scales.mixup
 
-    loss = ntp + scales.mixup_weight * mixup
+    loss = scales.ntp_weight * objective + scales.mixup_weight * mixup
     return FusedLossOutput(loss, ntp.detach(), mixup.detach(), nll.detach().float())

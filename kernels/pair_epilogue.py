@@ -42,7 +42,8 @@ def pair_epilogue_reference(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
     want_gradient: bool = True,
-) -> tuple[Tensor, Tensor]:
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, by autograd in plain PyTorch. Arguments and results as `pair_epilogue`."""
     accumulate = torch.promote_types(logits.dtype, torch.float32)
     raw = logits.detach().to(accumulate).requires_grad_()
@@ -59,7 +60,9 @@ def pair_epilogue_reference(
     safe = labels.clamp(min=0)[:, None]
     with torch.enable_grad():
         scaled = raw * logit_scale
-        nll = torch.where(valid, -log_probabilities(scaled).gather(1, safe).squeeze(1), 0.0)
+        log_p_rows = log_probabilities(scaled)
+        nll = torch.where(valid, -log_p_rows.gather(1, safe).squeeze(1), 0.0)
+        smoothed = torch.where(valid, -log_p_rows.mean(dim=1), 0.0) if label_smoothing else nll
         confident, unconfident = scaled[0 : 2 * num_pairs : 2], scaled[1 : 2 * num_pairs : 2]
         log_p = log_probabilities(share * confident + (1 - share) * unconfident)
         targets = safe[: 2 * num_pairs]
@@ -67,11 +70,12 @@ def pair_epilogue_reference(
             share * log_p.gather(1, targets[0::2]) + (1 - share) * log_p.gather(1, targets[1::2])
         ).squeeze(1)
         mixup = torch.where(valid[: 2 * num_pairs].view(-1, 2).all(dim=1), mixup, 0.0)
-        loss = (nll * ntp_weight).sum() + (mixup * mixup_weight).sum()
+        objective = (1 - label_smoothing) * nll + label_smoothing * smoothed
+        loss = (objective * ntp_weight).sum() + (mixup * mixup_weight).sum()
     if want_gradient:
         (gradient,) = torch.autograd.grad(loss, raw)
         logits.copy_(gradient.to(logits.dtype))
-    return nll.detach(), mixup.detach()
+    return nll.detach(), mixup.detach(), smoothed.detach()
 
 
 def pair_epilogue_torch(
@@ -84,18 +88,23 @@ def pair_epilogue_torch(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
     want_gradient: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Returns the (N,) NTP and (M,) Mixup losses in nats, and overwrites the raw logits with their
-    gradient.
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the (N,) NTP and (M,) Mixup losses in nats, and the (N,) mean of -log p over the
+    vocabulary; overwrites the raw logits with the gradient of
+
+        sum of ntp_weight ((1 - label_smoothing) NTP + label_smoothing mean) + mixup_weight Mixup
 
     logits: (N, V), contiguous rows; labels: (N,) int64; lam: (M,), M <= N // 2, share of row 2i in
-    pair i. ntp_weight, mixup_weight: 0-d tensors, what each row's and each pair's gradient is
-    multiplied by; they stay on the device. Losses are float32 (float64 for float64 logits) and are
-    not multiplied by them. A row with an ignored label gives 0 and exact zeros, and so does the
-    mixed part of a pair with one. `want_gradient=False`: the logits' content is undefined
-    afterwards.
+    pair i. ntp_weight: 0-d or (N,) tensor, mixup_weight: 0-d tensor; they stay on the device.
+    Losses are float32 (float64 for float64 logits) and are not multiplied by them. Without label
+    smoothing the third result is the first. A row with an ignored label gives 0 and exact zeros,
+    and so does the mixed part of a pair with one. `want_gradient=False`: the logits' content is
+    undefined afterwards.
     """
-    rows = _Rows.of(logits, labels, ntp_weight, logit_scale, logit_softcap, ignore_index)
+    rows = _Rows.of(
+        logits, labels, ntp_weight, logit_scale, logit_softcap, ignore_index, label_smoothing
+    )
     pairs = _Pairs.of(rows, lam, mixup_weight, logit_scale, logit_softcap) if lam.shape[0] else None
     has_dead = logits.device.type != "cpu" or not bool(rows.alive.all())
     for piece in pieces_in_cache(logits, rows.maximum.dtype):
@@ -115,12 +124,19 @@ def pair_epilogue_torch(
             )
         torch.amax(raw, dim=1, keepdim=True, out=rows.maximum[piece])
         d_softcap = _exponentials_in_place(
-            raw, rows.maximum[piece], rows.total[piece], logit_softcap, want_gradient
+            raw,
+            rows.maximum[piece],
+            rows.total[piece],
+            logit_softcap,
+            want_gradient,
+            mean=rows.mean[piece] if label_smoothing else None,
         )
         if want_gradient:
+            raw.mul_(rows.weight[piece] / rows.total[piece])
+            if label_smoothing:
+                raw.sub_(rows.weight[piece] * (label_smoothing / raw.shape[1]))
             if d_softcap is not None:
                 raw.mul_(d_softcap)
-            raw.mul_(rows.weight[piece] / rows.total[piece])
             if has_dead:
                 _clear(raw, rows.alive[piece])
             raw.scatter_add_(1, rows.label[piece], rows.at_label_gradient[piece])
@@ -130,9 +146,9 @@ def pair_epilogue_torch(
                 raw *= logit_scale
             if raw.data_ptr() != logits[piece].data_ptr():
                 logits[piece].copy_(raw)
-    return rows.losses(), (
-        logits.new_zeros(0, dtype=rows.maximum.dtype) if pairs is None else pairs.losses()
-    )
+    nll = rows.losses()
+    mixup = logits.new_zeros(0, dtype=rows.maximum.dtype) if pairs is None else pairs.losses()
+    return nll, mixup, rows.smoothed() if label_smoothing else nll
 
 
 def pieces_in_cache(logits: Tensor, accumulate: torch.dtype) -> Iterator[slice]:
@@ -153,7 +169,7 @@ class _Rows:
     because one call per piece would cost more than its work.
 
     at_label: the (capped) logit at the label. at_label_gradient: what is added to the gradient
-    there.
+    there. mean: of the (capped) logits, if labels are smoothed.
     """
 
     logits: Tensor
@@ -164,6 +180,7 @@ class _Rows:
     weight: Tensor
     maximum: Tensor
     total: Tensor
+    mean: Tensor
 
     @classmethod
     def of(
@@ -174,6 +191,7 @@ class _Rows:
         scale: float,
         softcap: float | None,
         ignore_index: int,
+        label_smoothing: float,
     ) -> _Rows:
         accumulate = torch.promote_types(logits.dtype, torch.float32)
         alive = (labels != ignore_index)[:, None]
@@ -181,16 +199,15 @@ class _Rows:
         at_label, slope = softcapped_with_derivative(
             logits.gather(1, label).to(accumulate) * scale, softcap
         )
-        weight = torch.where(alive, weight.to(accumulate), 0.0)
+        weight = torch.where(alive, weight.to(accumulate).reshape(-1, 1), 0.0)
         return cls(
             logits,
             label,
             alive,
             at_label,
-            -weight * slope,
+            -(1 - label_smoothing) * weight * slope,
             weight,
-            torch.empty_like(at_label),
-            torch.empty_like(at_label),
+            *(torch.empty_like(at_label) for _ in range(3)),
         )
 
     def losses(self) -> Tensor:
@@ -198,6 +215,11 @@ class _Rows:
         return torch.where(
             self.alive, self.total.log() - (self.at_label - self.maximum), 0.0
         ).squeeze(1)
+
+    def smoothed(self) -> Tensor:
+        return torch.where(self.alive, self.total.log() - (self.mean - self.maximum), 0.0).squeeze(
+            1
+        )
 
 
 @dataclass
@@ -307,17 +329,25 @@ class _Mixed(NamedTuple):
 
 
 def _exponentials_in_place(
-    logits: Tensor, maximum: Tensor, total: Tensor, softcap: float | None, want_gradient: bool
+    logits: Tensor,
+    maximum: Tensor,
+    total: Tensor,
+    softcap: float | None,
+    want_gradient: bool,
+    *,
+    mean: Tensor | None = None,
 ) -> Tensor | None:
     """Overwrites (n, V) logits, whose maximum (n, 1) is given, by exp of the capped logits less
-    their maximum; stores that in `maximum` and the sum in `total`. exp is computed once, for both
-    loss and gradient. Returns the soft-cap's derivative."""
+    their maximum; stores that in `maximum`, the sum in `total` and the capped logits' mean in
+    `mean`. exp is computed once, for both loss and gradient. Returns the soft-cap's derivative."""
     d_softcap: Tensor | None = None
     if softcap is not None:
         logits.div_(softcap).tanh_()
         d_softcap = 1 - logits.square() if want_gradient else None
         logits.mul_(softcap)
         maximum.div_(softcap).tanh_().mul_(softcap)
+    if mean is not None:
+        torch.mean(logits, dim=1, keepdim=True, out=mean)
     torch.sum(logits.sub_(maximum).exp_(), dim=1, keepdim=True, out=total)
     return d_softcap
 

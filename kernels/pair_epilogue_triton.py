@@ -33,29 +33,27 @@ def pair_epilogue(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
     want_gradient: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Returns the (N,) NTP and (M,) Mixup losses in nats, and overwrites the raw logits with their
-    gradient.
-
-    logits: (N, V), contiguous rows; labels: (N,) int64; lam: (M,), M <= N // 2, share of row 2i in
-    pair i. ntp_weight, mixup_weight: 0-d tensors, what each row's and each pair's gradient is
-    multiplied by; they stay on the device. Losses are float32 (float64 for float64 logits) and are
-    not multiplied by them. A row with an ignored label gives 0 and exact zeros, and so does the
-    mixed part of a pair with one. `want_gradient=False`: the logits' content is undefined
-    afterwards.
-    """
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns and overwrites what `pair_epilogue_torch` does, for the same arguments."""
     need_gpu(logits)
     num_rows, vocab_size = logits.shape
     num_pairs = lam.shape[0]
     accumulate = torch.promote_types(logits.dtype, torch.float32)
     nll = torch.empty(num_rows, dtype=accumulate, device=logits.device)
     mixup = torch.empty(num_pairs, dtype=accumulate, device=logits.device)
-    options = {**_options(logits, logit_scale, logit_softcap), "WANT_GRADIENT": want_gradient}
-    weights = (ntp_weight.to(accumulate), mixup_weight.to(accumulate))
+    smoothed = torch.empty_like(nll) if label_smoothing else nll
+    options = {
+        **_options(logits, logit_scale, logit_softcap),
+        "WANT_GRADIENT": want_gradient,
+        "SMOOTHING": float(label_smoothing),
+        "PER_ROW": ntp_weight.dim() == 1,
+    }
+    weights = (ntp_weight.to(accumulate).contiguous(), mixup_weight.to(accumulate))
     scalars = (logits.stride(0), vocab_size, ignore_index)
     if num_pairs:
         _pair_kernel[(num_pairs,)](
-            logits, labels, lam.to(accumulate), nll, mixup, *weights, *scalars, **options
+            logits, labels, lam.to(accumulate), nll, mixup, smoothed, *weights, *scalars, **options
         )
     if num_rows > 2 * num_pairs:
         alone = (num_rows - 2 * num_pairs,)
@@ -64,13 +62,14 @@ def pair_epilogue(
             labels,
             nll,
             nll,
+            smoothed,
             weights[0],
             *scalars,
             2 * num_pairs,
             WANT_MATCH=False,
             **options,
         )
-    return nll, mixup
+    return nll, mixup, smoothed
 
 
 def row_nll(
@@ -90,11 +89,13 @@ def row_nll(
         **_options(logits, logit_scale, logit_softcap),
         "WANT_GRADIENT": False,
         "WANT_MATCH": True,
+        "SMOOTHING": 0.0,
+        "PER_ROW": False,
     }
     if num_rows:
         scalars = (logits.stride(0), vocab_size, ignore_index, 0)
         _row_kernel[(num_rows,)](
-            logits, labels, nll, match.view(torch.int8), nll, *scalars, **options
+            logits, labels, nll, match.view(torch.int8), nll, nll, *scalars, **options
         )
 
 
@@ -137,6 +138,15 @@ def _d_softcap(capped, CAP: tl.constexpr):
 
 
 @triton.jit
+def _smoothed(hit, V, SMOOTHING: tl.constexpr, ACCUMULATE: tl.constexpr):
+    if SMOOTHING > 0.0:
+        smoothing = tl.full((), SMOOTHING, ACCUMULATE)
+        return (1.0 - smoothing) * hit.to(ACCUMULATE) + smoothing / V
+    else:
+        return hit
+
+
+@triton.jit
 def _online(maximum, total, values):
     # Online softmax (https://arxiv.org/abs/1805.02867): running maximum, and the sum rescaled to
     # it.
@@ -151,6 +161,7 @@ def _pair_kernel(
     lam_ptr,
     nll_ptr,
     mixup_ptr,
+    smoothed_ptr,
     ntp_weight_ptr,
     mixup_weight_ptr,
     row_stride,
@@ -159,6 +170,8 @@ def _pair_kernel(
     SCALE: tl.constexpr,
     CAP: tl.constexpr,
     WANT_GRADIENT: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    PER_ROW: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -179,6 +192,7 @@ def _pair_kernel(
     lowest = tl.full((), -3.0e38, ACCUMULATE)
     m_c, m_u, m_m = lowest, lowest, lowest
     s_c, s_u, s_m = zero, zero, zero
+    t_c, t_u = zero, zero  # of the capped logits, if labels are smoothed
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < V
@@ -189,6 +203,9 @@ def _pair_kernel(
         m_c, s_c = _online(m_c, s_c, tl.where(inside, _softcap(z_c, CAP), minus_inf))
         m_u, s_u = _online(m_u, s_u, tl.where(inside, _softcap(z_u, CAP), minus_inf))
         m_m, s_m = _online(m_m, s_m, tl.where(inside, mixed, minus_inf))
+        if SMOOTHING > 0.0:
+            t_c += tl.sum(tl.where(inside, _softcap(z_c, CAP), zero), axis=0)
+            t_u += tl.sum(tl.where(inside, _softcap(z_u, CAP), zero), axis=0)
 
     # The logits at the labels, read before the second pass overwrites them.
     at_c = tl.where(has_c, y_c, 0)
@@ -206,11 +223,17 @@ def _pair_kernel(
     tl.store(nll_ptr + 2 * pair, tl.where(has_c, nll_c, zero))
     tl.store(nll_ptr + 2 * pair + 1, tl.where(has_u, nll_u, zero))
     tl.store(mixup_ptr + pair, tl.where(has_c & has_u, nll_m, zero))
+    if SMOOTHING > 0.0:
+        even_c = tl.log(s_c) - (t_c / V - m_c)
+        even_u = tl.log(s_u) - (t_u / V - m_u)
+        tl.store(smoothed_ptr + 2 * pair, tl.where(has_c, even_c, zero))
+        tl.store(smoothed_ptr + 2 * pair + 1, tl.where(has_u, even_u, zero))
 
     if WANT_GRADIENT:
         # every warp has read the logits at the labels before any overwrites them
         tl.debug_barrier()
-        w_ntp = tl.load(ntp_weight_ptr)
+        w_c = tl.load(ntp_weight_ptr + (2 * pair if PER_ROW else 0))
+        w_u = tl.load(ntp_weight_ptr + (2 * pair + 1 if PER_ROW else 0))
         w_mix = tl.load(mixup_weight_ptr)
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -222,8 +245,10 @@ def _pair_kernel(
             l_m = _softcap(lam * z_c + rest * z_u, CAP)
             hit_c = tl.where(column == y_c, 1.0, 0.0)
             hit_u = tl.where(column == y_u, 1.0, 0.0)
-            g_c = w_ntp * (tl.exp(l_c - m_c) / s_c - hit_c) * _d_softcap(l_c, CAP)
-            g_u = w_ntp * (tl.exp(l_u - m_u) / s_u - hit_u) * _d_softcap(l_u, CAP)
+            y_of_c = _smoothed(hit_c, V, SMOOTHING, ACCUMULATE)
+            y_of_u = _smoothed(hit_u, V, SMOOTHING, ACCUMULATE)
+            g_c = w_c * (tl.exp(l_c - m_c) / s_c - y_of_c) * _d_softcap(l_c, CAP)
+            g_u = w_u * (tl.exp(l_u - m_u) / s_u - y_of_u) * _d_softcap(l_u, CAP)
             g_m = (
                 w_mix
                 * (tl.exp(l_m - m_m) / s_m - lam * hit_c - rest * hit_u)
@@ -244,6 +269,7 @@ def _row_kernel(
     labels_ptr,
     nll_ptr,
     match_ptr,
+    smoothed_ptr,
     ntp_weight_ptr,
     row_stride,
     V,
@@ -253,6 +279,8 @@ def _row_kernel(
     CAP: tl.constexpr,
     WANT_GRADIENT: tl.constexpr,
     WANT_MATCH: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    PER_ROW: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -264,26 +292,32 @@ def _row_kernel(
     zero = tl.full((), 0.0, ACCUMULATE)
     m = tl.full((), -3.0e38, ACCUMULATE)  # finite, as above
     s = zero
+    t = zero
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < V
         z = tl.load(z_ptr + column, mask=inside, other=0.0).to(ACCUMULATE) * SCALE
         m, s = _online(m, s, tl.where(inside, _softcap(z, CAP), minus_inf))
+        if SMOOTHING > 0.0:
+            t += tl.sum(tl.where(inside, _softcap(z, CAP), zero), axis=0)
     at_label = _softcap(tl.load(z_ptr + tl.where(has_label, y, 0)).to(ACCUMULATE) * SCALE, CAP)
     tl.store(nll_ptr + row, tl.where(has_label, tl.log(s) - (at_label - m), zero))
+    if SMOOTHING > 0.0:
+        tl.store(smoothed_ptr + row, tl.where(has_label, tl.log(s) - (t / V - m), zero))
     if WANT_MATCH:
         tl.store(match_ptr + row, (has_label & (at_label >= m)).to(tl.int8))
     if WANT_GRADIENT:
         # every warp has read the logits at the labels before any overwrites them
         tl.debug_barrier()
-        w_ntp = tl.load(ntp_weight_ptr)
+        w_ntp = tl.load(ntp_weight_ptr + (row if PER_ROW else 0))
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = column < V
             z = tl.load(z_ptr + column, mask=inside, other=0.0).to(ACCUMULATE) * SCALE
             capped = _softcap(z, CAP)
             hit = tl.where(column == y, 1.0, 0.0)
-            g = w_ntp * (tl.exp(capped - m) / s - hit) * _d_softcap(capped, CAP) * SCALE
+            target = _smoothed(hit, V, SMOOTHING, ACCUMULATE)
+            g = w_ntp * (tl.exp(capped - m) / s - target) * _d_softcap(capped, CAP) * SCALE
             tl.store(
                 z_ptr + column, tl.where(has_label, g, zero).to(z_ptr.dtype.element_ty), mask=inside
             )

@@ -67,7 +67,9 @@ of_logits = {"SCALE": 1.0, "ACCUMULATE": tl.float32}
 for cap in (None, 30.0):
     for kernel in (epilogue._pair_kernel, epilogue._row_kernel):
         constants = {**of_logits, "CAP": cap, "WANT_GRADIENT": True, "BLOCK": epilogue.MAX_BLOCK}
-        report[f"epilogue {kernel.__name__} cap={cap}"] = report_of(kernel, 8, constants)
+        for form in ({"SMOOTHING": 0.0, "PER_ROW": False}, {"SMOOTHING": 0.1, "PER_ROW": True}):
+            name = f"epilogue {kernel.__name__} cap={cap} smoothing={form['SMOOTHING']}"
+            report[name] = report_of(kernel, 8, {**constants, **form})
     forms = {"two members": {}, "mixed already": {"u_ptr": None, "d_u_ptr": None}}
     for form, absent in forms.items():
         for kernel in (mixup._forward_kernel, mixup._backward_kernel):
@@ -95,7 +97,7 @@ def test_kernels_compile_without_spills(backend, architecture, record_property):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert len(report) == 14
+    assert len(report) == 18
     for kernel, figures in report.items():
         record_property(kernel, figures)
         print(architecture, kernel, figures)  # shown by pytest -s

@@ -346,7 +346,7 @@ def test_indices_beyond_two_to_the_31(is_last_row_alone):
     lam = torch.rand(num_pairs, generator=generator, device=DEVICE)
     last = logits[-6:].double()
     one = torch.ones((), device=DEVICE)
-    nll, mixup = pair_epilogue(logits, labels, lam, one, one)
+    nll, mixup, _ = pair_epilogue(logits, labels, lam, one, one)
     pairs_here = num_pairs - (num_rows - 6) // 2
     exact_nll, exact_mixup = pair_epilogue_reference(
         last, labels[-6:], lam[num_pairs - pairs_here :], one.double(), one.double()

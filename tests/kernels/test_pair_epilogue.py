@@ -31,16 +31,24 @@ def draw(num_rows=7, num_pairs=2, vocab_size=13, dtype=torch.float64, seed=0):
     }
 
 
-def run(version, inputs, **options):
+def run_all(version, inputs, **options):
     logits = inputs["logits"].clone()
-    nll, mixup = version(**{**inputs, "logits": logits}, **options)
-    return nll.double(), mixup.double(), logits.double()
+    losses = version(**{**inputs, "logits": logits}, **options)
+    return [tensor.double() for tensor in (*losses, logits)]
+
+
+def run(version, inputs, **options):
+    nll, mixup, _, gradient = run_all(version, inputs, **options)
+    return nll, mixup, gradient
 
 
 def assert_equal(version, inputs, tolerance=1e-12, **options):
-    expected = run(pair_epilogue_reference, inputs, **options)
+    expected = run_all(pair_epilogue_reference, inputs, **options)
     for name, ours, theirs in zip(
-        ("nll", "mixup", "gradient"), run(version, inputs, **options), expected, strict=True
+        ("nll", "mixup", "mean over the vocabulary", "gradient"),
+        run_all(version, inputs, **options),
+        expected,
+        strict=True,
     ):
         assert torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance), name
 
@@ -74,6 +82,17 @@ def small_tiles(monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_equal_autograd(case, transform, version):
     assert_equal(VERSIONS[version], draw(**CASES[case]), **TRANSFORMS[transform])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("case", ["ragged", "no pairs", "one column", "several tiles and a rest"])
+def test_smoothed_labels_and_a_weight_for_each_row(case, transform, version):
+    inputs = draw(**CASES[case])
+    inputs["ntp_weight"] = torch.linspace(-0.5, 2, len(inputs["labels"]), device=DEVICE)
+    inputs["labels"][0] = IGNORED
+    for smoothing in (0.0, 0.1, 0.7):
+        assert_equal(VERSIONS[version], inputs, **TRANSFORMS[transform], label_smoothing=smoothing)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -189,7 +208,7 @@ def test_rows_far_apart_in_memory_are_found():
             far = storage.as_strided((2, 13), (stride, 1))
             far.copy_(inputs["logits"])
             near = run(pair_epilogue, inputs)
-            nll, mixup = pair_epilogue(**{**inputs, "logits": far})
+            nll, mixup, _ = pair_epilogue(**{**inputs, "logits": far})
             assert (
                 torch.equal(nll.double(), near[0])
                 and torch.equal(mixup.double(), near[1])

@@ -147,7 +147,7 @@ def test_a_table_in_another_order_is_refused(stage, tmp_path, change, message):
 
 
 def test_a_random_split_has_nothing_to_do_with_the_scores(stage, tmp_path):
-    split, columns, values = stage
+    split, _, values = stage
     split(column="random")
     parts = pq.read_table(tmp_path / "split" / on_files.SPLIT)["part"].to_pylist()
     num = len(parts)
@@ -162,7 +162,7 @@ def test_a_random_split_has_nothing_to_do_with_the_scores(stage, tmp_path):
 
 
 def test_within_halves_no_pair_crosses_and_all_examples_are_there_once(stage, tmp_path):
-    split, columns, values = stage
+    split, _, _ = stage
     for shares in ((0.5, 0.5), (0.4, 0.3)):
         config, examples, sizes = split(confident_share=shares[0], unconfident_share=shares[1])
         folder = tmp_path / "split"

@@ -1,0 +1,74 @@
+"""Weights of tokens in the next-token loss, as published objectives define them. Each weight is a
+number, not a part of the graph: the loss of row t is weight_t * NTP_t.
+
+    none           1
+    dft            p_t, the probability of the label               (DFT, arXiv 2508.05629)
+    eaft           (H_t / 3)^alpha, entropy over the 20 likeliest tokens; ln 20 is nearly 3
+                   (EAFT, arXiv 2601.02151, the authors' code and LLaMA-Factory)
+    eaft_unscaled  H_t^alpha                                       (the same name in Axolotl)
+
+Axes: N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sftmix.kernels.backends import softcapped
+from sftmix.kernels.pair_epilogue import pieces_in_cache
+
+WEIGHTINGS = ("none", "dft", "eaft", "eaft_unscaled")
+EAFT_TOKENS = 20
+EAFT_SCALE = 3.0  # the authors divide by it, for ln 20 = 2.9957
+
+
+def token_weights(
+    weighting: str,
+    alpha: float,
+    logits: Tensor,
+    labels: Tensor,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Returns the (N,) weights, float32 (float64 for float64 logits); 0 where the label is ignored.
+
+    weighting: one of WEIGHTINGS. alpha: exponent of EAFT. logits: (N, V), raw: before scale and
+    soft-cap; unchanged. labels: (N,) int64. Raises ValueError for an unknown weighting.
+    """
+    accumulate = torch.promote_types(logits.dtype, torch.float32)
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting is {weighting!r}, expected one of {', '.join(WEIGHTINGS)}")
+    weights = logits.new_ones(logits.shape[0], dtype=accumulate)
+    if weighting == "none":
+        return weights
+    alive = labels != ignore_index
+    safe = labels.clamp(min=0)[:, None]
+    for piece in pieces_in_cache(logits, accumulate):
+        if weighting == "dft":
+            shown = softcapped(logit_scale * logits[piece].to(accumulate), logit_softcap)
+            at_label = shown.gather(1, safe[piece]).squeeze(1)
+            weights[piece] = (at_label - torch.logsumexp(shown, dim=1)).exp()
+            continue
+        # scale > 0 and the soft-cap keep the order, so only the likeliest are scaled and capped
+        ordered = logits[piece] if logit_scale >= 0 else -logits[piece]
+        top = torch.topk(ordered, min(EAFT_TOKENS, logits.shape[1]), dim=1, sorted=False).values
+        shown = softcapped(abs(logit_scale) * top.to(accumulate), logit_softcap)
+        log_p = torch.log_softmax(shown, dim=1)
+        entropy = torch.special.entr(log_p.exp()).sum(dim=1)
+        weights[piece] = (entropy / (EAFT_SCALE if weighting == "eaft" else 1.0)) ** alpha
+    return torch.where(alive, weights, 0.0)
+
+
+def weights_by_definition(weighting: str, alpha: float, log_p: Tensor, labels: Tensor) -> Tensor:
+    """Returns the (N,) weights from log probabilities (N, V), as the module's table states them.
+    labels: (N,), none ignored."""
+    if weighting == "dft":
+        return log_p.gather(1, labels[:, None]).squeeze(1).exp()
+    if weighting in ("eaft", "eaft_unscaled"):
+        top = log_p.sort(dim=1, descending=True).values[:, :EAFT_TOKENS].exp()
+        p = top / top.sum(dim=1, keepdim=True)
+        entropy = -torch.xlogy(p, p).sum(dim=1)
+        return (entropy / (EAFT_SCALE if weighting == "eaft" else 1.0)) ** alpha
+    return log_p.new_ones(len(log_p))
