@@ -416,10 +416,48 @@ class MixupConfig(Section):
     )
 
 
+class ObjectiveConfig(Section):
+    """The next-token part of a loss (docs/objectives.md)."""
+
+    ntp_weight: Float = Field(
+        1.0, ge=0, description="Factor of the next-token part; 0 leaves Mixup alone."
+    )
+    weighting: Literal["none", "dft", "eaft", "eaft_unscaled"] = Field(
+        "none",
+        description=(
+            "Weight of a token. dft: the probability of its label; eaft: the entropy of the"
+            " prediction over 3, to the power eaft_alpha (the authors' code); eaft_unscaled: not"
+            " divided by 3."
+        ),
+    )
+    eaft_alpha: Float = Field(1.0, gt=0, description="Exponent of EAFT's entropy.")
+    label_smoothing: DecayRate = Field(
+        0.0, description="Share of the target that is spread evenly over the vocabulary."
+    )
+    neftune_alpha: Float = Field(
+        0.0,
+        ge=0,
+        description=(
+            "NEFTune: uniform noise of up to alpha / sqrt(length x hidden size) on each input"
+            " embedding in training; the authors use 5 to 15. 0: none."
+        ),
+    )
+
+
+NTP = ObjectiveConfig()  # plain next-token prediction
+
+
 class BaselineConfig(Section):
     enabled: bool = Field(
-        True, description="Also train the target with NTP alone, in the same data order."
+        True, description="Also train the target without Mixup, in the same data order."
     )
+    objective: ObjectiveConfig = Field(NTP, description="Its next-token loss; default: plain NTP.")
+
+    @model_validator(mode="after")
+    def _learns(self) -> BaselineConfig:
+        if self.objective.ntp_weight == 0:
+            raise ValueError("`objective.ntp_weight` is 0, and the baseline has no other loss")
+        return self
 
 
 class EngineConfig(Section):
@@ -547,6 +585,7 @@ class Config(Section):
     confidence: ConfidenceConfig = ConfidenceConfig()
     split: SplitConfig = SplitConfig()
     mixup: MixupConfig = MixupConfig()
+    objective: ObjectiveConfig = NTP
     train: TrainConfig = TrainConfig()
     baseline: BaselineConfig = BaselineConfig()
     engine: EngineConfig = EngineConfig()
@@ -563,6 +602,14 @@ class Config(Section):
             raise ValueError(
                 "`tokenizer`: a model with random weights needs `tokenizer.path` or"
                 " `tokenizer.train`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _learns(self) -> Config:
+        if self.objective.ntp_weight == self.mixup.weight == 0:
+            raise ValueError(
+                "`objective.ntp_weight` and `mixup.weight` are both 0, so nothing would be learnt"
             )
         return self
 

@@ -16,7 +16,7 @@ Axes: B examples, S positions, T requested rows, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -109,6 +109,10 @@ class HeadProjection(nn.Module):
             request.num_ntp_tokens,
             request.num_mixup_tokens,
             request.backend,
+            ntp_weight=request.next_token.ntp_weight,
+            weighting=request.next_token.weighting,
+            alpha=request.next_token.eaft_alpha,
+            label_smoothing=request.next_token.label_smoothing,
         )
         return LossResult(*fused, auxiliary=torch.zeros_like(fused.loss))
 
@@ -182,9 +186,10 @@ class CausalLMWithLoss(nn.Module):
             if self.has_router and isinstance(request, LossRequest)
             else {}
         )
-        output, result = self._run(
-            request, documents, input_ids=input_ids, attention_mask=attention_mask, **options
-        )
+        with self._noise(request, attention_mask, documents):
+            output, result = self._run(
+                request, documents, input_ids=input_ids, attention_mask=attention_mask, **options
+            )
         if request is None or isinstance(request, ProbeRequest):
             return output.logits  # type: ignore[no-any-return]
         assert result is not None, "the model never called its head"
@@ -204,6 +209,22 @@ class CausalLMWithLoss(nn.Module):
         share = request.labels.numel() / max(1, request.num_ntp_tokens)
         auxiliary = auxiliary.to(result.loss.device) * (self.auxiliary_weight * share)
         return result._replace(loss=result.loss + auxiliary, auxiliary=auxiliary.detach())
+
+    def _noise(
+        self,
+        request: Request | ProbeRequest | None,
+        attention_mask: Tensor,
+        documents: Documents | None,
+    ) -> contextlib.AbstractContextManager[None]:
+        alpha = request.next_token.neftune_alpha if isinstance(request, LossRequest) else 0.0
+        if not alpha:
+            return contextlib.nullcontext()
+        if documents is None:
+            lengths = attention_mask.sum(dim=1, keepdim=True).expand_as(attention_mask)
+        else:
+            each = documents.bounds.diff()
+            lengths = each.repeat_interleave(each, output_size=attention_mask.shape[1])[None]
+        return noisy_embeddings(self.model.get_input_embeddings(), alpha, lengths)
 
     def _run(
         self, request: Any, documents: Documents | None, **inputs: Any
@@ -247,6 +268,27 @@ class CausalLMWithLoss(nn.Module):
         model without adapters."""
         owner, _, rest = without_wrapper(name).partition(".")
         return rest if owner == "model" else f"{self.head_name}.{rest}"
+
+
+@contextlib.contextmanager
+def noisy_embeddings(embedding: nn.Module, alpha: float, lengths: Tensor) -> Iterator[None]:
+    """Adds NEFTune's noise (https://arxiv.org/abs/2310.05914) to what `embedding` returns within
+    the context: uniform in +-alpha / sqrt(L D), for an example of L tokens and D dimensions.
+
+    lengths: (B, S), the tokens of each position's example. So the noise of an example does not
+    depend on padding, nor on what it is packed with.
+    """
+
+    def add(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        size = alpha / (lengths.clamp(min=1) * output.shape[-1]).sqrt()
+        noise = torch.empty_like(output).uniform_(-1, 1)
+        return output + noise * size[..., None].to(output.dtype)
+
+    handle = embedding.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def head_name(model: Any) -> str:

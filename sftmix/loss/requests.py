@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sftmix.batches.mixed_inputs import MixedInputs
+from sftmix.config.schema import NTP, ObjectiveConfig
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class LossRequest:
     mixup_weight: float
     backend: str | None = None
     mixed_inputs: MixedInputs | None = None
+    next_token: ObjectiveConfig = NTP
 
 
 @dataclass(frozen=True)

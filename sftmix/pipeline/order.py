@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sftmix.config.deepspeed_json import read_deepspeed_json
-from sftmix.config.schema import Config, ModelConfig
+from sftmix.config.schema import Config, ModelConfig, ObjectiveConfig
 from sftmix.errors import ArtifactError
 from sftmix.pipeline.context import Stage
 from sftmix.storage.files import sha256_of_file
@@ -133,11 +133,19 @@ def _baseline_settings(config: Config) -> dict[str, Any]:
     names = {"length": {"matching", "length_block"}, "within_halves": {"matching"}}
     order = names.get(config.mixup.matching)
     mixup = {"mixup": config.mixup.model_dump(mode="json", include=order)} if order else {}
-    return {**_target_settings(config), **mixup}
+    own = _changed(config.baseline.objective)
+    return {**_target_settings(config), **mixup, **({"baseline": own} if own else {})}
+
+
+def _changed(objective: ObjectiveConfig) -> dict[str, Any]:
+    """Returns the settings of an objective that is not plain NTP."""
+    changed = objective.model_dump(mode="json", exclude_defaults=True)
+    return {"objective": changed} if changed else {}
 
 
 def _mixup_settings(config: Config) -> dict[str, Any]:
-    return {**_target_settings(config), "mixup": config.mixup.model_dump(mode="json")}
+    mixup = config.mixup.model_dump(mode="json")
+    return {**_target_settings(config), "mixup": mixup, **_changed(config.objective)}
 
 
 def _numerics(config: Config) -> dict[str, Any]:

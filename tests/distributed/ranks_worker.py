@@ -18,7 +18,7 @@ import torch
 from pairs import COUNTS, micro_batch
 from safetensors.torch import load_file
 
-from sftmix.config.schema import Config, ModelConfig
+from sftmix.config.schema import Config, ModelConfig, ObjectiveConfig
 from sftmix.data.tokenizer import tokenizer_from
 from sftmix.engine.engine import Engine
 from sftmix.engine.process_group import init_ranks
@@ -120,6 +120,15 @@ for stage in (0, 3):
             assert engine.packs == (name != "padded")
             results[f"{name} {stage} {layout_name}"] = train_steps(engine, layout, Objective(0.4))
             close(engine)
+
+# Other losses of next tokens, whose weights must not depend on how a step is divided.
+for stage in (0, 3):
+    objective = Objective(0.4, next_token=ObjectiveConfig(weighting="dft", label_smoothing=0.1))
+    for name, layout in LAYOUTS[ranks.world_size].items():
+        config = config_for(stage, "untied")
+        engine = Engine(config, config.model, ranks, tokenizer, train=config.train)
+        results[f"dft {stage} {name}"] = train_steps(engine, layout, objective)
+        close(engine)
 
 # Mixing at the input embeddings: a third forward on every rank, over nothing where a rank has no
 # pair.

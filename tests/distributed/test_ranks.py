@@ -51,6 +51,18 @@ def test_padding_and_recomputation_change_nothing(results, stage, kind, layout):
     ]
 
 
+@pytest.mark.parametrize("layout", ["1 x 4", *LAYOUTS])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_other_losses_of_next_tokens_do_not_depend_on_the_cut(results, stage, layout):
+    _, found = results
+    expected = found["dft 0 1 x 4"]
+    assert found[f"dft {stage} {layout}"] == [pytest.approx(step, rel=1e-5) for step in expected]
+    # it trains another model: the same loss before the first step, another one after it
+    plain = found["0 untied 1 x 4"]
+    assert expected[0][0] == pytest.approx(plain[0][0])
+    assert expected[-1][0] != pytest.approx(plain[-1][0], rel=1e-4)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", ["tied", "untied"])
 @pytest.mark.parametrize("stage", [0, 3])

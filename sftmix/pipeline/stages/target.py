@@ -14,22 +14,23 @@ from sftmix.train.plan import TrainingPlan
 
 
 def run_baseline(context: StageContext) -> Facts:
-    """Trains the target with next-token prediction only, in the data order of SFTMix."""
-    return _train_target(context, "baseline", mixup_weight=0.0)
+    """Trains the target without Mixup, in the data order of SFTMix."""
+    return _train_target(
+        context, "baseline", Objective(next_token=context.config.baseline.objective)
+    )
 
 
 def run_train(context: StageContext) -> Facts:
     """Trains the target with next-token prediction and Mixup."""
-    return _train_target(context, "sftmix", mixup_weight=context.config.mixup.weight)
+    mixup, next_token = context.config.mixup, context.config.objective
+    return _train_target(context, "sftmix", Objective(mixup.weight, mixup.site, next_token))
 
 
-def _train_target(context: StageContext, name: str, *, mixup_weight: float) -> Facts:
-    """Trains the target model. name: "baseline" or "sftmix". mixup_weight: mu; 0 is next-token
-    prediction."""
+def _train_target(context: StageContext, name: str, objective: Objective) -> Facts:
+    """Trains the target model. name: "baseline" or "sftmix"."""
     config = context.config
     settings = config.train
     examples, tokenizer = read_examples(context), read_tokenizer(context)
-    objective = Objective(mixup_weight, config.mixup.site)
     if objective.mixes_inputs:
         examples.check_single_spans()
     matching = open_matching(context.inputs["split"], config.mixup, config.run.seed)
