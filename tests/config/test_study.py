@@ -84,7 +84,7 @@ def test_an_override_that_an_arm_would_hide_is_refused(file, override):
 
 
 def test_a_run_refuses_a_study_and_a_study_refuses_a_run(file):
-    with pytest.raises(ConfigError, match=r"study\.yaml:4: this is a study .* sftmix study"):
+    with pytest.raises(ConfigError, match=r"study\.yaml:4: this is a study .*`sftmix study "):
         load_config(file)
     with pytest.raises(ConfigError, match="no section `study`"):
         load_study("quickstart")

@@ -57,7 +57,9 @@ def test_p_values_are_adjusted_for_the_number_of_arms():
 
 def test_examples_are_compared_one_by_one_only_where_they_are_the_same():
     same = compare(
-        {"ntp": {0: trial(2.0, exact=[0, 1])}, "a": {0: trial(2, exact=[1, 2, 3])}}, "ntp", "loss"
+        {"ntp": {0: trial(2.0, exact=[0, 1])}, "a": {0: trial(2, exact=[1, 2, 3], seed=1)}},
+        "ntp",
+        "loss",
     )[1]
     assert vars(same.switched[0]) | {"p_value": None} == {
         "only_arm": 2,

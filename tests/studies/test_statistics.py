@@ -53,7 +53,8 @@ def test_at_most_5_percent_of_studies_without_a_difference_show_one(seeds, kind)
     false = false_without = 0
     for study in draws(rng, kind, (600, 5, seeds)):
         p_values = [paired_difference(arm, study[0]).p_value for arm in study[1:]]
-        false += min(holm(p_values)) < 0.05
+        # an adjusted p is never smaller, and statsmodels takes 25 ms
+        false += min(p_values) < 0.05 and min(holm(p_values)) < 0.05
         false_without += min(p_values) < 0.05
     # the binomial error of 600 studies is 0.9%
     assert false / 600 <= 0.05 + 2 * 0.009
