@@ -1,4 +1,4 @@
-# make quickstart   set up, then run the whole recipe on generated data
+# make quickstart   set up, then compare SFTMix with next-token prediction on generated data, 6 seeds
 # make test         set up with the tools of development, then run all tests
 # make test-oldest  the quick tests with the oldest versions that setup.py allows, make test-newest
 #   with the newest
@@ -41,7 +41,7 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	@touch $@
 
 quickstart: setup
-	$(VENV)/bin/sftmix run configs/quickstart.yaml
+	$(VENV)/bin/sftmix study configs/studies/quickstart.yaml --jobs 2
 
 # Two files at a time, each in order, the longest first (tests/conftest.py): tests of several
 # processes wait so much that

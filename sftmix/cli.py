@@ -82,6 +82,13 @@ COMMANDS: dict[str, tuple[str, Arguments]] = {
                 "metavar": "SEED",
                 "help": "these seeds alone, for example one per job of an array",
             },
+            "--jobs": {
+                "type": int,
+                "default": 1,
+                "metavar": "N",
+                "help": "processes side by side, each with its share of the seeds (default 1)",
+            },
+            "--output": {"type": Path, "help": argparse.SUPPRESS},  # of a job
         },
     ),
     "inspect": (
@@ -390,7 +397,12 @@ def _list_configs() -> None:
         for name in list(runs)
         if name.startswith(("bases/", "data/", "models/"))
     }
-    for title, group in (("to run", runs), ("parts of a config of your own, under `base:`", parts)):
+    studies = {name: runs.pop(name) for name in list(runs) if name.startswith("studies/")}
+    for title, group in (
+        ("to run", runs),
+        ("for `sftmix study`", studies),
+        ("parts of a config of your own, under `base:`", parts),
+    ):
         width = max(map(len, group))
         print(
             f"{title}:",

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 from processes import ROOT, sftmix
@@ -14,6 +15,7 @@ from tiny import TINY
 from sftmix.config.deepspeed_json import read_deepspeed_json
 from sftmix.config.reader import load_config
 from sftmix.config.shipped import describe_configs, find_config
+from sftmix.config.study import load_study
 from sftmix.errors import ConfigError
 
 CONFIGS = ROOT / "configs"
@@ -59,6 +61,9 @@ def test_every_name_that_is_listed_loads_or_is_a_part(empty_folder):
         if "/" not in name or name.startswith("recipes/"):
             config = load_config(name)
             assert config.engine.deepspeed is None or read_deepspeed_json(config.engine.deepspeed)
+        if name.startswith("studies/"):
+            study = load_study(name)
+            assert len(study.settings.seeds) >= 5 and study.settings.dir == Path("runs") / name
 
 
 def test_a_config_of_ones_own_is_made_of_the_packages_parts(empty_folder):

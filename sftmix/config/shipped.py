@@ -39,7 +39,9 @@ def describe_configs() -> dict[str, str]:
 
 def nearest_config(path: Path) -> str:
     """Returns a suggestion: the config with the most similar name, or what else to do."""
-    known = {name.rpartition("/")[2]: name for name in describe_configs()}
+    # of two with one name, the one that runs before a part or a study
+    deepest_first = sorted(describe_configs(), key=lambda name: -name.count("/"))
+    known = {name.rpartition("/")[2]: name for name in deepest_first}
     known |= {other.name.removesuffix(".yaml"): str(other) for other in path.parent.glob("*.yaml")}
     near = difflib.get_close_matches(path.name.removesuffix(".yaml"), known, n=1)
     if near:

@@ -7,12 +7,19 @@ import os
 import shlex
 
 from sftmix.config.study import Study, load_study
-from sftmix.errors import ConfigError, TrainingError, counted
+from sftmix.errors import (
+    INTERRUPTED,
+    STOPPED,
+    ConfigError,
+    StoppedError,
+    TrainingError,
+    counted,
+)
 from sftmix.pipeline import preflight
 from sftmix.pipeline.run import first_unfinished_stage
 from sftmix.studies.page import print_results, write_results
 from sftmix.studies.results import ArmResult, Trial, compare, read_trial
-from sftmix.studies.trials import LAST, run_trials
+from sftmix.studies.trials import LAST, run_jobs, run_trials
 
 
 def run_study(options: argparse.Namespace) -> int:
@@ -28,27 +35,46 @@ def run_study(options: argparse.Namespace) -> int:
             f"--only-seeds {unknown[0]}: the seeds of this study are"
             f" {', '.join(map(str, study.settings.seeds))}."
         )
-    seeds = options.only_seeds or study.settings.seeds
+    seeds = list(options.only_seeds or study.settings.seeds)
     for config in study.arms.values():
         preflight.check(config)
-    command = shlex.join(["sftmix", "study", options.config, *options.overrides])
+    arguments = [options.config, *options.overrides]
     failed: dict[tuple[str, int], str] = {}
 
     def publish() -> list[ArmResult]:
         results = collect(study)
-        write_results(study, results, failed, command=command)
+        write_results(study, results, failed, command=shlex.join(["sftmix", "study", *arguments]))
         return results
 
     os.umask(0o077)  # only the user may read data and weights
-    failed |= run_trials(study, seeds, force=options.force, restart=options.restart, done=publish)
-    results = publish()
-    print_results(study, results)
-    print(f"\npage: {study.settings.dir / 'index.html'}")
-    if failed:
-        raise TrainingError(
-            f"{counted(len(failed), 'trial')} failed: "
-            + "; ".join(f"{arm}, seed {seed}: {text}" for (arm, seed), text in failed.items())
+    num_jobs = min(options.jobs, len(seeds))
+    if num_jobs > 1:
+        flags = [f"--{name}" for name in ("force", "restart") if getattr(options, name)]
+        codes = run_jobs(study, seeds, [*arguments, *flags], num_jobs=num_jobs)
+        stopped = [code for code in codes if code in (STOPPED, INTERRUPTED)]
+        if stopped:
+            raise StoppedError(
+                "the jobs were stopped and have saved their state; the same command goes on",
+                stopped[0],
+            )
+        lost = [str(number) for number, code in enumerate(codes, start=1) if code]
+    else:
+        failed |= run_trials(
+            study,
+            seeds,
+            force=options.force,
+            restart=options.restart,
+            output=options.output,
+            done=publish,
         )
+        lost = [f"{arm}, seed {seed}: {text}" for (arm, seed), text in failed.items()]
+    results = publish()
+    if options.output is None:  # no job of another study process
+        print_results(study, results)
+        print(f"\npage: {study.settings.dir / 'index.html'}")
+    if lost:
+        what = "job" if num_jobs > 1 else "trial"
+        raise TrainingError(f"{counted(len(lost), what)} failed: {'; '.join(lost)}")
     return 0
 
 

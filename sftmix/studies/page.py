@@ -24,13 +24,15 @@ from sftmix.studies.statistics import Difference
 TITLES = ["arm", "seeds", "loss", "difference", "exact match", "difference", "min"]
 NOTES = [
     "Loss: nats per response token of held-out examples, lower is better. Exact match: share of"
-    " held-out responses that greedy decoding would produce, higher is better. Both: mean ±"
+    " held-out responses that greedy decoding would produce, higher is better. Both: mean"
+    " \N{PLUS-MINUS SIGN}"
     " standard deviation over the seeds. min: minutes of training a trial's models, the reference"
     " included.",
     "Difference: to the control, paired by seed, with its 95% t interval over the seeds. The"
     " examples of one seed say how well that seed was measured; they are no further evidence.",
 ]
 SEED_TITLES = ["arm", "seed", "loss", "exact match", "only this arm exact", "only control", "p"]
+PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 WIDTH = 78
 
 
@@ -106,9 +108,10 @@ def row_of(arm: ArmResult) -> list[str]:
     return [
         arm.name,
         str(len(arm.trials)),
-        f"{arm.mean('loss'):.4f}" + ("" if loss is None else f" ± {loss:.4f}"),
+        f"{arm.mean('loss'):.4f}" + ("" if loss is None else f" {PLUS_MINUS} {loss:.4f}"),
         _shown(arm.differences["loss"], 1, 4),
-        f"{arm.mean('exact_match'):.1%}" + ("" if match is None else f" ± {100 * match:.1f}"),
+        f"{arm.mean('exact_match'):.1%}"
+        + ("" if match is None else f" {PLUS_MINUS} {100 * match:.1f}"),
         _shown(arm.differences["exact_match"], 100, 1),
         f"{np.mean(minutes):.2f}",
     ]

@@ -8,11 +8,16 @@ seed, unless an arm changes it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from sftmix.config.schema import Config
@@ -33,11 +38,12 @@ def run_trials(
     *,
     force: bool,
     restart: bool,
+    output: Path | None = None,
     done: Callable[[], object],
 ) -> dict[tuple[str, int], str]:
     """Runs the trials of these seeds that are not finished, seed by seed. Calls `done` after
     each. force, restart: as of `sftmix run`. `limits.wall_clock_minutes` holds for all of
-    them together.
+    them together. output: a file for what the runs print; None prints it.
 
     Returns what stopped the trials that failed, in one line each; the others go on without them.
     Raises StoppedError if the study was asked to stop; the same command goes on from there.
@@ -54,19 +60,34 @@ def run_trials(
             continue
         print(title, flush=True)
         config = _with_time_left(config, minutes=(time.monotonic() - started) / 60)
+        begun = time.monotonic()
         try:
-            with holding(config, joins=False):
-                share_stages(config, [study.folder(other, seed) for other in arms if other != arm])
-            # with force every stage may be replaced, so all are asked for
-            run(config, stage=None if force else LAST, force=force, restart=restart)
+            with _printing_to(output):
+                with holding(config, joins=False):
+                    others = [study.folder(other, seed) for other in arms if other != arm]
+                    share_stages(config, others)
+                # with force every stage may be replaced, so all are asked for
+                run(config, stage=None if force else LAST, force=force, restart=restart)
         except StoppedError:
             raise
         except SftmixError as error:
             failed[arm, seed] = first_line(error)
             print(f"{title} failed: {error}", flush=True)
         else:
+            print(f"{title}: {time.monotonic() - begun:.1f} s", flush=True)
             done()
     return failed
+
+
+@contextlib.contextmanager
+def _printing_to(output: Path | None) -> Iterator[None]:
+    """What Python code prints goes to the end of a file within the context."""
+    if output is None:
+        yield
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        yield
 
 
 def _with_time_left(config: Config, *, minutes: float) -> Config:
@@ -83,6 +104,40 @@ def _with_time_left(config: Config, *, minutes: float) -> Config:
         )
     limits = config.limits.model_copy(update={"wall_clock_minutes": limit - minutes})
     return config.model_copy(update={"limits": limits})
+
+
+def run_jobs(
+    study: Study, seeds: Sequence[int], arguments: Sequence[str], *, num_jobs: int
+) -> list[int]:
+    """Runs `sftmix study ARGUMENTS` in several processes, each with its share of the seeds. Returns
+    their exit codes. What their runs print goes to DIR/logs/job_N.log.
+
+    An interrupt and SIGTERM are passed on, and each job saves its state; waits until all have
+    ended.
+    """
+    shares = [seeds[number::num_jobs] for number in range(num_jobs)]
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number, share in enumerate(shares, start=1):
+            log = study.settings.dir / "logs" / f"job_{number}.log"
+            print(f"job {number}: seeds {', '.join(map(str, share))}; output in {log}", flush=True)
+            own = ["--only-seeds", *map(str, share), "--output", str(log)]
+            command = [sys.executable, "-m", "sftmix.cli", "study", *arguments, *own]
+            # in a session of its own, so that only this process gets an interrupt of the terminal
+            processes.append(
+                subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+            )
+        return [process.wait() for process in processes]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def share_stages(config: Config, others: Sequence[Path]) -> list[str]:

@@ -93,6 +93,25 @@ def test_a_killed_study_goes_on_where_it_was(finished, tmp_path):
         assert one["differences"] == other["differences"]
 
 
+def test_jobs_side_by_side_give_the_same(finished, tmp_path):
+    done = sftmix("study", str(write(tmp_path)), *TINY, "--jobs", "2")
+    assert "job 2: seeds 1" in done.stdout and "trial 2/2: sftmix, seed 1" in done.stdout
+    before, after = (
+        json.loads((folder / "study" / "results.json").read_text())["arms"]
+        for folder in (finished[0], tmp_path)
+    )
+    for one, other in zip(before, after, strict=True):
+        assert one["differences"] == other["differences"]
+    assert "] train: " in (tmp_path / "study/logs/job_1.log").read_text()
+
+
+def test_a_job_that_fails_is_named(tmp_path):
+    hot = "    hot: {train: {learning_rate: 1.0e+30}, limits: {skipped_steps: 1}}\n"
+    file = write(tmp_path, ARMS.replace("    sftmix: {}\n", hot))
+    done = sftmix("study", str(file), *TINY, "--jobs", "2", check=False)
+    assert done.returncode == 2 and "2 jobs failed: 1; 2" in done.stderr
+
+
 def test_one_seed_alone_and_a_seed_that_is_not_there(tmp_path):
     file = write(tmp_path)
     done = sftmix("study", str(file), *TINY, "--only-seeds", "1")
