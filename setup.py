@@ -66,6 +66,7 @@ setup(
             TRITON,
             "pytest>=8",
             "pytest-xdist>=3.8",
+            "playwright>=1.50",  # drives the machine's chromium in the tests of pages
             "ruff>=0.8",
             "mypy>=1.13",
             "types-PyYAML",

@@ -33,6 +33,7 @@ NOTES = [
 ]
 SEED_TITLES = ["arm", "seed", "loss", "exact match", "only this arm exact", "only control", "p"]
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
+POINTS = "#7f9fb5"  # seen on white and on black
 WIDTH = 78
 
 
@@ -80,7 +81,7 @@ def write_results(
         figures=_figures(results, settings.outcome),
         seed_titles=SEED_TITLES,
         seeds=[row for arm in results for row in _seed_rows(arm)],
-        arms=[(name, json.dumps(arm)) for name, arm in settings.arms.items()],
+        arms=[(name, json.dumps(arm) if arm else "none") for name, arm in settings.arms.items()],
         facts=facts,
         control=settings.control,
         config=dump_config(study.arms[settings.control]),
@@ -163,7 +164,7 @@ def _facts(results: Sequence[ArmResult], command: str) -> list[tuple[str, Any]]:
     return [
         ("command", command),
         ("device", torch.cuda.get_device_name() if has_gpu() else provenance.processor()),
-        ("versions", provenance.versions()),
+        ("versions", ", ".join(f"{k} {v}" for k, v in provenance.versions().items())),
         ("commit", provenance.commit()),
         *(
             (key, facts[key])
@@ -195,7 +196,7 @@ def _difference_figure(arms: Sequence[ArmResult], outcome: str, unit: str) -> st
     for place, arm in enumerate(reversed(arms)):
         difference = arm.differences[outcome]
         assert difference is not None
-        axes.plot(difference.per_seed, [place] * len(difference.per_seed), "o", ms=4, alpha=0.45)
+        axes.plot(difference.per_seed, [place] * len(difference.per_seed), "o", ms=4, color=POINTS)
         if difference.low is not None and difference.high is not None:
             axes.plot([difference.low, difference.high], [place, place], "-", color="#2a7f62", lw=2)
         axes.plot([difference.mean], [place], "D", color="#2a7f62", ms=6)

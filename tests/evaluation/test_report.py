@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from matchings import split_by_confidence
 from matplotlib.figure import Figure
+from pages import assert_shown_well
 from processes import ROOT
 
 from sftmix.confidence.definition import CONFIDENCE_SCHEMA
@@ -527,3 +528,9 @@ def test_a_stage_that_did_not_count_what_was_waited_has_no_minutes(finished, tmp
         "| SFTMix | - | - | - | 1 | - |"
         in (tmp_path / "report" / "report.md").read_text().splitlines()
     )
+
+
+def test_the_report_fits_a_phone_is_dark_in_the_dark_and_asks_for_nothing(finished, tmp_path):
+    run = finished(confidence=-np.arange(1.0, 31.0), variability=np.arange(1.0, 31.0))
+    build_report(run, tmp_path / "report")
+    assert_shown_well(tmp_path / "report" / "index.html")
