@@ -50,6 +50,9 @@ TARGETS: list[tuple[str, str, float, float | None]] = [
     ("sftmix (ours)", "products (three, bare)", 1.15, None),
     ("sftmix (ours)", "sftmix (textbook, compiled)", 0.70, None),
     ("nll (ours)", "product (one, bare)", 1.15, None),
+    ("dft (ours)", "ntp (ours)", 1.05, 1.05),
+    ("eaft (ours)", "ntp (ours)", 1.05, 1.05),
+    ("label-smoothing (ours)", "ntp (ours)", 1.05, 1.05),
 ]
 
 
@@ -113,12 +116,22 @@ def check_losses(losses: dict[str, float | None], dtype: torch.dtype) -> None:
 
 
 def measure(
-    shape: str, *, num_rounds: int, backend: str | None, dtype: torch.dtype, device: torch.device
+    shape: str,
+    *,
+    num_rounds: int,
+    backend: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    only: list[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Returns a row per provider."""
+    """Returns a row per provider. only: their names begin with one of these words."""
     num_rows, hidden_size, vocab_size, _ = parse(shape)
     problem = draw(*parse(shape), dtype=dtype, device=device)
-    functions = providers(backend)
+    functions = {
+        name: function
+        for name, function in providers(backend).items()
+        if only is None or name.startswith(tuple(only))
+    }
     losses, reasons = runnable(functions, problem)
     check_losses(losses, dtype)
     calls = {name: lambda _, f=functions[name]: take_step(f, problem) for name in losses}
@@ -232,6 +245,9 @@ def main() -> None:
         metavar="T,D,V[,CAP]",
         help="default: five of 7B to 14B models on a GPU, two small ones on a CPU",
     )
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="providers whose names begin with one of these"
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument(
         "--dtype",
@@ -278,6 +294,7 @@ def main() -> None:
                 backend=options.backend,
                 dtype=dtype,
                 device=device,
+                only=options.only,
             )
         if options.memory:
             command = [

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ def _textbook_mixup(
     return (lam * to_confident + (1 - lam) * to_unconfident).mean()
 
 
-def _ours(p: Problem, *, mixes: bool, backend: str | None) -> Tensor:
+def _ours(p: Problem, *, mixes: bool, backend: str | None, **objective: Any) -> Tensor:
     pairs, lam = (p.pairs, p.lam) if mixes else (p.pairs[:0], p.lam[:0])
     # known from the batch, as in training
     counts = {"num_ntp_tokens": len(p.labels), "num_mixup_tokens": len(p.pairs)}
@@ -128,6 +129,7 @@ def _ours(p: Problem, *, mixes: bool, backend: str | None) -> Tensor:
         logit_softcap=p.softcap,
         backend=backend,
         **counts,
+        **objective,
     ).loss
 
 
@@ -203,9 +205,15 @@ def _one_product(p: Problem) -> Tensor:
 
 
 def providers(backend: str | None) -> dict[str, Callable[[Problem], Tensor]]:
-    """Returns name -> function. Names begin with what is computed: sftmix, ntp, nll, or product."""
+    """Returns name -> function. Names begin with what is computed: sftmix, ntp, nll, product, or
+    another objective."""
     compiled_ntp = torch.compile(_textbook_ntp, dynamic=False)
     compiled_mixup = torch.compile(_textbook_mixup, dynamic=False)
+    objectives: dict[str, dict[str, Any]] = {
+        "dft": {"weighting": "dft"},
+        "eaft": {"weighting": "eaft"},
+        "label-smoothing": {"label_smoothing": 0.1},
+    }
     return {
         "sftmix (ours)": lambda p: _ours(p, mixes=True, backend=backend),
         "ntp (ours)": lambda p: _ours(p, mixes=False, backend=backend),
@@ -225,4 +233,8 @@ def providers(backend: str | None) -> dict[str, Callable[[Problem], Tensor]]:
             p.hidden, p.weight, p.labels, logit_softcap=p.softcap, backend=backend
         ),
         "product (one, bare)": _one_product,
+        **{
+            f"{name} (ours)": lambda p, o=options: _ours(p, mixes=False, backend=backend, **o)
+            for name, options in objectives.items()
+        },
     }

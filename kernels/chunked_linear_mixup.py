@@ -104,10 +104,10 @@ def chunked_linear_mixup(
         # pairs of neighbours in this chunk
         first, last = min(start // 2, num_pairs), min(stop // 2, num_pairs)
         transform = (logit_scale, logit_softcap, ignore_index)
-        is_plain = weighting == "none"
+        is_dft = weighting == "dft"
         weights = (
             ntp_share
-            if is_plain
+            if is_dft or weighting == "none"
             else ntp_share
             * token_weights(weighting, alpha, logits, targets[start:stop], *transform)
         )
@@ -120,10 +120,12 @@ def chunked_linear_mixup(
             *transform,
             want_hidden or want_weight or want_bias,
             label_smoothing,
+            is_dft,
         )
         token_nll[start:stop] = nll
-        if not is_plain or label_smoothing:
-            objective += (weights * torch.lerp(nll, even, label_smoothing)).sum()
+        if weighting != "none" or label_smoothing:
+            shown = weights * torch.exp(-nll) if is_dft else weights
+            objective += (shown * torch.lerp(nll, even, label_smoothing)).sum()
         d_logits = logits  # overwritten
         if want_bias:
             d_bias += d_logits.sum(dim=0, dtype=accumulate)

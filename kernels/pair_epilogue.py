@@ -43,6 +43,7 @@ def pair_epilogue_reference(
     ignore_index: int = -100,
     want_gradient: bool = True,
     label_smoothing: float = 0.0,
+    by_probability: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, by autograd in plain PyTorch. Arguments and results as `pair_epilogue`."""
     accumulate = torch.promote_types(logits.dtype, torch.float32)
@@ -71,7 +72,8 @@ def pair_epilogue_reference(
         ).squeeze(1)
         mixup = torch.where(valid[: 2 * num_pairs].view(-1, 2).all(dim=1), mixup, 0.0)
         objective = (1 - label_smoothing) * nll + label_smoothing * smoothed
-        loss = (objective * ntp_weight).sum() + (mixup * mixup_weight).sum()
+        weight = ntp_weight * torch.exp(-nll.detach()) if by_probability else ntp_weight
+        loss = (objective * weight).sum() + (mixup * mixup_weight).sum()
     if want_gradient:
         (gradient,) = torch.autograd.grad(loss, raw)
         logits.copy_(gradient.to(logits.dtype))
@@ -89,6 +91,7 @@ def pair_epilogue_torch(
     ignore_index: int = -100,
     want_gradient: bool = True,
     label_smoothing: float = 0.0,
+    by_probability: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the (N,) NTP and (M,) Mixup losses in nats, and the (N,) mean of -log p over the
     vocabulary; overwrites the raw logits with the gradient of
@@ -97,8 +100,9 @@ def pair_epilogue_torch(
 
     logits: (N, V), contiguous rows; labels: (N,) int64; lam: (M,), M <= N // 2, share of row 2i in
     pair i. ntp_weight: 0-d or (N,) tensor, mixup_weight: 0-d tensor; they stay on the device.
-    Losses are float32 (float64 for float64 logits) and are not multiplied by them. Without label
-    smoothing the third result is the first. A row with an ignored label gives 0 and exact zeros,
+    by_probability: a row's weight is multiplied by the probability of its label (DFT). Losses are
+    float32 (float64 for float64 logits) and are not multiplied by weights. Without label smoothing
+    the third result is the first. A row with an ignored label gives 0 and exact zeros,
     and so does the mixed part of a pair with one. `want_gradient=False`: the logits' content is
     undefined afterwards.
     """
@@ -132,6 +136,8 @@ def pair_epilogue_torch(
             mean=rows.mean[piece] if label_smoothing else None,
         )
         if want_gradient:
+            if by_probability:
+                rows.weigh_by_probability(piece)
             raw.mul_(rows.weight[piece] / rows.total[piece])
             if label_smoothing:
                 raw.sub_(rows.weight[piece] * (label_smoothing / raw.shape[1]))
@@ -209,6 +215,11 @@ class _Rows:
             weight,
             *(torch.empty_like(at_label) for _ in range(3)),
         )
+
+    def weigh_by_probability(self, piece: slice) -> None:
+        p = (self.at_label[piece] - self.maximum[piece]).exp() / self.total[piece]
+        for weight in (self.weight[piece], self.at_label_gradient[piece]):
+            weight.copy_(torch.where(self.alive[piece], weight * p, 0.0))
 
     def losses(self) -> Tensor:
         # Subtract the maximum from the logits first: large logits would cancel.

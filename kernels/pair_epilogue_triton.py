@@ -34,6 +34,7 @@ def pair_epilogue(
     ignore_index: int = -100,
     want_gradient: bool = True,
     label_smoothing: float = 0.0,
+    by_probability: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns and overwrites what `pair_epilogue_torch` does, for the same arguments."""
     need_gpu(logits)
@@ -48,6 +49,7 @@ def pair_epilogue(
         "WANT_GRADIENT": want_gradient,
         "SMOOTHING": float(label_smoothing),
         "PER_ROW": ntp_weight.dim() == 1,
+        "BY_PROBABILITY": by_probability,
     }
     weights = (ntp_weight.to(accumulate).contiguous(), mixup_weight.to(accumulate))
     scalars = (logits.stride(0), vocab_size, ignore_index)
@@ -91,6 +93,7 @@ def row_nll(
         "WANT_MATCH": True,
         "SMOOTHING": 0.0,
         "PER_ROW": False,
+        "BY_PROBABILITY": False,
     }
     if num_rows:
         scalars = (logits.stride(0), vocab_size, ignore_index, 0)
@@ -172,6 +175,7 @@ def _pair_kernel(
     WANT_GRADIENT: tl.constexpr,
     SMOOTHING: tl.constexpr,
     PER_ROW: tl.constexpr,
+    BY_PROBABILITY: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -234,6 +238,9 @@ def _pair_kernel(
         tl.debug_barrier()
         w_c = tl.load(ntp_weight_ptr + (2 * pair if PER_ROW else 0))
         w_u = tl.load(ntp_weight_ptr + (2 * pair + 1 if PER_ROW else 0))
+        if BY_PROBABILITY:
+            w_c *= tl.exp(-nll_c)
+            w_u *= tl.exp(-nll_u)
         w_mix = tl.load(mixup_weight_ptr)
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -281,6 +288,7 @@ def _row_kernel(
     WANT_MATCH: tl.constexpr,
     SMOOTHING: tl.constexpr,
     PER_ROW: tl.constexpr,
+    BY_PROBABILITY: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -310,6 +318,8 @@ def _row_kernel(
         # every warp has read the logits at the labels before any overwrites them
         tl.debug_barrier()
         w_ntp = tl.load(ntp_weight_ptr + (row if PER_ROW else 0))
+        if BY_PROBABILITY:
+            w_ntp *= tl.exp(at_label - m) / s
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = column < V

@@ -67,8 +67,9 @@ of_logits = {"SCALE": 1.0, "ACCUMULATE": tl.float32}
 for cap in (None, 30.0):
     for kernel in (epilogue._pair_kernel, epilogue._row_kernel):
         constants = {**of_logits, "CAP": cap, "WANT_GRADIENT": True, "BLOCK": epilogue.MAX_BLOCK}
-        for form in ({"SMOOTHING": 0.0, "PER_ROW": False}, {"SMOOTHING": 0.1, "PER_ROW": True}):
-            name = f"epilogue {kernel.__name__} cap={cap} smoothing={form['SMOOTHING']}"
+        for smoothing, other in ((0.0, False), (0.1, True)):
+            form = {"SMOOTHING": smoothing, "PER_ROW": other, "BY_PROBABILITY": other}
+            name = f"epilogue {kernel.__name__} cap={cap} smoothing={smoothing}"
             report[name] = report_of(kernel, 8, {**constants, **form})
     forms = {"two members": {}, "mixed already": {"u_ptr": None, "d_u_ptr": None}}
     for form, absent in forms.items():

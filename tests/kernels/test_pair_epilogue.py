@@ -91,8 +91,14 @@ def test_smoothed_labels_and_a_weight_for_each_row(case, transform, version):
     inputs = draw(**CASES[case])
     inputs["ntp_weight"] = torch.linspace(-0.5, 2, len(inputs["labels"]), device=DEVICE)
     inputs["labels"][0] = IGNORED
-    for smoothing in (0.0, 0.1, 0.7):
-        assert_equal(VERSIONS[version], inputs, **TRANSFORMS[transform], label_smoothing=smoothing)
+    for smoothing, by_probability in ((0.0, False), (0.1, False), (0.0, True), (0.7, True)):
+        assert_equal(
+            VERSIONS[version],
+            inputs,
+            **TRANSFORMS[transform],
+            label_smoothing=smoothing,
+            by_probability=by_probability,
+        )
 
 
 @pytest.mark.parametrize("version", VERSIONS)
