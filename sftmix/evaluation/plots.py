@@ -28,6 +28,7 @@ def loss_curves(curves: dict[str, list[tuple[int, float | None]]]) -> str:
             style,
             label=name,
             linewidth=1.4,
+            marker="o" if len(points) == 1 else None,  # a single point has no line
         )
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("nats")

@@ -22,6 +22,7 @@ from sftmix.evaluation.report_examples import (
     RunOutputs,
     ScoredExamples,
     agreements,
+    changes,
     duplicates,
     extremes,
     noise,
@@ -48,6 +49,7 @@ def build_report(run: RunOutputs, folder: Path) -> None:
         "sftmix.evaluation",
         "report.html.j2",
         title=run.config.run.dir.name,
+        summary=summary(table),
         titles=TITLES,
         table=[cells(row) for row in table],
         notes=[UNITS, ONE_SEED],
@@ -59,6 +61,7 @@ def build_report(run: RunOutputs, folder: Path) -> None:
         scale=scored.scale,
         num_not_finite=int((~np.isfinite(scored.confidence)).sum()),
         extremes=extremes(scored),
+        changes=changes(run),
         duplicates=duplicates(scored),
         truncated=truncated(scored),
         noise=noise(scored),
@@ -99,6 +102,24 @@ def result_table(run: RunOutputs, metrics: dict[str, Any]) -> list[dict[str, Any
     return rows
 
 
+def summary(table: list[dict[str, Any]]) -> str:
+    """Returns what the result table says, in a sentence."""
+    found = [row for row in table if row["loss"] is not None]
+    if not found:
+        return "There are no held-out examples, so nothing was compared."
+    *others, last = found
+    if not others:
+        return f"{last['model']}: held-out loss {last['loss']:.4f} nats per response token."
+    other, gap = others[0], last["loss"] - others[0]["loss"]
+    return (
+        f"{last['model']}'s held-out loss is {abs(gap):.4f} nats per response token"
+        f" {'below' if gap < 0 else 'above'} that of the {other['model']}; exact match is"
+        f" {100 * abs(last['exact_match'] - other['exact_match']):.1f} points"
+        f" {'higher' if last['exact_match'] >= other['exact_match'] else 'lower'}. This is one"
+        " seed."
+    )
+
+
 COLUMNS = (
     ("model", "model", "{}"),
     ("loss", "loss", "{:.4f}"),
@@ -113,8 +134,7 @@ UNITS = (
     " match, the share of held-out responses that greedy decoding writes to the last token."
     " tokens/s: without padding, per second of training. minutes: what you waited for the stage."
 )
-# Measured on 2 cores of an Intel Xeon, seeds 0, 1, 2: NTP 52.0, 72.7, 65.7%, SFTMix 50.0, 66.0,
-# 63.3%.
+# Measured on 2 cores of an Intel Xeon (README, Results).
 ONE_SEED = (
     "One seed decides nothing: over six seeds of the quickstart study exact match has a standard"
     " deviation of 7.6 points (NTP) and 7.1 (SFTMix). `sftmix study` compares over several seeds."

@@ -22,12 +22,14 @@ from sftmix.confidence.table import as_floats, read_confidence
 from sftmix.confidence.table_files import CONFIDENCE
 from sftmix.config.schema import Config, SplitConfig
 from sftmix.errors import counted
+from sftmix.evaluation.held_out import MODEL_NAMES
 from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT
 from sftmix.pairing.on_files import RANDOM, SPLIT
 from sftmix.pairing.split import split_values
 from sftmix.storage.artifacts import read_facts
 
 NUM_SHOWN = 10  # rows of a table of examples
+NUM_CHANGED = 5  # examples that gain or lose most
 MAX_CHARACTERS = 400  # of a message
 
 
@@ -111,6 +113,32 @@ def extremes(scored: ScoredExamples) -> list[dict[str, Any]]:
     ]
 
 
+def changes(run: RunOutputs) -> list[dict[str, Any]]:
+    """Returns the held-out examples whose loss SFTMix lowers and raises most, beside the baseline:
+    [{"title", "rows"}, ...], nats per response token. Empty without a baseline."""
+    path = run.inputs["evaluate"] / "per_example.parquet"
+    if not path.is_file() or not {"baseline", "train"} <= set(run.inputs):
+        return []
+    table = pq.read_table(path, columns=["model", "nll_sum", "num_response_tokens"])
+    before, after = (
+        as_floats(rows["nll_sum"]) / as_floats(rows["num_response_tokens"])
+        for name in ("baseline", "train")
+        for rows in [table.filter(pc.equal(table["model"], MODEL_NAMES[name]))]
+    )
+    examples = TokenisedExamples(run.inputs["data"] / "held_out.arrow").table
+    order = np.argsort(after - before, kind="stable")
+    chosen = {"gained": order[:NUM_CHANGED], "lost": order[::-1][:NUM_CHANGED]}
+    return [
+        {
+            "title": f"Held-out examples that {word} most from SFTMix",
+            "rows": [
+                {**_shown(examples[int(n)]), "before": before[n], "after": after[n]} for n in places
+            ],
+        }
+        for word, places in chosen.items()
+    ]
+
+
 def duplicates(scored: ScoredExamples) -> dict[str, Any]:
     """Returns the groups of examples with equal content: their number, the number whose copies are
     in different parts, and the largest groups with the spread of confidence among the copies."""
@@ -189,7 +217,10 @@ def noise(scored: ScoredExamples) -> dict[str, float] | None:
 
 
 def _row(scored: ScoredExamples, index: np.int64) -> dict[str, Any]:
-    row = scored.table[int(index)]
+    return {**_shown(scored.table[int(index)]), "value": float(scored.shown[index])}
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
     messages = [
         (
             m["role"],
@@ -197,12 +228,7 @@ def _row(scored: ScoredExamples, index: np.int64) -> dict[str, Any]:
         )
         for m in json.loads(row["messages"])
     ]
-    return {
-        "example_id": row["example_id"],
-        "value": float(scored.shown[index]),
-        "group": row["group"] or "",
-        "messages": messages,
-    }
+    return {"example_id": row["example_id"], "group": row["group"] or "", "messages": messages}
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,8 @@ def test_the_table_and_the_path_of_the_report_are_printed_last(finished):
         )
         == 3
     )
-    assert (folder / "report" / "index.html").is_file()
+    page = (folder / "report" / "index.html").read_text()
+    assert "that gained most from SFTMix" in page and "held-out loss is" in page
 
 
 def test_a_run_ends_with_the_model_and_with_commands_that_work(finished, tmp_path):
