@@ -322,13 +322,16 @@ def test_compiled_in_one_graph_it_is_the_same(pieces, backend):
         assert torch.allclose(a, b, rtol=1e-13, atol=1e-15)
 
 
-def test_operator_obeys_the_rules_of_custom_operators():
+@pytest.mark.parametrize("objective", [("none", 0.0), ("eaft", 0.1)])
+def test_operator_obeys_the_rules_of_custom_operators(objective):
     inputs = draw(num_rows=5, num_pairs=1)
     one = torch.ones((), dtype=torch.float64)
     tensors = [inputs[name] for name in ("hidden", "weight", "bias", "labels", "pairs", "lam")]
+    weighting, smoothing = objective
+    settings = (0.2, 1.0, None, IGNORE_INDEX, 0.7, weighting, 1.0, smoothing, "torch")
     torch.library.opcheck(
         module.chunked_linear_mixup,
-        (*tensors, one / 5, one, 0.2, 1.0, None, IGNORE_INDEX, "torch", True, True, True),
+        (*tensors, one / 5, one, *settings, True, True, True),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 

@@ -239,7 +239,7 @@ def test_agrees_with_the_mixup_part_of_the_pair_epilogue(transform, backend):
     )
     weights = [torch.tensor(weight, device=DEVICE) for weight in (0.0, 1.0)]
     options = {"logit_scale": 1.0, **TRANSFORMS[transform]}
-    _, expected = pair_epilogue_reference(
+    _, expected, _ = pair_epilogue_reference(
         rows, inputs["labels"].reshape(-1), inputs["lam"], *weights, **options
     )  # overwrites the rows
     loss, *gradients = run(mixup_cross_entropy, inputs, backend=backend, **TRANSFORMS[transform])
