@@ -692,6 +692,7 @@ def test_the_readmes_commands_are_understood(line, tmp_path):
     from sftmix.cli import _parser
     from sftmix.config.reader import load_config
     from sftmix.config.shipped import packaged
+    from sftmix.config.study import load_study
 
     words = shlex.split(line)
     if words[0] != "sftmix":
@@ -705,7 +706,8 @@ def test_the_readmes_commands_are_understood(line, tmp_path):
     options = _parser().parse_args(words[1:])
     if options.command not in ("scores", "configs"):
         assert packaged(options.config), f"{options.config} is not in the repository"
-        load_config(options.config, options.overrides)
+        load = load_study if options.command == "study" else load_config
+        load(options.config, options.overrides)
 
 
 def test_pages_name_only_files_that_exist():
