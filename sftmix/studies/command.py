@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 
 from sftmix.config.study import Study, load_study
 from sftmix.errors import (
@@ -51,11 +52,12 @@ def run_study(options: argparse.Namespace) -> int:
     if num_jobs > 1:
         flags = [f"--{name}" for name in ("force", "restart") if getattr(options, name)]
         codes = run_jobs(study, seeds, [*arguments, *flags], num_jobs=num_jobs)
-        stopped = [code for code in codes if code in (STOPPED, INTERRUPTED)]
+        # by a signal: between two trainings, where there is no state to save
+        stopped = {STOPPED, INTERRUPTED, -signal.SIGTERM, -signal.SIGINT} & set(codes)
         if stopped:
             raise StoppedError(
                 "the jobs were stopped and have saved their state; the same command goes on",
-                stopped[0],
+                INTERRUPTED if stopped & {INTERRUPTED, -signal.SIGINT} else STOPPED,
             )
         lost = [str(number) for number, code in enumerate(codes, start=1) if code]
     else:

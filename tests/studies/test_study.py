@@ -105,6 +105,22 @@ def test_jobs_side_by_side_give_the_same(finished, tmp_path):
     assert "] train: " in (tmp_path / "study/logs/job_1.log").read_text()
 
 
+def test_jobs_that_are_stopped_say_so_and_go_on(finished, tmp_path):
+    file = write(tmp_path)
+    # each job sends itself SIGTERM in its fifth step
+    stopped = sftmix(
+        "study", str(file), *TINY, "--jobs", "2", check=False, fault="train.step:0:5:term"
+    )
+    assert stopped.returncode == 75 and "the jobs were stopped" in stopped.stderr
+    sftmix("study", str(file), *TINY, "--jobs", "2")
+    logs = (tmp_path / "study/logs").glob("job_*.log")
+    assert all("resumed after step 5" in log.read_text() for log in logs)
+    for trial in ("ntp/seed_0", "sftmix/seed_1"):
+        assert weights(tmp_path / "study/trials" / trial) == weights(
+            finished[0] / "study/trials" / trial
+        )
+
+
 def test_a_job_that_fails_is_named(tmp_path):
     hot = "    hot: {train: {learning_rate: 1.0e+30}, limits: {skipped_steps: 1}}\n"
     file = write(tmp_path, ARMS.replace("    sftmix: {}\n", hot))
