@@ -1,4 +1,4 @@
-# make quickstart   set up, then compare SFTMix with next-token prediction on generated data, 6 seeds
+# make quickstart   set up, then compare SFTMix with next-token prediction: generated data, 6 seeds
 # make test         set up with the tools of development, then run all tests
 # make test-oldest  the quick tests with the oldest versions that setup.py allows, make test-newest
 #   with the newest

@@ -6,7 +6,8 @@
 # Parts, each of under 8 minutes; all of them if none is named:
 #   kernels  checks every kernel, times all against the peers, times a whole training step, and
 #            trains the quickstart end to end on ZeRO-3
-#   train    whole trainings of a model of 1.9 G parameters, ZeRO-3, bf16: packed, padded, SFTMix, TRL
+#   train    whole trainings of a model of 1.9 G parameters, ZeRO-3, bf16: packed, padded, SFTMix,
+#            TRL
 #   8b       a model of 7 G parameters with the optimiser on the host
 #
 # `train` and `8b` need ALPACA=FILE, Alpaca's JSON (tatsu-lab/stanford_alpaca, alpaca_data.json).

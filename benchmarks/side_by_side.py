@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import platform
 import statistics
 import sys
 import time
@@ -53,11 +52,7 @@ def spread(values: Iterable[float]) -> tuple[float, float, float]:
 def machine(device: torch.device, script: str, *, packages: Iterable[str] = ()) -> dict[str, Any]:
     """Returns hardware, its load at this moment, versions (also of further `packages`) and command,
     for the record."""
-    name = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+    name = torch.cuda.get_device_name() if device.type == "cuda" else provenance.processor()
     found = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
     return {
         "device": name,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sftmix.kernels.pair_epilogue import pair_epilogue_torch
-from sftmix.kernels.token_weights import token_weights
+from sftmix.kernels.token_weights import entropy_weights
 
 # Bytes of raw logits that live at once. Chunks are balanced, and a pair is never split between two.
 WORKSPACE_BYTES = 1 << 30
@@ -89,6 +89,9 @@ def chunked_linear_mixup(
 
     # Weights of order one in the chunks; 1 / tokens, which float16 cannot hold, follows in float32
     # in the backward.
+    is_dft, has_entropy = weighting == "dft", weighting in ("eaft", "eaft_unscaled")
+    is_ntp = weighting == "none" and not label_smoothing
+    transform = (logit_scale, logit_softcap, ignore_index)
     ntp_share = torch.full_like(one_over_ntp, ntp_weight)
     objective = torch.zeros_like(one_over_ntp)  # sum of what replaces the plain loss of each row
     mixup_share = mixup_weight * one_over_mixup / one_over_ntp
@@ -103,14 +106,11 @@ def chunked_linear_mixup(
         logits = logits_of(chunk, weight, bias, out=slab[: stop - start])
         # pairs of neighbours in this chunk
         first, last = min(start // 2, num_pairs), min(stop // 2, num_pairs)
-        transform = (logit_scale, logit_softcap, ignore_index)
-        is_dft = weighting == "dft"
-        weights = (
-            ntp_share
-            if is_dft or weighting == "none"
-            else ntp_share
-            * token_weights(weighting, alpha, logits, targets[start:stop], *transform)
-        )
+        weights = ntp_share
+        if has_entropy:
+            weights = ntp_share * entropy_weights(
+                weighting, alpha, logits, targets[start:stop], *transform
+            )
         nll, mixup_nll[first:last], even = epilogue(
             logits,
             targets[start:stop],
@@ -123,7 +123,7 @@ def chunked_linear_mixup(
             is_dft,
         )
         token_nll[start:stop] = nll
-        if weighting != "none" or label_smoothing:
+        if not is_ntp:
             shown = weights * torch.exp(-nll) if is_dft else weights
             objective += (shown * torch.lerp(nll, even, label_smoothing)).sum()
         d_logits = logits  # overwritten
@@ -141,7 +141,6 @@ def chunked_linear_mixup(
         token_nll = torch.empty_like(token_nll).index_copy_(0, order, token_nll)
     ntp = token_nll.sum() * one_over_ntp
     mixup = mixup_nll.sum() * one_over_mixup
-    is_ntp = weighting == "none" and not label_smoothing
     loss = (ntp_weight * ntp if is_ntp else objective * one_over_ntp) + mixup_weight * mixup
     return loss, ntp, mixup, token_nll.float(), d_hidden, d_weight, d_bias
 

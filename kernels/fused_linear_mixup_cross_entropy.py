@@ -90,8 +90,8 @@ def fused_linear_mixup_cross_entropy(
         plain autograd); default "triton" for tensors on a GPU, else "torch". An explicit backend is
         never replaced by another.
     ntp_weight: factor of the next-token part; 0 leaves Mixup alone. weighting, alpha: of tokens, as
-    `token_weights` takes them; weights carry no gradient, and the sum is divided by the number of
-    tokens, not by the weights' sum. label_smoothing: in [0, 1).
+    `token_weights.py` lists them; weights carry no gradient, and the sum is divided by the number
+    of tokens, not by the weights' sum. label_smoothing: in [0, 1).
 
     Without rows the loss is 0, the gradients are exact zeros and the graph is attached, so that
     every rank of a sharded run takes part in the same collectives. The call does not synchronise

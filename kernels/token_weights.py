@@ -24,7 +24,7 @@ GROUP_COLUMNS = 64  # of the vocabulary, whose maximum is taken first
 EAFT_SCALE = 3.0  # the authors divide by it, for ln 20 = 2.9957
 
 
-def token_weights(
+def entropy_weights(
     weighting: str,
     alpha: float,
     logits: Tensor,
@@ -33,18 +33,14 @@ def token_weights(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Returns the (N,) weights, float32 (float64 for float64 logits); 0 where the label is ignored.
-    DFT's weights are 1 here: the epilogue has the probability at hand, and multiplies by it.
+    """Returns the (N,) weights of EAFT, float32 (float64 for float64 logits); 0 where the label is
+    ignored. (DFT's are not computed here: the epilogue has the probability at hand.)
 
-    weighting: one of WEIGHTINGS. alpha: exponent of EAFT. logits: (N, V), raw: before scale and
-    soft-cap; unchanged. labels: (N,) int64. Raises ValueError for an unknown weighting.
+    weighting: "eaft" or "eaft_unscaled". alpha: exponent. logits: (N, V), raw: before scale and
+    soft-cap; unchanged. labels: (N,) int64.
     """
     accumulate = torch.promote_types(logits.dtype, torch.float32)
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting is {weighting!r}, expected one of {', '.join(WEIGHTINGS)}")
-    weights = logits.new_ones(logits.shape[0], dtype=accumulate)
-    if weighting in ("none", "dft"):
-        return weights
+    weights = logits.new_empty(logits.shape[0], dtype=accumulate)
     for piece in pieces_in_cache(logits, accumulate):
         # scale > 0 and the soft-cap keep the order, so only the likeliest are scaled and capped
         ordered = logits[piece] if logit_scale >= 0 else -logits[piece]
@@ -61,8 +57,8 @@ def largest(values: Tensor, count: int) -> Tensor:
 
     They are in the `count` groups of columns with the largest maxima: a value in another group has
     `count` maxima above it. So only the maxima need a pass over all columns, which takes a fraction
-    of `torch.topk` over them. A group takes every so-manieth column, so that the maxima are taken
-    along contiguous memory.
+    of `torch.topk` over them. The columns of a group are `num_groups` apart, so that the maxima are
+    taken along contiguous memory.
     """
     num_groups = values.shape[1] // GROUP_COLUMNS
     if num_groups > count:

@@ -33,3 +33,19 @@ def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a table in Markdown; the columns after the first are aligned to the right."""
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def aligned(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns a table as lines of plain text, the titles first; the columns after the first are
+    aligned to the right."""
+    table = [titles, *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
+        for row in table
+    ]

@@ -16,7 +16,7 @@ from sftmix.config.reader import dump_config
 from sftmix.errors import counted
 from sftmix.evaluation import plots
 from sftmix.evaluation.held_out import MODEL_NAMES
-from sftmix.evaluation.page import markdown, render
+from sftmix.evaluation.page import aligned, markdown, render
 from sftmix.evaluation.report_examples import (
     Agreement,
     RunOutputs,
@@ -161,14 +161,10 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def print_table(table: list[dict[str, Any]]) -> None:
     """Prints the result table, within 60 columns, and explains its columns."""
-    rows = [TITLES, *map(cells, table)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = [cells(row) for row in table]
+    rule = ["-" * max(map(len, column)) for column in zip(TITLES, *rows, strict=True)]
     print("\nSFTMix beside next-token prediction\n")
-    for number, row in enumerate(rows):
-        first, *others = (text.rjust(width) for text, width in zip(row, widths, strict=True))
-        print("  ".join([row[0].ljust(len(first)), *others]))
-        if number == 0:
-            print("  ".join("-" * width for width in widths))
+    print(*aligned(TITLES, [rule, *rows]), sep="\n")
     for note in (UNITS, ONE_SEED):
         print(f"\n{textwrap.fill(note, WIDTH)}")
     print()

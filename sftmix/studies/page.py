@@ -15,24 +15,23 @@ from sftmix.config.study import Study
 from sftmix.engine.ranks import has_gpu
 from sftmix.errors import counted
 from sftmix.evaluation import plots
-from sftmix.evaluation.page import markdown, render
+from sftmix.evaluation.page import aligned, markdown, render
 from sftmix.storage import provenance
 from sftmix.storage.files import write_json, write_text
 from sftmix.studies.results import OUTCOMES, ArmResult, as_json, sentences
 from sftmix.studies.statistics import Difference
 
 TITLES = ["arm", "seeds", "loss", "difference", "exact match", "difference", "min"]
+PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 NOTES = [
     "Loss: nats per response token of held-out examples, lower is better. Exact match: share of"
     " held-out responses that greedy decoding would produce, higher is better. Both: mean"
-    " \N{PLUS-MINUS SIGN}"
-    " standard deviation over the seeds. min: minutes of training a trial's models, the reference"
-    " included.",
+    f" {PLUS_MINUS} standard deviation over the seeds. min: minutes of training a trial's models,"
+    " the reference included.",
     "Difference: to the control, paired by seed, with its 95% t interval over the seeds. The"
     " examples of one seed say how well that seed was measured; they are no further evidence.",
 ]
 SEED_TITLES = ["arm", "seed", "loss", "exact match", "only this arm exact", "only control", "p"]
-PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 POINTS = "#7f9fb5"  # seen on white and on black
 WIDTH = 78
 
@@ -91,13 +90,7 @@ def write_results(
 
 def print_results(study: Study, results: Sequence[ArmResult]) -> None:
     """Prints the table, and what the data allow to say."""
-    rows = [TITLES, *map(row_of, results)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    print()
-    for row in rows:
-        first, *others = (text.rjust(width) for text, width in zip(row, widths, strict=True))
-        print("  ".join([row[0].ljust(len(first)), *others]))
-    print()
+    print("", *aligned(TITLES, [row_of(arm) for arm in results]), "", sep="\n")
     for line in sentences(results, study.settings.control, study.settings.outcome):
         print(textwrap.fill(line, WIDTH))
 

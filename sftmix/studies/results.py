@@ -28,7 +28,7 @@ from sftmix.studies.statistics import (
     sentence,
     switched,
 )
-from sftmix.train.log import read_metrics
+from sftmix.train.log import NTP, read_metrics
 
 TRAINED = "train"  # the stage of the one model that a trial trains
 OUTCOMES = {"loss": (-1, "nats/token"), "exact_match": (1, "share")}  # which is better, unit
@@ -84,7 +84,6 @@ def read_trial(study: Study, arm: str, seed: int) -> Trial:
         for stage in stages_of(study.config(arm, seed))
         if "waited_seconds" in (found := _facts_in(folder / stage.folder))
     }
-    key = "loss/ntp (nats/token)"
     lines = read_metrics(folder / "sftmix" / "metrics.jsonl")
     return Trial(
         loss=metrics["loss_nats_per_token"],
@@ -94,7 +93,7 @@ def read_trial(study: Study, arm: str, seed: int) -> Trial:
         num_tokens=table["num_response_tokens"].to_numpy().astype(float),
         is_exact=table["is_exact"].to_numpy().astype(bool),
         minutes=minutes,
-        curve=[(line["step"], line[key]) for line in lines if line.get(key) is not None],
+        curve=[(line["step"], line[NTP]) for line in lines if line.get(NTP) is not None],
         facts=facts,
     )
 
@@ -125,14 +124,17 @@ def compare(
         for name in order
         if trials.get(name)
     ]
-    compared = [
-        arm for arm in arms if (found := arm.differences[outcome]) and found.p_value is not None
-    ]
-    adjusted = holm([arm.differences[outcome].p_value for arm in compared])  # type: ignore[union-attr,misc]
-    for arm, p_value in zip(compared, adjusted, strict=True):
+    p_values = {
+        arm.name: p_value
+        for arm in arms
+        if (difference := arm.differences[outcome]) is not None
+        and (p_value := difference.p_value) is not None
+    }
+    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    for arm in arms:
         difference = arm.differences[outcome]
-        assert difference is not None
-        arm.differences[outcome] = replace(difference, p_holm=p_value)
+        if difference is not None and arm.name in adjusted:
+            arm.differences[outcome] = replace(difference, p_holm=adjusted[arm.name])
     return arms
 
 

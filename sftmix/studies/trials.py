@@ -42,8 +42,8 @@ def run_trials(
     done: Callable[[], object],
 ) -> dict[tuple[str, int], str]:
     """Runs the trials of these seeds that are not finished, seed by seed. Calls `done` after
-    each. force, restart: as of `sftmix run`. `limits.wall_clock_minutes` holds for all of
-    them together. output: a file for what the runs print; None prints it.
+    each that it ran. force, restart: as of `sftmix run`. `limits.wall_clock_minutes` holds for all
+    of them together. output: a file for what the runs print; None prints it.
 
     Returns what stopped the trials that failed, in one line each; the others go on without them.
     Raises StoppedError if the study was asked to stop; the same command goes on from there.
@@ -56,7 +56,6 @@ def run_trials(
         config = study.config(arm, seed)
         if not force and first_unfinished_stage(config, LAST) is None:
             print(f"{title}: finished before", flush=True)
-            done()
             continue
         print(title, flush=True)
         config = _with_time_left(config, minutes=(time.monotonic() - started) / 60)

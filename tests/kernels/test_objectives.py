@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sftmix.kernels.fused_linear_mixup_cross_entropy import fused_linear_mixup_cross_entropy
-from sftmix.kernels.token_weights import GROUP_COLUMNS, largest, token_weights
+from sftmix.kernels.token_weights import GROUP_COLUMNS, entropy_weights, largest
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", "triton", "reference"]
@@ -131,7 +131,7 @@ def test_loss_and_gradients_equal_the_definition(
 def test_an_ignored_row_without_finite_logits_has_no_weight():
     logits = torch.randn(3, 30)
     logits[1] = float("inf")
-    weights = token_weights("eaft", 1.0, logits, torch.tensor([4, -100, 2]))
+    weights = entropy_weights("eaft", 1.0, logits, torch.tensor([4, -100, 2]))
     assert weights[1] == 0 and torch.isfinite(weights).all() and (weights[[0, 2]] > 0).all()
 
 
