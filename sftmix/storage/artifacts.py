@@ -9,6 +9,7 @@ settings.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import shutil
@@ -161,6 +162,12 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ArtifactError(
             f"{path} is damaged ({error}). Remove the folder and run the stage again."
         ) from None
+
+
+def date_of(folder: Path) -> str:
+    """Returns the day, in UTC, on which a published folder was finished."""
+    written = (folder / MANIFEST).stat().st_mtime
+    return datetime.datetime.fromtimestamp(written, datetime.UTC).date().isoformat()
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

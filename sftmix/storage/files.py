@@ -38,8 +38,8 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file by temporary file and rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Writes a text file by temporary file and rename. Several processes may write the same one."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     with accessing(path), temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

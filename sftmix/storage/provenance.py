@@ -52,6 +52,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def as_text(packages: Mapping[str, str]) -> str:
+    """Returns versions of packages in one line."""
+    return ", ".join(f"{name} {version}" for name, version in packages.items())
+
+
 @cache
 def processor() -> str:
     """Returns the name of this machine's processor."""
