@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sftmix.storage import provenance
+
 # Numbers the counters of this process; equal on all ranks, because all ranks create them together.
 _counters = itertools.count()
 RENDEZVOUS_LIMIT = timedelta(hours=2)
@@ -34,6 +36,12 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        """Name of this rank's GPU, or of the processor."""
+        is_gpu = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if is_gpu else provenance.processor()
 
     @property
     def is_storage_shared(self) -> bool:

@@ -9,6 +9,7 @@ loss) and padded (what the transformer computed).
 from __future__ import annotations
 
 import json
+import math
 import resource
 import shutil
 import sys
@@ -29,6 +30,7 @@ from sftmix.engine.ranks import Ranks
 from sftmix.liveness.progress import progress_bar
 from sftmix.storage.failures import accessing, describe
 from sftmix.storage.files import write_text
+from sftmix.train.energy import EnergyCounter
 from sftmix.train.meter import (
     ACTIVITIES,
     CHECKPOINT,
@@ -159,6 +161,8 @@ class RunLog:
         self._parts, self._flops, self._peak_flops = parts, flops, peak_flops
         self.num_skipped = 0
         self.num_steps = 0
+        self.joules = 0.0  # of all ranks, up to the last line; NaN if unknown
+        self._energy = EnergyCounter(ranks.device, is_first=ranks.local_rank == 0)
         self._metrics, self._tensorboard = metrics, tensorboard
         self._file: Any = None
         self._writer: Any = None
@@ -171,12 +175,13 @@ class RunLog:
         `sftmix/train/resuming.py`."""
         self.meter.read()
         own = dict(zip(LOSSES, self._losses.tolist(), strict=True))
-        own |= self.meter.window_tokens | self._pauses
+        own |= self.meter.window_tokens | self._pauses | {"joules": self._energy.read()}
         shared = {
             **{f"total_{kind}": count for kind, count in self.meter.tokens.items()},
             **{f"{activity}_seconds": seconds for activity, seconds in self.meter.seconds.items()},
             "window_seconds": self.meter.window_seconds,
             "num_skipped": self.num_skipped,
+            "total_joules": self.joules,
             **{f"window_{name}": value for name, value in self._window.items()},
             **{f"balance_{name}": value for name, value in self._balance._asdict().items()},
         }
@@ -188,13 +193,19 @@ class RunLog:
         """Restores the sums that all ranks saved. Removes lines of steps that will be repeated."""
         mine = numbers[min(self.ranks.rank, len(numbers) - 1)]
         own = {name: mine[name] for name in (*LOSSES, *TOKEN_KINDS, *PAUSES)}
+        own["joules"] = mine.get("joules", math.nan)  # a state of an earlier version has none
         if len(numbers) != self.ranks.world_size:  # on other ranks: the first rank has all sums
-            own = {name: sum(row[name] for row in numbers) * self.ranks.is_main for name in own}
+            own = {
+                name: sum(row.get(name, math.nan) for row in numbers) if self.ranks.is_main else 0.0
+                for name in own
+            }
         self._losses = torch.tensor(
             [own[name] for name in LOSSES], dtype=torch.float64, device=self.ranks.device
         )
         self.meter.window_tokens = {kind: own[kind] for kind in TOKEN_KINDS}
         self._pauses = {name: own[name] for name in PAUSES}
+        self._energy.add(own["joules"])
+        self.joules = mine.get("total_joules", math.nan)
         self.meter.window_seconds = mine["window_seconds"]
         for kind in TOKEN_KINDS:
             self.meter.tokens[kind] = mine[f"total_{kind}"]
@@ -259,7 +270,7 @@ class RunLog:
             return
         losses = self._losses.cpu()  # synchronises with the device before the clock is read
         self.meter.switch(TRAINING if step < self.num_steps else OTHER)
-        own = {**self.meter.window_tokens, **self._pauses}
+        own = {**self.meter.window_tokens, **self._pauses, "joules": self._energy.take()}
         own |= self._parts.take() if self._parts is not None else {}
         of_rank = torch.tensor(list(own.values())).double()
         sums = dict(
@@ -271,6 +282,7 @@ class RunLog:
         )
         ntp, mixup, auxiliary = (sums[name] for name in LOSSES)
         seconds, rates = self.meter.end_window({kind: sums[kind] for kind in TOKEN_KINDS})
+        self.joules += sums["joules"]
         window = self._window
         line: dict[str, float] = {"step": step, "epoch": epoch, NTP: ntp / window["steps"]}
         if self.has_mixup:
@@ -359,6 +371,7 @@ class RunLog:
             "num_steps": self.num_steps,
             "num_skipped_steps": self.num_skipped,
             "useful_share": self._balance.useful_share(self.ranks.world_size),
+            **({"energy_joules": self.joules} if np.isfinite(self.joules) else {}),
             **self.meter.facts(),
         }
 

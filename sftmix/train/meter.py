@@ -65,7 +65,7 @@ class Meter:
         return seconds, rates
 
     def facts(self) -> dict[str, float]:
-        """Returns the stage's seconds and its tokens per second, up to this moment."""
+        """Returns the stage's seconds, tokens and tokens per second, up to this moment."""
         self.read()
         named = {
             f"{activity}_seconds": self.seconds[activity] for activity in (TRAINING, CHECKPOINT)
@@ -74,7 +74,8 @@ class Meter:
             f"{kind}_tokens_per_second": rate
             for kind, rate in rates_of(self.tokens, self.seconds[TRAINING]).items()
         }
-        return {**named, "waited_seconds": sum(self.seconds.values()), **rates}
+        counts = {f"num_{kind}_tokens": round(self.tokens[kind]) for kind in TOKEN_KINDS}
+        return {**named, "waited_seconds": sum(self.seconds.values()), **rates, **counts}
 
 
 # the head is a part of the forward; communication (also the wait for slower ranks) one of all
@@ -139,6 +140,16 @@ class StepTrace:
             self._profile.export_chrome_trace(str(self._path))
             print(f"  trace of steps {self._steps[0]} to {step}: {self._path}", flush=True)
             self._profile = self._steps = None
+
+
+def tokens_of(facts: Mapping[str, float]) -> str:
+    """Returns the tokens that a stage trained on, padding apart, as text."""
+    return f"{facts['num_real_tokens']:,.0f}" if "num_real_tokens" in facts else "-"
+
+
+def watt_hours_of(facts: Mapping[str, float]) -> str:
+    """Returns the energy that a stage's training took, as text; "-" if no counter told it."""
+    return f"{facts['energy_joules'] / 3600:,.3g}" if "energy_joules" in facts else "-"
 
 
 NAMES = {TRAINING: "training", CHECKPOINT: "checkpoints and exports", OTHER: "start and end"}

@@ -109,6 +109,7 @@ def train_model(
         "num_trained_parameters": engine.num_trained_parameters,
         "world_size": ranks.world_size,
         "precision": engine.precision,
+        "device": ranks.device_name,
         "num_threads": use_threads(None),
         "packs": engine.packs,
     }
