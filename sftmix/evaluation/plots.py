@@ -63,6 +63,18 @@ def confidence_histogram(scored: ScoredExamples) -> str:
     return as_svg(figure)
 
 
+def pair_histograms(lam: NDArray[np.float64], covered: NDArray[np.float64]) -> str:
+    """Returns the distributions of lam and of the mixed share of a pair's response tokens, as SVG
+    side by side. lam, covered: one value per pair, in [0, 1]."""
+    figure, both = new_figure(2.8, columns=2)
+    names = ("lam: share of the confident example", "share of a pair's response tokens mixed")
+    for axes, values, name in zip(both, (lam, covered), names, strict=True):
+        axes.hist(values, bins=np.linspace(0, 1, 41), color=COLOURS["confident"], alpha=0.85)
+        axes.set_xlabel(name)
+    both[0].set_ylabel("pairs")
+    return as_svg(figure)
+
+
 def points_of_data_map(scored: ScoredExamples) -> tuple[NDArray[np.int64], int]:
     """Returns the examples to draw, and the number of those that are not finite and cannot be
     drawn.
@@ -177,14 +189,16 @@ def _plain_ticks(axis: Any) -> None:
     axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
 
 
-def new_figure(height: float) -> tuple[Any, Any]:
-    """Returns a figure of a page's width and its axes. height: inches."""
+def new_figure(height: float, *, columns: int = 1) -> tuple[Any, Any]:
+    """Returns a figure of a page's width and its axes, an array of them for several columns.
+    height: inches."""
     from matplotlib.figure import Figure
 
     # without pyplot: no global state, no display
     figure = Figure(figsize=(8, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
+    axes = figure.subplots(ncols=columns)
+    for each in np.ravel(axes):
+        each.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,13 @@ from sftmix.evaluation.report_examples import (
     read_scored_examples,
     truncated,
 )
-from sftmix.pairing.on_files import COVERAGE
-from sftmix.storage import provenance
+from sftmix.pairing.matching import pair_coverage
+from sftmix.pairing.on_files import COVERAGE, COVERAGE_UNITS, open_matching
+from sftmix.storage import artifacts, provenance
 from sftmix.storage.failures import accessing
 from sftmix.storage.files import write_text
 from sftmix.train.log import MIXUP, NTP, read_metrics
-from sftmix.train.meter import NAMES, minutes_of
+from sftmix.train.meter import NAMES, minutes_of, tokens_of, watt_hours_of
 
 
 def build_report(run: RunOutputs, folder: Path) -> None:
@@ -44,7 +46,7 @@ def build_report(run: RunOutputs, folder: Path) -> None:
     table = result_table(run, metrics)
     scored = read_scored_examples(run)
     agreed = agreements(run, scored)
-    times = time_table(run)
+    costs = cost_table(run)
     page = render(
         "sftmix.evaluation",
         "report.html.j2",
@@ -53,8 +55,9 @@ def build_report(run: RunOutputs, folder: Path) -> None:
         titles=TITLES,
         table=[cells(row) for row in table],
         notes=[UNITS, ONE_SEED],
-        time_titles=TIME_TITLES,
-        times=times,
+        cost_titles=COST_TITLES,
+        costs=costs,
+        energy=ENERGY,
         groups=group_table(metrics),
         figures=_figures(run, scored),
         data_map=_data_map(scored, folder),
@@ -68,13 +71,15 @@ def build_report(run: RunOutputs, folder: Path) -> None:
         agreement_titles=Agreement.TITLES,
         agreements=[row.cells() for row in agreed],
         facts=_facts(run),
+        models=_models(run),
         config=dump_config(run.config),
     )
     write_text(folder / "index.html", page)
     parts = [
         markdown(TITLES, [cells(row) for row in table]),
         f"{UNITS}\n\n{ONE_SEED}\n",
-        markdown(TIME_TITLES, times),
+        markdown(COST_TITLES, costs),
+        f"{ENERGY}\n",
         *([markdown(Agreement.TITLES, [row.cells() for row in agreed])] if agreed else []),
     ]
     write_text(folder / "report.md", "\n".join(parts))
@@ -139,18 +144,24 @@ ONE_SEED = (
     "One seed decides nothing: over six seeds of the quickstart study exact match has a standard"
     " deviation of 7.6 points (NTP) and 7.1 (SFTMix). `sftmix study` compares over several seeds."
 )
-TIME_TITLES = ["minutes", "waited", *NAMES.values()]
+COST_TITLES = ["minutes", "waited", *NAMES.values(), "tokens", "Wh"]
+ENERGY = (
+    "tokens: trained on, without padding. Wh: energy of the GPUs while they trained, or of the"
+    " machine's processors, whatever else they did; - where no counter can be read."
+)
 WIDTH = 60  # columns of what is printed, for narrow terminals
 
 
-def time_table(run: RunOutputs) -> list[list[str]]:
-    """Returns a row of text per training stage: minutes in total and by activity."""
+def cost_table(run: RunOutputs) -> list[list[str]]:
+    """Returns a row of text per training stage: minutes in total and by activity, tokens and
+    energy."""
     rows = []
     for stage, name in {"reference": "reference", **MODEL_NAMES}.items():
         facts = run.facts_of(stage) if stage in run.inputs else {}
         if "waited_seconds" in facts:  # earlier versions did not record it
             minutes = minutes_of(facts)
-            rows.append([name, *(f"{minutes[each]:.2f}" for each in ("waited", *NAMES))])
+            shown = [f"{minutes[each]:.2f}" for each in ("waited", *NAMES)]
+            rows.append([name, *shown, tokens_of(facts), watt_hours_of(facts)])
     return rows
 
 
@@ -196,10 +207,29 @@ def _figures(run: RunOutputs, scored: ScoredExamples) -> list[tuple[str, str]]:
             curves[f"{name}: NTP"] = [(line["step"], line[NTP]) for line in lines]
             if lines and MIXUP in lines[0]:
                 curves[f"{name}: Mixup"] = [(line["step"], line[MIXUP]) for line in lines]
-    return [
+    figures = [
         ("Training loss (nats per token; Mixup: per mixed position)", plots.loss_curves(curves)),
         ("Confidence of the training examples", plots.confidence_histogram(scored)),
     ]
+    mixup = run.config.mixup
+    if mixup.weight > 0:
+        matching = open_matching(run.inputs["split"], mixup, run.config.run.seed)
+        drawn = matching.units(0, 0, min(COVERAGE_UNITS, matching.num_units))
+        is_pair = drawn.units[:, 1] >= 0
+        covered = pair_coverage(drawn.units[is_pair], scored.num_response_tokens)
+        figures.append(
+            ("Pairs of the first epoch", plots.pair_histograms(drawn.lam[is_pair], covered))
+        )
+    return figures
+
+
+def _models(run: RunOutputs) -> list[tuple[str, str]]:
+    """Returns the name and the folder of each model that is there, relative to the report's."""
+    found = []
+    for stage, name in {"reference": "reference", **MODEL_NAMES}.items():
+        if stage in run.inputs and (run.inputs[stage] / "model").is_dir():
+            found.append((name, f"../{run.inputs[stage].name}/model"))
+    return found
 
 
 def _data_map(scored: ScoredExamples, folder: Path) -> dict[str, Any] | None:
@@ -233,7 +263,6 @@ def _facts(run: RunOutputs) -> list[tuple[str, str]]:
         f", {trained:,} of them trained" if trained < target["num_parameters"] else ""
     )
     dropped = sum(summary["dropped"].values())
-    versions = ", ".join(f"{name} {version}" for name, version in provenance.versions().items())
     return [
         (
             "examples",
@@ -258,8 +287,18 @@ def _facts(run: RunOutputs) -> list[tuple[str, str]]:
                 f" {counted(target['world_size'], 'process', 'processes')}"
             ),
         ),
+        ("device", str(target.get("device", "unknown"))),
+        ("precision", target["precision"]),
+        ("trained on", artifacts.date_of(run.inputs["train"])),
+        (
+            "to make it again",
+            (
+                f"sftmix run {shlex.quote(str(run.config.run.dir))}; elsewhere: save the config"
+                " below as run.yaml, and sftmix run run.yaml"
+            ),
+        ),
         ("made by", f"sftmix {__version__}, commit {provenance.commit() or 'unknown'}"),
-        ("versions", versions),
+        ("versions", provenance.as_text(provenance.versions())),
     ]
 
 

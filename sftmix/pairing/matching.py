@@ -168,13 +168,17 @@ def mix_coverage(drawn: StepUnits, num_response_tokens: NDArray[np.integer[Any]]
     the shorter response."""
     units = drawn.units
     is_pair = units[:, 1] >= 0
-    mixed = (
-        2
-        * np.minimum(
-            num_response_tokens[units[is_pair, 0]], num_response_tokens[units[is_pair, 1]]
-        ).sum()
-    )
+    mixed = 2 * num_response_tokens[units[is_pair]].min(axis=1).sum()
     return float(mixed / num_response_tokens[units[units >= 0]].sum())
+
+
+def pair_coverage(
+    pairs: NDArray[np.int64], num_response_tokens: NDArray[np.integer[Any]]
+) -> NDArray[np.float64]:
+    """Returns, for each row of two examples, (P, 2), the share of their response tokens that is
+    mixed: twice the shorter response."""
+    lengths = num_response_tokens[pairs]
+    return 2 * lengths.min(axis=1) / lengths.sum(axis=1)  # type: ignore[no-any-return]
 
 
 def _block_of(rank: Index, total: int, blocks: int) -> Index:

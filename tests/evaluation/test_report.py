@@ -1,6 +1,7 @@
 """What the report computes, draws and shows, on small tables and run folders of its own."""
 
 import base64
+import datetime
 import html
 import json
 import re
@@ -30,6 +31,7 @@ from sftmix.evaluation.report_examples import (
     truncated,
 )
 from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT
+from sftmix.pairing.on_files import write_parts
 from sftmix.storage import artifacts
 from sftmix.storage.files import write_json
 
@@ -335,6 +337,7 @@ def finished(tmp_path):
             pa.table({"example_id": ids, "part": parts}), inputs["split"] / "split.parquet"
         )
         sizes = {part: parts.count(part) for part in (CONFIDENT, MIDDLE, UNCONFIDENT)}
+        write_parts(inputs["split"], sizes, np.arange(1, 31))
         artifacts.seal(
             inputs["split"],
             stage="split",
@@ -346,7 +349,12 @@ def finished(tmp_path):
             "num_parameters": 1,
             "num_steps": 1,
             "world_size": 1,
+            "precision": "fp32",
+            "device": "a processor of this test",
+            "num_real_tokens": 1234,
+            "energy_joules": 7200.0,
         }
+        (inputs["train"] / "model").mkdir()
         facts |= {"training_seconds": 60.0, "checkpoint_seconds": 30.0, "waited_seconds": 105.0}
         artifacts.seal(inputs["train"], stage="train", settings={}, facts=facts)
         (inputs["train"] / "metrics.jsonl").write_text("")
@@ -500,12 +508,28 @@ def test_the_report_shows_what_was_waited_for_and_the_times_apart(finished, caps
         capsys.readouterr().out.count(" 1.75\n") == 1
         and "| SFTMix | - | - | - | 1 | 1.75 |" in lines
     )
-    assert "| minutes | waited | training | checkpoints and exports | start and end |" in lines
-    assert "| SFTMix | 1.75 | 1.00 | 0.50 | 0.25 |" in lines
-    assert (
-        "minutes waited training checkpoints and exports start and end SFTMix 1.75 1.00 0.50 0.25"
-        in text
-    )
+    titles = "minutes | waited | training | checkpoints and exports | start and end | tokens | Wh"
+    row = "SFTMix | 1.75 | 1.00 | 0.50 | 0.25 | 1,234 | 2"
+    assert f"| {titles} |" in lines and f"| {row} |" in lines
+    assert f"{titles} {row}".replace(" | ", " ") in text
+
+
+def test_the_report_says_how_and_when_the_model_was_made_and_where_it_is(finished, tmp_path):
+    run = finished(confidence=-np.arange(1.0, 31.0))
+    build_report(run, tmp_path / "report")
+    page = (tmp_path / "report" / "index.html").read_text()
+    manifest = (run.inputs["train"] / "manifest.json").stat().st_mtime
+    date = f"{datetime.datetime.fromtimestamp(manifest, datetime.UTC):%Y-%m-%d}"
+    for said in ("device a processor of this test", "precision fp32", f"trained on {date}"):
+        assert said in text_of(page)
+    (link,) = re.findall(r'<a href="([^"]*)"', page)
+    assert (tmp_path / "report" / link).resolve() == (run.inputs["train"] / "model").resolve()
+    assert "Pairs of the first epoch" in page
+    without = run.config.mixup.model_copy(update={"weight": 0.0})
+    plain = RunOutputs(run.config.model_copy(update={"mixup": without}), run.inputs)
+    build_report(plain, tmp_path / "report")
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "Pairs of the first epoch" not in page
 
 
 def test_every_place_with_a_table_says_that_one_seed_decides_nothing(finished, capsys, tmp_path):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sftmix.pairing.matching import Matching, StepUnits, mix_coverage
+from sftmix.pairing.matching import Matching, StepUnits, mix_coverage, pair_coverage
 
 SIZES = [
     (0, 0, 0),
@@ -129,6 +129,11 @@ def test_blocks_by_length_mix_more_than_random_pairs() -> None:
         coverage[block] = mix_coverage(StepUnits(units[units[:, 1] >= 0], np.zeros(0)), lengths)
     assert coverage[None] < 0.6 < coverage[5000] < coverage[500] < coverage[50] <= 1, coverage
     assert coverage[50] > 0.95, coverage
+
+
+def test_the_coverage_of_a_pair_is_twice_its_shorter_response() -> None:
+    pairs, lengths = np.array([[0, 1], [2, 1]]), np.array([4, 6, 10])
+    assert pair_coverage(pairs, lengths) == pytest.approx([8 / 10, 12 / 16])
 
 
 def test_mix_coverage_counts_single_examples_as_unmixed() -> None:
