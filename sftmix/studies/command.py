@@ -17,10 +17,10 @@ from sftmix.errors import (
     counted,
 )
 from sftmix.pipeline import preflight
-from sftmix.pipeline.run import first_unfinished_stage
 from sftmix.studies.page import print_results, write_results
-from sftmix.studies.results import ArmResult, Trial, compare, read_trial
-from sftmix.studies.trials import LAST, run_jobs, run_trials
+from sftmix.studies.records import failure_of, finished_trial
+from sftmix.studies.results import ArmResult, Trial, compare
+from sftmix.studies.trials import run_jobs, run_trials
 
 
 def run_study(options: argparse.Namespace) -> int:
@@ -40,11 +40,11 @@ def run_study(options: argparse.Namespace) -> int:
     for config in study.arms.values():
         preflight.check(config)
     arguments = [options.config, *options.overrides]
-    failed: dict[tuple[str, int], str] = {}
 
     def publish() -> list[ArmResult]:
         results = collect(study)
-        write_results(study, results, failed, command=shlex.join(["sftmix", "study", *arguments]))
+        command = shlex.join(["sftmix", "study", *arguments])
+        write_results(study, results, failures(study), command=command)
         return results
 
     os.umask(0o077)  # only the user may read data and weights
@@ -61,7 +61,7 @@ def run_study(options: argparse.Namespace) -> int:
             )
         lost = [str(number) for number, code in enumerate(codes, start=1) if code]
     else:
-        failed |= run_trials(
+        failed = run_trials(
             study,
             seeds,
             force=options.force,
@@ -85,7 +85,14 @@ def collect(study: Study) -> list[ArmResult]:
     found: dict[str, dict[int, Trial]] = {arm: {} for arm in study.arms}
     for arm in study.arms:
         for seed in study.settings.seeds:
-            config = study.config(arm, seed)
-            if first_unfinished_stage(config, LAST) is None:
-                found[arm][seed] = read_trial(study, arm, seed)
+            trial = finished_trial(study, arm, seed, changed=True)
+            if trial is not None:
+                found[arm][seed] = trial
     return compare(found, study.settings.control, study.settings.outcome)
+
+
+def failures(study: Study) -> dict[tuple[str, int], str]:
+    """Returns why trials failed, also those of other processes."""
+    trials = [(arm, seed) for arm in study.arms for seed in study.settings.seeds]
+    found = {trial: failure_of(study, *trial) for trial in trials}
+    return {trial: text for trial, text in found.items() if text is not None}

@@ -8,30 +8,31 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from sftmix.config.reader import dump_config
 from sftmix.config.study import Study
-from sftmix.engine.ranks import has_gpu
 from sftmix.errors import counted
 from sftmix.evaluation import plots
 from sftmix.evaluation.page import aligned, markdown, render
-from sftmix.storage import provenance
 from sftmix.storage.files import write_json, write_text
 from sftmix.studies.results import OUTCOMES, ArmResult, as_json, sentences
 from sftmix.studies.statistics import Difference
 
-TITLES = ["arm", "seeds", "loss", "difference", "exact match", "difference", "min"]
+TITLES = "arm|seeds|loss|difference|exact match|difference|min|tokens|Wh".split("|")
+COSTS = (("minutes", "{:.2f}"), ("tokens", "{:,.0f}"), ("watt_hours", "{:,.3g}"))
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 NOTES = [
     "Loss: nats per response token of held-out examples, lower is better. Exact match: share of"
     " held-out responses that greedy decoding would produce, higher is better. Both: mean"
-    f" {PLUS_MINUS} standard deviation over the seeds. min: minutes of training a trial's models,"
-    " the reference included.",
+    f" {PLUS_MINUS} standard deviation over the seeds. min, tokens, Wh: minutes, tokens without"
+    " padding and energy of training a trial's models, with Mixup the reference included; - where a"
+    " figure is not known.",
     "Difference: to the control, paired by seed, with its 95% t interval over the seeds. The"
     " examples of one seed say how well that seed was measured; they are no further evidence.",
 ]
 SEED_TITLES = ["arm", "seed", "loss", "exact match", "only this arm exact", "only control", "p"]
+# of the trials; several values where trials differ
+FACTS = "device versions commit precision num_parameters world_size date".split()
 POINTS = "#7f9fb5"  # seen on white and on black
 WIDTH = 78
 
@@ -80,6 +81,7 @@ def write_results(
         figures=_figures(results, settings.outcome),
         seed_titles=SEED_TITLES,
         seeds=[row for arm in results for row in _seed_rows(arm)],
+        models=_models(study, results),
         arms=[(name, json.dumps(arm) if arm else "none") for name, arm in settings.arms.items()],
         facts=facts,
         control=settings.control,
@@ -97,7 +99,6 @@ def print_results(study: Study, results: Sequence[ArmResult]) -> None:
 
 def row_of(arm: ArmResult) -> list[str]:
     """Returns an arm's row of the table."""
-    minutes = [sum(trial.minutes.values()) for trial in arm.trials.values()]
     loss, match = arm.deviation("loss"), arm.deviation("exact_match")
     return [
         arm.name,
@@ -107,7 +108,7 @@ def row_of(arm: ArmResult) -> list[str]:
         f"{arm.mean('exact_match'):.1%}"
         + ("" if match is None else f" {PLUS_MINUS} {100 * match:.1f}"),
         _shown(arm.differences["exact_match"], 100, 1),
-        f"{np.mean(minutes):.2f}",
+        *("-" if (cost := arm.cost(kind)) is None else form.format(cost) for kind, form in COSTS),
     ]
 
 
@@ -151,19 +152,30 @@ def _seed_rows(arm: ArmResult) -> list[list[str]]:
     return rows
 
 
+def _models(study: Study, results: Sequence[ArmResult]) -> list[tuple[str, str]]:
+    """Returns the name and the folder of the model of each trial that still has one."""
+    base = study.settings.dir
+    folders = {
+        f"{arm.name}, seed {seed}": study.folder(arm.name, seed) / "sftmix" / "model"
+        for arm in results
+        for seed in arm.trials
+    }
+    return [
+        (name, folder.relative_to(base).as_posix())
+        for name, folder in folders.items()
+        if folder.is_dir()
+    ]
+
+
 def _facts(results: Sequence[ArmResult], command: str) -> list[tuple[str, Any]]:
     trials = [trial for arm in results for trial in arm.trials.values()]
-    facts = trials[0].facts if trials else {}
+    found = {
+        name: list(dict.fromkeys(str(each.facts[name]) for each in trials if name in each.facts))
+        for name in FACTS
+    }
     return [
         ("command", command),
-        ("device", torch.cuda.get_device_name() if has_gpu() else provenance.processor()),
-        ("versions", ", ".join(f"{k} {v}" for k, v in provenance.versions().items())),
-        ("commit", provenance.commit()),
-        *(
-            (key, facts[key])
-            for key in ("precision", "num_parameters", "world_size")
-            if key in facts
-        ),
+        *((name, "; ".join(values)) for name, values in found.items() if values),
     ]
 
 

@@ -8,17 +8,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sftmix.config.study import Study
-from sftmix.evaluation.report import read_json
-from sftmix.pipeline.order import stages_of
-from sftmix.storage import artifacts
 from sftmix.studies.statistics import (
     Difference,
     Switched,
@@ -28,7 +22,6 @@ from sftmix.studies.statistics import (
     sentence,
     switched,
 )
-from sftmix.train.log import NTP, read_metrics
 
 TRAINED = "train"  # the stage of the one model that a trial trains
 OUTCOMES = {"loss": (-1, "nats/token"), "exact_match": (1, "share")}  # which is better, unit
@@ -37,8 +30,9 @@ OUTCOMES = {"loss": (-1, "nats/token"), "exact_match": (1, "share")}  # which is
 @dataclass(frozen=True)
 class Trial:
     """loss: nats per response token. exact_match: share. ids, nll_sum, num_tokens, is_exact: (N,),
-    per held-out example. minutes: by stage, of the stages of this trial; a shared stage counts in
-    every trial that uses it. curve: NTP loss by optimiser step, as logged."""
+    per held-out example. costs: by stage of this trial, "minutes" and, where they are known, real
+    "tokens" trained on and "watt_hours"; a shared stage counts in every trial. curve: NTP loss by
+    optimiser step, as logged."""
 
     loss: float
     exact_match: float
@@ -46,7 +40,7 @@ class Trial:
     nll_sum: NDArray[np.float64]
     num_tokens: NDArray[np.float64]
     is_exact: NDArray[np.bool_]
-    minutes: dict[str, float]
+    costs: dict[str, dict[str, float]]
     curve: list[tuple[int, float]]
     facts: dict[str, Any]
 
@@ -65,42 +59,18 @@ class ArmResult:
     def figures(self, outcome: str) -> list[float]:
         return [getattr(trial, outcome) for trial in self.trials.values()]
 
+    def cost(self, kind: str) -> float | None:
+        """Returns the mean over the seeds of a cost of all stages; None where one is not known."""
+        costs = [cost for trial in self.trials.values() for cost in trial.costs.values()]
+        known = [cost[kind] for cost in costs if kind in cost]
+        return sum(known) / len(self.trials) if costs and len(known) == len(costs) else None
+
     def mean(self, outcome: str) -> float:
         return statistics.fmean(self.figures(outcome))
 
     def deviation(self, outcome: str) -> float | None:
         """Standard deviation over the seeds; None with one."""
         return statistics.stdev(self.figures(outcome)) if len(self.trials) > 1 else None
-
-
-def read_trial(study: Study, arm: str, seed: int) -> Trial:
-    """Returns the result of a finished trial."""
-    folder = study.folder(arm, seed)
-    metrics = read_json(folder / "evaluation" / "metrics.json")[TRAINED]
-    table = pq.read_table(folder / "evaluation" / "per_example.parquet")
-    facts = artifacts.read_facts(folder / "sftmix")
-    minutes = {
-        stage.name: found["waited_seconds"] / 60
-        for stage in stages_of(study.config(arm, seed))
-        if "waited_seconds" in (found := _facts_in(folder / stage.folder))
-    }
-    lines = read_metrics(folder / "sftmix" / "metrics.jsonl")
-    return Trial(
-        loss=metrics["loss_nats_per_token"],
-        exact_match=metrics["exact_match"],
-        ids=table["example_id"].to_numpy(),
-        nll_sum=table["nll_sum"].to_numpy().astype(float),
-        num_tokens=table["num_response_tokens"].to_numpy().astype(float),
-        is_exact=table["is_exact"].to_numpy().astype(bool),
-        minutes=minutes,
-        curve=[(line["step"], line[NTP]) for line in lines if line.get(NTP) is not None],
-        facts=facts,
-    )
-
-
-def _facts_in(folder: Path) -> dict[str, Any]:
-    manifest = artifacts.read_manifest(folder)
-    return {} if manifest is None else manifest.facts
 
 
 def compare(
@@ -184,7 +154,7 @@ def as_json(arms: Sequence[ArmResult], outcome: str) -> list[dict[str, Any]]:
                     "loss": trial.loss,
                     "exact_match": trial.exact_match,
                     "num_examples": len(trial.ids),
-                    "minutes": trial.minutes,
+                    "costs": trial.costs,
                 }
                 for seed, trial in arm.trials.items()
             },

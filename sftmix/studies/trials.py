@@ -26,10 +26,8 @@ from sftmix.errors import STOPPED, SftmixError, StoppedError, first_line
 from sftmix.pipeline.guard import holding
 from sftmix.pipeline.launching import run
 from sftmix.pipeline.order import needed_stages, stages_of
-from sftmix.pipeline.run import first_unfinished_stage
 from sftmix.storage import artifacts
-
-LAST = "evaluate"  # the stage that a trial ends with
+from sftmix.studies.records import LAST, finished_trial, path_of, write_failure, write_record
 
 
 def run_trials(
@@ -41,21 +39,24 @@ def run_trials(
     output: Path | None = None,
     done: Callable[[], object],
 ) -> dict[tuple[str, int], str]:
-    """Runs the trials of these seeds that are not finished, seed by seed. Calls `done` after
-    each that it ran. force, restart: as of `sftmix run`. `limits.wall_clock_minutes` holds for all
-    of them together. output: a file for what the runs print; None prints it.
+    """Runs the trials of these seeds that are not finished, seed by seed, and writes the record of
+    each. Calls `done` after each that it ran. force, restart: as of `sftmix run`.
+    `limits.wall_clock_minutes` holds for all of them together. output: a file for what the runs
+    print; None prints it.
 
     Returns what stopped the trials that failed, in one line each; the others go on without them.
-    Raises StoppedError if the study was asked to stop; the same command goes on from there.
+    Raises StoppedError if the study was asked to stop; the same command goes on from there. Raises
+    ArtifactError, before anything runs, for a record of other settings.
     """
     started, failed = time.monotonic(), {}
     arms = list(study.arms)
     trials = [(arm, seed) for seed in seeds for arm in arms]
+    finished = {each for each in trials if finished_trial(study, *each, changed=force) is not None}
     for number, (arm, seed) in enumerate(trials, start=1):
         title = f"trial {number}/{len(trials)}: {arm}, seed {seed}"
         config = study.config(arm, seed)
-        if not force and first_unfinished_stage(config, LAST) is None:
-            print(f"{title}: finished before", flush=True)
+        if (arm, seed) in finished:
+            print(f"{title}: finished before ({path_of(study, arm, seed)})", flush=True)
             continue
         print(title, flush=True)
         config = _with_time_left(config, minutes=(time.monotonic() - started) / 60)
@@ -71,10 +72,12 @@ def run_trials(
             raise
         except SftmixError as error:
             failed[arm, seed] = first_line(error)
+            write_failure(study, arm, seed, failed[arm, seed])
             print(f"{title} failed: {error}", flush=True)
         else:
+            write_record(study, arm, seed)
             print(f"{title}: {time.monotonic() - begun:.1f} s", flush=True)
-            done()
+        done()
     return failed
 
 

@@ -126,6 +126,8 @@ def test_a_job_that_fails_is_named(tmp_path):
     file = write(tmp_path, ARMS.replace("    sftmix: {}\n", hot))
     done = sftmix("study", str(file), *TINY, "--jobs", "2", check=False)
     assert done.returncode == 2 and "2 jobs failed: 1; 2" in done.stderr
+    page = (tmp_path / "study/index.html").read_text()
+    assert "hot, seed 0 failed" in page and "hot, seed 1 failed" in page
 
 
 def test_one_seed_alone_and_a_seed_that_is_not_there(tmp_path):
@@ -157,6 +159,53 @@ def test_another_config_does_not_replace_finished_trials(finished, tmp_path):
     shutil.copytree(finished[0] / "study", tmp_path / "study")
     file = write(tmp_path)
     refused = sftmix("study", str(file), *TINY, "train.learning_rate=0.5", check=False)
-    assert refused.returncode == 2 and "train.learning_rate" in refused.stdout
+    assert refused.returncode == 2 and "train.learning_rate" in refused.stderr
     trial = "study/trials/ntp/seed_0"
     assert weights(tmp_path / trial) == weights(finished[0] / trial)
+
+
+def test_records_alone_finish_a_study_on_another_machine(finished, tmp_path):
+    """The trials of seed 0 came as records, those of seed 1 are run here."""
+    for arm in ("ntp", "sftmix"):
+        record = f"study/records/{arm}/seed_0.json"
+        (tmp_path / record).parent.mkdir(parents=True)
+        shutil.copy(finished[0] / record, tmp_path / record)
+    done = sftmix("study", str(write(tmp_path)), *TINY)
+    assert "trial 2/4: sftmix, seed 0: finished before" in done.stdout
+    assert not (tmp_path / "study/trials/ntp/seed_0").exists()
+    before, after = (
+        json.loads((folder / "study" / "results.json").read_text())
+        for folder in (finished[0], tmp_path)
+    )
+    for one, other in zip(before["arms"], after["arms"], strict=True):
+        assert one["differences"] == other["differences"]
+        assert one["switched"] == other["switched"]
+    page = (tmp_path / "study" / "index.html").read_text()
+    assert "trials/sftmix/seed_1" in page and "trials/sftmix/seed_0" not in page
+
+
+def test_a_record_of_other_settings_counts_only_for_its_own(finished, tmp_path):
+    records = tmp_path / "study" / "records"
+    shutil.copytree(finished[0] / "study" / "records", records)
+    before = (records / "ntp" / "seed_0.json").read_bytes()
+    file, changed = str(write(tmp_path)), "train.epochs=2"
+    refused = sftmix("study", file, *TINY, changed, check=False)
+    assert refused.returncode == 2 and "train.epochs" in refused.stderr
+    assert (records / "ntp" / "seed_0.json").read_bytes() == before
+    sftmix("study", file, *TINY, changed, "--only-seeds", "0", "--force")
+    assert (
+        json.loads((records / "ntp/seed_0.json").read_text())["settings"]["train"]["train"][
+            "epochs"
+        ]
+        == 2
+    )
+    results = json.loads((tmp_path / "study" / "results.json").read_text())
+    assert [list(arm["seeds"]) for arm in results["arms"]] == [["0"], ["0"]]
+
+
+def test_a_damaged_record_is_named(finished, tmp_path):
+    shutil.copytree(finished[0] / "study" / "records", tmp_path / "study" / "records")
+    path = tmp_path / "study" / "records" / "ntp" / "seed_0.json"
+    path.write_text(path.read_text()[:200])
+    refused = sftmix("study", str(write(tmp_path)), *TINY, check=False)
+    assert refused.returncode == 2 and str(path) in refused.stderr

@@ -16,7 +16,7 @@ def trial(loss, *, exact=(), ids=None, seed=0):
         nll_sum=loss * counts + rng.normal(0, 0.1, 4),
         num_tokens=counts,
         is_exact=np.isin(np.arange(4), exact),
-        minutes={"reference": 1.0, "train": 2.0},
+        costs={"reference": {"minutes": 1.0}, "train": {"minutes": 2.0, "tokens": 5.0}},
         curve=[(1, 3.0), (2, loss)],
         facts={},
     )
