@@ -32,10 +32,10 @@ ROW_MULTIPLE = 128
 
 
 # Positions in the signature of `chunked_linear_mixup`, for autograd, which sees it as a tuple.
-NUM_ARGUMENTS = 20
-ONE_OVER_NTP = 6
+NUM_ARGUMENTS = 21
+ONE_OVER_NTP = 7
 DIFFERENTIABLE = slice(0, 3)  # hidden, weight, bias
-WANTED = slice(17, 20)  # which of these three need a gradient
+WANTED = slice(18, 21)  # which of these three need a gradient
 GRADIENTS = slice(4, 7)  # of these three, among the outputs
 
 
@@ -47,6 +47,7 @@ def chunked_linear_mixup(
     labels: Tensor,
     pairs: Tensor,
     lam: Tensor,
+    row_weights: Tensor | None,
     one_over_ntp: Tensor,
     one_over_mixup: Tensor,
     mixup_weight: float,
@@ -90,9 +91,11 @@ def chunked_linear_mixup(
     # Weights of order one in the chunks; 1 / tokens, which float16 cannot hold, follows in float32
     # in the backward.
     is_dft, has_entropy = weighting == "dft", weighting in ("eaft", "eaft_unscaled")
-    is_ntp = weighting == "none" and not label_smoothing
+    is_ntp = weighting == "none" and not label_smoothing and row_weights is None
     transform = (logit_scale, logit_softcap, ignore_index)
     ntp_share = torch.full_like(one_over_ntp, ntp_weight)
+    if row_weights is not None and order is not None:
+        row_weights = row_weights.index_select(0, order)
     objective = torch.zeros_like(one_over_ntp)  # sum of what replaces the plain loss of each row
     mixup_share = mixup_weight * one_over_mixup / one_over_ntp
     # The torch epilogue works on a copy in float32 where the logits are not; the Triton one in
@@ -106,9 +109,9 @@ def chunked_linear_mixup(
         logits = logits_of(chunk, weight, bias, out=slab[: stop - start])
         # pairs of neighbours in this chunk
         first, last = min(start // 2, num_pairs), min(stop // 2, num_pairs)
-        weights = ntp_share
+        weights = ntp_share if row_weights is None else ntp_share * row_weights[start:stop]
         if has_entropy:
-            weights = ntp_share * entropy_weights(
+            weights = weights * entropy_weights(
                 weighting, alpha, logits, targets[start:stop], *transform
             )
         nll, mixup_nll[first:last], even = epilogue(
@@ -146,7 +149,7 @@ def chunked_linear_mixup(
 
 
 @chunked_linear_mixup.register_fake
-def _(hidden, weight, bias, labels, pairs, lam, one_over_ntp, *options):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, labels, pairs, lam, row_weights, one_over_ntp, *options):  # type: ignore[no-untyped-def]
     want_hidden, want_weight, want_bias = options[-3:]
     accumulate = one_over_ntp.dtype
     return (

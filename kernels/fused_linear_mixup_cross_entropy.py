@@ -72,6 +72,7 @@ def fused_linear_mixup_cross_entropy(
     weighting: str = "none",
     alpha: float = 1.0,
     label_smoothing: float = 0.0,
+    row_weights: Tensor | None = None,
 ) -> FusedLossOutput:
     """Returns the SFTMix loss of `logits = softcap(logit_scale * (hidden @ weight.T + bias))`.
 
@@ -91,7 +92,8 @@ def fused_linear_mixup_cross_entropy(
         never replaced by another.
     ntp_weight: factor of the next-token part; 0 leaves Mixup alone. weighting, alpha: of tokens, as
     `token_weights.py` lists them; weights carry no gradient, and the sum is divided by the number
-    of tokens, not by the weights' sum. label_smoothing: in [0, 1).
+    of tokens, not by the weights' sum. label_smoothing: in [0, 1). row_weights: (T,) more factors
+    of the rows' next-token losses, without a gradient; float32, or float64 for float64 tensors.
 
     Without rows the loss is 0, the gradients are exact zeros and the graph is attached, so that
     every rank of a sharded run takes part in the same collectives. The call does not synchronise
@@ -100,7 +102,7 @@ def fused_linear_mixup_cross_entropy(
     outside the vocabulary or a row in two pairs fails as a device-side assertion.
     """
     hidden, weight, bias = under_autocast(hidden, weight, bias)
-    check_arguments(hidden, weight, labels, pairs, lam, bias)
+    check_arguments(hidden, weight, labels, pairs, lam, bias, row_weights)
     backend = choose_backend(backend, hidden)
     labels = labels.to(torch.int64)
     if num_ntp_tokens is None:
@@ -125,14 +127,14 @@ def fused_linear_mixup_cross_entropy(
             f" {', '.join(WEIGHTINGS)} and a number in [0, 1)"
         )
     if backend == "reference":
-        return _reference(hidden, weight, bias, labels, pairs, lam, scales)
+        return _reference(hidden, weight, bias, labels, pairs, lam, row_weights, scales)
     # The forward computes the gradients, so it must know which ones are needed.
     want = [
         torch.is_grad_enabled() and t is not None and t.requires_grad
         for t in (hidden, weight, bias)
     ]
     loss, ntp, mixup, nll, *_ = chunked_linear_mixup(
-        hidden, weight, bias, labels, pairs, lam, *scales, backend, *want
+        hidden, weight, bias, labels, pairs, lam, row_weights, *scales, backend, *want
     )
     return FusedLossOutput(loss, ntp.detach(), mixup.detach(), nll.detach())
 
@@ -168,6 +170,7 @@ def check_arguments(
     pairs: Tensor | None = None,
     lam: Tensor | None = None,
     bias: Tensor | None = None,
+    row_weights: Tensor | None = None,
 ) -> None:
     """Raises RuntimeError for a weight that ZeRO-3 has not gathered, ValueError for wrong shapes or
     dtypes."""
@@ -185,6 +188,7 @@ def check_arguments(
         ("labels", labels, (hidden.shape[0],)),
         ("bias", bias, (weight.shape[0],)),
         ("pairs", pairs, (0 if lam is None else lam.shape[0], 2)),
+        ("row_weights", row_weights, (hidden.shape[0],)),
     ]
     for name, tensor, shape in expected:
         if tensor is not None and tensor.shape != shape:
@@ -220,6 +224,7 @@ def _reference(
     labels: Tensor,
     pairs: Tensor,
     lam: Tensor,
+    row_weights: Tensor | None,
     scales: _Scales,
 ) -> FusedLossOutput:
     """The definition: mix hidden states, project them, and differentiate by autograd."""
@@ -235,6 +240,8 @@ def _reference(
     nll = -log_p.gather(1, safe[:, None]).squeeze(1) * valid
     ntp = nll.sum() * scales.ntp
     weights = weights_by_definition(scales.weighting, scales.alpha, log_p.detach(), safe)
+    if row_weights is not None:
+        weights = weights * row_weights
     smoothed = -log_p.mean(dim=1) * valid if scales.label_smoothing else nll
     objective = (weights * torch.lerp(nll, smoothed, scales.label_smoothing)).sum() * scales.ntp
 

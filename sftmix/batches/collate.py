@@ -32,7 +32,8 @@ class MicroBatch:
     (M, 2) int64 indices into the T rows. lam: (M,) float32. indices: dataset index of each example;
     empty in a micro-batch that a rank runs only to stay in lock step. mixed_inputs: the third
     sequences, where mixing happens at the input embeddings. documents: of a packed micro-batch, in
-    which B is 1 for the tensors above: its examples follow one another in one row."""
+    which B is 1 for the tensors above: its examples follow one another in one row. row_weights:
+    (T,) float32, factors of the rows' next-token losses, where the objective weights examples."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -44,6 +45,7 @@ class MicroBatch:
     indices: tuple[int, ...]
     mixed_inputs: MixedInputs | None = None
     documents: Documents | None = None
+    row_weights: Tensor | None = None
 
     @property
     def num_real_tokens(self) -> int:
@@ -63,6 +65,8 @@ class MicroBatch:
         }
         if self.mixed_inputs is not None:
             moved["mixed_inputs"] = self.mixed_inputs.to(device)
+        if self.row_weights is not None:
+            moved["row_weights"] = self.row_weights.to(device, non_blocking=True)
         if self.documents is not None:
             moved["documents"] = self.documents.to(device)
         return replace(self, **moved)

@@ -422,15 +422,20 @@ class ObjectiveConfig(Section):
     ntp_weight: Float = Field(
         1.0, ge=0, description="Factor of the next-token part; 0 leaves Mixup alone."
     )
-    weighting: Literal["none", "dft", "eaft", "eaft_unscaled"] = Field(
+    weighting: Literal["none", "dft", "eaft", "eaft_unscaled", "ir_dro"] = Field(
         "none",
         description=(
             "Weight of a token. dft: the probability of its label; eaft: the entropy of the"
             " prediction over 3, to the power eaft_alpha (the authors' code); eaft_unscaled: not"
-            " divided by 3."
+            " divided by 3. ir_dro: of an example, by its loss, for one more forward."
         ),
     )
     eaft_alpha: Float = Field(1.0, gt=0, description="Exponent of EAFT's entropy.")
+    ir_dro_temperature: Float = Field(
+        1.0,
+        gt=0,
+        description="IR-DRO: nats per token that make the weight of an example e times as large.",
+    )
     label_smoothing: DecayRate = Field(
         0.0, description="Share of the target that is spread evenly over the vocabulary."
     )
@@ -442,6 +447,11 @@ class ObjectiveConfig(Section):
             " embedding in training; the authors use 5 to 15. 0: none."
         ),
     )
+
+    @property
+    def token_weighting(self) -> str:
+        """What is decided token by token, at the head."""
+        return "none" if self.weighting == "ir_dro" else self.weighting
 
 
 NTP = ObjectiveConfig()  # plain next-token prediction

@@ -110,9 +110,10 @@ class HeadProjection(nn.Module):
             request.num_mixup_tokens,
             request.backend,
             ntp_weight=request.next_token.ntp_weight,
-            weighting=request.next_token.weighting,
+            weighting=request.next_token.token_weighting,
             alpha=request.next_token.eaft_alpha,
             label_smoothing=request.next_token.label_smoothing,
+            row_weights=request.row_weights,
         )
         return LossResult(*fused, auxiliary=torch.zeros_like(fused.loss))
 

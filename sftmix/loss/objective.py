@@ -50,4 +50,5 @@ def loss_request(
         next_token=objective.next_token,
         backend=backend,
         mixed_inputs=batch.mixed_inputs if objective.mixes_inputs else None,
+        row_weights=batch.row_weights,
     )

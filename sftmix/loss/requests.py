@@ -19,7 +19,8 @@ from sftmix.config.schema import NTP, ObjectiveConfig
 @dataclass(frozen=True)
 class LossRequest:
     """What the head needs to turn hidden states into the loss. Shapes as in `MicroBatch`;
-    `mixed_inputs` replaces `pairs` if input embeddings are mixed."""
+    `mixed_inputs` replaces `pairs` if input embeddings are mixed. row_weights: (T,) factors of the
+    next-token losses, besides those that `next_token` states for tokens."""
 
     rows: Tensor
     labels: Tensor
@@ -31,6 +32,7 @@ class LossRequest:
     backend: str | None = None
     mixed_inputs: MixedInputs | None = None
     next_token: ObjectiveConfig = NTP
+    row_weights: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from sftmix.loss.objective import Objective
 from sftmix.storage import faults
 from sftmix.train.checkpointing import TrainingCheckpoints
 from sftmix.train.collector import collector_between_steps
+from sftmix.train.example_weights import weigh_examples
 from sftmix.train.log import RunLog
 from sftmix.train.meter import StepTrace
 from sftmix.train.plan import TrainingPlan, learning_rate_at
@@ -102,9 +103,13 @@ def _take_step(
     engine = run.engine
     faults.point("train.step")
     engine.start_step(seed=run.seed, step=step)
-    for number, batch in enumerate(made.micro_batches, start=1):
+    batches, next_token = made.micro_batches, run.objective.next_token
+    if next_token.weighting == "ir_dro":
+        temperature = next_token.ir_dro_temperature
+        batches = weigh_examples(engine, batches, made.counts, temperature=temperature)
+    for number, batch in enumerate(batches, start=1):
         loss = engine.forward_backward(
-            batch, made.counts, run.objective, is_last=number == len(made.micro_batches)
+            batch, made.counts, run.objective, is_last=number == len(batches)
         )
         run.log.add(batch, loss)
         if run.online is not None:

@@ -23,6 +23,7 @@ from sftmix.data.tokenizer import tokenizer_from
 from sftmix.engine.engine import Engine
 from sftmix.engine.process_group import init_ranks
 from sftmix.loss.objective import Objective
+from sftmix.train.example_weights import weigh_examples
 
 folder, result_path = Path(sys.argv[1]), Path(sys.argv[2])
 
@@ -69,8 +70,11 @@ def train_steps(engine, layout, objective):
         engine.start_step(seed=0, step=step)
         pieces = layout[ranks.rank]
         sums = torch.zeros(2, dtype=torch.float64)
-        for number, piece in enumerate(pieces, start=1):
-            batch = micro_batch(piece, mixes_inputs=objective.mixes_inputs)
+        batches = [micro_batch(piece, mixes_inputs=objective.mixes_inputs) for piece in pieces]
+        if objective.next_token.weighting == "ir_dro":
+            temperature = objective.next_token.ir_dro_temperature
+            batches = weigh_examples(engine, batches, COUNTS, temperature=temperature)
+        for number, batch in enumerate(batches, start=1):
             loss = engine.forward_backward(batch, COUNTS, objective, is_last=number == len(pieces))
             sums += torch.stack([loss.ntp, loss.mixup]).double()
         norm = float(engine.step(learning_rate=1e-2))
@@ -122,13 +126,17 @@ for stage in (0, 3):
             close(engine)
 
 # Other losses of next tokens, whose weights must not depend on how a step is divided.
+OTHERS = {
+    "dft": Objective(0.4, next_token=ObjectiveConfig(weighting="dft", label_smoothing=0.1)),
+    "ir_dro": Objective(next_token=ObjectiveConfig(weighting="ir_dro", ir_dro_temperature=0.5)),
+}
 for stage in (0, 3):
-    objective = Objective(0.4, next_token=ObjectiveConfig(weighting="dft", label_smoothing=0.1))
-    for name, layout in LAYOUTS[ranks.world_size].items():
-        config = config_for(stage, "untied")
-        engine = Engine(config, config.model, ranks, tokenizer, train=config.train)
-        results[f"dft {stage} {name}"] = train_steps(engine, layout, objective)
-        close(engine)
+    for kind, objective in OTHERS.items():
+        for name, layout in LAYOUTS[ranks.world_size].items():
+            config = config_for(stage, "untied")
+            engine = Engine(config, config.model, ranks, tokenizer, train=config.train)
+            results[f"{kind} {stage} {name}"] = train_steps(engine, layout, objective)
+            close(engine)
 
 # Mixing at the input embeddings: a third forward on every rank, over nothing where a rank has no
 # pair.

@@ -53,14 +53,31 @@ def test_padding_and_recomputation_change_nothing(results, stage, kind, layout):
 
 @pytest.mark.parametrize("layout", ["1 x 4", *LAYOUTS])
 @pytest.mark.parametrize("stage", [0, 3])
-def test_other_losses_of_next_tokens_do_not_depend_on_the_cut(results, stage, layout):
+@pytest.mark.parametrize("kind", ["dft", "ir_dro"])
+def test_other_losses_of_next_tokens_do_not_depend_on_the_cut(results, kind, stage, layout):
     _, found = results
-    expected = found["dft 0 1 x 4"]
-    assert found[f"dft {stage} {layout}"] == [pytest.approx(step, rel=1e-5) for step in expected]
+    expected = found[f"{kind} 0 1 x 4"]
+    assert found[f"{kind} {stage} {layout}"] == [pytest.approx(step, rel=1e-5) for step in expected]
     # it trains another model: the same loss before the first step, another one after it
     plain = found["0 untied 1 x 4"]
     assert expected[0][0] == pytest.approx(plain[0][0])
     assert expected[-1][0] != pytest.approx(plain[-1][0], rel=1e-4)
+
+
+def test_ir_dro_has_the_gradient_of_its_definition(results):
+    folder, found = results
+    model = AutoModelForCausalLM.from_pretrained(folder / "untied", dtype=torch.float64)
+    means = []
+    for member in [m for pair in PAIRS for m in pair[:2]]:
+        batch = build_micro_batch([member], [], indices=(0,), pad_id=0)
+        logits = model(input_ids=batch.input_ids).logits[0]
+        means.append(torch.nn.functional.cross_entropy(logits[batch.rows], batch.labels))
+    losses = torch.stack(means)
+    weights = torch.softmax(losses.detach() / 0.5, dim=0)
+    assert weights.max() > 1.05 * weights.min()  # else a plain mean would pass
+    (weights * losses).sum().backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert found["ir_dro 3 2 x 2"][0][2] == pytest.approx(norm.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

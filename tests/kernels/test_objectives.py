@@ -71,6 +71,21 @@ OBJECTIVES = {
         {"weighting": "eaft_unscaled"},
         lambda z, y: entropy_of_20(z) * nll_of(z, y),
     ),
+    "weights of rows": (
+        {"row_weights": torch.linspace(0, 2, ROWS, dtype=torch.float64).to(DEVICE)},
+        lambda z, y: torch.linspace(0, 2, ROWS, dtype=z.dtype, device=z.device) * nll_of(z, y),
+    ),
+    "eaft with weights of rows": (
+        {
+            "weighting": "eaft",
+            "row_weights": torch.linspace(0, 2, ROWS, dtype=torch.float64).to(DEVICE),
+        },
+        lambda z, y: (
+            torch.linspace(0, 2, ROWS, dtype=z.dtype, device=z.device)
+            * (entropy_of_20(z) / 3)
+            * nll_of(z, y)
+        ),
+    ),
     "label smoothing": (
         {"label_smoothing": 0.2},
         lambda z, y: nll_of(z, y, label_smoothing=0.2),
