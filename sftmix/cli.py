@@ -68,6 +68,15 @@ TO: Arguments = {
 TABLE: Arguments = {
     "table": {"metavar": "TABLE", "help": "folder, Parquet file, or Hub name"},
 }
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}, expected 1 or more")
+    return number
+
+
 # command -> its line in the list of all, and its arguments in the order of its help
 COMMANDS: dict[str, tuple[str, Arguments]] = {
     "run": ("the whole recipe; stages that are up to date are not run again", RUN),
@@ -83,7 +92,7 @@ COMMANDS: dict[str, tuple[str, Arguments]] = {
                 "help": "these seeds alone, for example one per job of an array",
             },
             "--jobs": {
-                "type": int,
+                "type": _at_least_one,
                 "default": 1,
                 "metavar": "N",
                 "help": "processes side by side, each with its share of the seeds (default 1)",
@@ -97,7 +106,7 @@ COMMANDS: dict[str, tuple[str, Arguments]] = {
             **CONFIG,
             **DEBUG,
             "--num": {
-                "type": int,
+                "type": _at_least_one,
                 "default": 3,
                 "metavar": "N",
                 "help": "examples to show (default 3)",
@@ -212,7 +221,7 @@ SCORES: dict[str, tuple[str, Arguments]] = {
         {
             **TABLE,
             "--num": {
-                "type": int,
+                "type": _at_least_one,
                 "default": 5,
                 "metavar": "N",
                 "help": "examples to show at either end (default 5)",
