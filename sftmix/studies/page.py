@@ -18,15 +18,20 @@ from sftmix.storage.files import write_json, write_text
 from sftmix.studies.results import OUTCOMES, ArmResult, as_json, sentences
 from sftmix.studies.statistics import Difference
 
-TITLES = "arm|seeds|loss|difference|exact match|difference|min|tokens|Wh".split("|")
-COSTS = (("minutes", "{:.2f}"), ("tokens", "{:,.0f}"), ("watt_hours", "{:,.3g}"))
+TITLES = "arm|seeds|loss|difference|exact match|difference".split("|")
+# kind -> its column, and how a figure is written
+COSTS = {
+    "minutes": ("min", "{:.2f}"),
+    "tokens": ("tokens", "{:,.0f}"),
+    "watt_hours": ("Wh", "{:,.3g}"),
+}
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 NOTES = [
     "Loss: nats per response token of held-out examples, lower is better. Exact match: share of"
     " held-out responses that greedy decoding would produce, higher is better. Both: mean"
     f" {PLUS_MINUS} standard deviation over the seeds. min, tokens, Wh: minutes, tokens without"
-    " padding and energy of training a trial's models, with Mixup the reference included; - where a"
-    " figure is not known.",
+    " padding and energy (where the hardware counts it) of training a trial's models, with Mixup"
+    " the reference included.",
     "Difference: to the control, paired by seed, with its 95% t interval over the seeds. The"
     " examples of one seed say how well that seed was measured; they are no further evidence.",
 ]
@@ -49,7 +54,7 @@ def write_results(
     settings = study.settings
     settings.dir.mkdir(parents=True, exist_ok=True)
     said = sentences(results, settings.control, settings.outcome)
-    rows = [row_of(arm) for arm in results]
+    titles, rows = table_of(results)
     failures = [f"{arm}, seed {seed} failed: {text}" for (arm, seed), text in failed.items()]
     done = sum(len(arm.trials) for arm in results)
     progress = f"{done} of {counted(len(study.arms) * len(settings.seeds), 'trial')} finished."
@@ -66,7 +71,7 @@ def write_results(
         },
     )
     notes = [*NOTES, _adjusted(results, settings.outcome)]
-    text = [*said, "", progress, *failures, "", markdown(TITLES, rows), *notes]
+    text = [*said, "", progress, *failures, "", markdown(titles, rows), *notes]
     write_text(settings.dir / "results.md", "\n".join(text) + "\n")
     page = render(
         "sftmix.studies",
@@ -75,7 +80,7 @@ def write_results(
         sentences=said,
         progress=progress,
         failed=failures,
-        titles=TITLES,
+        titles=titles,
         table=rows,
         notes=notes,
         figures=_figures(results, settings.outcome),
@@ -92,13 +97,18 @@ def write_results(
 
 def print_results(study: Study, results: Sequence[ArmResult]) -> None:
     """Prints the table, and what the data allow to say."""
-    print("", *aligned(TITLES, [row_of(arm) for arm in results]), "", sep="\n")
+    print("", *aligned(*table_of(results)), "", sep="\n")
     for line in sentences(results, study.settings.control, study.settings.outcome):
         print(textwrap.fill(line, WIDTH))
 
 
-def row_of(arm: ArmResult) -> list[str]:
-    """Returns an arm's row of the table."""
+def table_of(results: Sequence[ArmResult]) -> tuple[list[str], list[list[str]]]:
+    """Returns the titles of the table and a row per arm. A cost that no arm knows has no column."""
+    known = [kind for kind in COSTS if any(arm.cost(kind) is not None for arm in results)]
+    return TITLES + [COSTS[kind][0] for kind in known], [_row_of(arm, known) for arm in results]
+
+
+def _row_of(arm: ArmResult, costs: Sequence[str]) -> list[str]:
     loss, match = arm.deviation("loss"), arm.deviation("exact_match")
     return [
         arm.name,
@@ -108,7 +118,10 @@ def row_of(arm: ArmResult) -> list[str]:
         f"{arm.mean('exact_match'):.1%}"
         + ("" if match is None else f" {PLUS_MINUS} {100 * match:.1f}"),
         _shown(arm.differences["exact_match"], 100, 1),
-        *("-" if (cost := arm.cost(kind)) is None else form.format(cost) for kind, form in COSTS),
+        *(
+            "-" if (cost := arm.cost(kind)) is None else COSTS[kind][1].format(cost)
+            for kind in costs
+        ),
     ]
 
 

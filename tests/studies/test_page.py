@@ -1,11 +1,13 @@
 """The page of a study, as text and as a browser shows it."""
 
+from dataclasses import replace
+
 import pytest
 from pages import assert_shown_well
 from trials import trial
 
 from sftmix.config.study import load_study
-from sftmix.studies.page import write_results
+from sftmix.studies.page import table_of, write_results
 from sftmix.studies.results import compare
 
 HOSTILE = "<script>alert(1)</script>" + "word" * 60
@@ -51,3 +53,16 @@ def test_what_comes_from_data_is_escaped_and_every_part_is_there(page):
 
 def test_it_fits_a_phone_is_dark_in_the_dark_and_asks_for_nothing(page):
     assert_shown_well(page)
+
+
+def test_a_cost_that_no_arm_knows_has_no_column():
+    def titles(**costs):
+        trials = {
+            name: {0: replace(trial(2.0, exact=[0]), costs={"train": known})}
+            for name, known in (("ntp", {}), ("sftmix", costs))
+        }
+        return table_of(compare(trials, "ntp", "loss"))[0][6:]
+
+    assert titles() == []
+    assert titles(tokens=10.0) == ["tokens"]
+    assert titles(minutes=1.0, tokens=10.0, watt_hours=0.5) == ["min", "tokens", "Wh"]
