@@ -47,7 +47,7 @@ from torch import Tensor
 from sftmix.batches.collate import collate
 from sftmix.batches.cut import count_step, cut_step
 from sftmix.batches.examples import TokenisedExamples
-from sftmix.config.schema import Config
+from sftmix.config.schema import Config, ObjectiveConfig
 from sftmix.data.prepare import prepare
 from sftmix.data.tokenizer import tokenizer_from
 from sftmix.engine.engine import Engine
@@ -60,15 +60,23 @@ from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT, Matching, St
 from sftmix.pairing.split import split_values
 from sftmix.pipeline import preflight
 from sftmix.storage.files import write_json
+from sftmix.train.example_weights import weigh_examples
 
-MIXUP, NTP, TRL_NTP, TRL_MIXUP = (
+PROVIDERS = MIXUP, NTP, IR_DRO, TRL_NTP, TRL_MIXUP = (
     "sftmix (ours)",
     "ntp (ours)",
+    "ir-dro (ours)",
     "ntp (trl)",
     "sftmix (textbook on trl)",
 )
 TWINS = ((TRL_NTP, NTP), (TRL_MIXUP, MIXUP))
-RATIOS = ((MIXUP, NTP), (NTP, TRL_NTP), (MIXUP, TRL_MIXUP), (TRL_MIXUP, TRL_NTP))
+RATIOS = (
+    (MIXUP, NTP),
+    (IR_DRO, NTP),
+    (NTP, TRL_NTP),
+    (MIXUP, TRL_MIXUP),
+    (TRL_MIXUP, TRL_NTP),
+)
 TARGET = {"cuda": 1.02, "cpu": 1.05}  # of the first ratio
 TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}  # relative, between twins
 NUM_WARMUP_ROUNDS = 2
@@ -218,7 +226,7 @@ def build_work(config: Config, folder: Path, *, num_rounds: int) -> Work:
 
 
 def our_steps(work: Work) -> dict[str, Step]:
-    """Returns the steps of both objectives on one engine: the body of sftmix/train/loop.py without
+    """Returns the steps of our objectives on one engine: the body of sftmix/train/loop.py without
     its log."""
     config = work.config
     engine = Engine(config, config.model, init_ranks(), work.tokenizer, train=config.train)
@@ -231,16 +239,21 @@ def our_steps(work: Work) -> dict[str, Step]:
         engine.start_step(seed=0, step=number)
         loss, num_padded = torch.zeros((), device=engine.ranks.device), 0
         with patch.object(torch.nn.functional, "linear", linear):
-            for place, piece in enumerate(pieces, start=1):
-                batch = collate(
+            batches = [
+                collate(
                     work.examples,
                     work.plan,
                     piece,
                     pad_id=work.tokenizer.pad_token_id,
                     packs=engine.packs,
                 )
+                for piece in pieces
+            ]
+            if objective.next_token.weighting == "ir_dro":
+                batches = weigh_examples(engine, batches, counts, temperature=1.0)
+            for place, batch in enumerate(batches, start=1):
                 part = engine.forward_backward(
-                    batch, counts, objective, is_last=place == len(pieces)
+                    batch, counts, objective, is_last=place == len(batches)
                 )
                 loss += part.ntp + objective.mixup_weight * part.mixup + part.auxiliary
                 num_padded += batch.input_ids.numel()
@@ -255,6 +268,9 @@ def our_steps(work: Work) -> dict[str, Step]:
     return {
         MIXUP: lambda number: step(number, Objective(config.mixup.weight)),
         NTP: lambda number: step(number, Objective()),
+        IR_DRO: lambda number: step(
+            number, Objective(next_token=ObjectiveConfig(weighting="ir_dro"))
+        ),
     }
 
 
@@ -438,7 +454,7 @@ def measure(
                 results[name].append(result)
     tokens, responses, _ = work.sizes().T
     rows: dict[str, dict[str, float] | str] = {}
-    for name in (MIXUP, NTP, TRL_NTP, TRL_MIXUP):
+    for name in PROVIDERS:
         if name not in steps:
             rows[name] = "not measured: trl is not installed"
             continue
@@ -569,7 +585,7 @@ def main() -> None:
         parser.error("pairs are never cut: both batch sizes must be even")
     if options.device == "cuda" and not has_gpu():
         print("no GPU here: every row is not measured")
-        rows = dict.fromkeys((MIXUP, NTP, TRL_NTP, TRL_MIXUP), "not measured: no GPU")
+        rows = dict.fromkeys(PROVIDERS, "not measured: no GPU")
         if options.out is not None:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             write_json(options.out, {"device": "not measured: no GPU", "providers": rows})
