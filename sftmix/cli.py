@@ -71,7 +71,10 @@ TABLE: Arguments = {
 
 
 def _at_least_one(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}, expected 1 or more")
     return number

@@ -35,7 +35,7 @@ def test_the_step_benchmark_has_a_row_for_every_provider(tmp_path):
         else:
             assert row["ms"] > 0 and 0 <= row["padding_share"] < 1, name
     assert (
-        len(report["providers"]) == 4
+        len(report["providers"]) == 5
         and report["ratios"]["sftmix (ours) / ntp (ours)"]["ratio"] > 0
     )
 

@@ -699,6 +699,8 @@ def test_debug_shows_the_traceback(config):
         ),
         (["scores", "check", "table"], "CONFIG is missing"),
         (["inspect", "CONFIG", "--num", "many"], "invalid int value: 'many'"),
+        (["inspect", "CONFIG", "--num", "0"], "--num: 0, expected 1 or more"),
+        (["study", "CONFIG", "--jobs", "0"], "--jobs: 0, expected 1 or more"),
     ],
 )
 def test_a_wrong_command_line_ends_with_usage_and_code_2(arguments, said, config, capsys):

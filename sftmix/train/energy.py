@@ -53,12 +53,14 @@ class EnergyCounter:
 def _of_gpu(device: torch.device) -> list[Counter]:
     try:
         import pynvml
-
+    except ImportError:
+        return []
+    try:
         pynvml.nvmlInit()
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception:  # no pynvml, or a GPU without the counter: a figure less, no reason to stop
+    except pynvml.NVMLError:  # no such counter: a figure less, no reason to stop
         return []
     return [(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, 0.0)]
 

@@ -329,11 +329,12 @@ def test_operator_obeys_the_rules_of_custom_operators(objective):
     tensors = [inputs[name] for name in ("hidden", "weight", "bias", "labels", "pairs", "lam")]
     weighting, smoothing = objective
     settings = (0.2, 1.0, None, IGNORE_INDEX, 0.7, weighting, 1.0, smoothing, "torch")
-    torch.library.opcheck(
-        module.chunked_linear_mixup,
-        (*tensors, one / 5, one, *settings, True, True, True),
-        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
-    )
+    for row_weights in (None, torch.linspace(0, 2, 5, dtype=torch.float64)):
+        torch.library.opcheck(
+            module.chunked_linear_mixup,
+            (*tensors, row_weights, one / 5, one, *settings, True, True, True),
+            test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+        )
 
 
 def test_under_autocast_the_head_is_cast_as_a_linear_layer_would_be():
