@@ -249,9 +249,8 @@ def our_steps(work: Work) -> dict[str, Step]:
                 )
                 for piece in pieces
             ]
-            if objective.next_token.weighting == "ir_dro":
-                batches = weigh_examples(engine, batches, counts, temperature=1.0)
-            for place, batch in enumerate(batches, start=1):
+            weighed = weigh_examples(engine, batches, counts, objective.next_token)
+            for place, batch in enumerate(weighed, start=1):
                 part = engine.forward_backward(
                     batch, counts, objective, is_last=place == len(batches)
                 )

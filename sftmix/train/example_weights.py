@@ -20,14 +20,18 @@ from torch import Tensor
 
 from sftmix.batches.collate import MicroBatch
 from sftmix.batches.cut import StepCounts
+from sftmix.config.schema import ObjectiveConfig
 from sftmix.engine.engine import Engine
 
 
 def weigh_examples(
-    engine: Engine, batches: Sequence[MicroBatch], counts: StepCounts, *, temperature: float
-) -> list[MicroBatch]:
-    """Returns this rank's micro-batches of a step with `row_weights`. temperature: nats per token.
+    engine: Engine, batches: Sequence[MicroBatch], counts: StepCounts, next_token: ObjectiveConfig
+) -> Sequence[MicroBatch]:
+    """Returns this rank's micro-batches of a step, with `row_weights` if `next_token` is IR-DRO.
     Collective: all ranks must call it, with as many micro-batches."""
+    if next_token.weighting != "ir_dro":
+        return batches
+    temperature = next_token.ir_dro_temperature
     losses, lengths = [], []
     for batch in batches:
         nll, _ = engine.score(batch)

@@ -103,10 +103,7 @@ def _take_step(
     engine = run.engine
     faults.point("train.step")
     engine.start_step(seed=run.seed, step=step)
-    batches, next_token = made.micro_batches, run.objective.next_token
-    if next_token.weighting == "ir_dro":
-        temperature = next_token.ir_dro_temperature
-        batches = weigh_examples(engine, batches, made.counts, temperature=temperature)
+    batches = weigh_examples(engine, made.micro_batches, made.counts, run.objective.next_token)
     for number, batch in enumerate(batches, start=1):
         loss = engine.forward_backward(
             batch, made.counts, run.objective, is_last=number == len(batches)

@@ -71,10 +71,8 @@ def train_steps(engine, layout, objective):
         pieces = layout[ranks.rank]
         sums = torch.zeros(2, dtype=torch.float64)
         batches = [micro_batch(piece, mixes_inputs=objective.mixes_inputs) for piece in pieces]
-        if objective.next_token.weighting == "ir_dro":
-            temperature = objective.next_token.ir_dro_temperature
-            batches = weigh_examples(engine, batches, COUNTS, temperature=temperature)
-        for number, batch in enumerate(batches, start=1):
+        weighed = weigh_examples(engine, batches, COUNTS, objective.next_token)
+        for number, batch in enumerate(weighed, start=1):
             loss = engine.forward_backward(batch, COUNTS, objective, is_last=number == len(pieces))
             sums += torch.stack([loss.ntp, loss.mixup]).double()
         norm = float(engine.step(learning_rate=1e-2))
