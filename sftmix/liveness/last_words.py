@@ -19,7 +19,9 @@ from typing import NoReturn
 from sftmix.liveness import processes
 
 STACKS = "stacks"
-KILL_AFTER_SECONDS = 1.0  # for a silent rank to write its stacks, which ends it
+# For a silent rank to write its stacks, which ends it. 1 s was too little on a busy machine, and
+# a rank that does write them never takes all of it.
+KILL_AFTER_SECONDS = 3.0
 POLL_SECONDS = 0.05
 
 
