@@ -142,7 +142,7 @@ UNITS = (
 # Measured on 2 cores of an Intel Xeon (README, Results).
 ONE_SEED = (
     "One seed decides nothing: over six seeds of the quickstart study exact match has a standard"
-    " deviation of 7.6 points (NTP) and 7.1 (SFTMix). `sftmix study` compares over several seeds."
+    " deviation of 7.6 points (NTP) and 7.1 (SFTMix). A study compares several seeds."
 )
 COST_TITLES = ["minutes", "waited", *NAMES.values(), "tokens", "Wh"]
 ENERGY = (
