@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from sftmix.config.messages import KeyPath, Locations, dotted, explain
-from sftmix.config.schema import Config
+from sftmix.config.schema import CHOICES, Config
 from sftmix.config.shipped import find_config, nearest_config, packaged
 from sftmix.errors import ConfigError
 
@@ -269,11 +269,12 @@ def _set(raw: dict[str, Any], places: Locations, name: str, value: Any, place: s
 
 
 def _inherit_train(raw: dict[str, Any]) -> None:
-    """`reference.train` names only what differs from `train`."""
+    """`reference.train` names only what differs from `train`; which model is kept is none of it."""
     reference = raw.get("reference")
     if (
         isinstance(reference, dict)
         and isinstance(reference.get("train"), dict)
         and isinstance(raw.get("train", {}), dict)
     ):
-        reference["train"] = {**raw.get("train", {}), **reference["train"]}
+        inherited = {k: v for k, v in raw.get("train", {}).items() if k not in CHOICES}
+        reference["train"] = {**inherited, **reference["train"]}

@@ -215,6 +215,13 @@ class DataConfig(Section):
         return self.sources
 
 
+def _epoch_or_steps(value: Any) -> Any:
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if value in (None, "epoch") or (is_number and value >= 1):
+        return value
+    raise PydanticCustomError("steps", "expected `epoch` or a number of steps from 1 on")
+
+
 class TrainConfig(Section):
     epochs: Int = Field(3, ge=1, le=100_000, description="Passes over the training examples.")
     batch_size: Int = Field(
@@ -238,6 +245,47 @@ class TrainConfig(Section):
     max_grad_norm: Float = Field(
         1.0, ge=0, description="Clips the global gradient norm; 0 switches clipping off."
     )
+    evaluate_every: Annotated[Literal["epoch"] | int | None, PlainValidator(_epoch_or_steps)] = (
+        Field(
+            None,
+            description=(
+                "Held-out loss during training: after every `epoch`, or after every so many steps;"
+                " and after the last step. Default: never."
+            ),
+        )
+    )
+    keep_best: bool = Field(
+        False,
+        description=(
+            "Keep the model with the lowest of these losses, not the last one. Not in the reference"
+            " run."
+        ),
+    )
+    patience: Int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "Stop after so many of these losses in a row without a new lowest one. Not in the"
+            " reference run."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _evaluates(self) -> TrainConfig:
+        if self.chooses and self.evaluate_every is None:
+            raise ValueError(
+                "`keep_best` and `patience` compare held-out losses: say with `evaluate_every` when"
+                " they are measured"
+            )
+        return self
+
+    @property
+    def chooses(self) -> bool:
+        """Whether held-out losses decide which model is kept."""
+        return self.keep_best or self.patience is not None
+
+
+CHOICES = {"keep_best": False, "patience": None}  # how held-out losses choose: not at all
 
 
 class ReferenceConfig(Section):
@@ -255,6 +303,15 @@ class ReferenceConfig(Section):
             " than 3 epochs."
         ),
     )
+
+    @model_validator(mode="after")
+    def _has_all_steps(self) -> ReferenceConfig:
+        if self.train is not None and self.train.chooses:
+            raise ValueError(
+                "`train.keep_best` and `train.patience` are for the baseline and the target: the"
+                " checkpoints of all steps of the reference run are the input of the confidence"
+            )
+        return self
 
 
 ScoreMode = Literal["checkpoints", "live", "online"]
@@ -624,6 +681,17 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _holds_out(self) -> Config:
+        trains = (self.train, self.reference_train)
+        if any(train.evaluate_every is not None for train in trains) and (
+            self.data.generator is None and self.data.held_out_share == 0
+        ):
+            raise ValueError(
+                "`train.evaluate_every` measures held-out losses, and `data.held_out_share` is 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _online_has_epochs(self) -> Config:
         if (
             "online" in self.confidence.modes
@@ -653,7 +721,9 @@ class Config(Section):
 
     @property
     def reference_train(self) -> TrainConfig:
-        return self.reference.train or self.train
+        """The reference run has all its steps: its checkpoints are the input of the confidence."""
+        settings = self.reference.train or self.train
+        return settings.model_copy(update=CHOICES)
 
     @property
     def tokenizer_source(self) -> str | None:

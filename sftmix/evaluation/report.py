@@ -7,6 +7,7 @@ import base64
 import json
 import shlex
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from sftmix.pairing.on_files import COVERAGE, COVERAGE_UNITS, open_matching
 from sftmix.storage import artifacts, provenance
 from sftmix.storage.failures import accessing
 from sftmix.storage.files import write_text
-from sftmix.train.log import MIXUP, NTP, read_metrics
+from sftmix.train.log import HELD_OUT, MIXUP, NTP, read_metrics
 from sftmix.train.meter import NAMES, minutes_of, tokens_of, watt_hours_of
 
 
@@ -46,7 +47,7 @@ def build_report(run: RunOutputs, folder: Path) -> None:
     table = result_table(run, metrics)
     scored = read_scored_examples(run)
     agreed = agreements(run, scored)
-    costs = cost_table(run)
+    costs, notes = cost_table(run), [UNITS, ONE_SEED, *choice_notes(run)]
     page = render(
         "sftmix.evaluation",
         "report.html.j2",
@@ -54,7 +55,7 @@ def build_report(run: RunOutputs, folder: Path) -> None:
         summary=summary(table),
         titles=TITLES,
         table=[cells(row) for row in table],
-        notes=[UNITS, ONE_SEED],
+        notes=notes,
         cost_titles=COST_TITLES,
         costs=costs,
         energy=ENERGY,
@@ -77,7 +78,7 @@ def build_report(run: RunOutputs, folder: Path) -> None:
     write_text(folder / "index.html", page)
     parts = [
         markdown(TITLES, [cells(row) for row in table]),
-        f"{UNITS}\n\n{ONE_SEED}\n",
+        "\n\n".join(notes) + "\n",
         markdown(COST_TITLES, costs),
         f"{ENERGY}\n",
         *([markdown(Agreement.TITLES, [row.cells() for row in agreed])] if agreed else []),
@@ -85,7 +86,7 @@ def build_report(run: RunOutputs, folder: Path) -> None:
     write_text(folder / "report.md", "\n".join(parts))
     for row in agreed:
         print(f"  {row.line()}")
-    print_table(table)
+    print_table(table, notes)
 
 
 def result_table(run: RunOutputs, metrics: dict[str, Any]) -> list[dict[str, Any]]:
@@ -144,6 +145,7 @@ ONE_SEED = (
     "One seed decides nothing: over six seeds of the quickstart study exact match has a standard"
     " deviation of 7.6 points (NTP) and 7.1 (SFTMix). A study compares several seeds."
 )
+HELD_OUT_TITLE = "Held-out loss during training (nats per response token)"
 COST_TITLES = ["minutes", "waited", *NAMES.values(), "tokens", "Wh"]
 ENERGY = (
     "tokens: trained on, without padding. Wh: energy of the GPUs while they trained, or of the"
@@ -165,18 +167,37 @@ def cost_table(run: RunOutputs) -> list[list[str]]:
     return rows
 
 
+def choice_notes(run: RunOutputs) -> list[str]:
+    """Returns which models held-out losses chose, and what that means for their figures."""
+    train, found = run.config.train, []
+    for stage, name in MODEL_NAMES.items():
+        facts = run.facts_of(stage) if stage in run.inputs else {}
+        if "best_step" in facts and train.chooses:
+            kept = f"step {facts['best_step' if train.keep_best else 'num_steps']}"
+            found.append(
+                f"{name}: {kept} is kept, of {facts['num_steps']} taken and"
+                f" {facts['num_planned_steps']} planned."
+            )
+    if found and train.keep_best:
+        found.append(
+            "The lowest held-out loss chose the models, on the examples of this table, so its"
+            " losses are a little lower than those of other examples would be."
+        )
+    return [" ".join(found)] if found else []
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     """Returns a row of the result table as text."""
     return ["-" if row[key] is None else form.format(row[key]) for key, _, form in COLUMNS]
 
 
-def print_table(table: list[dict[str, Any]]) -> None:
-    """Prints the result table, within 60 columns, and explains its columns."""
+def print_table(table: list[dict[str, Any]], notes: Sequence[str] = (UNITS, ONE_SEED)) -> None:
+    """Prints the result table, within 60 columns, and the notes that explain it."""
     rows = [cells(row) for row in table]
     rule = ["-" * max(map(len, column)) for column in zip(TITLES, *rows, strict=True)]
     print("\nSFTMix beside next-token prediction\n")
     print(*aligned(TITLES, [rule, *rows]), sep="\n")
-    for note in (UNITS, ONE_SEED):
+    for note in notes:
         print(f"\n{textwrap.fill(note, WIDTH)}")
     print()
 
@@ -199,7 +220,8 @@ def group_table(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def _figures(run: RunOutputs, scored: ScoredExamples) -> list[tuple[str, str]]:
-    curves = {}
+    curves: dict[str, list[tuple[int, float | None]]] = {}
+    held_out: dict[str, list[tuple[int, float | None]]] = {}
     for stage in ("reference", "baseline", "train"):
         if stage in run.inputs:
             name = MODEL_NAMES.get(stage, "reference")
@@ -207,8 +229,11 @@ def _figures(run: RunOutputs, scored: ScoredExamples) -> list[tuple[str, str]]:
             curves[f"{name}: NTP"] = [(line["step"], line[NTP]) for line in lines]
             if lines and MIXUP in lines[0]:
                 curves[f"{name}: Mixup"] = [(line["step"], line[MIXUP]) for line in lines]
+            if measured := [(line["step"], line[HELD_OUT]) for line in lines if HELD_OUT in line]:
+                held_out[name] = measured
     figures = [
         ("Training loss (nats per token; Mixup: per mixed position)", plots.loss_curves(curves)),
+        *([(HELD_OUT_TITLE, plots.loss_curves(held_out))] if held_out else []),
         ("Confidence of the training examples", plots.confidence_histogram(scored)),
     ]
     mixup = run.config.mixup

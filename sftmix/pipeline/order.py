@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sftmix.config.deepspeed_json import read_deepspeed_json
-from sftmix.config.schema import Config, ModelConfig, ObjectiveConfig
+from sftmix.config.schema import Config, ModelConfig, ObjectiveConfig, TrainConfig
 from sftmix.errors import ArtifactError
 from sftmix.pipeline.context import Stage
 from sftmix.storage.files import sha256_of_file
@@ -91,7 +91,7 @@ def _data_settings(config: Config) -> dict[str, Any]:
 def _reference_settings(config: Config) -> dict[str, Any]:
     return {
         "model": model_identity(config.reference_model),
-        "train": config.reference_train.model_dump(mode="json"),
+        "train": _train_settings(config.reference_train),
         "num_checkpoints": config.reference.num_checkpoints,
         # what the run produces: checkpoints, scores, or both
         "modes": sorted(config.confidence.modes),
@@ -120,10 +120,16 @@ def _split_settings(config: Config) -> dict[str, Any]:
     return settings | ({"seed": config.run.seed} if config.split.column == "random" else {})
 
 
+def _train_settings(train: TrainConfig) -> dict[str, Any]:
+    """Returns what a model depends on; held-out losses change it only where they choose."""
+    names = {"evaluate_every", "keep_best", "patience"}
+    return train.model_dump(mode="json", exclude=set() if train.chooses else names)
+
+
 def _target_settings(config: Config) -> dict[str, Any]:
     return {
         "model": model_identity(config.model),
-        "train": config.train.model_dump(mode="json"),
+        "train": _train_settings(config.train),
         **_numerics(config),
     }
 

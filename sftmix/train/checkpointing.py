@@ -37,7 +37,7 @@ from sftmix.storage.checkpoints import (
     check_space,
 )
 from sftmix.storage.files import await_visible, sha256_of_file
-from sftmix.train.resuming import CheckpointReader, Resumable
+from sftmix.train.resuming import CheckpointReader, Resumable, step_of
 
 if TYPE_CHECKING:
     from sftmix.engine.engine import Engine
@@ -146,6 +146,20 @@ class TrainingCheckpoints:
                 exit_code_of(reason),
             )
 
+    def remove_outdated(self, folder: Path, step: int) -> None:
+        """Removes exports in `folder`, called step_N, that newer ones replace. One stays for each
+        state that a run may go on from: the newest that the state knows. step: of the newest."""
+        if not self.ranks.is_main:
+            return
+        states = [*self.checkpoints.steps(), *([self._pending.step] if self._pending else [])]
+        found = [(step_of(path), path) for path in folder.iterdir()]
+        exports = {number: path for number, path in found if number is not None}
+        known = [[export for export in exports if export <= state] for state in [*states, step]]
+        needed = {max(each) for each in known if each}
+        for export, path in exports.items():
+            if export not in needed:
+                shutil.rmtree(path)
+
     def _save(
         self, engine: Engine, step: int, parts: dict[str, Resumable], *, in_background: bool
     ) -> None:
@@ -224,7 +238,7 @@ class TrainingCheckpoints:
             entries |= json.loads(texts[rank])
 
         def publish() -> None:
-            facts = {**pending.facts, "kept": self._entries_of_kept()}
+            facts = {**pending.facts, "kept": self._entries_of_kept(pending.step)}
             manifest = artifacts.Manifest(
                 **self._identity,
                 files=entries,
@@ -263,12 +277,16 @@ class TrainingCheckpoints:
         if problem:
             raise ArtifactError(problem, on_all_ranks=True)
 
-    def _entries_of_kept(self) -> dict[str, dict[str, Any]]:
-        """Returns size and SHA-256 of every finished output of the stage so far. Each file is
-        flushed and read once."""
+    def _entries_of_kept(self, step: int) -> dict[str, dict[str, Any]]:
+        """Returns size and SHA-256 of every finished output of the stage up to `step`. Each file is
+        flushed and read once. What was written after it is not of this state, which may be
+        published while training goes on."""
         entries = {}
         for path in sorted(p for p in self.kept.rglob("*") if p.is_file()):
-            name, status = path.relative_to(self.kept).as_posix(), path.stat()
+            relative = path.relative_to(self.kept)
+            if any((step_of(part) or 0) > step for part in map(Path, relative.parts)):
+                continue
+            name, status = relative.as_posix(), path.stat()
             with path.open("rb") as file:
                 if name in NOT_HASHED:
                     os.fsync(file.fileno())

@@ -31,6 +31,7 @@ from sftmix.liveness.progress import progress_bar
 from sftmix.storage.failures import accessing, describe
 from sftmix.storage.files import write_text
 from sftmix.train.energy import EnergyCounter
+from sftmix.train.held_out import HeldOutLoss
 from sftmix.train.meter import (
     ACTIVITIES,
     CHECKPOINT,
@@ -71,6 +72,8 @@ TRAINING_TIME = "time/training (s)"
 WAITING_TIME = "time/waiting for batches (s)"
 COLLECTOR_TIME = "time/garbage collection (s)"
 SKIPPED = "steps/skipped (steps)"
+HELD_OUT = "held_out/loss (nats/token)"
+HELD_OUT_EXACT = "held_out/exact match (share)"
 
 # TensorBoard: key of a line -> tag and description. Every run has the same tags, so that curves of
 # several runs overlay.
@@ -124,6 +127,11 @@ SCALARS = {
         "Seconds of Python's garbage collector since the last point; mean over the ranks.",
     ),
     SKIPPED: ("steps/skipped", "Steps skipped so far."),
+    HELD_OUT: ("held_out/loss", "Loss of the held-out examples in nats per response token."),
+    HELD_OUT_EXACT: (
+        "held_out/exact_match",
+        "Share of the held-out examples whose response greedy decoding would produce.",
+    ),
 }
 LOSSES = ("ntp", "mixup", "auxiliary")  # the keys that are summed
 PAUSES = ("waiting", "collector")  # seconds of this rank, summed over the steps of a window
@@ -211,7 +219,7 @@ class RunLog:
             self.meter.tokens[kind] = mine[f"total_{kind}"]
         for activity in ACTIVITIES:
             # in addition to the time of this attempt so far
-            self.meter.seconds[activity] += mine[f"{activity}_seconds"]
+            self.meter.seconds[activity] += mine.get(f"{activity}_seconds", 0.0)
         self.num_skipped = int(mine["num_skipped"])
         self._window = {name: mine[f"window_{name}"] for name in WINDOW}
         self._balance = Balance(*(mine[f"balance_{name}"] for name in Balance._fields))
@@ -257,8 +265,11 @@ class RunLog:
         grad_norm: float | torch.Tensor,
         is_skipped: bool,
         epoch: int,
+        held_out: HeldOutLoss | None = None,
+        is_last: bool = False,
     ) -> None:
-        """Ends an optimiser step; writes a line every `every_steps` steps and at the last one."""
+        """Ends an optimiser step; writes a line every `every_steps` steps, at the last one, and
+        with every held-out loss. is_last: the training ends here, before its last planned step."""
         self._balance = self._balance.plus(balance)
         added = {"steps": 1, "lam": float(lam.sum()), "num_lam": len(lam)}
         for name, value in {**added, **vars(counts), **balance._asdict()}.items():
@@ -266,10 +277,11 @@ class RunLog:
         self.num_skipped += is_skipped
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
-        if step % self.every_steps and step != self.num_steps:
+        is_last = is_last or step == self.num_steps
+        if step % self.every_steps and not is_last and held_out is None:
             return
         losses = self._losses.cpu()  # synchronises with the device before the clock is read
-        self.meter.switch(TRAINING if step < self.num_steps else OTHER)
+        self.meter.switch(OTHER if is_last else TRAINING)
         own = {**self.meter.window_tokens, **self._pauses, "joules": self._energy.take()}
         own |= self._parts.take() if self._parts is not None else {}
         of_rank = torch.tensor(list(own.values())).double()
@@ -313,7 +325,11 @@ class RunLog:
             COLLECTOR_TIME: sums["collector"] / self.ranks.world_size,
             SKIPPED: self.num_skipped,
         }
-        self._write(step, line)
+        if held_out is not None:
+            line |= {HELD_OUT: held_out.loss, HELD_OUT_EXACT: held_out.exact_match}
+        self._write(step, line, held_out)
+        if is_last:
+            self.num_steps = step
         self._clear()
 
     def _speed(self, costs: Balance, num_responses: float, seconds: float) -> dict[str, float]:
@@ -337,11 +353,11 @@ class RunLog:
         self._pauses[pause] += self.meter.clock() - started
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Counts the seconds inside as checkpoint time, not as training. Synchronises with the
+    def pause(self, activity: str = CHECKPOINT) -> Iterator[None]:
+        """Counts the seconds inside for another activity than training. Synchronises with the
         device at both ends."""
         self._losses.cpu()
-        with self.meter.during(CHECKPOINT):
+        with self.meter.during(activity):
             yield
             self._losses.cpu()
 
@@ -375,7 +391,7 @@ class RunLog:
             **self.meter.facts(),
         }
 
-    def _write(self, step: int, line: dict[str, float]) -> None:
+    def _write(self, step: int, line: dict[str, float], held_out: HeldOutLoss | None) -> None:
         if self._file is None:
             return
         # NaN is not valid JSON, and readers must be able to read the line that shows the problem.
@@ -393,6 +409,17 @@ class RunLog:
         else:
             optimiser = f"|g| {line[GRAD_NORM]:.3g} lr {line[LEARNING_RATE]:.2e}"
             print(f"{self.stage} {step}/{self.num_steps} {losses} {optimiser} {rate}", flush=True)
+        if held_out is not None:
+            self._show(held_out, step)
+
+    def _show(self, held_out: HeldOutLoss, step: int) -> None:
+        text = f"{self.stage} {step}/{self.num_steps} held out {held_out.loss:.4f}"
+        text += f", exact match {held_out.exact_match:.1%}"
+        text += " (the lowest loss so far)" if held_out.is_best else ""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
 
     def _write_scalars(self, step: int, line: dict[str, float]) -> None:
         """Writes a point of each TensorBoard curve; `SummaryWriter.add_scalar` takes no

@@ -15,7 +15,13 @@ from pathlib import Path
 import torch
 
 TOKEN_KINDS = ("real", "response", "padded")
-TRAINING, CHECKPOINT, OTHER = ACTIVITIES = ("training", "checkpoint", "other")
+TRAINING, EVALUATION, CHECKPOINT, OTHER = ACTIVITIES = (
+    "training",
+    "evaluation",
+    "checkpoint",
+    "other",
+)
+TIMED = (TRAINING, EVALUATION, CHECKPOINT)  # the other activity is what is left
 
 
 class Meter:
@@ -67,9 +73,7 @@ class Meter:
     def facts(self) -> dict[str, float]:
         """Returns the stage's seconds, tokens and tokens per second, up to this moment."""
         self.read()
-        named = {
-            f"{activity}_seconds": self.seconds[activity] for activity in (TRAINING, CHECKPOINT)
-        }
+        named = {f"{activity}_seconds": self.seconds[activity] for activity in TIMED}
         rates = {
             f"{kind}_tokens_per_second": rate
             for kind, rate in rates_of(self.tokens, self.seconds[TRAINING]).items()
@@ -152,7 +156,12 @@ def watt_hours_of(facts: Mapping[str, float]) -> str:
     return f"{facts['energy_joules'] / 3600:,.3g}" if "energy_joules" in facts else "-"
 
 
-NAMES = {TRAINING: "training", CHECKPOINT: "checkpoints and exports", OTHER: "start and end"}
+NAMES = {
+    TRAINING: "training",
+    EVALUATION: "evaluation",
+    CHECKPOINT: "checkpoints and exports",
+    OTHER: "start and end",
+}
 
 
 def describe_time(facts: Mapping[str, float]) -> str:
@@ -165,8 +174,9 @@ def describe_time(facts: Mapping[str, float]) -> str:
 def minutes_of(facts: Mapping[str, float]) -> dict[str, float]:
     """Returns a stage's minutes by activity, and those that the user waited. facts: those of
     `Meter.facts`."""
-    minutes = {name: facts[f"{name}_seconds"] / 60 for name in (TRAINING, CHECKPOINT, "waited")}
-    return {**minutes, OTHER: max(0.0, minutes["waited"] - minutes[TRAINING] - minutes[CHECKPOINT])}
+    minutes = {name: facts.get(f"{name}_seconds", 0.0) / 60 for name in TIMED}
+    waited = facts["waited_seconds"] / 60
+    return {**minutes, OTHER: max(0.0, waited - sum(minutes.values())), "waited": waited}
 
 
 def rates_of(tokens: Mapping[str, float], seconds: float) -> dict[str, float]:

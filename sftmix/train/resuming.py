@@ -40,6 +40,13 @@ class Resumable(Protocol):
         """Continues after `step`, from the numbers of all ranks that saved, and the arrays."""
 
 
+def step_of(path: Path) -> int | None:
+    """Returns the step in the name of a finished output, as in step_000040 and step_000040.npy;
+    None if it has none."""
+    number = path.name.removeprefix("step_").split(".")[0]
+    return int(number) if path.name.startswith("step_") and number.isdecimal() else None
+
+
 class CheckpointReader:
     """Loads checkpoints of one training stage.
 
@@ -258,9 +265,8 @@ class CheckpointReader:
     def _clear_kept(self, *, after: int) -> None:
         """Removes the exports and scores of steps that will be repeated."""
         if self.ranks.is_main:
-            for path in self.kept.rglob("step_*"):
-                number = path.name[5:].split(".")[0]
-                if number.isdecimal() and int(number) > after:
+            for path in list(self.kept.rglob("step_*")):
+                if (step_of(path) or 0) > after:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             skipped = self.kept / "skipped_steps.jsonl"
             if skipped.is_file():

@@ -18,10 +18,18 @@ from processes import ROOT
 
 from sftmix.confidence.definition import CONFIDENCE_SCHEMA
 from sftmix.confidence.metadata import ScoreMetadata
-from sftmix.config.schema import Config, SplitConfig
+from sftmix.config.schema import Config, SplitConfig, TrainConfig
 from sftmix.data.prepare import SCHEMA
 from sftmix.evaluation import plots
-from sftmix.evaluation.report import ONE_SEED, TITLES, UNITS, build_report, cells, print_table
+from sftmix.evaluation.report import (
+    HELD_OUT_TITLE,
+    ONE_SEED,
+    TITLES,
+    UNITS,
+    build_report,
+    cells,
+    print_table,
+)
 from sftmix.evaluation.report_examples import (
     RunOutputs,
     ScoredExamples,
@@ -34,6 +42,7 @@ from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT
 from sftmix.pairing.on_files import write_parts
 from sftmix.storage import artifacts
 from sftmix.storage.files import write_json
+from sftmix.train.log import HELD_OUT, NTP
 
 
 def scored_examples(count=40, *, ids=None, confidence=None, variability=None, is_perplexity=True):
@@ -356,6 +365,7 @@ def finished(tmp_path):
         }
         (inputs["train"] / "model").mkdir()
         facts |= {"training_seconds": 60.0, "checkpoint_seconds": 30.0, "waited_seconds": 105.0}
+        facts |= {"evaluation_seconds": 6.0}
         artifacts.seal(inputs["train"], stage="train", settings={}, facts=facts)
         (inputs["train"] / "metrics.jsonl").write_text("")
         write_json(inputs["evaluate"] / "metrics.json", {})
@@ -508,8 +518,9 @@ def test_the_report_shows_what_was_waited_for_and_the_times_apart(finished, caps
         capsys.readouterr().out.count(" 1.75\n") == 1
         and "| SFTMix | - | - | - | 1 | 1.75 |" in lines
     )
-    titles = "minutes | waited | training | checkpoints and exports | start and end | tokens | Wh"
-    row = "SFTMix | 1.75 | 1.00 | 0.50 | 0.25 | 1,234 | 2"
+    titles = "minutes | waited | training | evaluation | checkpoints and exports | start and end"
+    titles += " | tokens | Wh"
+    row = "SFTMix | 1.75 | 1.00 | 0.10 | 0.50 | 0.15 | 1,234 | 2"
     assert f"| {titles} |" in lines and f"| {row} |" in lines
     assert f"{titles} {row}".replace(" | ", " ") in text
 
@@ -539,6 +550,30 @@ def test_every_place_with_a_table_says_that_one_seed_decides_nothing(finished, c
     page = text_of((tmp_path / "report" / "index.html").read_text())
     texts = [capsys.readouterr().out, page, (tmp_path / "report" / "report.md").read_text(), readme]
     assert [text.replace("\n", " ").count(ONE_SEED) for text in texts] == [1] * 4
+
+
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_the_report_says_what_held_out_losses_chose(finished, capsys, tmp_path, keep_best):
+    run = finished(confidence=-np.arange(1.0, 31.0))
+    build_report(run, tmp_path / "report")
+    assert HELD_OUT_TITLE not in (tmp_path / "report" / "index.html").read_text()
+    chooses = {"evaluate_every": 2, "keep_best": keep_best, "patience": 2}
+    config = run.config.model_copy(update={"train": TrainConfig(**chooses)})
+    manifest = json.loads((run.inputs["train"] / artifacts.MANIFEST).read_text())
+    manifest["facts"] |= {"num_planned_steps": 12, "num_steps": 8, "best_step": 4}
+    (run.inputs["train"] / artifacts.MANIFEST).write_text(json.dumps(manifest))
+    lines = [{"step": n, NTP: 3.0} | ({HELD_OUT: 2.0} if n % 2 == 0 else {}) for n in range(1, 9)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run.inputs["train"] / "metrics.jsonl").write_text(text)
+    capsys.readouterr()
+    build_report(replace(run, config=config), tmp_path / "report")
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert HELD_OUT_TITLE in page
+    kept = f"SFTMix: step {4 if keep_best else 8} is kept, of 8 taken and 12 planned."
+    markdown_text = (tmp_path / "report" / "report.md").read_text()
+    for shown in (text_of(page), " ".join(capsys.readouterr().out.split()), markdown_text):
+        assert kept in shown
+        assert ("a little lower than those of other examples" in shown) == keep_best
 
 
 def test_a_stage_that_did_not_count_what_was_waited_has_no_minutes(finished, tmp_path):

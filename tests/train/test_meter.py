@@ -358,10 +358,11 @@ def test_seconds_go_back_to_the_activity_before():
 
 def test_the_line_on_the_screen_shows_the_times_apart():
     facts = {"training_seconds": 60.0, "checkpoint_seconds": 30.0, "waited_seconds": 105.0}
-    assert (
-        describe_time(facts)
-        == "1.75 min: training 1.00, checkpoints and exports 0.50, start and end 0.25"
-    )
+    expected = "training 1.00, evaluation {}, checkpoints and exports 0.50, start and end {}"
+    # a training of an earlier version did not count evaluation
+    assert describe_time(facts) == f"1.75 min: {expected.format('0.00', '0.25')}"
+    facts["evaluation_seconds"] = 6.0
+    assert describe_time(facts) == f"1.75 min: {expected.format('0.10', '0.15')}"
 
 
 def test_a_state_with_sums_of_other_names_is_refused(tmp_path, monkeypatch):

@@ -31,5 +31,5 @@ def trained_model(start: ModelConfig, folder: Path) -> ModelConfig:
 
 
 def checkpoint_name(step: int) -> str:
-    """Returns the folder name of a reference checkpoint."""
+    """Returns the folder name of a model that was exported after a step."""
     return f"step_{step:06d}"

@@ -9,7 +9,7 @@ from sftmix.loss.objective import Objective
 from sftmix.pairing.on_files import open_matching
 from sftmix.pipeline.context import Facts, StageContext
 from sftmix.pipeline.stages.inputs import read_examples, read_tokenizer
-from sftmix.pipeline.stages.training import train_model
+from sftmix.pipeline.stages.training import best_folder, train_model
 from sftmix.train.plan import TrainingPlan
 
 
@@ -40,13 +40,14 @@ def _train_target(context: StageContext, name: str, objective: Objective) -> Fac
     plan = TrainingPlan(matching, settings.epochs, settings.batch_size)
 
     def save_model(engine: Engine, step: int) -> None:
-        engine.export(context.kept / "model", tokenizer)
+        folder = best_folder(context, step) if settings.keep_best else context.kept
+        engine.export(folder / "model", tokenizer)
         if engine.has_adapters:
-            engine.export_adapter(context.kept / "adapter", tokenizer)
+            engine.export_adapter(folder / "adapter", tokenizer)
         if context.ranks.is_main:
-            write_model_card(context.kept / "model", config, name)
+            write_model_card(folder / "model", config, name)
             if engine.has_adapters:
-                write_model_card(context.kept / "adapter", config, name, is_adapter=True)
+                write_model_card(folder / "adapter", config, name, is_adapter=True)
 
     return train_model(
         context,
