@@ -39,12 +39,12 @@ def linear_token_nll(
     hidden: (T, D); weight: (V, D); labels: (T,) int64; bias: (V,) or None. Backends and errors as
     `fused_linear_mixup_cross_entropy`.
     """
-    return linear_token_nll_and_match(
+    return linear_token_scores(
         hidden, weight, labels, bias, logit_scale, logit_softcap, ignore_index, backend
     )[0]
 
 
-def linear_token_nll_and_match(
+def linear_token_scores(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -53,10 +53,11 @@ def linear_token_nll_and_match(
     logit_softcap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Returns the (T,) float32 losses of `linear_token_nll` and a (T,) bool tensor that is True
-    where no token is more likely than the label. If all tokens of a response match, greedy decoding
-    would have produced it (except for ties)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the (T,) float32 losses of `linear_token_nll`; a (T,) bool tensor that is True where
+    no token is more likely than the label; and (T,) float32, the losses that the likeliest tokens
+    would have. If all tokens of a response match, greedy decoding would have produced it (except
+    for ties). Where the label is ignored: 0, False, 0."""
     hidden, weight, bias = under_autocast(
         hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     )
@@ -77,7 +78,7 @@ def _reference(
     scale: float,
     cap: float | None,
     ignore_index: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, all logits at once."""
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
     logits = softcapped(
@@ -85,8 +86,11 @@ def _reference(
     )
     has_label = labels != ignore_index
     at_label = logits.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
-    nll = torch.where(has_label, torch.logsumexp(logits, dim=1) - at_label, 0.0)
-    return nll.float(), (at_label >= logits.amax(dim=1)) & has_label
+    total, maximum = torch.logsumexp(logits, dim=1), logits.amax(dim=1)
+    nll, top_nll = (
+        torch.where(has_label, total - chosen, 0.0).float() for chosen in (at_label, maximum)
+    )
+    return nll, (at_label >= maximum) & has_label, top_nll
 
 
 @torch.library.custom_op("sftmix::chunked_token_nll", mutates_args=())
@@ -99,14 +103,14 @@ def _chunked_token_nll(
     logit_softcap: float | None,
     ignore_index: int,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
     check_rows(labels, labels.new_empty(0, 2), vocab_size, ignore_index)
     row_nll = row_nll_torch
     if backend == "triton":
         from sftmix.kernels.pair_epilogue_triton import row_nll
 
-    nll = hidden.new_empty(num_rows, dtype=torch.float32)
+    nll, top_nll = (hidden.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     match = torch.empty(num_rows, dtype=torch.bool, device=hidden.device)
     chunks = balanced_chunks(num_rows, vocab_size, hidden.element_size())
     slab = hidden.new_empty(max((stop - start for start, stop in chunks), default=0), vocab_size)
@@ -120,15 +124,15 @@ def _chunked_token_nll(
             ignore_index,
             nll[start:stop],
             match[start:stop],
+            top_nll[start:stop],
         )
-    return nll, match
+    return nll, match, top_nll
 
 
 @_chunked_token_nll.register_fake
 def _(hidden, *_):  # type: ignore[no-untyped-def]
-    return hidden.new_empty(hidden.shape[0], dtype=torch.float32), hidden.new_empty(
-        hidden.shape[0], dtype=torch.bool
-    )
+    kinds = (torch.float32, torch.bool, torch.float32)
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=kind) for kind in kinds)
 
 
 def row_nll_torch(
@@ -139,8 +143,9 @@ def row_nll_torch(
     ignore_index: int,
     nll: Tensor,
     match: Tensor,
+    top_nll: Tensor,
 ) -> None:
-    """Fills nll (N,) and match (N,) from raw logits (N, V), which are overwritten."""
+    """Fills nll (N,), match (N,) and top_nll (N,) from raw logits (N, V), which are overwritten."""
     accumulate = torch.promote_types(logits.dtype, torch.float32)
     for rows in pieces_in_cache(logits, accumulate):
         piece = logits[rows].to(accumulate)
@@ -151,5 +156,7 @@ def row_nll_torch(
         at_label = piece.gather(1, labels[rows].clamp(min=0)[:, None])
         has_label = labels[rows] != ignore_index
         match[rows] = (at_label >= maximum).squeeze(1) & has_label
-        loss = piece.sub_(maximum).exp_().sum(dim=1).log() - (at_label - maximum).squeeze(1)
+        top = piece.sub_(maximum).exp_().sum(dim=1).log()
+        loss = top - (at_label - maximum).squeeze(1)
         nll[rows] = torch.where(has_label, loss, 0.0).float()
+        top_nll[rows] = torch.where(has_label, top, 0.0).float()

@@ -82,9 +82,10 @@ def row_nll(
     ignore_index: int,
     nll: Tensor,
     match: Tensor,
+    top_nll: Tensor,
 ) -> None:
-    """Fills nll (N,) float32 and match (N,) bool from raw logits (N, V), read once; as
-    `row_nll_torch`."""
+    """Fills nll (N,) float32, match (N,) bool and top_nll (N,) float32 from raw logits (N, V), read
+    once; as `row_nll_torch`."""
     need_gpu(logits)
     num_rows, vocab_size = logits.shape
     options = {
@@ -98,7 +99,7 @@ def row_nll(
     if num_rows:
         scalars = (logits.stride(0), vocab_size, ignore_index, 0)
         _row_kernel[(num_rows,)](
-            logits, labels, nll, match.view(torch.int8), nll, nll, *scalars, **options
+            logits, labels, nll, match.view(torch.int8), top_nll, nll, *scalars, **options
         )
 
 
@@ -276,7 +277,7 @@ def _row_kernel(
     labels_ptr,
     nll_ptr,
     match_ptr,
-    smoothed_ptr,
+    second_ptr,  # smoothed losses; or with WANT_MATCH those of the likeliest tokens
     ntp_weight_ptr,
     row_stride,
     V,
@@ -311,9 +312,10 @@ def _row_kernel(
     at_label = _softcap(tl.load(z_ptr + tl.where(has_label, y, 0)).to(ACCUMULATE) * SCALE, CAP)
     tl.store(nll_ptr + row, tl.where(has_label, tl.log(s) - (at_label - m), zero))
     if SMOOTHING > 0.0:
-        tl.store(smoothed_ptr + row, tl.where(has_label, tl.log(s) - (t / V - m), zero))
+        tl.store(second_ptr + row, tl.where(has_label, tl.log(s) - (t / V - m), zero))
     if WANT_MATCH:
         tl.store(match_ptr + row, (has_label & (at_label >= m)).to(tl.int8))
+        tl.store(second_ptr + row, tl.where(has_label, tl.log(s), zero))
     if WANT_GRADIENT:
         # every warp has read the logits at the labels before any overwrites them
         tl.debug_barrier()

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from sftmix.batches.collate import build_micro_batch
 from sftmix.batches.examples import TokenisedExamples
+from sftmix.confidence.calibration import NUM_BINS, NUM_COLUMNS, binned
 from sftmix.confidence.units import UnitScores
 from sftmix.engine.engine import Engine
 from sftmix.engine.ranks import Ranks
@@ -31,11 +32,12 @@ from sftmix.storage import faults
 class Scores:
     """One entry per example, in dataset order. nll_sum: nats over the response tokens, end-of-turn
     tokens included. is_exact: whether greedy decoding would produce exactly this response,
-    including its end."""
+    including its end. bins: the table of all response tokens (`calibration.py`)."""
 
     nll_sum: NDArray[np.float64]
     num_response_tokens: NDArray[np.int64]
     is_exact: NDArray[np.bool_]
+    bins: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,12 @@ def score_examples(
 ) -> Scores:
     """Returns the scores of all examples, on every rank. Collective: all ranks must call it."""
     rows = [torch.zeros(0, 3, dtype=torch.float64)]
+    bins = np.zeros((NUM_BINS, NUM_COLUMNS))
 
     def keep(unit: int, scores: UnitScores) -> None:
+        nonlocal bins
+        assert scores.bins is not None  # they were just counted
+        bins = bins + scores.bins
         indices = np.asarray(plan.examples(unit), dtype=np.float64)
         rows.append(
             torch.from_numpy(np.stack([indices, scores.nll_sum, scores.num_misses], axis=1))
@@ -87,7 +93,8 @@ def score_examples(
     assert np.array_equal(table[:, 0], np.arange(len(examples))), (
         "an example was scored twice or not at all"
     )
-    return Scores(table[:, 1], examples.num_response_tokens, table[:, 2] == 0)
+    total = engine.ranks.sum(torch.from_numpy(bins).flatten()).reshape(bins.shape).numpy()
+    return Scores(table[:, 1], examples.num_response_tokens, table[:, 2] == 0, total)
 
 
 def score_units(
@@ -112,8 +119,9 @@ def score_units(
         if unit is None:
             continue
         order = np.argsort(np.concatenate(pieces))
-        nll_sum, num_misses = (np.concatenate(column)[order] for column in zip(*parts, strict=True))
-        finished(unit, UnitScores(nll_sum, num_misses.astype(np.int64)))
+        *columns, bins = zip(*parts, strict=True)
+        nll_sum, num_misses = (np.concatenate(column)[order] for column in columns)
+        finished(unit, UnitScores(nll_sum, num_misses.astype(np.int64), sum(bins)))
         shown.advance(unit)
     shown.stop()
 
@@ -129,8 +137,9 @@ def _score_piece(
         packs=engine.packs,
     )
     faults.point("score.forward")
-    nll, match = engine.score(batch)
-    return tuple(batch.sum_by_example(values).numpy() for values in (nll, ~match))
+    scores = engine.score(batch)
+    sums = (batch.sum_by_example(values).numpy() for values in (scores.nll, ~scores.match))
+    return (*sums, binned(scores.top_nll, scores.match))
 
 
 def _as_free(ranks: Ranks, units: list[int]) -> Iterator[tuple[int | None, int]]:

@@ -28,10 +28,12 @@ SCHEMA = pa.schema([("nll_sum", pa.float64()), ("num_misses", pa.int64())])
 @dataclass(frozen=True)
 class UnitScores:
     """Of the examples of one unit, in dataset order. nll_sum: (n,) float64, nats over the response
-    tokens. num_misses: (n,) int64, response tokens that greedy decoding would not choose."""
+    tokens. num_misses: (n,) int64, response tokens that greedy decoding would not choose. bins:
+    their table (`calibration.py`); not kept in files."""
 
     nll_sum: NDArray[np.float64]
     num_misses: NDArray[np.int64]
+    bins: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)

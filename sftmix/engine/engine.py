@@ -60,7 +60,7 @@ from sftmix.loss.logit_transform import find_logit_transform
 from sftmix.loss.objective import Objective, loss_request
 from sftmix.loss.packed_attention import NAME as PACKED
 from sftmix.loss.packed_attention import use_packed_attention, why_not_packed
-from sftmix.loss.requests import LossResult, ScoreRequest
+from sftmix.loss.requests import LossResult, ScoreRequest, ScoreResult
 from sftmix.storage.provenance import fingerprint
 
 if TYPE_CHECKING:
@@ -310,9 +310,8 @@ class Engine:
         return self._is_dropped or not self._deepspeed.was_step_applied()
 
     @torch.no_grad()
-    def score(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Returns (T,) float32 losses in nats of a micro-batch's response tokens, and (T,) bool,
-        whether greedy decoding would choose each token. Both are on the CPU."""
+    def score(self, batch: MicroBatch) -> ScoreResult:
+        """Returns the scores of a micro-batch's response tokens, on the CPU."""
         self._progress.tick()
         was_training = self.module.training
         self._deepspeed.eval()
@@ -320,14 +319,14 @@ class Engine:
         # A model that is whole on every rank is called without DeepSpeed, so ranks need not run in
         # lock step.
         forward = self._deepspeed if self.is_sharded else self.module
-        nll, match = forward(
+        scores: ScoreResult = forward(
             batch.input_ids,
             batch.attention_mask,
             ScoreRequest(batch.rows, batch.labels, self.backend),
             batch.documents,
         )
         self._deepspeed.train(was_training)
-        return nll.cpu(), match.cpu()
+        return scores.cpu()
 
     @torch.no_grad()
     def logits(self, batch: MicroBatch) -> Tensor:

@@ -5,23 +5,45 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
+from sftmix.confidence.calibration import expected_calibration_error, reliability
 from sftmix.confidence.scoring import Scores
 
+MAX_EXPONENT = 700  # exp(700) is near the largest float
 MODEL_NAMES = {"baseline": "NTP baseline", "train": "SFTMix"}  # stage -> name in tables
 
 
 def summarise(scores: Scores, groups: list[str | None]) -> dict[str, Any]:
-    """Returns loss (nats per response token), perplexity and exact match, overall and by group.
+    """Returns loss (nats per response token), perplexity and exact match, overall and by group; and
+    overall the calibration of the response tokens and the confidence of the examples.
 
     Loss is the mean over all response tokens, not the mean of the examples' means. Exact match is
-    the share of examples whose whole response greedy decoding would produce.
+    the share of examples whose whole response greedy decoding would produce. Confidence is minus
+    the perplexity of a response under this one model; "log" is that of minus its loss, in nats per
+    token, which few examples of a very high perplexity do not decide.
     """
     named = sorted({group for group in groups if group is not None})
     by_group = {
         name: _figures(scores, [i for i, group in enumerate(groups) if group == name])
         for name in named
     }
-    return {**_figures(scores, list(range(len(groups)))), "groups": by_group}
+    mean_nll = scores.nll_sum / scores.num_response_tokens
+    # half of it, so that the squares of a standard deviation fit as well
+    perplexity = np.exp(np.minimum(mean_nll, MAX_EXPONENT / 2))
+    confidence = {"linear": -perplexity, "log": -mean_nll}
+    return {
+        **_figures(scores, list(range(len(groups)))),
+        "groups": by_group,
+        "calibration": {
+            "expected_error": expected_calibration_error(scores.bins),
+            "bins": reliability(scores.bins),
+        },
+        "confidence": {
+            kind: {"mean": float(values.mean()), "standard_deviation": float(values.std())}
+            for kind, values in confidence.items()
+        },
+    }
 
 
 def _figures(scores: Scores, members: list[int]) -> dict[str, Any]:
@@ -29,6 +51,6 @@ def _figures(scores: Scores, members: list[int]) -> dict[str, Any]:
     return {
         "num_examples": len(members),
         "loss_nats_per_token": loss,
-        "perplexity": math.exp(min(loss, 700)),  # exp(700) is near the largest float
+        "perplexity": math.exp(min(loss, MAX_EXPONENT)),
         "exact_match": float(scores.is_exact[members].mean()),
     }

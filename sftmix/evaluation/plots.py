@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -32,6 +33,23 @@ def loss_curves(curves: dict[str, list[tuple[int, float | None]]]) -> str:
         )
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("nats")
+    axes.legend(frameon=False)
+    return as_svg(figure)
+
+
+def reliability_diagram(models: Mapping[str, Sequence[tuple[float, float, int]]]) -> str:
+    """Returns the accuracy of predicted tokens over their probability as SVG. models: name ->
+    (probability, accuracy, tokens) of its bins; the area of a point is its share of the tokens."""
+    figure, axes = new_figure(3.6)
+    axes.plot([0, 1], [0, 1], ":", color=COLOURS["middle"], linewidth=1)
+    for name, bins in models.items():
+        probability, accuracy, tokens = (np.array(column) for column in zip(*bins, strict=True))
+        line = axes.plot(probability, accuracy, "-", label=name, linewidth=1.4)[0]
+        axes.scatter(
+            probability, accuracy, 400 * tokens / tokens.sum(), line.get_color(), alpha=0.5
+        )
+    axes.set_xlabel("probability of the likeliest token")
+    axes.set_ylabel("share that is right")
     axes.legend(frameon=False)
     return as_svg(figure)
 

@@ -60,7 +60,10 @@ def build_report(run: RunOutputs, folder: Path) -> None:
         costs=costs,
         energy=ENERGY,
         groups=group_table(metrics),
-        figures=_figures(run, scored),
+        calibration_titles=CALIBRATION_TITLES,
+        calibrations=calibration_table(metrics),
+        calibration_note=CALIBRATION_NOTE,
+        figures=[*_figures(run, scored), *_reliability(metrics)],
         data_map=_data_map(scored, folder),
         scale=scored.scale,
         num_not_finite=int((~np.isfinite(scored.confidence)).sum()),
@@ -81,6 +84,7 @@ def build_report(run: RunOutputs, folder: Path) -> None:
         "\n\n".join(notes) + "\n",
         markdown(COST_TITLES, costs),
         f"{ENERGY}\n",
+        *_markdown_of_calibration(metrics),
         *([markdown(Agreement.TITLES, [row.cells() for row in agreed])] if agreed else []),
     ]
     write_text(folder / "report.md", "\n".join(parts))
@@ -151,6 +155,21 @@ ENERGY = (
     "tokens: trained on, without padding. Wh: energy of the GPUs while they trained, or of the"
     " machine's processors, whatever else they did; - where no counter can be read."
 )
+CALIBRATION_TITLES = [
+    "model",
+    "calibration error",
+    "-loss: mean",
+    "deviation",
+    "-perplexity: mean",
+    "deviation",
+]
+CALIBRATION_NOTE = (
+    "Of held-out responses. Calibration error: mean distance between the probability of the token"
+    " that greedy decoding would choose and how often such tokens are right, in 15 bins. -loss and"
+    " -perplexity: confidence of an example under this model, and its standard deviation over the"
+    " examples."
+)
+RELIABILITY_TITLE = "Calibration: how often a predicted token is right"
 WIDTH = 60  # columns of what is printed, for narrow terminals
 
 
@@ -217,6 +236,40 @@ def group_table(metrics: dict[str, Any]) -> dict[str, Any]:
         for group in groups
     ]
     return {"models": [MODEL_NAMES[name] for name in metrics], "rows": rows}
+
+
+def calibration_table(metrics: dict[str, Any]) -> list[list[str]]:
+    """Returns a row of text per trained model that was measured by a version that counts it."""
+    rows = []
+    for stage, found in metrics.items():
+        if "calibration" not in found:
+            continue
+        log, linear = (found["confidence"][kind] for kind in ("log", "linear"))
+        rows.append(
+            [
+                MODEL_NAMES[stage],
+                f"{found['calibration']['expected_error']:.1%}",
+                f"{log['mean']:.3f}",
+                f"{log['standard_deviation']:.3f}",
+                f"{linear['mean']:.4g}",
+                f"{linear['standard_deviation']:.4g}",
+            ]
+        )
+    return rows
+
+
+def _markdown_of_calibration(metrics: dict[str, Any]) -> list[str]:
+    rows = calibration_table(metrics)
+    return [markdown(CALIBRATION_TITLES, rows), f"{CALIBRATION_NOTE}\n"] if rows else []
+
+
+def _reliability(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    bins = {
+        MODEL_NAMES[stage]: found["calibration"]["bins"]
+        for stage, found in metrics.items()
+        if "calibration" in found
+    }
+    return [(RELIABILITY_TITLE, plots.reliability_diagram(bins))] if bins else []
 
 
 def _figures(run: RunOutputs, scored: ScoredExamples) -> list[tuple[str, str]]:

@@ -26,7 +26,7 @@ from sftmix.batches.documents import Documents
 from sftmix.batches.mixed_inputs import MixedInputs
 from sftmix.errors import ConfigError
 from sftmix.kernels.fused_linear_mixup_cross_entropy import fused_linear_mixup_cross_entropy
-from sftmix.kernels.linear_token_nll import linear_token_nll_and_match
+from sftmix.kernels.linear_token_nll import linear_token_scores
 from sftmix.kernels.mixed_embeddings import mixed_embeddings
 from sftmix.kernels.mixup_cross_entropy import mixup_cross_entropy
 from sftmix.loss.logit_transform import LogitTransform, ProbeRequest
@@ -74,7 +74,7 @@ class HeadProjection(nn.Module):
             return nn.functional.linear(hidden, weight, bias)
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, request.rows)
         if isinstance(request, ScoreRequest):
-            losses = linear_token_nll_and_match(
+            losses = linear_token_scores(
                 rows,
                 weight,
                 request.labels,

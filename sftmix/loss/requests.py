@@ -73,11 +73,16 @@ class LossResult(NamedTuple):
 
 
 class ScoreResult(NamedTuple):
-    """nll: (T,) float32, in nats. match: (T,) bool, whether greedy decoding would choose the
-    label."""
+    """nll: (T,) float32, in nats. match: (T,) bool, whether greedy decoding would choose the label.
+    top_nll: (T,) float32, the nll of the token that greedy decoding would choose."""
 
     nll: Tensor
     match: Tensor
+    top_nll: Tensor
+
+    def cpu(self) -> ScoreResult:
+        """Returns the same figures on the CPU."""
+        return ScoreResult(*(values.cpu() for values in self))
 
 
 class MixedResult(NamedTuple):

@@ -34,7 +34,7 @@ def weigh_examples(
     temperature = next_token.ir_dro_temperature
     losses, lengths = [], []
     for batch in batches:
-        nll, _ = engine.score(batch)
+        nll = engine.score(batch).nll
         ones = torch.ones_like(nll)
         lengths.append(batch.sum_by_example(ones))
         losses.append(batch.sum_by_example(nll) / lengths[-1])

@@ -150,7 +150,7 @@ for stage in (0, 3):
 
 # A scoring engine reads what another one wrote.
 engine = Engine(config_for(3, "tied"), ModelConfig(path=str(folder / "tied")), ranks, tokenizer)
-nll, _ = engine.score(micro_batch([0, 1, 2, 3]))
+nll = engine.score(micro_batch([0, 1, 2, 3])).nll
 if ranks.is_main:
     torch.save(nll, folder / f"nll-{ranks.world_size}.pt")
     result_path.write_text(json.dumps(results))

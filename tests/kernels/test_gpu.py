@@ -12,7 +12,7 @@ from sftmix.kernels import document_attention
 from sftmix.kernels.fused_linear_mixup_cross_entropy import (
     fused_linear_mixup_cross_entropy as loss_of,
 )
-from sftmix.kernels.linear_token_nll import linear_token_nll_and_match
+from sftmix.kernels.linear_token_nll import linear_token_scores
 from sftmix.kernels.mixed_embeddings import mixed_embeddings
 from sftmix.kernels.mixup_cross_entropy import mixup_cross_entropy
 from sftmix.kernels.pair_epilogue import pair_epilogue_reference
@@ -206,13 +206,13 @@ def test_nothing_waits_for_the_device():
     inputs = draw()
     counts = {"num_ntp_tokens": 768, "num_mixup_tokens": 256}
     run(inputs, **counts)  # compiled and chosen before the check
-    linear_token_nll_and_match(inputs["hidden"], inputs["weight"], inputs["labels"])
+    linear_token_scores(inputs["hidden"], inputs["weight"], inputs["labels"])
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         run(inputs, **counts)
         run(inputs)  # and with its own counts
-        linear_token_nll_and_match(inputs["hidden"], inputs["weight"], inputs["labels"])
+        linear_token_scores(inputs["hidden"], inputs["weight"], inputs["labels"])
         mixed = mixed_embeddings(inputs["hidden"], inputs["pairs"], inputs["lam"])
         mixup_cross_entropy(
             mixed @ inputs["weight"].T, None, inputs["labels"][inputs["pairs"]], inputs["lam"]
@@ -286,7 +286,7 @@ def test_token_losses(dtype):
     exact = in_float64(inputs)
     logits = exact["hidden"] @ exact["weight"].T
     truth = torch.nn.functional.cross_entropy(logits, inputs["labels"], reduction="none")
-    nll, match = linear_token_nll_and_match(inputs["hidden"], inputs["weight"], inputs["labels"])
+    nll, match, top_nll = linear_token_scores(inputs["hidden"], inputs["weight"], inputs["labels"])
     rounded = torch.nn.functional.cross_entropy(
         (inputs["hidden"] @ inputs["weight"].T).float(), inputs["labels"], reduction="none"
     )
@@ -296,6 +296,8 @@ def test_token_losses(dtype):
     assert is_clear.sum() > 200 and torch.equal(
         match[is_clear], (logits.argmax(dim=1) == inputs["labels"])[is_clear]
     )
+    likeliest = -torch.log_softmax(logits, dim=1).amax(dim=1)
+    assert error(top_nll, likeliest) <= 2 * error(rounded.detach(), truth) + 1e-6
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])

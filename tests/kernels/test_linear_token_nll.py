@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import sftmix.kernels.chunked_linear_mixup as module
-from sftmix.kernels.linear_token_nll import linear_token_nll, linear_token_nll_and_match
+from sftmix.kernels.linear_token_nll import linear_token_nll, linear_token_scores
 
 
 @pytest.mark.parametrize("transform", [{}, {"logit_scale": 0.3}, {"logit_softcap": 2.0}])
@@ -25,12 +25,17 @@ def test_equals_cross_entropy_on_all_logits(backend, transform, rows_per_chunk, 
     cap = transform.get("logit_softcap")
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    nll, match = linear_token_nll_and_match(
+    nll, match, top_nll = linear_token_scores(
         hidden, weight, labels, bias, **transform, backend=backend
     )
     assert torch.allclose(nll, expected.float(), rtol=1e-6)
     assert nll[3] == 0 and not match[3]
     assert torch.equal(match, logits.argmax(dim=1) == labels)
+    likeliest = -torch.log_softmax(logits, dim=1).amax(dim=1)
+    assert top_nll[3] == 0 and torch.allclose(
+        top_nll[labels >= 0], likeliest[labels >= 0].float(), rtol=1e-6
+    )
+    assert torch.equal(top_nll[match], nll[match])
     assert torch.equal(
         nll, linear_token_nll(hidden, weight, labels, bias, **transform, backend=backend)
     )
@@ -51,8 +56,8 @@ def test_losses_are_float32_and_match_is_false_where_another_token_is_likelier(b
         )
     weight = torch.eye(4, dtype=dtype)
     hidden = torch.tensor([[0.0, 3.0, 1.0, 0.0], [2.0, 0.0, 0.0, 1.0]], dtype=dtype)
-    nll, match = linear_token_nll_and_match(hidden, weight, torch.tensor([1, 3]), backend=backend)
-    assert nll.dtype == torch.float32 and match.tolist() == [True, False]
+    nll, match, top_nll = linear_token_scores(hidden, weight, torch.tensor([1, 3]), backend=backend)
+    assert nll.dtype == top_nll.dtype == torch.float32 and match.tolist() == [True, False]
     assert torch.allclose(
         nll,
         torch.nn.functional.cross_entropy(hidden.float(), torch.tensor([1, 3]), reduction="none"),

@@ -45,7 +45,7 @@ def test_the_kernels_get_the_backend_that_was_asked_for(kind, backend, monkeypat
         pass
 
     for name in (
-        "linear_token_nll_and_match",
+        "linear_token_scores",
         "fused_linear_mixup_cross_entropy",
         "mixup_cross_entropy",
     ):
@@ -171,7 +171,7 @@ def test_what_the_model_does_to_its_logits_is_found(name):
 def test_scores_equal_the_unmodified_models_losses_one_example_at_a_time(name):
     model, _ = make_model(name)
     examples = make_examples()
-    expected = []
+    expected, likeliest = [], []
     for ids, mask in examples:
         _, logits = hidden_before_head(model, ids)
         at = np.flatnonzero(mask)
@@ -179,10 +179,12 @@ def test_scores_equal_the_unmodified_models_losses_one_example_at_a_time(name):
         expected.append(
             torch.nn.functional.cross_entropy(logits[at - 1], label, reduction="none").detach()
         )
+        likeliest.append(-torch.log_softmax(logits[at - 1], dim=1).amax(dim=1).detach())
     ours = ours_of(model)
     batch = build_micro_batch(examples, [], indices=tuple(range(len(examples))), pad_id=0)
-    nll, _ = ours(batch.input_ids, batch.attention_mask, ScoreRequest(batch.rows, batch.labels))
-    assert torch.allclose(nll.double(), torch.cat(expected), rtol=1e-5)
+    scores = ours(batch.input_ids, batch.attention_mask, ScoreRequest(batch.rows, batch.labels))
+    assert torch.allclose(scores.nll.double(), torch.cat(expected), rtol=1e-5)
+    assert torch.allclose(scores.top_nll.double(), torch.cat(likeliest), rtol=1e-5)
 
 
 def test_without_a_request_the_head_gives_the_models_logits():

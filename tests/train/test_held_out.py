@@ -24,7 +24,7 @@ def losses_of(values, **settings):
         loss = next(values)
         # two examples of other lengths: the loss is that of all tokens, no mean of means
         nll_sum = np.array([loss * 1 - 1, loss * 3 + 1])
-        return Scores(nll_sum, np.array([1, 3]), np.array([True, False]))
+        return Scores(nll_sum, np.array([1, 3]), np.array([True, False]), np.zeros((1, 3)))
 
     settings = TrainConfig(evaluate_every=1, **settings)
     return HeldOutLosses(settings, [(0, n, n + 1) for n in range(100)], score)
