@@ -28,7 +28,7 @@ STAGES = {
     "split": "divide the examples into confident and unconfident",
     "baseline": "train the target with next-token prediction alone",
     "train": "train the target with SFTMix",
-    "evaluate": "measure the trained models on held-out examples",
+    "evaluate": "measure the trained models, or a model folder, on held-out examples",
     "report": "write the HTML report and print its table",
 }
 FORCE = "replace finished work that was made with other settings"
@@ -491,7 +491,7 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         return launch_here(config, options.config, options.overrides, request)
     run_pipeline(config, request, launchers=launchers)
-    if only in (None, "report") and _is_main():
+    if only in (None, "report") and config.evaluation.trained and _is_main():
         _say_what_next(config)
     return 0
 

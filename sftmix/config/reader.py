@@ -21,6 +21,7 @@ from sftmix.config.schema import CHOICES, Config
 from sftmix.config.shipped import find_config, nearest_config, packaged
 from sftmix.errors import ConfigError
 
+EVALUATED = Path("runs/evaluate")  # run folders of models that are only measured
 RUN_CONFIG = "config.yaml"  # in a run folder: the resolved config of what it holds
 
 
@@ -45,16 +46,27 @@ def load_config(
     path: str | Path, overrides: Sequence[str] = (), *, values: Mapping[str, Any] | None = None
 ) -> Config:
     """Returns the checked config of a YAML file merged over its bases, with `key.sub=value`
-    overrides applied on top. path: a file, a run folder (whose own config is read), or the name of
-    a config of the package. values: set by the command itself, by dotted key, after the overrides.
+    overrides applied on top. path: a file, a run folder (whose own config is read), the name of a
+    config of the package, or a model's Hugging Face folder, which is measured as it is. values: set
+    by the command itself, by dotted key, after the overrides.
 
     Raises ConfigError for a missing file, YAML that does not parse, bases that name each other, a
     duplicate or unknown key, a wrong type or value, and settings that contradict each other.
     """
     folder = Path(path)
     is_run_folder = (folder / RUN_CONFIG).is_file()
-    path = folder / RUN_CONFIG if is_run_folder else find_config(path)
-    raw, places = read_layers(path)
+    if not is_run_folder and (folder / "config.json").is_file():
+        places: Locations = {}
+        path = folder
+        raw: dict[str, Any] = {
+            "run": {"dir": str(EVALUATED / "-".join(folder.resolve().parts[-3:]).strip("/"))},
+            "model": {"path": str(folder)},
+            "data": {"held_out_share": 1.0},
+            "evaluation": {"trained": False},
+        }
+    else:
+        path = folder / RUN_CONFIG if is_run_folder else find_config(path)
+        raw, places = read_layers(path)
     if "study" in raw:
         raise ConfigError(
             f"{places[('study',)]}: this is a study of several runs. Start it with"

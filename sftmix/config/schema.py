@@ -570,6 +570,17 @@ class EngineConfig(Section):
 
 
 class EvaluationConfig(Section):
+    trained: bool = Field(
+        True,
+        description=(
+            "Measure the models that this run trains. false: nothing is trained, and `model` is"
+            " measured as it is (`sftmix evaluate FOLDER`)."
+        ),
+    )
+    models: list[ModelConfig] = Field(
+        default_factory=list,
+        description="Further models to measure on the same held-out examples, with their tokens.",
+    )
     micro_batch_tokens: Int = Field(
         16384, ge=1, description="Token budget of one forward, with padding if there is any."
     )
@@ -678,6 +689,19 @@ class Config(Section):
             raise ValueError(
                 "`objective.ntp_weight` and `mixup.weight` are both 0, so nothing would be learnt"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_models_to_measure(self) -> Config:
+        evaluation = self.evaluation
+        measured = [*([] if evaluation.trained else [self.model]), *evaluation.models]
+        for number, model in enumerate(measured):
+            if model.path is None or model.lora is not None:
+                raise ValueError(
+                    "`evaluation`: a model that is measured as it is needs a `path`, and no `lora`"
+                )
+            if model.path in [other.path for other in measured[:number]]:
+                raise ValueError(f"`evaluation.models`: {model.path} is named twice")
         return self
 
     @model_validator(mode="after")

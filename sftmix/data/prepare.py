@@ -170,11 +170,13 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
     with accessing(folder / "tokenizer"):
         tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "summary.json", {**vars(summary), "dropped": dict(summary.dropped)})
-    if summary.num_train < 2:
+    if config.evaluation.trained and summary.num_train < 2:
         raise DataError(
             f"{counted(summary.num_train, 'training example is', 'training examples are')} left; at"
             " least 2 are needed. " + " ".join(summary.lines())
         )
+    if not config.evaluation.trained and summary.num_held_out == 0:
+        raise DataError("no example is left to measure with. " + " ".join(summary.lines()))
     return summary, identity.hexdigest(), {**fingerprints, "data": identity.hexdigest()}
 
 

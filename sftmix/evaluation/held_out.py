@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,26 @@ from sftmix.confidence.scoring import Scores
 
 MAX_EXPONENT = 700  # exp(700) is near the largest float
 MODEL_NAMES = {"baseline": "NTP baseline", "train": "SFTMix"}  # stage -> name in tables
+
+
+def title_of(name: str) -> str:
+    """Returns the name of a model in tables. name: its stage, or its path."""
+    return MODEL_NAMES.get(name, name)
+
+
+def table_of(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Returns the titles of a table of held-out figures and a row of text per model."""
+    rows = [
+        [
+            title_of(name),
+            f"{found['loss_nats_per_token']:.4f}",
+            f"{found['perplexity']:.3f}",
+            f"{found['exact_match']:.1%}",
+            f"{found['calibration']['expected_error']:.1%}",
+        ]
+        for name, found in metrics.items()
+    ]
+    return ["model", "loss", "ppl", "exact", "calibration"], rows
 
 
 def summarise(scores: Scores, groups: list[str | None]) -> dict[str, Any]:

@@ -45,9 +45,8 @@ def reliability_diagram(models: Mapping[str, Sequence[tuple[float, float, int]]]
     for name, bins in models.items():
         probability, accuracy, tokens = (np.array(column) for column in zip(*bins, strict=True))
         line = axes.plot(probability, accuracy, "-", label=name, linewidth=1.4)[0]
-        axes.scatter(
-            probability, accuracy, 400 * tokens / tokens.sum(), line.get_color(), alpha=0.5
-        )
+        area = 400 * tokens / tokens.sum()
+        axes.scatter(probability, accuracy, area, color=line.get_color(), alpha=0.5)
     axes.set_xlabel("probability of the likeliest token")
     axes.set_ylabel("share that is right")
     axes.legend(frameon=False)

@@ -17,7 +17,7 @@ from sftmix import __version__
 from sftmix.config.reader import dump_config
 from sftmix.errors import counted
 from sftmix.evaluation import plots
-from sftmix.evaluation.held_out import MODEL_NAMES
+from sftmix.evaluation.held_out import MODEL_NAMES, title_of
 from sftmix.evaluation.page import aligned, markdown, render
 from sftmix.evaluation.report_examples import (
     Agreement,
@@ -102,19 +102,23 @@ def result_table(run: RunOutputs, metrics: dict[str, Any]) -> list[dict[str, Any
         rows.append(
             {
                 "model": MODEL_NAMES[stage],
-                "loss": held_out.get("loss_nats_per_token"),
-                "perplexity": held_out.get("perplexity"),
-                "exact_match": held_out.get("exact_match"),
+                **{key: held_out.get(figure) for key, figure in HELD_OUT_FIGURES.items()},
                 "tokens_per_second": facts["real_tokens_per_second"],
                 "minutes": facts["waited_seconds"] / 60 if "waited_seconds" in facts else None,
+                "is_trained": True,
             }
         )
+    unknown = dict.fromkeys(("tokens_per_second", "minutes"))
+    for name in metrics:
+        if name not in MODEL_NAMES:
+            figures = {key: metrics[name][figure] for key, figure in HELD_OUT_FIGURES.items()}
+            rows.append({"model": title_of(name), **figures, **unknown, "is_trained": False})
     return rows
 
 
 def summary(table: list[dict[str, Any]]) -> str:
     """Returns what the result table says, in a sentence."""
-    found = [row for row in table if row["loss"] is not None]
+    found = [row for row in table if row["loss"] is not None and row["is_trained"]]
     if not found:
         return "There are no held-out examples, so nothing was compared."
     *others, last = found
@@ -130,6 +134,12 @@ def summary(table: list[dict[str, Any]]) -> str:
     )
 
 
+# key of a row -> in metrics.json
+HELD_OUT_FIGURES = {
+    "loss": "loss_nats_per_token",
+    "perplexity": "perplexity",
+    "exact_match": "exact_match",
+}
 COLUMNS = (
     ("model", "model", "{}"),
     ("loss", "loss", "{:.4f}"),
@@ -235,7 +245,7 @@ def group_table(metrics: dict[str, Any]) -> dict[str, Any]:
         )
         for group in groups
     ]
-    return {"models": [MODEL_NAMES[name] for name in metrics], "rows": rows}
+    return {"models": [title_of(name) for name in metrics], "rows": rows}
 
 
 def calibration_table(metrics: dict[str, Any]) -> list[list[str]]:
@@ -247,7 +257,7 @@ def calibration_table(metrics: dict[str, Any]) -> list[list[str]]:
         log, linear = (found["confidence"][kind] for kind in ("log", "linear"))
         rows.append(
             [
-                MODEL_NAMES[stage],
+                title_of(stage),
                 f"{found['calibration']['expected_error']:.1%}",
                 f"{log['mean']:.3f}",
                 f"{log['standard_deviation']:.3f}",
@@ -265,7 +275,7 @@ def _markdown_of_calibration(metrics: dict[str, Any]) -> list[str]:
 
 def _reliability(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     bins = {
-        MODEL_NAMES[stage]: found["calibration"]["bins"]
+        title_of(stage): found["calibration"]["bins"]
         for stage, found in metrics.items()
         if "calibration" in found
     }

@@ -23,7 +23,9 @@ def stages_of(config: Config) -> list[Stage]:
     has_reference, has_baseline = config.confidence.has_reference, config.baseline.enabled
     reference = ("reference",) if has_reference else ()
     trained = (*(("baseline",) if has_baseline else ()), "train")
-    every = ("data", *reference, "score", "split", *trained, "evaluate")
+    every = ("data", *reference, "score", "split", *trained, "evaluate", "report")
+    if not config.evaluation.trained:
+        trained, every = (), ("data", "evaluate")
     scores_given = config.confidence.scores is not None
     stages = [
         Stage("data", "data", (), _data_settings, "data:run", needs_engine=False),
@@ -47,19 +49,24 @@ def stages_of(config: Config) -> list[Stage]:
         Stage("baseline", "baseline", ("data", "split"), _baseline_settings, "target:run_baseline"),
         Stage("train", "sftmix", ("data", "split"), _mixup_settings, "target:run_train"),
         Stage(
-            "evaluate", "evaluation", ("data", *trained), _numerics, "evaluate:run", is_view=True
+            "evaluate",
+            "evaluation",
+            ("data", *trained),
+            _evaluation_settings,
+            "evaluate:run",
+            is_view=True,
         ),
         Stage(
             "report",
             "report",
-            every,
+            tuple(name for name in every if name != "report"),
             lambda config: {"summary": sha256_of_file(config.run.dir / "data" / "summary.json")},
             "report:run",
             needs_engine=False,
             is_view=True,
         ),
     ]
-    return [stage for stage in stages if stage.name in (*every, "report")]
+    return [stage for stage in stages if stage.name in every]
 
 
 def needed_stages(stages: list[Stage], only: str | None) -> list[Stage]:
@@ -67,7 +74,13 @@ def needed_stages(stages: list[Stage], only: str | None) -> list[Stage]:
     stages if `only` is None. Raises ArtifactError if this config has no stage of that name."""
     if only is None:
         return stages
-    if only not in {stage.name for stage in stages}:
+    names = {stage.name for stage in stages}
+    if only not in names:
+        if "train" not in names:
+            raise ArtifactError(
+                f"there is no stage {only!r} here: evaluation.trained is false, as for a model"
+                " folder, so nothing is trained. Give a config to train with."
+            )
         raise ArtifactError(
             "there is no stage 'reference' in this config: confidence.models or confidence.scores"
             " takes its place."
@@ -118,6 +131,12 @@ def _score_settings(config: Config) -> dict[str, Any]:
 def _split_settings(config: Config) -> dict[str, Any]:
     settings = config.split.model_dump(mode="json")
     return settings | ({"seed": config.run.seed} if config.split.column == "random" else {})
+
+
+def _evaluation_settings(config: Config) -> dict[str, Any]:
+    own = [] if config.evaluation.trained else [config.model]
+    models = [model_identity(model) for model in (*own, *config.evaluation.models)]
+    return {**_numerics(config), **({"models": models} if models else {})}
 
 
 def _train_settings(train: TrainConfig) -> dict[str, Any]:

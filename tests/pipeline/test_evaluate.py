@@ -1,0 +1,113 @@
+"""`sftmix evaluate` of model folders, against transformers in float64."""
+
+import json
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from processes import sftmix
+from tiny import TINY_MODEL, TINY_TRAINING
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sftmix.batches.examples import TokenisedExamples
+from sftmix.confidence.calibration import binned, expected_calibration_error
+from sftmix.config.reader import load_config
+from sftmix.errors import ArtifactError
+from sftmix.pipeline.order import needed_stages, stages_of
+
+QUICKSTART = "configs/quickstart.yaml"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Returns a folder with a data file and a finished run on it."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    words = "red green blue one two three four north south".split()
+    rows = [
+        {"instruction": f"Say {words[n % 9]} {n}", "output": f"{words[n % 9]} {words[n % 7]}."}
+        for n in range(60)
+    ]
+    (folder / "data.json").write_text(json.dumps(rows))
+    options = [*TINY_TRAINING, *TINY_MODEL, "data.generator=", "tokenizer.train={vocab_size: 300}"]
+    given = [f"data.path={folder / 'data.json'}", "data.held_out_share=0.3"]
+    sftmix("evaluate", QUICKSTART, *options, *given, f"run.dir={folder / 'run'}")
+    return folder
+
+
+def by_transformers(model, data):
+    """Returns the sum of the losses, the number of tokens, whether each example is exact, and the
+    calibration error."""
+    model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    total, num_tokens, exact, table = 0.0, 0, [], 0
+    for row in TokenisedExamples(data / "held_out.arrow").table:
+        ids = torch.tensor(row["input_ids"])
+        mask = torch.tensor(row["response_mask"]).bool()[1:]
+        with torch.no_grad():
+            log_p = model(input_ids=ids[None]).logits[0, :-1][mask].log_softmax(-1)
+        labels = ids[1:][mask]
+        match = log_p.argmax(-1) == labels
+        total -= log_p.gather(1, labels[:, None]).sum().item()
+        num_tokens += len(labels)
+        exact.append(bool(match.all()))
+        table += binned(-log_p.amax(-1), match)
+    return total, num_tokens, exact, expected_calibration_error(table)
+
+
+@pytest.mark.recipe
+def test_a_model_folder_is_measured_on_any_file(trained, tmp_path):
+    model, other = (trained / "run" / name / "model" for name in ("sftmix", "baseline"))
+    given = [f"data.path={trained / 'data.json'}", f"run.dir={tmp_path / 'run'}"]
+    given += ["data.max_length=128", "engine.precision=fp32"]
+    done = sftmix("evaluate", str(model), *given, f"evaluation.models=[{{path: {other}}}]")
+    metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
+    assert list(metrics) == [str(model), str(other)]
+    rows = pq.read_table(tmp_path / "run" / "evaluation" / "per_example.parquet").to_pylist()
+    for path, found in metrics.items():
+        total, num_tokens, exact, error = by_transformers(path, tmp_path / "run" / "data")
+        assert found["num_examples"] == len(exact) == 60
+        assert found["loss_nats_per_token"] == pytest.approx(total / num_tokens, rel=1e-5)
+        assert found["exact_match"] == sum(exact) / 60
+        assert found["calibration"]["expected_error"] == pytest.approx(error, abs=1e-4)
+        assert [row["is_exact"] for row in rows if row["model"] == path] == exact
+        assert f"{found['loss_nats_per_token']:.4f}" in done.stdout
+    # finished: nothing is measured again
+    assert "evaluate: up to date" in sftmix("evaluate", str(tmp_path / "run")).stdout
+
+
+@pytest.mark.recipe
+def test_other_models_stand_beside_those_of_a_run(trained, tmp_path):
+    folder, copy = tmp_path / "run", tmp_path / "same"
+    shutil.copytree(trained / "run", folder)
+    shutil.copytree(folder / "baseline" / "model", copy)
+    sftmix("report", str(folder), f"evaluation.models=[{{path: {copy}}}]")
+    metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
+    assert list(metrics) == ["baseline", "train", str(copy)]
+    assert metrics[str(copy)] == metrics["baseline"] != metrics["train"]
+    page = (folder / "report" / "index.html").read_text()
+    assert page.count(f"<td>{copy}</td>") >= 2
+
+
+@pytest.mark.recipe
+def test_a_model_of_other_tokens_is_refused(trained, tmp_path):
+    folder, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(trained / "run", folder)
+    shutil.copytree(folder / "baseline" / "model", other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    used = tokenizer("red")["input_ids"][-1]
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    mine, last = tokenizer.convert_ids_to_tokens(used), max(vocabulary, key=vocabulary.get)
+    vocabulary[mine], vocabulary[last] = vocabulary[last], vocabulary[mine]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    done = sftmix("evaluate", str(folder), f"evaluation.models=[{{path: {other}}}]", check=False)
+    assert done.returncode == 2 and f"its token {used} is " in done.stderr
+
+
+@pytest.mark.parametrize("stage", ["reference", "train", "report"])
+def test_a_model_folder_is_only_measured(tmp_path, stage):
+    (tmp_path / "config.json").write_text("{}")
+    config = load_config(tmp_path, ["data.path=somewhere.json"])
+    assert [each.name for each in stages_of(config)] == ["data", "evaluate"]
+    with pytest.raises(ArtifactError, match=f"no stage '{stage}' here"):
+        needed_stages(stages_of(config), stage)
