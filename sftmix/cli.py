@@ -80,6 +80,13 @@ def _at_least_one(text: str) -> int:
     return number
 
 
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}, expected 0 or more")
+    return value
+
+
 # command -> its line in the list of all, and its arguments in the order of its help
 COMMANDS: dict[str, tuple[str, Arguments]] = {
     "run": ("the whole recipe; stages that are up to date are not run again", RUN),
@@ -127,6 +134,29 @@ COMMANDS: dict[str, tuple[str, Arguments]] = {
                 "action": "store_true",
                 "help": "the LoRA adapter alone, in peft's format, not merged",
             },
+        },
+    ),
+    "chat": (
+        "talk to a model in the terminal, or to two side by side",
+        {
+            "model": {
+                "metavar": "MODEL",
+                "help": "Hugging Face folder, finished run folder, or Hub name",
+            },
+            "--against": {"metavar": "MODEL", "help": "a second model, beside the first"},
+            "--system": {"metavar": "TEXT", "help": "the system prompt (default: none)"},
+            "--max-new-tokens": {
+                "type": _at_least_one,
+                "default": 512,
+                "metavar": "N",
+                "help": "most tokens of an answer (default 512)",
+            },
+            "--temperature": {
+                "type": _temperature,
+                "metavar": "T",
+                "help": "0: always the likeliest token (default: the model's own settings)",
+            },
+            **DEBUG,
         },
     ),
     "launch": (
@@ -360,6 +390,7 @@ EXAMPLES = {
     "export": "export quickstart --to my-model",
     "launch": "launch recipes/llama3.1-8b-alpaca --hostfile hostfile",
     "study": "study studies/quickstart",
+    "chat": "chat runs/quickstart --against runs/quickstart/baseline/model",
     "configs": "configs",
     "scores": "scores show runs/quickstart/confidence",
     "scores show": "scores show runs/quickstart/confidence",
@@ -438,6 +469,16 @@ def _dispatch(options: argparse.Namespace) -> int:
         from sftmix.confidence.commands import run
 
         run(options)
+        return 0
+    if options.command == "chat":
+        from sftmix.evaluation.chat import chat
+
+        chat(
+            [model for model in (options.model, options.against) if model is not None],
+            system=options.system,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+        )
         return 0
     from sftmix.config.reader import load_config
 
