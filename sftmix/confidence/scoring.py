@@ -74,12 +74,11 @@ def score_examples(
 ) -> Scores:
     """Returns the scores of all examples, on every rank. Collective: all ranks must call it."""
     rows = [torch.zeros(0, 3, dtype=torch.float64)]
-    bins = np.zeros((NUM_BINS, NUM_COLUMNS))
+    bins = [torch.zeros(0, 1 + NUM_BINS * NUM_COLUMNS, dtype=torch.float64)]
 
     def keep(unit: int, scores: UnitScores) -> None:
-        nonlocal bins
         assert scores.bins is not None  # they were just counted
-        bins = bins + scores.bins
+        bins.append(torch.from_numpy(np.append(float(unit), scores.bins)[None]))
         indices = np.asarray(plan.examples(unit), dtype=np.float64)
         rows.append(
             torch.from_numpy(np.stack([indices, scores.nll_sum, scores.num_misses], axis=1))
@@ -93,7 +92,9 @@ def score_examples(
     assert np.array_equal(table[:, 0], np.arange(len(examples))), (
         "an example was scored twice or not at all"
     )
-    total = engine.ranks.sum(torch.from_numpy(bins).flatten()).reshape(bins.shape).numpy()
+    # added in the order of the units, whichever rank had them: the same to the last bit
+    by_unit = engine.ranks.gather_rows(torch.cat(bins)).numpy()
+    total = by_unit[np.argsort(by_unit[:, 0]), 1:].sum(axis=0).reshape(NUM_BINS, NUM_COLUMNS)
     return Scores(table[:, 1], examples.num_response_tokens, table[:, 2] == 0, total)
 
 
