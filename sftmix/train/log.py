@@ -391,7 +391,9 @@ class RunLog:
             **self.meter.facts(),
         }
 
-    def _write(self, step: int, line: dict[str, float], held_out: HeldOutLoss | None) -> None:
+    def _write(
+        self, step: int, line: dict[str, float], held_out: HeldOutLoss | None = None
+    ) -> None:
         if self._file is None:
             return
         # NaN is not valid JSON, and readers must be able to read the line that shows the problem.
