@@ -36,6 +36,9 @@ def main() -> None:
     trials = options.study / "trials"
     for other in options.others:
         for folder in sorted((trials / other).glob("seed_*")):
+            if not (folder / "pairing").is_dir():
+                print(f"{other}, {folder.name}: not scored yet")
+                continue
             ids, *scores = scores_of(trials / options.arm / folder.name)
             ids_of_other, *others = scores_of(folder)
             assert ids == ids_of_other, f"{folder} has other training examples"
