@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sftmix.confidence.scoring import Scores
 from sftmix.config.schema import TrainConfig
+from sftmix.train.plan import last_steps_of_epochs
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,6 @@ def steps_of(every: str | int | None, steps: Sequence[tuple[int, int, int]]) -> 
     if every is None:
         return []
     if every == "epoch":
-        last_of_epoch = {epoch: number for number, (epoch, _, _) in enumerate(steps, start=1)}
-        return list(last_of_epoch.values())
+        return last_steps_of_epochs(steps)
     assert isinstance(every, int)
     return sorted({*range(every, len(steps) + 1, every), len(steps)})

@@ -4,6 +4,7 @@ run."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sftmix.config.schema import TrainConfig
@@ -59,10 +60,15 @@ def choose_checkpoint_steps(plan: TrainingPlan, num_checkpoints: int | None) -> 
     """
     steps = plan.steps()
     if num_checkpoints is None and plan.num_epochs >= EVERY_EPOCH_FROM:
-        last_of_epoch = {epoch: number for number, (epoch, _, _) in enumerate(steps, start=1)}
-        return sorted(last_of_epoch.values())
+        return last_steps_of_epochs(steps)
     count = min(num_reference_checkpoints(plan.num_epochs, num_checkpoints), len(steps))
     return sorted({math.ceil(len(steps) * n / count) for n in range(1, count + 1)})
+
+
+def last_steps_of_epochs(steps: Sequence[tuple[int, int, int]]) -> list[int]:
+    """Returns the last step of every epoch, counted from 1. steps: those of a plan."""
+    last_of_epoch = {epoch: number for number, (epoch, _, _) in enumerate(steps, start=1)}
+    return sorted(last_of_epoch.values())
 
 
 def num_reference_checkpoints(num_epochs: int, num_checkpoints: int | None) -> int:
