@@ -5,12 +5,10 @@ import json
 import shutil
 
 import pytest
-import torch
+from by_transformers import held_out_tokens
 from processes import sftmix, sftmix_on_ranks
 from tiny import TINY
-from transformers import AutoModelForCausalLM
 
-from sftmix.batches.examples import TokenisedExamples
 from sftmix.train.log import HELD_OUT, HELD_OUT_EXACT, NTP, read_metrics
 
 pytestmark = pytest.mark.distributed
@@ -90,20 +88,14 @@ def test_the_loss_is_that_of_the_kept_model_by_transformers(trained):
     assert lines[best][HELD_OUT] == min(line[HELD_OUT] for line in lines.values())
     # else the test would not tell the best model from the last one, or patience from no patience
     assert best < facts["num_steps"] < facts["num_planned_steps"] and len(lines) > 2
-    model = AutoModelForCausalLM.from_pretrained(trained / "sftmix" / "model", dtype="float64")
-    examples = TokenisedExamples(trained / "data" / "held_out.arrow")
-    total, num_tokens, num_exact = 0.0, 0, 0
-    for row in examples.table:
-        ids = torch.tensor(row["input_ids"])
-        mask = torch.tensor(row["response_mask"]).bool()[1:]
-        with torch.no_grad():
-            logits = model(input_ids=ids[None]).logits[0, :-1][mask]
-        labels = ids[1:][mask]
-        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-        num_exact += bool((logits.argmax(-1) == labels).all())
+    total, num_exact, num_tokens, num_examples = 0.0, 0, 0, 0
+    for log_p, labels in held_out_tokens(trained / "sftmix" / "model", trained / "data"):
+        total -= log_p.gather(1, labels[:, None]).sum().item()
+        num_exact += bool((log_p.argmax(-1) == labels).all())
         num_tokens += len(labels)
+        num_examples += 1
     assert lines[best][HELD_OUT] == pytest.approx(total / num_tokens, rel=1e-5)
-    assert lines[best][HELD_OUT_EXACT] == num_exact / len(examples)
+    assert lines[best][HELD_OUT_EXACT] == num_exact / num_examples
     assert sorted(path.name for path in (trained / "sftmix").iterdir()) == [
         "manifest.json",
         "metrics.jsonl",

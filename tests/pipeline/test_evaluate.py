@@ -5,11 +5,10 @@ import shutil
 
 import pyarrow.parquet as pq
 import pytest
-import torch
+from by_transformers import held_out_tokens
 from processes import sftmix
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from sftmix.batches.examples import TokenisedExamples
 from sftmix.confidence.calibration import binned, expected_calibration_error
 from sftmix.config.reader import load_config
 from sftmix.errors import ArtifactError
@@ -19,14 +18,8 @@ from sftmix.pipeline.order import needed_stages, stages_of
 def by_transformers(model, data):
     """Returns the sum of the losses, the number of tokens, whether each example is exact, and the
     calibration error."""
-    model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     total, num_tokens, exact, table = 0.0, 0, [], 0
-    for row in TokenisedExamples(data / "held_out.arrow").table:
-        ids = torch.tensor(row["input_ids"])
-        mask = torch.tensor(row["response_mask"]).bool()[1:]
-        with torch.no_grad():
-            log_p = model(input_ids=ids[None]).logits[0, :-1][mask].log_softmax(-1)
-        labels = ids[1:][mask]
+    for log_p, labels in held_out_tokens(model, data):
         match = log_p.argmax(-1) == labels
         total -= log_p.gather(1, labels[:, None]).sum().item()
         num_tokens += len(labels)
