@@ -10,6 +10,8 @@ VERSION = next(
 )
 # peft imports accelerate; neither is needed where all weights are trained
 LORA = ["peft>=0.21,<1", "accelerate>=1.0"]
+# `sftmix tasks`, which runs lm-evaluation-harness
+EVAL = ["lm-eval>=0.4.13,<0.5", "accelerate>=1.0"]
 # torch for CUDA and ROCm brings triton. Elsewhere it is for the tests alone, which interpret and
 # compile the kernels: 1 GB that no run without a GPU needs.
 TRITON = "triton>=3.5; platform_system == 'Linux'"
@@ -61,8 +63,10 @@ setup(
     ],
     extras_require={
         "lora": LORA,
+        "eval": EVAL,
         "dev": [
             *LORA,
+            *EVAL,
             TRITON,
             "pytest>=8",
             "pytest-xdist>=3.8",

@@ -69,6 +69,11 @@ TABLE: Arguments = {
     "table": {"metavar": "TABLE", "help": "folder, Parquet file, or Hub name"},
 }
 
+MODEL: dict[str, Any] = {
+    "metavar": "MODEL",
+    "help": "Hugging Face folder, finished run folder, or Hub name",
+}
+
 
 def _at_least_one(text: str) -> int:
     try:
@@ -85,6 +90,15 @@ def _temperature(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}, expected 0 or more")
     return value
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    import yaml
+
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise argparse.ArgumentTypeError(f"{text}, expected key=value")
+    return name, yaml.safe_load(value)
 
 
 # command -> its line in the list of all, and its arguments in the order of its help
@@ -139,10 +153,7 @@ COMMANDS: dict[str, tuple[str, Arguments]] = {
     "chat": (
         "talk to a model in the terminal, or to two side by side",
         {
-            "model": {
-                "metavar": "MODEL",
-                "help": "Hugging Face folder, finished run folder, or Hub name",
-            },
+            "model": MODEL,
             "--against": {"metavar": "MODEL", "help": "a second model, beside the first"},
             "--system": {"metavar": "TEXT", "help": "the system prompt (default: none)"},
             "--max-new-tokens": {
@@ -156,6 +167,64 @@ COMMANDS: dict[str, tuple[str, Arguments]] = {
                 "metavar": "T",
                 "help": "0: always the likeliest token (default: the model's own settings)",
             },
+            **DEBUG,
+        },
+    ),
+    "tasks": (
+        "published tasks (MedQA, PubMedQA, MedMCQA, GSM8K) by lm-evaluation-harness, models side by"
+        " side",
+        {
+            "models": {"nargs": "+", **MODEL},
+            "--tasks": {
+                "nargs": "+",
+                "required": True,
+                "metavar": "NAME[=FILE]",
+                "help": "medqa, pubmedqa, medmcqa or gsm8k with their published file; other names"
+                " of the harness, which loads them from the Hub",
+            },
+            "--to": {
+                "type": Path,
+                "metavar": "FOLDER",
+                "help": "for the results (default: `tasks` in a run folder that is given alone)",
+            },
+            "--limit": {
+                "type": _at_least_one,
+                "metavar": "N",
+                "help": "the first N questions of each task alone",
+            },
+            "--shots": {
+                "type": int,
+                "metavar": "N",
+                "help": "examples before each question (default: none with a file)",
+            },
+            "--shots-from": {
+                "nargs": "+",
+                "default": [],
+                "metavar": "NAME=FILE",
+                "help": "where the examples of a task with a file come from",
+            },
+            "--chat-template": {
+                "action": "store_true",
+                "help": "put each question into the model's chat template",
+            },
+            "--batch-size": {
+                "default": "8",
+                "metavar": "N",
+                "help": "requests per forward, or auto (default 8)",
+            },
+            "--backend": {
+                "default": "hf",
+                "metavar": "NAME",
+                "help": "a model class of the harness, for example vllm (default hf)",
+            },
+            "--model-args": {
+                "nargs": "+",
+                "default": [],
+                "type": _setting,
+                "metavar": "key=value",
+                "help": "further arguments of it, for example parallelize=true",
+            },
+            "--force": {"action": "store_true", "help": FORCE},
             **DEBUG,
         },
     ),
@@ -391,6 +460,7 @@ EXAMPLES = {
     "launch": "launch recipes/llama3.1-8b-alpaca --hostfile hostfile",
     "study": "study studies/quickstart",
     "chat": "chat runs/quickstart --against runs/quickstart/baseline/model",
+    "tasks": "tasks runs/quickstart --tasks gsm8k=test.jsonl --limit 200",
     "configs": "configs",
     "scores": "scores show runs/quickstart/confidence",
     "scores show": "scores show runs/quickstart/confidence",
@@ -479,6 +549,11 @@ def _dispatch(options: argparse.Namespace) -> int:
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
         )
+        return 0
+    if options.command == "tasks":
+        from sftmix.evaluation.tasks.command import run_tasks
+
+        run_tasks(options)
         return 0
     from sftmix.config.reader import load_config
 

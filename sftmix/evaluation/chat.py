@@ -5,12 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from sftmix.data.tokenizer import NOT_LOADED, tokenizer_from, why_not_loaded, with_template
-from sftmix.engine.loading import quiet_transformers
 from sftmix.errors import ArtifactError, ConfigError, counted
+from sftmix.evaluation.models import folder_of, load_for_generation
 
 HELP = "/clear forgets the conversation, /system TEXT sets the system prompt, /quit ends."
 
@@ -28,23 +26,8 @@ class Conversation:
     def __init__(
         self, model: str, *, system: str | None, max_new_tokens: int, temperature: float | None
     ):
-        import torch
-        from transformers import AutoModelForCausalLM
-
         self.name = model
-        source = _folder_of(model)
-        self._tokenizer = with_template(tokenizer_from(source), None)
-        self._model: Any
-        try:
-            with quiet_transformers():
-                self._model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-        except NOT_LOADED as error:
-            raise ConfigError(
-                f"{model} cannot be loaded: {why_not_loaded(source, error)} Give a Hugging Face"
-                " folder, a finished run folder, or a Hub name."
-            ) from None
-        self._model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self._model.eval()
+        self._tokenizer, self._model = load_for_generation(folder_of(model))
         self._sampling: dict[str, Any] = {}
         if temperature is not None:
             self._sampling = {"do_sample": temperature > 0}
@@ -138,20 +121,6 @@ class Conversation:
                 + (" Leave the system prompt out." if system else "")
             ) from None
         return encoded["input_ids"].to(self._model.device)
-
-
-def _folder_of(model: str) -> str:
-    """Returns the model of a run folder; other names as they are."""
-    folder = Path(model)
-    if (folder / "config.json").is_file() or not folder.is_dir():
-        return model
-    inside = folder / "sftmix" / "model"
-    if inside.is_dir():
-        return str(inside)
-    raise ConfigError(
-        f"{model} holds neither a model (config.json) nor a finished run (sftmix/model). Give a"
-        " Hugging Face folder, a finished run folder, or a Hub name."
-    )
 
 
 def chat(

@@ -35,7 +35,7 @@ from sftmix.pairing.matching import pair_coverage
 from sftmix.pairing.on_files import COVERAGE, COVERAGE_UNITS, open_matching
 from sftmix.storage import artifacts, provenance
 from sftmix.storage.failures import accessing
-from sftmix.storage.files import write_text
+from sftmix.storage.files import read_record, write_text
 from sftmix.train.log import HELD_OUT, MIXUP, NTP, read_metrics
 from sftmix.train.meter import NAMES, minutes_of, tokens_of, watt_hours_of
 
@@ -54,6 +54,7 @@ def build_report(run: RunOutputs, folder: Path) -> None:
         title=run.config.run.dir.name,
         summary=summary(table),
         titles=TITLES,
+        tasks=task_table(run),
         table=[cells(row) for row in table],
         notes=notes,
         cost_titles=COST_TITLES,
@@ -85,6 +86,7 @@ def build_report(run: RunOutputs, folder: Path) -> None:
         markdown(COST_TITLES, costs),
         f"{ENERGY}\n",
         *_markdown_of_calibration(metrics),
+        *_markdown_of_tasks(run),
         *([markdown(Agreement.TITLES, [row.cells() for row in agreed])] if agreed else []),
     ]
     write_text(folder / "report.md", "\n".join(parts))
@@ -180,6 +182,7 @@ CALIBRATION_NOTE = (
     " examples."
 )
 RELIABILITY_TITLE = "Calibration: how often a predicted token is right"
+TASKS = "tasks/results.json"  # in a run folder, by `sftmix tasks`
 WIDTH = 60  # columns of what is printed, for narrow terminals
 
 
@@ -266,6 +269,18 @@ def calibration_table(metrics: dict[str, Any]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def task_table(run: RunOutputs) -> dict[str, Any] | None:
+    """Returns the table of `sftmix tasks` for the run's own models: {"titles", "rows", "note"};
+    None where there is none."""
+    found = read_record(run.config.run.dir / TASKS)
+    return found and found["table"]
+
+
+def _markdown_of_tasks(run: RunOutputs) -> list[str]:
+    found = task_table(run)
+    return [markdown(found["titles"], found["rows"]), f"{found['note']}\n"] if found else []
 
 
 def _markdown_of_calibration(metrics: dict[str, Any]) -> list[str]:

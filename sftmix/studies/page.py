@@ -14,9 +14,9 @@ from sftmix.config.study import Study
 from sftmix.errors import counted
 from sftmix.evaluation import plots
 from sftmix.evaluation.page import aligned, markdown, render
+from sftmix.evaluation.statistics import Difference
 from sftmix.storage.files import write_json, write_text
 from sftmix.studies.results import OUTCOMES, ArmResult, as_json, sentences
-from sftmix.studies.statistics import Difference
 
 TITLES = "arm|seeds|loss|difference|exact match|difference".split("|")
 # kind -> its column, and how a figure is written

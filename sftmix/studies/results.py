@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sftmix.studies.statistics import (
+from sftmix.evaluation.statistics import (
     Difference,
     Switched,
     error_of_ratio,

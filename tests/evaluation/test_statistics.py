@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sftmix.studies.statistics import (
+from sftmix.evaluation.statistics import (
     error_of_ratio,
     holm,
+    item_difference,
     paired_difference,
     sentence,
     sign_flip_p,
@@ -134,3 +135,30 @@ def test_the_sentence_says_which_is_better_and_only_where_it_is_shown():
     assert "is worse" in sentence("sftmix", "ntp", clear, better=1, unit="points")
     noisy = paired_difference([1.0, 2.0, 0.0], [1.5, 1.0, 0.5])
     assert "no difference shown" in sentence("sftmix", "ntp", noisy, better=-1, unit="nats")
+
+
+@pytest.mark.parametrize("only_one", [(0.02, 0.02), (0.1, 0.04), (0.3, 0.2)])
+@pytest.mark.parametrize("count", [60, 300])
+def test_the_interval_over_questions_covers_what_it_says(only_one, count):
+    """Where only two answers in 60 differ it is wider than needed; with none it has a width."""
+    rng = np.random.default_rng(count)
+    first, second = only_one
+    drawn = rng.choice([1, -1, 0], size=(4000, count), p=[first, second, 1 - first - second])
+    found = [item_difference((each == 1) * 1.0, (each == -1) * 1.0) for each in drawn]
+    covered = np.mean([each.low <= first - second <= each.high for each in found])
+    assert 0.94 <= covered <= 0.998
+    assert all(each.low < each.high for each in found)
+
+
+def test_right_and_wrong_answers_are_compared_question_by_question():
+    rng = np.random.default_rng(0)
+    arm, control = rng.integers(0, 2, 80), rng.integers(0, 2, 80)
+    found = item_difference(arm, control)
+    assert found.mean == pytest.approx(arm.mean() - control.mean())
+    assert found.switched == switched(arm == 1, control == 1)
+    scores = item_difference(arm * 0.5, control * 0.25)
+    expected = stats.ttest_rel(arm * 0.5, control * 0.25).confidence_interval(0.95)
+    assert scores.switched is None
+    assert (scores.low, scores.high) == pytest.approx((expected.low, expected.high))
+    with pytest.raises(ValueError, match="the same questions"):
+        item_difference(arm, control[:-1])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from trials import trial
 
+from sftmix.evaluation.statistics import paired_difference
 from sftmix.studies.results import as_json, compare, sentences
-from sftmix.studies.statistics import paired_difference
 
 
 def test_only_seeds_that_both_arms_have_are_compared():

@@ -1,0 +1,1 @@
+"""Published tasks, by EleutherAI's lm-evaluation-harness, on local files or by name."""
