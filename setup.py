@@ -10,8 +10,16 @@ VERSION = next(
 )
 # peft imports accelerate; neither is needed where all weights are trained
 LORA = ["peft>=0.21,<1", "accelerate>=1.0"]
-# `sftmix tasks`, which runs lm-evaluation-harness
-EVAL = ["lm-eval>=0.4.13,<0.5", "accelerate>=1.0"]
+# `sftmix tasks` runs lm-evaluation-harness, `sftmix judge` asks through openai and counts by
+# alpaca_eval, which imports pkg_resources: setuptools 81 is the last that may have it
+EVAL = [
+    "lm-eval>=0.4.13,<0.5",
+    "accelerate>=1.0",
+    "alpaca-eval>=0.6.6,<0.7",
+    "openai>=1.60",
+    "scikit-learn>=1.5,<1.10",  # alpaca_eval names arguments that 1.10 drops
+    "setuptools<82",
+]
 # torch for CUDA and ROCm brings triton. Elsewhere it is for the tests alone, which interpret and
 # compile the kernels: 1 GB that no run without a GPU needs.
 TRITON = "triton>=3.5; platform_system == 'Linux'"
@@ -76,6 +84,7 @@ setup(
             "types-PyYAML",
             "zstandard",
             "duckdb",
+            "fschat>=0.2.36",  # its readers of MT-Bench's files
         ],
     },
     entry_points={"console_scripts": ["sftmix=sftmix.cli:main"]},

@@ -228,6 +228,94 @@ COMMANDS: dict[str, tuple[str, Arguments]] = {
             **DEBUG,
         },
     ),
+    "answers": (
+        "write a model's answers to MT-Bench or AlpacaEval, for FastChat and alpaca_eval",
+        {
+            "models": {"nargs": "+", **MODEL},
+            "--questions": {
+                "type": Path,
+                "required": True,
+                "metavar": "FILE",
+                "help": "mt_bench_questions.jsonl, or AlpacaEval's list of instructions",
+            },
+            **TO,
+            "--limit": {
+                "type": _at_least_one,
+                "metavar": "N",
+                "help": "first N questions alone",
+            },
+            "--max-new-tokens": {
+                "type": _at_least_one,
+                "default": 1024,
+                "metavar": "N",
+                "help": "most tokens of an answer (default 1024)",
+            },
+            "--temperature": {
+                "type": _temperature,
+                "metavar": "T",
+                "help": "0: greedy (default: MT-Bench by category, else the model's settings)",
+            },
+            "--seed": {"type": int, "default": 0, "help": "of sampled answers (default 0)"},
+            "--batch-size": {"type": _at_least_one, "metavar": "N", "help": "answers at once"},
+            "--backend": {
+                "choices": ("transformers", "vllm"),
+                "default": "transformers",
+                "help": "what generates (default transformers)",
+            },
+            "--force": {"action": "store_true", "help": FORCE},
+            **DEBUG,
+        },
+    ),
+    "judge": (
+        "rate the answers of a folder by a judge behind an OpenAI-compatible endpoint",
+        {
+            "folder": {"type": Path, "metavar": "FOLDER", "help": "of `sftmix answers`"},
+            "--judge": {"required": True, "metavar": "NAME", "help": "the judge's name there"},
+            "--endpoint": {"metavar": "URL", "help": "up to /v1 (default: OpenAI's)"},
+            "--key-variable": {
+                "default": "OPENAI_API_KEY",
+                "metavar": "NAME",
+                "help": "environment variable of the API key (default OPENAI_API_KEY)",
+            },
+            "--price": {
+                "type": float,
+                "nargs": 2,
+                "metavar": ("PROMPT", "ANSWER"),
+                "help": "USD per million tokens, to say what it costs before it is asked",
+            },
+            "--yes": {"action": "store_true", "help": "agree to the price"},
+            "--control": {"metavar": "NAME", "help": "the model that others are compared with"},
+            "--parallel": {"type": _at_least_one, "default": 8, "help": "requests at once (8)"},
+            "--timeout": {"type": float, "default": 120.0, "help": "seconds for an answer (120)"},
+            "--retries": {"type": int, "default": 5, "help": "after a failure that may pass (5)"},
+            "--prompts": {
+                "type": Path,
+                "metavar": "FILE",
+                "help": "MT-Bench: FastChat's judge_prompts.jsonl (default: prompts of our own)",
+            },
+            "--references": {
+                "type": Path,
+                "metavar": "FILE",
+                "help": "MT-Bench: FastChat's reference_answer/gpt-4.jsonl",
+            },
+            "--against": {
+                "type": Path,
+                "metavar": "FILE",
+                "help": "AlpacaEval: outputs of the reference model",
+            },
+            "--annotator": {
+                "default": "weighted_alpaca_eval_gpt4_turbo",
+                "metavar": "NAME",
+                "help": "AlpacaEval: an annotator of alpaca_eval (default: AlpacaEval 2's)",
+            },
+            "--length-data": {
+                "type": Path,
+                "metavar": "FILE",
+                "help": "AlpacaEval: df_gamed.csv, where the Hub cannot be reached",
+            },
+            **DEBUG,
+        },
+    ),
     "launch": (
         "run on the nodes of a hostfile, through DeepSpeed's launchers; or write a batch script,"
         " with --template",
@@ -461,6 +549,8 @@ EXAMPLES = {
     "study": "study studies/quickstart",
     "chat": "chat runs/quickstart --against runs/quickstart/baseline/model",
     "tasks": "tasks runs/quickstart --tasks gsm8k=test.jsonl --limit 200",
+    "answers": "answers runs/quickstart --questions mt_bench_questions.jsonl --to answers",
+    "judge": "judge answers --judge gpt-4 --price 30 60",
     "configs": "configs",
     "scores": "scores show runs/quickstart/confidence",
     "scores show": "scores show runs/quickstart/confidence",
@@ -554,6 +644,16 @@ def _dispatch(options: argparse.Namespace) -> int:
         from sftmix.evaluation.tasks.command import run_tasks
 
         run_tasks(options)
+        return 0
+    if options.command == "answers":
+        from sftmix.evaluation.judges.answers import write_all_answers
+
+        write_all_answers(options)
+        return 0
+    if options.command == "judge":
+        from sftmix.evaluation.judges.command import judge_answers
+
+        judge_answers(options)
         return 0
     from sftmix.config.reader import load_config
 

@@ -1,0 +1,1 @@
+"""Answers to MT-Bench and AlpacaEval, and a judge that rates them."""
