@@ -53,6 +53,20 @@ def reliability_diagram(models: Mapping[str, Sequence[tuple[float, float, int]]]
     return as_svg(figure)
 
 
+def held_out_losses(models: Mapping[str, NDArray[np.float64]]) -> str:
+    """Returns the distribution of the examples' losses by model as SVG, on common bins. models:
+    name -> (N,) losses, finite."""
+    figure, axes = new_figure(3.6)
+    everything = np.concatenate(list(models.values()))
+    edges = np.linspace(everything.min(), max(everything.max(), everything.min() + 1e-9), 30)
+    for name, losses in models.items():
+        axes.hist(losses, bins=edges, histtype="step", linewidth=1.4, label=name)
+    axes.set_xlabel("loss of the response in nats per token (confidence is its negative)")
+    axes.set_ylabel("examples")
+    axes.legend(frameon=False)
+    return as_svg(figure)
+
+
 def confidence_histogram(scored: ScoredExamples) -> str:
     """Returns the distribution of the finite confidences by part, as SVG; perplexities on a
     logarithmic axis."""

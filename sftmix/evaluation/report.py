@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from sftmix import __version__
 from sftmix.config.reader import dump_config
@@ -54,7 +55,7 @@ def build_report(run: RunOutputs, folder: Path) -> None:
         title=run.config.run.dir.name,
         summary=summary(table),
         titles=TITLES,
-        tasks=task_table(run),
+        tables=measured_tables(run),
         table=[cells(row) for row in table],
         notes=notes,
         cost_titles=COST_TITLES,
@@ -64,7 +65,7 @@ def build_report(run: RunOutputs, folder: Path) -> None:
         calibration_titles=CALIBRATION_TITLES,
         calibrations=calibration_table(metrics),
         calibration_note=CALIBRATION_NOTE,
-        figures=[*_figures(run, scored), *_reliability(metrics)],
+        figures=[*_figures(run, scored), *_reliability(metrics), *_held_out_confidence(run)],
         data_map=_data_map(scored, folder),
         scale=scored.scale,
         num_not_finite=int((~np.isfinite(scored.confidence)).sum()),
@@ -86,7 +87,7 @@ def build_report(run: RunOutputs, folder: Path) -> None:
         markdown(COST_TITLES, costs),
         f"{ENERGY}\n",
         *_markdown_of_calibration(metrics),
-        *_markdown_of_tasks(run),
+        *_markdown_of_tables(run),
         *([markdown(Agreement.TITLES, [row.cells() for row in agreed])] if agreed else []),
     ]
     write_text(folder / "report.md", "\n".join(parts))
@@ -181,8 +182,10 @@ CALIBRATION_NOTE = (
     " -perplexity: confidence of an example under this model, and its standard deviation over the"
     " examples."
 )
+CONFIDENCE_TITLE = "Confidence of the held-out examples, by model"
 RELIABILITY_TITLE = "Calibration: how often a predicted token is right"
-TASKS = "tasks/results.json"  # in a run folder, by `sftmix tasks`
+# in a run folder, by `sftmix tasks` and `sftmix judge`
+TABLES = {"Tasks": "*/results.json", "Ratings by a judge": "*/judged.json"}
 WIDTH = 60  # columns of what is printed, for narrow terminals
 
 
@@ -271,16 +274,22 @@ def calibration_table(metrics: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def task_table(run: RunOutputs) -> dict[str, Any] | None:
-    """Returns the table of `sftmix tasks` for the run's own models: {"titles", "rows", "note"};
-    None where there is none."""
-    found = read_record(run.config.run.dir / TASKS)
-    return found and found["table"]
+def measured_tables(run: RunOutputs) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the tables that `sftmix tasks` and `sftmix judge` left in the run folder, with their
+    headings: {"titles", "rows", "note"}."""
+    return [
+        (f"{title}: {path.parent.name}", found["table"])
+        for title, pattern in TABLES.items()
+        for path in sorted(run.config.run.dir.glob(pattern))
+        if (found := read_record(path)) is not None and "table" in found
+    ]
 
 
-def _markdown_of_tasks(run: RunOutputs) -> list[str]:
-    found = task_table(run)
-    return [markdown(found["titles"], found["rows"]), f"{found['note']}\n"] if found else []
+def _markdown_of_tables(run: RunOutputs) -> list[str]:
+    return [
+        f"{markdown(found['titles'], found['rows'])}\n{found['note']}\n"
+        for _, found in measured_tables(run)
+    ]
 
 
 def _markdown_of_calibration(metrics: dict[str, Any]) -> list[str]:
@@ -295,6 +304,21 @@ def _reliability(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         if "calibration" in found
     }
     return [(RELIABILITY_TITLE, plots.reliability_diagram(bins))] if bins else []
+
+
+def _held_out_confidence(run: RunOutputs) -> list[tuple[str, str]]:
+    path = run.inputs["evaluate"] / "per_example.parquet"
+    if not path.is_file():  # without held-out examples there is none
+        return []
+    rows = pl.read_parquet(path).with_columns(
+        loss=pl.col("nll_sum") / pl.col("num_response_tokens")
+    )
+    rows = rows.filter(pl.col("loss").is_finite())
+    losses = {
+        str(name): found["loss"].to_numpy()
+        for (name,), found in rows.group_by("model", maintain_order=True)
+    }
+    return [(CONFIDENCE_TITLE, plots.held_out_losses(losses))] if losses else []
 
 
 def _figures(run: RunOutputs, scored: ScoredExamples) -> list[tuple[str, str]]:

@@ -186,9 +186,17 @@ def test_figures_and_answers_are_those_of_the_harness_by_itself(run, trained, tm
     shown = tmp_path / "shown"  # with the weights that were trained: a report checks them
     shutil.copytree(trained / "run", shown)
     shutil.copytree(run / "tasks", shown / "tasks")
+    (shown / "judged").mkdir()
+    table = {"titles": ["model", "rating"], "rows": [["SFTMix", "<b>7"]], "note": "one judge"}
+    (shown / "judged" / "judged.json").write_text(json.dumps({"table": table}))
     sftmix("report", str(shown), "--force")
     page = (shown / "report" / "index.html").read_text()
-    assert "<h2>Tasks</h2>" in page and "medqa_4options" in (shown / "report/report.md").read_text()
+    assert "<h2>Ratings by a judge: judged</h2>" in page and "&lt;b&gt;7" in page
+    assert "<h2>Confidence of the held-out examples, by model</h2>" in page
+    assert (
+        "<h2>Tasks: tasks</h2>" in page
+        and "medqa_4options" in (shown / "report/report.md").read_text()
+    )
     # the second start measures nothing
     before = {path: path.stat().st_mtime_ns for path in (run / "tasks").rglob("*.json")}
     again = sftmix("tasks", str(run), "--tasks", *files, f"pubmedqa={folder}")
