@@ -310,10 +310,8 @@ def _held_out_confidence(run: RunOutputs) -> list[tuple[str, str]]:
     path = run.inputs["evaluate"] / "per_example.parquet"
     if not path.is_file():  # without held-out examples there is none
         return []
-    rows = pl.read_parquet(path).with_columns(
-        loss=pl.col("nll_sum") / pl.col("num_response_tokens")
-    )
-    rows = rows.filter(pl.col("loss").is_finite())
+    loss = pl.col("nll_sum") / pl.col("num_response_tokens")
+    rows = pl.read_parquet(path).with_columns(loss=loss).filter(pl.col("loss").is_finite())
     losses = {
         str(name): found["loss"].to_numpy()
         for (name,), found in rows.group_by("model", maintain_order=True)
