@@ -225,3 +225,34 @@ def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
     """Returns the shape of a parameter, which is empty itself where ZeRO-3 shards it."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
+
+
+def purposes_of_tensors(module: torch.nn.Module, optimizer: Any) -> dict[str, list[torch.Tensor]]:
+    """Returns the tensors that an engine keeps between steps, by what they are for.
+
+    optimizer: DeepSpeed's or torch's. Tensors that DeepSpeed keeps elsewhere are missing.
+    """
+    weights = [shard if (shard := shard_of(p)) is not None else p for p in module.parameters()]
+    found: dict[str, list[torch.Tensor]] = {"weights": weights + list(module.buffers())}
+    # a parameter below the threshold is kept whole beside its shard
+    found["persisted weights"] = [
+        p.data for p in module.parameters() if shard_of(p) is not None and p.data.numel() > 1
+    ]
+    found["master weights"] = master_weights(optimizer)
+    inner = getattr(optimizer, "optimizer", optimizer)
+    found["moments"] = [
+        value
+        for state in inner.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    found["gradients"] = [p.grad for p in module.parameters() if p.grad is not None]
+    flat = getattr(optimizer, "grad_partitions_flat_buffer", None)
+    if flat is not None:
+        found["gradients"].append(flat)
+    found["reduce buckets"] = [
+        bucket.buffer
+        for bucket in getattr(optimizer, "ipg_buckets", {}).values()
+        if getattr(bucket, "buffer", None) is not None
+    ]
+    return found

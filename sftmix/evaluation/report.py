@@ -278,7 +278,7 @@ def measured_tables(run: RunOutputs) -> list[tuple[str, dict[str, Any]]]:
     """Returns the tables that `sftmix tasks` and `sftmix judge` left in the run folder, with their
     headings: {"titles", "rows", "note"}."""
     return [
-        (f"{title}: {path.parent.name}", found["table"])
+        (title if path.parent.name == "tasks" else f"{title}: {path.parent.name}", found["table"])
         for title, pattern in TABLES.items()
         for path in sorted(run.config.run.dir.glob(pattern))
         if (found := read_record(path)) is not None and "table" in found

@@ -127,8 +127,9 @@ class Harness:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
 
-        manager = TaskManager()
-        if not task.endswith(".yaml") and task not in manager.all_tasks:
+        is_local = task.endswith(".yaml")
+        manager = TaskManager(include_defaults=not is_local)  # reading all of them takes seconds
+        if not is_local and task not in manager.all_tasks:
             raise ConfigError(
                 f"--tasks {task}: the harness knows no task of this name (`lm_eval ls tasks` lists"
                 " them). A local file is given as name=FILE."

@@ -1,0 +1,166 @@
+"""The engine in a world of W ranks that does not exist: the real DeepSpeed on tensors without
+contents, rank 0 of a process group that sends nothing.
+
+So what ZeRO gathers, reduces and keeps is not modelled; it is what the installed DeepSpeed does.
+The process belongs to the fake world afterwards: start one for each trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from sftmix.batches.collate import MicroBatch
+from sftmix.batches.cut import StepCounts
+from sftmix.batches.documents import Documents
+from sftmix.config.schema import Config
+from sftmix.engine.counting import Counting
+from sftmix.engine.deepspeed_internals import build_no_extension, import_deepspeed
+from sftmix.engine.engine import Engine
+from sftmix.engine.ranks import Ranks
+from sftmix.loss import packed_attention
+from sftmix.loss.logit_transform import LogitTransform, ProbeRequest
+from sftmix.loss.objective import Objective
+from sftmix.loss.packed_attention import CHECKED_LENGTHS
+
+NUM_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one optimiser step of one rank does, after the first. flops: of the micro-batch."""
+
+    num_parameters: int
+    num_trained_parameters: int
+    counts: Counting
+
+
+def join_fake_world(world_size: int) -> Ranks:
+    """Makes this process rank 0 of `world_size` ranks."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    os.environ.update(
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="1",
+        DS_ACCELERATOR="cpu",
+    )
+    deepspeed = import_deepspeed()
+    import torch.distributed.nn
+
+    build_no_extension()
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
+    return FakeRanks(0, world_size, 0, torch.device("cpu"))
+
+
+def _probe(model: Any, device: torch.device, *, packs: bool = False) -> LogitTransform:
+    """Runs the forward that looks for a logit transform, since ZeRO-3 remembers the order of the
+    modules of its first forwards, and returns none."""
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    documents = Documents.of((2,)).to(device) if packs else None
+    model(ids, torch.ones_like(ids), ProbeRequest(torch.zeros(4, device=device)), documents)
+    return LogitTransform()
+
+
+def _with_contents(function: Any) -> Any:
+    def call(*args: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args)
+
+    return call
+
+
+def _try_packed(packed: Any, alone: Any, vocab_size: int, device: torch.device) -> None:
+    """Runs the forwards that compare packed and padded attention, as `_probe` does."""
+    for length in CHECKED_LENGTHS:
+        alone(torch.zeros(1, length, dtype=torch.int64, device=device))
+    ids = torch.zeros(1, sum(CHECKED_LENGTHS), dtype=torch.int64, device=device)
+    for _ in range(2):
+        packed(ids, Documents.of(CHECKED_LENGTHS).to(device))
+
+
+class FakeRanks(Ranks):
+    """Rank 0, and no other answers."""
+
+    def first_text(self, text: str) -> str:
+        """Returns this rank's text."""
+        return text
+
+
+@contextlib.contextmanager
+def without_contents() -> Iterator[None]:
+    """Within it, tensors have shapes alone, and nothing looks at their values: no weights are read,
+    no step is skipped, no model is probed."""
+    from torch._subclasses import FakeTensorMode
+
+    nothing: dict[str, Any] = {
+        "deepspeed.runtime.zero.stage3.is_invalid_grad_norm": lambda norm: False,
+        "deepspeed.runtime.zero.partitioned_param_coordinator.assert_ints_same_as_other_ranks": (
+            lambda numbers: None
+        ),
+        "deepspeed.runtime.zero.utils.get_lst_from_rank0": (lambda numbers: None),
+        "sftmix.engine.loading.copy_weights": lambda source, shell, buffers: None,
+        "sftmix.engine.loading.tensors_of_files": lambda *_, **__: {},
+        "sftmix.engine.engine.check_dtypes": lambda *_: None,
+        "sftmix.engine.engine.find_logit_transform": _probe,
+        "sftmix.engine.engine.why_not_packed": _try_packed,
+        "sftmix.loss.packed_attention._window_of": _with_contents(packed_attention._window_of),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, replacement in nothing.items():
+            stack.enter_context(mock.patch(name, replacement))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield
+
+
+def trace(
+    config: Config,
+    ranks: Ranks,
+    batch: MicroBatch,
+    counts: StepCounts,
+    *,
+    num_micro_batches: int = 1,
+) -> Trace:
+    """Returns what a step of SFTMix does on this rank: `num_micro_batches` times the same
+    micro-batch, and an update. ranks: of `join_fake_world`, within `without_contents`; or real
+    ones."""
+    seen = Counting()
+    objective = Objective(mixup_weight=config.mixup.weight, next_token=config.objective)
+    with seen:
+        engine = Engine(config, config.model, ranks, None, train=config.train, timer=_Phases(seen))
+        for step in range(NUM_STEPS + 1):
+            seen.name_purposes(engine.module, engine.optimizer)
+            seen.start_again()
+            for number in range(num_micro_batches):
+                is_last = number == num_micro_batches - 1
+                engine.forward_backward(batch, counts, objective, is_last=is_last)
+            engine.step(learning_rate=config.train.learning_rate)
+            if step == NUM_STEPS:
+                break
+    found = Trace(engine.num_parameters, engine.num_trained_parameters, seen)
+    engine.close()
+    return found
+
+
+class _Phases:
+    """A timer of the engine that tells the parts of a step apart."""
+
+    PARTS = ("forward", "head", "backward", "optimiser")
+
+    def __init__(self, counting: Counting):
+        self._counting = counting
+
+    def __call__(self, part: str) -> contextlib.AbstractContextManager[None]:
+        if part in self.PARTS:
+            return self._counting.during(part)
+        return contextlib.nullcontext()
