@@ -190,7 +190,7 @@ COMMANDS: dict[str, tuple[str, Arguments]] = {
             "--limit": {
                 "type": _at_least_one,
                 "metavar": "N",
-                "help": "the first N questions of each task alone",
+                "help": "N questions of each task, drawn from its file (by name: the first)",
             },
             "--shots": {
                 "type": int,

@@ -265,6 +265,19 @@ def test_examples_come_before_a_question_and_models_are_compared_by_it(run, tmp_
     assert pair["p"] == expected.p_value and pair["low"] < pair["difference"] < pair["high"]
 
 
+def test_a_limit_draws_from_the_whole_file(run, tmp_path, tasks):
+    rows = [pubmedqa(n) | {"final_decision": "yes" if n < 40 else "no"} for n in range(60)]
+    (tmp_path / "ori_pqal.json").write_text(json.dumps({str(n): row for n, row in enumerate(rows)}))
+    models = [run / "baseline" / "model", run / "sftmix" / "model"]
+    tasks(*models, "--tasks", f"pubmedqa={tmp_path}", "--limit", 12, "--to", tmp_path / "out")
+    found = [
+        items(tmp_path / "out", m.file_name, "pubmedqa") for m in models_of([*map(str, models)])
+    ]
+    numbers = [int(row["item"]) for row in found[0]]
+    assert numbers == [int(row["item"]) for row in found[1]] == sorted(set(numbers))
+    assert len(numbers) == 12 and numbers[-1] >= 40 and numbers != list(range(12))
+
+
 def test_a_killed_run_goes_on_and_asks_nothing_twice(run, tmp_path, tasks):
     rows = lines(tmp_path / "test.jsonl", [medqa(n) for n in range(500)])
     to = tmp_path / "out"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import random
 import textwrap
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,11 @@ def _tasks(options: argparse.Namespace) -> Tasks:
             found[name] = (None, None, name)
             continue
         task = read_task(name, Path(path))
+        if options.limit is not None and options.limit < len(task.rows):
+            # published files are sorted: the first 300 questions of PubMedQA's test are "yes" or
+            # "no", and none is "maybe"
+            kept = sorted(random.Random(0).sample(range(len(task.rows)), options.limit))
+            task = replace(task, rows=[task.rows[number] for number in kept])
         given = sources.pop(name, None)
         examples = read_task(name, Path(given)) if given else None
         if examples is not None and examples.name != task.name:
