@@ -35,7 +35,7 @@ NUM_STEPS = 4
 
 @dataclass(frozen=True)
 class Trace:
-    """What one optimiser step of one rank does, after the first. flops: of the micro-batch."""
+    """What one optimiser step of one rank does, after the first."""
 
     num_parameters: int
     num_trained_parameters: int

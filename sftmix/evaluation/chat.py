@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sftmix.errors import ArtifactError, ConfigError, counted
-from sftmix.evaluation.models import folder_of, load_for_generation
+from sftmix.evaluation.models import folder_of, load_for_generation, sampling_of
 
 HELP = "/clear forgets the conversation, /system TEXT sets the system prompt, /quit ends."
 
@@ -28,11 +28,7 @@ class Conversation:
     ):
         self.name = model
         self._tokenizer, self._model = load_for_generation(folder_of(model))
-        self._sampling: dict[str, Any] = {}
-        if temperature is not None:
-            self._sampling = {"do_sample": temperature > 0}
-            if temperature > 0:
-                self._sampling["temperature"] = temperature
+        self._sampling = sampling_of(temperature)
         self._max_new_tokens = max_new_tokens
         self.turns: list[dict[str, str]] = []
         self.system = system

@@ -124,3 +124,11 @@ def load_for_generation(source: str) -> tuple[Any, Any]:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     model.eval()
     return tokenizer, model
+
+
+def sampling_of(temperature: float | None) -> dict[str, Any]:
+    """Returns the arguments of transformers' `generate` for a temperature: 0 is greedy; None leaves
+    the model's own generation settings."""
+    if temperature is None:
+        return {}
+    return {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}

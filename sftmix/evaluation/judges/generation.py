@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from sftmix.data.tokenizer import tokenizer_from, with_template
 from sftmix.errors import ConfigError
-from sftmix.evaluation.models import load_for_generation
+from sftmix.evaluation.models import load_for_generation, sampling_of
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,42 @@ class Answer:
     end: str
 
 
-class Writer(Protocol):
-    """A model that answers. batch_size: prompts that it takes at once, if no number is given."""
+class Writer(ABC):
+    """A model that answers. batch_size: prompts that it takes at once, if no number is given.
+    context: most tokens of a prompt with its answer; None for no limit."""
 
     batch_size: int
+    _tokenizer: Any
+
+    @property
+    @abstractmethod
+    def context(self) -> int | None:
+        """Most tokens of a prompt with its answer."""
+
+    @abstractmethod
+    def _write(
+        self,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        temperature: float | None,
+        seed: int,
+    ) -> Iterable[Answer]:
+        """Returns an answer per prompt; each leaves room for one."""
 
     def prompt_ids(self, turns: Sequence[dict[str, str]]) -> list[int]:
-        """Returns the tokens of a conversation, up to where the answer begins."""
+        """Returns the tokens of a conversation, up to where the answer begins.
+
+        Raises ConfigError if the template refuses it.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            encoded: Any = self._tokenizer.apply_chat_template(
+                list(turns), add_generation_prompt=True, return_dict=True
+            )
+        except TemplateError as error:
+            raise ConfigError(f"The chat template refuses a conversation: {error}.") from None
+        return list(encoded["input_ids"])
 
     def answer(
         self,
@@ -38,25 +68,13 @@ class Writer(Protocol):
     ) -> list[Answer]:
         """Returns an answer per prompt. temperature: 0 is greedy; None samples as the model's own
         generation settings say. The same batch and seed have the same answers."""
+        fits = [self.context is None or len(prompt) < self.context for prompt in prompts]
+        rows = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
+        written = iter(self._write(rows, max_new_tokens, temperature, seed) if rows else ())
+        return [next(written) if fit else Answer("", "no room") for fit in fits]
 
 
-def prompt_ids(tokenizer: Any, turns: Sequence[dict[str, str]]) -> list[int]:
-    """Returns the tokens of a conversation by the tokenizer's template.
-
-    Raises ConfigError if the template refuses it.
-    """
-    from jinja2 import TemplateError
-
-    try:
-        encoded: Any = tokenizer.apply_chat_template(
-            list(turns), add_generation_prompt=True, return_dict=True
-        )
-    except TemplateError as error:
-        raise ConfigError(f"The chat template refuses a conversation: {error}.") from None
-    return list(encoded["input_ids"])
-
-
-class TransformersWriter:
+class TransformersWriter(Writer):
     """transformers' `generate`, prompts padded on the left."""
 
     batch_size = 16
@@ -65,43 +83,33 @@ class TransformersWriter:
         self._tokenizer, self._model = load_for_generation(source)
         self._tokenizer.padding_side = "left"
 
-    def prompt_ids(self, turns: Sequence[dict[str, str]]) -> list[int]:
-        """Returns the tokens of a conversation, up to where the answer begins."""
-        return prompt_ids(self._tokenizer, turns)
+    @property
+    def context(self) -> int | None:
+        """The positions that the model has."""
+        return getattr(self._model.config, "max_position_embeddings", None)
 
-    def answer(
+    def _write(
         self,
         prompts: Sequence[list[int]],
-        *,
         max_new_tokens: int,
         temperature: float | None,
         seed: int,
-    ) -> list[Answer]:
-        """Returns an answer per prompt (`Writer.answer`)."""
+    ) -> Iterable[Answer]:
         import torch
 
-        context = getattr(self._model.config, "max_position_embeddings", None)
-        fits = [context is None or len(prompt) < context for prompt in prompts]
-        rows = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
-        written: Iterator[Answer] = iter(())
-        if rows:
-            room = max_new_tokens if context is None else context - max(map(len, rows))
-            padded = self._tokenizer.pad({"input_ids": rows}, return_tensors="pt")
-            padded = padded.to(self._model.device)
-            sampling: dict[str, Any] = {}
-            if temperature is not None:
-                sampling = {"do_sample": temperature > 0}
-                if temperature > 0:
-                    sampling["temperature"] = temperature
-            torch.manual_seed(seed)
-            tokens = self._model.generate(
-                **padded,
-                max_new_tokens=min(max_new_tokens, room),
-                pad_token_id=self._tokenizer.pad_token_id,
-                **sampling,
-            )[:, padded["input_ids"].shape[1] :]
-            written = map(self._read, tokens.tolist())
-        return [next(written) if fit else Answer("", "no room") for fit in fits]
+        room = max_new_tokens
+        if self.context is not None:
+            room = min(room, self.context - max(map(len, prompts)))
+        padded = self._tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+        padded = padded.to(self._model.device)
+        torch.manual_seed(seed)
+        tokens = self._model.generate(
+            **padded,
+            max_new_tokens=room,
+            pad_token_id=self._tokenizer.pad_token_id,
+            **sampling_of(temperature),
+        )[:, padded["input_ids"].shape[1] :]
+        return map(self._read, tokens.tolist())
 
     def _read(self, tokens: list[int]) -> Answer:
         stops = self._model.generation_config.eos_token_id
@@ -111,7 +119,7 @@ class TransformersWriter:
         return Answer(str(text).strip(), "length" if end is None else "stop")
 
 
-class VllmWriter:
+class VllmWriter(Writer):
     """vLLM's offline engine, with its own batching and the model's own stop tokens."""
 
     batch_size = 256
@@ -126,19 +134,18 @@ class VllmWriter:
         self._tokenizer = with_template(tokenizer_from(source), None)
         self._engine, self._parameters = LLM(model=source), SamplingParams
 
-    def prompt_ids(self, turns: Sequence[dict[str, str]]) -> list[int]:
-        """Returns the tokens of a conversation, up to where the answer begins."""
-        return prompt_ids(self._tokenizer, turns)
+    @property
+    def context(self) -> int | None:
+        """The length that the engine was started with."""
+        return int(self._engine.llm_engine.model_config.max_model_len)
 
-    def answer(
+    def _write(
         self,
         prompts: Sequence[list[int]],
-        *,
         max_new_tokens: int,
         temperature: float | None,
         seed: int,
-    ) -> list[Answer]:
-        """Returns an answer per prompt (`Writer.answer`)."""
+    ) -> Iterable[Answer]:
         if temperature is None:
             parameters = self._engine.get_default_sampling_params()
             parameters.max_tokens, parameters.seed = max_new_tokens, seed
@@ -146,20 +153,10 @@ class VllmWriter:
             parameters = self._parameters(
                 temperature=temperature, max_tokens=max_new_tokens, seed=seed
             )
-        context = self._engine.llm_engine.model_config.max_model_len
-        fits = [len(prompt) < context for prompt in prompts]
-        rows = [
-            {"prompt_token_ids": prompt} for prompt, fit in zip(prompts, fits, strict=True) if fit
-        ]
-        found = iter(self._engine.generate(rows, parameters) if rows else ())
-        answers = []
-        for fit in fits:
-            if not fit:
-                answers.append(Answer("", "no room"))
-                continue
-            completion = next(found).outputs[0]
-            answers.append(Answer(completion.text.strip(), str(completion.finish_reason)))
-        return answers
+        rows = [{"prompt_token_ids": prompt} for prompt in prompts]
+        for found in self._engine.generate(rows, parameters):
+            completion = found.outputs[0]
+            yield Answer(completion.text.strip(), str(completion.finish_reason))
 
 
 WRITERS: dict[str, type[TransformersWriter] | type[VllmWriter]] = {

@@ -24,7 +24,7 @@ MISSING = (
 
 @dataclass(frozen=True)
 class Options:
-    """How a task is run. limit: its first questions alone; None for all. shots: examples before the
+    """How a task is run. limit: most questions of a task; None for all. shots: examples before the
     question; None for the task's own number. batch_size: requests per forward, or "auto".
     backend: a model class of the harness. model_args: further arguments of it."""
 
