@@ -1,4 +1,5 @@
-"""Counts what a training step keeps alive and sends: bytes by purpose, and collectives by group.
+"""Counts what a training step keeps alive, computes and sends: bytes by purpose, products by size,
+collectives by group.
 
 It watches every operation of torch, of real tensors as well as of fake ones
 (`sftmix/engine/fake_world.py`). So the same code counts a run that is there and one that is not.
@@ -7,6 +8,7 @@ It watches every operation of torch, of real tensors as well as of fake ones
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -17,11 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from sftmix.engine.deepspeed_internals import purposes_of_tensors
+from sftmix.kernels.chunked_linear_mixup import balanced_chunks
 
 GATHERED = "gathered weights"
 OTHER = "activations and temporaries"
+WORKSPACE = "logits of a chunk"
 
 
 class Collective(NamedTuple):
@@ -32,6 +37,18 @@ class Collective(NamedTuple):
     size: int
 
 
+class Product(NamedTuple):
+    """A kind of matrix product (M, K) @ (K, N), or of attention: queries x keys, heads, head size.
+    itemsize: bytes of an element."""
+
+    phase: str
+    kind: str  # "product" or "attention"
+    m: int
+    n: int
+    k: int
+    itemsize: int
+
+
 @dataclass
 class Peak:
     """The most bytes that were alive at once, and what for."""
@@ -40,21 +57,58 @@ class Peak:
     by_purpose: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass
+class Counted:
+    """What was done, and what was alive. peaks: by phase. calls, sent: calls and bytes by kind of
+    collective. products: how often each kind was computed. moved: bytes that all other operations
+    read and write. operations: calls into torch. Both by phase."""
+
+    peaks: dict[str, Peak] = field(default_factory=dict)
+    calls: Counter[Collective] = field(default_factory=Counter)
+    sent: Counter[Collective] = field(default_factory=Counter)
+    products: Counter[Product] = field(default_factory=Counter)
+    moved: Counter[str] = field(default_factory=Counter)
+    operations: Counter[str] = field(default_factory=Counter)
+
+    COUNTERS = ("calls", "sent", "products", "moved", "operations")
+
+    def is_like(self, other: Counted) -> bool:
+        """Whether both are of the same step, done twice."""
+        return all(getattr(self, name) == getattr(other, name) for name in (*self.COUNTERS, "peaks"))
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns what `from_json` reads."""
+        found: dict[str, Any] = {
+            name: [[key, value] for key, value in sorted(getattr(self, name).items())]
+            for name in self.COUNTERS
+        }
+        found["peaks"] = {phase: [p.total, p.by_purpose] for phase, p in self.peaks.items()}
+        return found
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Counted:
+        """Returns what `as_json` wrote. Raises KeyError or TypeError for anything else."""
+        made = {"calls": Collective, "sent": Collective, "products": Product}
+        counters = {
+            name: Counter(
+                {(made[name](*key) if name in made else key): v for key, v in content[name]}
+            )
+            for name in cls.COUNTERS
+        }
+        peaks = {phase: Peak(total, by) for phase, (total, by) in content["peaks"].items()}
+        return cls(peaks, **counters)
+
+
 class Counting(TorchDispatchMode):
     """While entered, every new storage counts as alive until it is freed, and every collective
     call counts with the bytes of its whole tensor (of a gather the output, of a reduction the
-    input).
-
-    peaks: by phase. calls, sent: calls and bytes by kind of collective.
-    """
+    input). Raises RuntimeError for an operation that computes products of unknown size."""
 
     def __init__(self) -> None:
         super().__init__()
         self.phase = "build"
         self.alive: Counter[str] = Counter()
-        self.peaks: dict[str, Peak] = {}
-        self.calls: Counter[Collective] = Counter()
-        self.sent: Counter[Collective] = Counter()
+        self.counted = Counted()
         self._total = 0
         self._storages: dict[int, tuple[int, str]] = {}  # address -> bytes, purpose
 
@@ -69,9 +123,10 @@ class Counting(TorchDispatchMode):
             self.phase = before
             self._note_peak()
 
-    def start_again(self) -> None:
-        """Forgets peaks and collectives; what is alive stays so."""
-        self.peaks, self.calls, self.sent = {}, Counter(), Counter()
+    def start_again(self) -> Counted:
+        """Returns what was counted so far and counts anew; what is alive stays so."""
+        before, self.counted = self.counted, Counted()
+        return before
 
     def name_purposes(self, module: torch.nn.Module, optimizer: Any) -> None:
         """Gives the storages of weights, gradients and optimiser states their purpose."""
@@ -90,7 +145,46 @@ class Counting(TorchDispatchMode):
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
+        if function.namespace not in ("c10d", "prim"):
+            self._work(function, args, kwargs, found)
         return found
+
+    def _work(self, function: Any, args: Any, kwargs: Any, found: Any) -> None:
+        """Counts what an operation computes or moves."""
+        phase, counted = self.phase, self.counted
+        counted.operations[phase] += 1
+        if function._schema.name == CHUNKED_LOSS:
+            self._count_loss(function, args, kwargs)
+            return
+        if function in OF_NO_COST or function.is_view:
+            return
+        products = _products_of(function, args, found)
+        for kind, m, n, k, itemsize in products:
+            counted.products[Product(phase, kind, m, n, k, itemsize)] += 1
+        if not products:
+            counted.moved[phase] += _moved_bytes(function, args, kwargs, found)
+
+    def _count_loss(self, function: Any, args: Any, kwargs: Any) -> None:
+        """The fused loss is one operation for torch. Its chunks of logits are products of their
+        own, and the epilogue goes over them three times."""
+        names = [argument.name for argument in function._schema.arguments]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        hidden, weight = given["hidden"], given["weight"]
+        itemsize, vocab_size = hidden.element_size(), weight.shape[0]
+        for start, stop in balanced_chunks(hidden.shape[0], vocab_size, itemsize):
+            rows, size = stop - start, hidden.shape[1]
+            sizes = [(rows, vocab_size, size)]
+            sizes += [(rows, size, vocab_size)] if given["want_hidden"] else []
+            sizes += [(vocab_size, size, rows)] if given["want_weight"] else []
+            for m, n, k in sizes:
+                self.counted.products[Product(self.phase, "product", m, n, k, itemsize)] += 1
+            self.counted.moved[self.phase] += 3 * rows * vocab_size * itemsize
+        self.note_workspace(workspace_bytes(hidden, weight))
+
+    def note_workspace(self, num_bytes: int) -> None:
+        """Counts memory that an operation uses and frees where torch does not show it."""
+        self._add(WORKSPACE, num_bytes)
+        self._add(WORKSPACE, -num_bytes)
 
     def _count(self, function: Any, args: Any, kwargs: Any) -> None:
         leaves = tree_leaves((args, kwargs))
@@ -106,8 +200,8 @@ class Counting(TorchDispatchMode):
         )
         operation = function._schema.name.removeprefix("c10d::").strip("_")
         kind = Collective(self.phase, operation, size)
-        self.calls[kind] += 1
-        self.sent[kind] += max((tensor.nbytes for tensor in tensors), default=0)
+        self.counted.calls[kind] += 1
+        self.counted.sent[kind] += max((tensor.nbytes for tensor in tensors), default=0)
         if "gather" in operation and tensors:
             for tensor in tensors:
                 if tensor.nbytes == max(each.nbytes for each in tensors):
@@ -145,6 +239,79 @@ class Counting(TorchDispatchMode):
             self._note_peak()
 
     def _note_peak(self) -> None:
-        peak = self.peaks.setdefault(self.phase, Peak())
+        peak = self.counted.peaks.setdefault(self.phase, Peak())
         if self._total >= peak.total:
             peak.total, peak.by_purpose = self._total, dict(self.alive)
+
+
+CHUNKED_LOSS = "sftmix::chunked_linear_mixup"
+aten = torch.ops.aten
+OF_NO_COST = {
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+    aten.detach.default,
+    aten._unsafe_view.default,
+    aten._local_scalar_dense.default,
+}
+# They read the rows that they return, not the whole of their first argument.
+READS_ROWS = {"aten::embedding", "aten::index_select", "aten::gather", "aten::index"}
+WRITES_ONLY = {"aten::copy_", "aten::zero_", "aten::fill_"}
+
+
+@functools.cache
+def _is_product(function: Any) -> bool:
+    """Whether torch itself counts FLOPs of this operation."""
+    return function._overloadpacket in flop_registry
+
+
+def _moved_bytes(function: Any, args: Any, kwargs: Any, found: Any) -> int:
+    name = function._schema.name
+    out = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+    written = sum(leaf.nbytes for leaf in out)
+    if name in READS_ROWS:
+        return 2 * written
+    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if name in WRITES_ONLY:  # the first argument is what they write
+        return sum(leaf.nbytes for leaf in inputs[1:]) + written
+    if not out:  # foreach and fused operations write what they are given
+        return 2 * sum(leaf.nbytes for leaf in inputs)
+    return sum(leaf.nbytes for leaf in inputs) + written
+
+
+def _products_of(function: Any, args: Any, found: Any) -> list[tuple[str, int, int, int, int]]:
+    """Returns kind and sizes of the products of an operation; nothing if it has none."""
+    name = function._schema.name.removeprefix("aten::")
+    if name in ("mm", "addmm", "addmm_"):
+        a, b = args[-2:] if name == "mm" else args[1:3]
+        return [("product", a.shape[0], b.shape[1], a.shape[1], a.element_size())]
+    if name in ("bmm", "baddbmm"):
+        a, b = args[-2:] if name == "bmm" else args[1:3]
+        each = ("product", a.shape[1], b.shape[2], a.shape[2], a.element_size())
+        return [each] * a.shape[0]
+    if name.endswith("_grouped_mm"):
+        a, b = args[:2]
+        if a.ndim == b.ndim == 2:  # the gradient of the weights: each expert has its tokens
+            return [("product", a.shape[0], b.shape[1], a.shape[1], a.element_size())]
+        return [("product", a.shape[-2], b.shape[-1], a.shape[-1], a.element_size())]
+    if "attention" in name:
+        is_backward = name.endswith("_backward")
+        query, key = args[1:3] if is_backward else args[:2]
+        # The forward has two products; the backward five, one of them the scores again.
+        count = 5 if is_backward else 2
+        size = query.shape[0] * query.shape[1]
+        each = ("attention", query.shape[2], key.shape[2], size * query.shape[3])
+        return [(*each, query.element_size())] * count
+    if _is_product(function):
+        raise RuntimeError(f"{function} computes products, and sftmix does not know their size")
+    return []
+
+
+def workspace_bytes(hidden: Tensor, weight: Tensor) -> int:
+    """Returns the bytes of logits that the fused loss keeps at once, for (T, D) rows and a (V, D)
+    weight."""
+    chunks = balanced_chunks(hidden.shape[0], weight.shape[0], hidden.element_size())
+    rows = max((stop - start for start, stop in chunks), default=0)
+    return rows * weight.shape[0] * hidden.element_size()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from sftmix.engine.ranks import has_gpu
 from sftmix.errors import ConfigError, TrainingError, did_you_mean
@@ -247,12 +248,16 @@ def purposes_of_tensors(module: torch.nn.Module, optimizer: Any) -> dict[str, li
         if isinstance(value, torch.Tensor)
     ]
     found["gradients"] = [p.grad for p in module.parameters() if p.grad is not None]
-    flat = getattr(optimizer, "grad_partitions_flat_buffer", None)
-    if flat is not None:
-        found["gradients"].append(flat)
-    found["reduce buckets"] = [
-        bucket.buffer
-        for bucket in getattr(optimizer, "ipg_buckets", {}).values()
-        if getattr(bucket, "buffer", None) is not None
+    kept = [
+        getattr(optimizer, name, None)
+        for name in (
+            "grad_partitions_flat_buffer",  # ZeRO-3
+            "averaged_gradients",  # ZeRO-2
+            "fp32_groups_gradients_flat",  # ZeRO-1 in bf16
+        )
     ]
+    found["gradients"] += [each for each in tree_leaves(kept) if isinstance(each, torch.Tensor)]
+    buckets = getattr(optimizer, "ipg_buckets", {}).values()
+    buffers = [getattr(bucket, "buffer", None) for bucket in buckets]  # below ZeRO-3 lists of two
+    found["reduce buckets"] = [b for b in tree_leaves(buffers) if isinstance(b, torch.Tensor)]
     return found

@@ -267,7 +267,7 @@ class Engine:
             norm = torch.nn.utils.get_total_norm(
                 [p.grad for p in self.module.parameters() if p.grad is not None]
             )
-            self._is_dropped = not bool(torch.isfinite(norm))  # nor does it look for NaN there
+            self._is_dropped = not is_finite(norm)  # nor does it look for NaN there
             if self._is_dropped:
                 self.optimizer.zero_grad()
                 self._deepspeed.zero_grad()
@@ -463,6 +463,11 @@ class Engine:
         gc.collect()
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def is_finite(norm: Tensor) -> bool:
+    """Waits for the device."""
+    return bool(torch.isfinite(norm))
 
 
 def enable_activation_checkpointing(model: Any) -> None:

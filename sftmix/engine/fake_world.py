@@ -21,7 +21,7 @@ from sftmix.batches.collate import MicroBatch
 from sftmix.batches.cut import StepCounts
 from sftmix.batches.documents import Documents
 from sftmix.config.schema import Config
-from sftmix.engine.counting import Counting
+from sftmix.engine.counting import Counted, Counting
 from sftmix.engine.deepspeed_internals import build_no_extension, import_deepspeed
 from sftmix.engine.engine import Engine
 from sftmix.engine.ranks import Ranks
@@ -30,16 +30,18 @@ from sftmix.loss.logit_transform import LogitTransform, ProbeRequest
 from sftmix.loss.objective import Objective
 from sftmix.loss.packed_attention import CHECKED_LENGTHS
 
-NUM_STEPS = 4
+MAX_STEPS = 8  # ZeRO-3 learns the order of the modules in the first ones
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What one optimiser step of one rank does, after the first."""
+    """What an optimiser step of one rank does, once it does the same as the step before. one: a
+    step of one micro-batch. two: of two; None if it was not asked for."""
 
     num_parameters: int
     num_trained_parameters: int
-    counts: Counting
+    one: Counted
+    two: Counted | None
 
 
 def join_fake_world(world_size: int) -> Ranks:
@@ -89,6 +91,26 @@ def _try_packed(packed: Any, alone: Any, vocab_size: int, device: torch.device) 
         packed(ids, Documents.of(CHECKED_LENGTHS).to(device))
 
 
+def _convert_in_place(module: Any, convert: Any, recurse: bool = True) -> Any:
+    """In the place of `nn.Module._apply`, which exchanges tensors without contents for others, and
+    cannot where someone else refers to them."""
+    for each in module.modules() if recurse else [module]:
+        for parameter in each._parameters.values():
+            if parameter is not None:
+                parameter.data = convert(parameter.data)
+        for name, buffer in each._buffers.items():
+            if buffer is not None:
+                each._buffers[name] = convert(buffer)
+    return module
+
+
+def _any_number(mode: Any, function: Any, tensor: Any) -> float | int | bool:
+    """The value of a tensor that has none: no NaN is found, and a norm is 1."""
+    if tensor.dtype == torch.bool:
+        return False
+    return 1.0 if tensor.is_floating_point() else 0
+
+
 class FakeRanks(Ranks):
     """Rank 0, and no other answers."""
 
@@ -101,17 +123,18 @@ class FakeRanks(Ranks):
 def without_contents() -> Iterator[None]:
     """Within it, tensors have shapes alone, and nothing looks at their values: no weights are read,
     no step is skipped, no model is probed."""
-    from torch._subclasses import FakeTensorMode
+    from torch._subclasses import FakeTensorMode, fake_impls
 
     nothing: dict[str, Any] = {
-        "deepspeed.runtime.zero.stage3.is_invalid_grad_norm": lambda norm: False,
         "deepspeed.runtime.zero.partitioned_param_coordinator.assert_ints_same_as_other_ranks": (
             lambda numbers: None
         ),
         "deepspeed.runtime.zero.utils.get_lst_from_rank0": (lambda numbers: None),
         "sftmix.engine.loading.copy_weights": lambda source, shell, buffers: None,
         "sftmix.engine.loading.tensors_of_files": lambda *_, **__: {},
+        "torch.nn.Module._apply": _convert_in_place,
         "sftmix.engine.engine.check_dtypes": lambda *_: None,
+        "sftmix.engine.engine.is_finite": lambda norm: True,
         "sftmix.engine.engine.find_logit_transform": _probe,
         "sftmix.engine.engine.why_not_packed": _try_packed,
         "sftmix.loss.packed_attention._window_of": _with_contents(packed_attention._window_of),
@@ -119,35 +142,41 @@ def without_contents() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, replacement in nothing.items():
             stack.enter_context(mock.patch(name, replacement))
+        scalar = {torch.ops.aten._local_scalar_dense.default: _any_number}
+        stack.enter_context(mock.patch.dict(fake_impls.op_implementations_dict, scalar))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
 
 
 def trace(
-    config: Config,
-    ranks: Ranks,
-    batch: MicroBatch,
-    counts: StepCounts,
-    *,
-    num_micro_batches: int = 1,
+    config: Config, ranks: Ranks, batch: MicroBatch, counts: StepCounts, *, has_two: bool = False
 ) -> Trace:
-    """Returns what a step of SFTMix does on this rank: `num_micro_batches` times the same
-    micro-batch, and an update. ranks: of `join_fake_world`, within `without_contents`; or real
-    ones."""
+    """Returns what a step of SFTMix does on this rank, of one micro-batch and, if `has_two`, of the
+    same micro-batch twice. ranks: of `join_fake_world`, within `without_contents`; or real ones.
+    Raises RuntimeError if no step does the same as the one before."""
     seen = Counting()
     objective = Objective(mixup_weight=config.mixup.weight, next_token=config.objective)
     with seen:
         engine = Engine(config, config.model, ranks, None, train=config.train, timer=_Phases(seen))
-        for step in range(NUM_STEPS + 1):
-            seen.name_purposes(engine.module, engine.optimizer)
+
+        def step(num_micro_batches: int) -> Counted:
             seen.start_again()
             for number in range(num_micro_batches):
                 is_last = number == num_micro_batches - 1
                 engine.forward_backward(batch, counts, objective, is_last=is_last)
+                seen.name_purposes(engine.module, engine.optimizer)  # some are new in each step
             engine.step(learning_rate=config.train.learning_rate)
-            if step == NUM_STEPS:
+            return seen.start_again()
+
+        before, one = step(1), step(1)
+        for _ in range(MAX_STEPS):
+            if one.is_like(before):
                 break
-    found = Trace(engine.num_parameters, engine.num_trained_parameters, seen)
+            before, one = one, step(1)
+        else:
+            raise RuntimeError(f"after {MAX_STEPS} steps no two of them are alike")
+        two = step(2) if has_two else None
+    found = Trace(engine.num_parameters, engine.num_trained_parameters, one, two)
     engine.close()
     return found
 

@@ -42,12 +42,12 @@ def main():
     if len(sys.argv) > 2:
         ranks = join_fake_world(int(sys.argv[2]))
         with without_contents():
-            found = trace(config, ranks, batch, counts, num_micro_batches=2)
+            found = trace(config, ranks, batch, counts, has_two=True)
     else:
         ranks = init_ranks()
-        found = trace(config, ranks, batch, counts, num_micro_batches=2)
+        found = trace(config, ranks, batch, counts, has_two=True)
     if ranks.is_main:
-        counted = found.counts
+        counted = found.two
         print()
         print(
             json.dumps(
@@ -55,6 +55,8 @@ def main():
                     "parameters": found.num_parameters,
                     "peaks": {name: peak.total for name, peak in counted.peaks.items()},
                     "purposes": {n: dict(p.by_purpose) for n, p in counted.peaks.items()},
+                    "products": {" ".join(map(str, k)): v for k, v in sorted(counted.products.items())},
+                    "moved": counted.moved,
                     "calls": {" ".join(map(str, k)): v for k, v in sorted(counted.calls.items())},
                     "sent": {" ".join(map(str, k)): v for k, v in sorted(counted.sent.items())},
                 }
