@@ -25,8 +25,17 @@ from sftmix.engine.deepspeed_internals import purposes_of_tensors
 from sftmix.kernels.chunked_linear_mixup import balanced_chunks
 
 GATHERED = "gathered weights"
-OTHER = "activations and temporaries"
+# What grows with the tokens of a micro-batch, with its response tokens, and with neither.
+ACTIVATIONS, ROWS, TEMPORARIES = "activations", "rows of responses", "temporaries"
+UNNAMED = (GATHERED, ACTIVATIONS, ROWS, TEMPORARIES)
 WORKSPACE = "logits of a chunk"
+
+
+class Part(NamedTuple):
+    """phase: of the step. grows: as the bytes do, one of ACTIVATIONS, ROWS and TEMPORARIES."""
+
+    phase: str
+    grows: str
 
 
 class Collective(NamedTuple):
@@ -61,13 +70,13 @@ class Peak:
 class Counted:
     """What was done, and what was alive. peaks: by phase. calls, sent: calls and bytes by kind of
     collective. products: how often each kind was computed. moved: bytes that all other operations
-    read and write. operations: calls into torch. Both by phase."""
+    read and write. operations: calls into torch, by phase."""
 
     peaks: dict[str, Peak] = field(default_factory=dict)
     calls: Counter[Collective] = field(default_factory=Counter)
     sent: Counter[Collective] = field(default_factory=Counter)
     products: Counter[Product] = field(default_factory=Counter)
-    moved: Counter[str] = field(default_factory=Counter)
+    moved: Counter[Part] = field(default_factory=Counter)
     operations: Counter[str] = field(default_factory=Counter)
 
     COUNTERS = ("calls", "sent", "products", "moved", "operations")
@@ -88,7 +97,7 @@ class Counted:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Counted:
         """Returns what `as_json` wrote. Raises KeyError or TypeError for anything else."""
-        made = {"calls": Collective, "sent": Collective, "products": Product}
+        made = {"calls": Collective, "sent": Collective, "products": Product, "moved": Part}
         counters = {
             name: Counter(
                 {(made[name](*key) if name in made else key): v for key, v in content[name]}
@@ -102,10 +111,13 @@ class Counted:
 class Counting(TorchDispatchMode):
     """While entered, every new storage counts as alive until it is freed, and every collective
     call counts with the bytes of its whole tensor (of a gather the output, of a reduction the
-    input). Raises RuntimeError for an operation that computes products of unknown size."""
+    input). num_tokens, num_responses: a number that divides the elements of every tensor with the
+    tokens (the response tokens) of the micro-batch, and of no other. Raises RuntimeError for an
+    operation that computes products of unknown size."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_tokens: int = 0, num_responses: int = 0) -> None:
         super().__init__()
+        self._divisors = ((ACTIVATIONS, num_tokens), (ROWS, num_responses))
         self.phase = "build"
         self.alive: Counter[str] = Counter()
         self.counted = Counted()
@@ -162,7 +174,15 @@ class Counting(TorchDispatchMode):
         for kind, m, n, k, itemsize in products:
             counted.products[Product(phase, kind, m, n, k, itemsize)] += 1
         if not products:
-            counted.moved[phase] += _moved_bytes(function, args, kwargs, found)
+            for tensor, times in _moved(function, args, kwargs, found):
+                counted.moved[Part(phase, self._grows(tensor))] += times * tensor.nbytes
+
+    def _grows(self, tensor: Tensor) -> str:
+        count = tensor.numel()
+        for name, divisor in self._divisors:
+            if count and divisor and count % divisor == 0:
+                return name
+        return TEMPORARIES
 
     def _count_loss(self, function: Any, args: Any, kwargs: Any) -> None:
         """The fused loss is one operation for torch. Its chunks of logits are products of their
@@ -178,7 +198,7 @@ class Counting(TorchDispatchMode):
             sizes += [(vocab_size, size, rows)] if given["want_weight"] else []
             for m, n, k in sizes:
                 self.counted.products[Product(self.phase, "product", m, n, k, itemsize)] += 1
-            self.counted.moved[self.phase] += 3 * rows * vocab_size * itemsize
+            self.counted.moved[Part(self.phase, ROWS)] += 3 * rows * vocab_size * itemsize
         self.note_workspace(workspace_bytes(hidden, weight))
 
     def note_workspace(self, num_bytes: int) -> None:
@@ -215,14 +235,15 @@ class Counting(TorchDispatchMode):
         if tensor.device.type == "meta" or key in self._storages:
             return
         size = storage.nbytes()
-        self._storages[key] = (size, OTHER)
-        self._add(OTHER, size)
+        purpose = self._grows(tensor)
+        self._storages[key] = (size, purpose)
+        self._add(purpose, size)
         weakref.finalize(storage, self._forget, key)
 
     def _rename(self, tensor: Tensor, purpose: str) -> None:
         key = tensor.untyped_storage()._cdata
         size, before = self._storages[key]
-        if before in (OTHER, GATHERED):  # the first purpose that is known stays
+        if before in UNNAMED:  # the first purpose that is known stays
             self._storages[key] = (size, purpose)
             self.alive[before] -= size
             self.alive[purpose] += size
@@ -267,18 +288,18 @@ def _is_product(function: Any) -> bool:
     return function._overloadpacket in flop_registry
 
 
-def _moved_bytes(function: Any, args: Any, kwargs: Any, found: Any) -> int:
+def _moved(function: Any, args: Any, kwargs: Any, found: Any) -> list[tuple[Tensor, int]]:
+    """Returns each tensor that an operation reads or writes, and how often."""
     name = function._schema.name
     out = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
-    written = sum(leaf.nbytes for leaf in out)
     if name in READS_ROWS:
-        return 2 * written
+        return [(tensor, 2) for tensor in out]
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if name in WRITES_ONLY:  # the first argument is what they write
-        return sum(leaf.nbytes for leaf in inputs[1:]) + written
     if not out:  # foreach and fused operations write what they are given
-        return 2 * sum(leaf.nbytes for leaf in inputs)
-    return sum(leaf.nbytes for leaf in inputs) + written
+        return [(tensor, 2) for tensor in inputs]
+    if name in WRITES_ONLY:  # the first argument is what they write
+        inputs = inputs[1:]
+    return [(tensor, 1) for tensor in inputs + out]
 
 
 def _products_of(function: Any, args: Any, found: Any) -> list[tuple[str, int, int, int, int]]:

@@ -154,7 +154,7 @@ def trace(
     """Returns what a step of SFTMix does on this rank, of one micro-batch and, if `has_two`, of the
     same micro-batch twice. ranks: of `join_fake_world`, within `without_contents`; or real ones.
     Raises RuntimeError if no step does the same as the one before."""
-    seen = Counting()
+    seen = Counting(*divisors(batch))
     objective = Objective(mixup_weight=config.mixup.weight, next_token=config.objective)
     with seen:
         engine = Engine(config, config.model, ranks, None, train=config.train, timer=_Phases(seen))
@@ -179,6 +179,13 @@ def trace(
     found = Trace(engine.num_parameters, engine.num_trained_parameters, one, two)
     engine.close()
     return found
+
+
+def divisors(batch: MicroBatch) -> tuple[int, int]:
+    """Returns the tokens of a document and its response tokens, for a micro-batch of equal
+    ones."""
+    count = len(batch.indices)
+    return batch.input_ids.numel() // count, len(batch.labels) // count
 
 
 class _Phases:

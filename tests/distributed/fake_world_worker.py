@@ -14,14 +14,14 @@ from sftmix.config.reader import load_config
 from sftmix.engine.fake_world import join_fake_world, trace, without_contents
 from sftmix.engine.process_group import init_ranks
 
-LENGTH = 256
+LENGTH, RESPONSE = 251, 127  # primes: they divide nothing that has no tokens
 
 
 def pair():
-    """Returns two examples, half of each a response, mixed."""
+    """Returns two examples, a response in each, mixed."""
     ids = torch.zeros(2, LENGTH, dtype=torch.int64)
-    count = LENGTH // 2
-    rows = torch.cat([torch.arange(count) + count - 1 + LENGTH * b for b in range(2)])
+    count = RESPONSE
+    rows = torch.cat([torch.arange(count) + LENGTH - count - 1 + LENGTH * b for b in range(2)])
     zeros = torch.zeros(2 * count, dtype=torch.int64)
     first = torch.arange(count)
     return MicroBatch(
@@ -38,7 +38,7 @@ def pair():
 
 def main():
     config = load_config(sys.argv[1], [])
-    batch, counts = pair(), StepCounts(LENGTH, LENGTH // 2)
+    batch, counts = pair(), StepCounts(2 * RESPONSE, RESPONSE)
     if len(sys.argv) > 2:
         ranks = join_fake_world(int(sys.argv[2]))
         with without_contents():
@@ -56,7 +56,7 @@ def main():
                     "peaks": {name: peak.total for name, peak in counted.peaks.items()},
                     "purposes": {n: dict(p.by_purpose) for n, p in counted.peaks.items()},
                     "products": {" ".join(map(str, k)): v for k, v in sorted(counted.products.items())},
-                    "moved": counted.moved,
+                    "moved": {" ".join(k): v for k, v in sorted(counted.moved.items())},
                     "calls": {" ".join(map(str, k)): v for k, v in sorted(counted.calls.items())},
                     "sent": {" ".join(map(str, k)): v for k, v in sorted(counted.sent.items())},
                 }

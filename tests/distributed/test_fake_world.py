@@ -56,6 +56,8 @@ def test_a_fake_world_counts_what_two_ranks_do(tmp_path, family):
     fake = last_line(done.stdout)
     assert fake["parameters"] == real["parameters"] > 100_000
     assert fake["calls"] == real["calls"] and fake["sent"] == real["sent"]
+    assert fake["products"] == real["products"]
+    assert sum(fake["moved"].values()) == pytest.approx(sum(real["moved"].values()), rel=0.01)
     assert any("reduce_scatter" in kind for kind in fake["calls"])
     for phase in ("forward", "backward", "optimiser"):
         assert fake["peaks"][phase] == pytest.approx(real["peaks"][phase], rel=0.01)

@@ -4,7 +4,7 @@ the tables."""
 import json
 from pathlib import Path
 
-ARCHITECTURES = Path(__file__).resolve().parents[1] / "architectures"
+ARCHITECTURES = Path(__file__).resolve().parents[2] / "configs/architectures"
 GIB = 2**30
 NUM_GPUS = (1, 2, 4, 8, 16, 32, 64, 128)
 FITS = 72  # GiB: what is left of an 80 GB GPU when a tenth is kept free
