@@ -62,8 +62,8 @@ class Product(NamedTuple):
 class Peak:
     """The most bytes that were alive at once, and what for."""
 
-    total: int = 0
-    by_purpose: dict[str, int] = field(default_factory=dict)
+    total: float = 0
+    by_purpose: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -80,6 +80,18 @@ class Counted:
     operations: Counter[str] = field(default_factory=Counter)
 
     COUNTERS = ("calls", "sent", "products", "moved", "operations")
+
+    def add(self, other: Counted, times: float = 1) -> None:
+        """Adds what another did, so many times; of the peaks too, purpose by purpose."""
+        for name in self.COUNTERS:
+            mine = getattr(self, name)
+            for key, value in getattr(other, name).items():
+                mine[key] += times * value
+        for phase, peak in other.peaks.items():
+            mine = self.peaks.setdefault(phase, Peak())
+            mine.total += times * peak.total
+            for purpose, size in peak.by_purpose.items():
+                mine.by_purpose[purpose] = mine.by_purpose.get(purpose, 0) + times * size
 
     def is_like(self, other: Counted) -> bool:
         """Whether both are of the same step, done twice."""
@@ -151,13 +163,19 @@ class Counting(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function.namespace == "c10d":
+        namespace = function.namespace
+        if namespace == "prim":  # asks for a device or a layout
+            return function(*args, **kwargs)
+        if namespace == "c10d":
             self._count(function, args, kwargs)
         found = function(*args, **kwargs)
-        for leaf in tree_leaves(found):
+        if function.is_view:
+            self.counted.operations[self.phase] += 1
+            return found
+        for leaf in [found] if isinstance(found, Tensor) else tree_leaves(found):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
-        if function.namespace not in ("c10d", "prim"):
+        if namespace != "c10d":
             self._work(function, args, kwargs, found)
         return found
 
@@ -168,7 +186,7 @@ class Counting(TorchDispatchMode):
         if function._schema.name == CHUNKED_LOSS:
             self._count_loss(function, args, kwargs)
             return
-        if function in OF_NO_COST or function.is_view:
+        if function in OF_NO_COST:
             return
         products = _products_of(function, args, found)
         for kind, m, n, k, itemsize in products:

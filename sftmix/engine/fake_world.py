@@ -104,6 +104,21 @@ def _convert_in_place(module: Any, convert: Any, recurse: bool = True) -> Any:
     return module
 
 
+def _without_weights(model: Any, config: Any, *, dtype: torch.dtype, seed: int) -> Any:
+    """In the place of `load_source`."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    name = model.attn_implementation
+    with no_init_weights():
+        return AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            trust_remote_code=model.trust_remote_code,
+            **({"attn_implementation": name} if name else {}),
+        )
+
+
 def _any_number(mode: Any, function: Any, tensor: Any) -> float | int | bool:
     """The value of a tensor that has none: no NaN is found, and a norm is 1."""
     if tensor.dtype == torch.bool:
@@ -120,9 +135,10 @@ class FakeRanks(Ranks):
 
 
 @contextlib.contextmanager
-def without_contents() -> Iterator[None]:
+def without_contents(settings: Any = None) -> Iterator[None]:
     """Within it, tensors have shapes alone, and nothing looks at their values: no weights are read,
-    no step is skipped, no model is probed."""
+    no step is skipped, no model is probed. settings: transformers config of every model; default:
+    its own."""
     from torch._subclasses import FakeTensorMode, fake_impls
 
     nothing: dict[str, Any] = {
@@ -130,6 +146,7 @@ def without_contents() -> Iterator[None]:
             lambda numbers: None
         ),
         "deepspeed.runtime.zero.utils.get_lst_from_rank0": (lambda numbers: None),
+        "sftmix.engine.loading.load_source": _without_weights,
         "sftmix.engine.loading.copy_weights": lambda source, shell, buffers: None,
         "sftmix.engine.loading.tensors_of_files": lambda *_, **__: {},
         "torch.nn.Module._apply": _convert_in_place,
@@ -139,6 +156,8 @@ def without_contents() -> Iterator[None]:
         "sftmix.engine.engine.why_not_packed": _try_packed,
         "sftmix.loss.packed_attention._window_of": _with_contents(packed_attention._window_of),
     }
+    if settings is not None:
+        nothing["sftmix.engine.engine.hf_config"] = lambda *_: settings
     with contextlib.ExitStack() as stack:
         for name, replacement in nothing.items():
             stack.enter_context(mock.patch(name, replacement))

@@ -47,9 +47,14 @@ ATTENTION = (
 
 
 def hf_config(
-    model: ModelConfig, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str = "model"
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    name: str = "model",
+    needs_weights: bool = True,
 ) -> PretrainedConfig:
     """Returns the transformers config of a model; an architecture is completed from the tokenizer.
+    needs_weights: a folder must hold them.
 
     Raises ConfigError for a folder without config or weights, an unknown model type, or a value
     that transformers refuses.
@@ -58,7 +63,7 @@ def hf_config(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if model.path is not None:
-        check_model_folder(model.path, name=name)
+        check_model_folder(model.path, name=name, needs_weights=needs_weights)
         try:
             return AutoConfig.from_pretrained(
                 model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -123,9 +128,9 @@ def _words_of_model_code(config_class: type) -> set[str]:
     return words
 
 
-def check_model_folder(path: str, *, name: str = "model") -> None:
-    """Raises ConfigError for a local folder that does not exist, or has no config or no safetensors
-    weights."""
+def check_model_folder(path: str, *, name: str = "model", needs_weights: bool = True) -> None:
+    """Raises ConfigError for a local folder that does not exist, or has no config or, if they are
+    needed, no safetensors weights."""
     folder = Path(path)
     if not folder.is_dir():
         if looks_local(path):
@@ -138,7 +143,7 @@ def check_model_folder(path: str, *, name: str = "model") -> None:
         raise ConfigError(
             f"{name}.path: {path} holds no config.json. Give the folder of a Hugging Face model."
         )
-    if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+    if needs_weights and not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
         found = sorted(p.name for p in folder.iterdir())[:8]
         raise ConfigError(
             f"{name}.path: {path} holds no weights (*.safetensors); it holds {found}. Complete the"

@@ -1,0 +1,102 @@
+"""Traces one step in a world that is not there: reads a request of `traces.py` from standard input,
+writes the trace to standard output as its last line."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from typing import Any
+
+import torch
+
+from sftmix.batches.collate import MicroBatch
+from sftmix.batches.cut import StepCounts
+from sftmix.config.schema import Config
+from sftmix.engine import loading
+from sftmix.engine.fake_world import join_fake_world, trace, without_contents
+
+DOCUMENTS = 2  # one pair
+RESPONSE_SHARE = 0.5
+
+
+def main() -> None:
+    gc.disable()  # the process is short, and collections take a tenth of its time
+    request = json.load(sys.stdin)
+    config = Config.model_validate(request["config"])
+    settings = loading.hf_config(config.model, needs_weights=False)
+    if request["depth"] is not None:
+        _cut_layers(settings, request["depth"])
+    sizes = _sizes(settings.to_dict())
+    length = _prime_below(max(8, request["max_tokens"] // DOCUMENTS), sizes)
+    response = _prime_below(max(5, int(length * RESPONSE_SHARE)), sizes)
+    batch = _pair(length, response)
+    counts = StepCounts(DOCUMENTS * response, response)
+    ranks = join_fake_world(request["world_size"])
+    with without_contents(settings):
+        found = trace(config, ranks, batch, counts, has_two=True)
+    assert found.two is not None, "it was asked for"
+    print()
+    print(
+        json.dumps(
+            {
+                "world_size": request["world_size"],
+                "tokens": DOCUMENTS * length,
+                "responses": DOCUMENTS * response,
+                "documents": DOCUMENTS,
+                "num_parameters": found.num_parameters,
+                "num_trained_parameters": found.num_trained_parameters,
+                "vocab_size": settings.get_text_config().vocab_size,
+                "one": found.one.as_json(),
+                "two": found.two.as_json(),
+            }
+        )
+    )
+
+
+def _cut_layers(settings: Any, depth: int) -> None:
+    text = settings.get_text_config()
+    text.num_hidden_layers = depth
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:depth]
+
+
+def _sizes(values: Any) -> set[int]:
+    """Returns all numbers of a config."""
+    if isinstance(values, dict):
+        values = list(values.values())
+    if isinstance(values, list):
+        return set().union(*map(_sizes, values)) if values else set()
+    return {values} if isinstance(values, int) and not isinstance(values, bool) else set()
+
+
+def _prime_below(number: int, sizes: set[int]) -> int:
+    """Returns the largest prime up to `number` that divides none of these sizes; `number` if there
+    is none. So what has it as a factor has tokens."""
+    for candidate in range(number, 2, -1):
+        is_prime = all(candidate % d for d in range(2, int(candidate**0.5) + 1))
+        if is_prime and not any(size and size % candidate == 0 for size in sizes):
+            return candidate
+    return number
+
+
+def _pair(length: int, response: int) -> MicroBatch:
+    """Returns a packed pair of examples of `length` tokens, the last `response` of them trained."""
+    ids = torch.zeros(DOCUMENTS, length, dtype=torch.int64)
+    place = torch.arange(response) + length - response - 1
+    first = torch.arange(response)
+    zeros = torch.zeros(DOCUMENTS * response, dtype=torch.int64)
+    return MicroBatch(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        rows=torch.cat([place + length * number for number in range(DOCUMENTS)]),
+        labels=zeros,
+        owner=zeros,
+        pairs=torch.stack([first, first + response], dim=1),
+        lam=torch.full((response,), 0.5),
+        indices=tuple(range(DOCUMENTS)),
+    ).packed()
+
+
+if __name__ == "__main__":
+    main()
