@@ -44,6 +44,7 @@ LAW = (
     {"confidence"},
     {"train"},
     {"evaluation"},
+    {"planning"},
     {"pipeline"},
     {"doctor", "studies"},
     {"cli"},

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import tempfile
 from typing import Any
 
 import torch
@@ -23,6 +24,15 @@ RESPONSE_SHARE = 0.5
 def main() -> None:
     gc.disable()  # the process is short, and collections take a tenth of its time
     request = json.load(sys.stdin)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(request["deepspeed"], file)
+        file.flush()
+        if request["deepspeed"]:
+            request["config"]["engine"]["deepspeed"] = file.name
+        _trace(request)
+
+
+def _trace(request: dict[str, Any]) -> None:
     config = Config.model_validate(request["config"])
     settings = loading.hf_config(config.model, needs_weights=False)
     if request["depth"] is not None:

@@ -126,6 +126,15 @@ def _deeper(first: Trace, second: Trace, times: float) -> Trace:
     )
 
 
+def offload_of(config: Config) -> dict[str, bool]:
+    """Returns whether the DeepSpeed JSON moves `optimizer` states and `param`eters to the host."""
+    zero = _zero_section(config)
+    return {
+        name: zero.get(f"offload_{name}", {}).get("device", "none") != "none"
+        for name in ("optimizer", "param")
+    }
+
+
 def _zero_section(config: Config) -> dict[str, Any]:
     path = config.engine.deepspeed
     section: dict[str, Any] = read_deepspeed_json(path).get("zero_optimization", {}) if path else {}
@@ -138,8 +147,14 @@ def _request(
     given = config.model_dump(mode="json")
     # tokens are not read
     given["tokenizer"] = {"path": "none"}
+    settings = read_deepspeed_json(config.engine.deepspeed) if config.engine.deepspeed else {}
+    zero = settings.get("zero_optimization", {})
+    # DeepSpeed's CPU Adam wants a compiler; what offloading changes is added by formula.
+    kept_keys = {key: value for key, value in zero.items() if not key.startswith("offload_")}
+    settings = {**settings, "zero_optimization": kept_keys} if zero else settings
     content: dict[str, Any] = {
         "config": given,
+        "deepspeed": settings,
         "world_size": world_size,
         "max_tokens": max_tokens,
         "depth": depth,
@@ -149,9 +164,7 @@ def _request(
         **content,
         "config": {name: content["config"][name] for name in kept},
         "mixup": [config.mixup.weight > 0, config.mixup.site],
-        "deepspeed": read_deepspeed_json(config.engine.deepspeed)
-        if config.engine.deepspeed
-        else None,
+        "deepspeed": settings,
         "versions": versions(),
         "code": _code_fingerprint(),
     }

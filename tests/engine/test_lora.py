@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from sftmix.batches.collate import build_micro_batch
 from sftmix.config.schema import Config, ModelConfig
 from sftmix.data.template import ALPACA
-from sftmix.doctor.checks.need import Need
+from sftmix.planning.states import Need
 from sftmix.engine.loading import empty_model, hf_config
 from sftmix.engine.lora import (
     adapted_layers,

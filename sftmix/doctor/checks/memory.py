@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from sftmix.doctor.checks.gpus import Gpu
-from sftmix.doctor.checks.need import Need
+from sftmix.planning.states import Need
 from sftmix.doctor.findings import Finding, Verdict, gib
 from sftmix.errors import counted
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sftmix.cluster.local_ranks import first_failure, run_local_ranks
-from sftmix.doctor.checks.need import Need
+from sftmix.planning.states import Need
 from sftmix.doctor.findings import Finding, gib
 from sftmix.errors import SftmixError, counted
 

@@ -1,5 +1,6 @@
-"""What a config's model needs: bytes per rank, on disk, and through the network. These are lower
-bounds without activations."""
+"""What a config's model needs by formula, without a trace: states of a rank, bytes on disk and
+through the network. Lower bounds without activations, and an independent check of the traced
+states."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 from sftmix.config.schema import Config
 from sftmix.errors import counted
 from sftmix.storage.checkpoints import ADAM_BYTES
+from sftmix.planning.traces import offload_of
 from sftmix.train.plan import num_reference_checkpoints
 
 SUM_BYTES = 4  # float32 sum of its gradients
@@ -80,16 +82,7 @@ class Need:
     def offload(self) -> dict[str, bool]:
         """Returns whether the DeepSpeed JSON moves `optimizer` states and `param`eters to the
         host."""
-        from sftmix.config.deepspeed_json import read_deepspeed_json
-
-        path = self.config.engine.deepspeed
-        zero: dict[str, Any] = (
-            read_deepspeed_json(path).get("zero_optimization", {}) if path else {}
-        )
-        return {
-            name: zero.get(f"offload_{name}", {}).get("device", "none") != "none"
-            for name in ("optimizer", "param")
-        }
+        return offload_of(self.config)
 
     def _shard(self, num_bytes: int, *, from_stage: int) -> int:
         """Returns a rank's part of bytes that a ZeRO stage and those above it shard."""

@@ -1,0 +1,112 @@
+"""Seconds of a step on a machine: what is computed, what is sent, and how far they overlap.
+
+In a phase the GPU computes its products and moves the bytes of all other operations; the host
+calls them one after another; the longer of both counts. Collectives run beside them. fast: they
+overlap fully; slow: not at all; expected: a share of the shorter one stays visible.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sftmix.engine.counting import Collective, Product
+from sftmix.planning.hardware import Hardware
+from sftmix.planning.step import Work, flops_of
+
+EXPOSED = 0.15  # share of the shorter of computing and sending that does not overlap: assumed
+FAST, SLOW = 0.95, 1.2  # of what is computed: clocks, shapes, allocator. Assumed.
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of a step. computing, hosting, sending: by themselves."""
+
+    fast: float
+    expected: float
+    slow: float
+    computing: float
+    hosting: float
+    sending: float
+
+    def plus(self, other: Seconds) -> Seconds:
+        """Returns the sums of both."""
+        mine, others = vars(self).values(), vars(other).values()
+        return Seconds(*(a + b for a, b in zip(mine, others, strict=True)))
+
+    def times(self, factor: float) -> Seconds:
+        """Returns all of it so many times."""
+        return Seconds(*(factor * value for value in vars(self).values()))
+
+
+def seconds_of(work: dict[str, Work], hardware: Hardware) -> Seconds:
+    """Returns the seconds of a step. work: by phase."""
+    total = Seconds(0, 0, 0, 0, 0, 0)
+    for phase in work.values():
+        total = total.plus(_of_phase(phase, hardware))
+    return total
+
+
+def _of_phase(work: Work, hardware: Hardware) -> Seconds:
+    computing = sum(
+        count * product_seconds(product, hardware) for product, count in work.products.items()
+    )
+    computing += work.moved / hardware.moved
+    hosting = work.operations * hardware.operation_seconds
+    sending = sum(
+        collective_seconds(kind, count, work.sent[kind], hardware)
+        for kind, count in work.calls.items()
+    )
+    if hardware.is_synchronous:  # a CPU: the host computes, and gloo works in between
+        whole = computing + hosting + sending
+        return Seconds(FAST * whole, whole, SLOW * whole, computing, hosting, sending)
+    busy = max(computing, hosting)
+    expected = max(busy, sending) + EXPOSED * min(busy, sending)
+    return Seconds(
+        fast=max(FAST * busy, sending),
+        expected=expected,
+        slow=SLOW * busy + sending,
+        computing=computing,
+        hosting=hosting,
+        sending=sending,
+    )
+
+
+def product_seconds(product: Product, hardware: Hardware) -> float:
+    """Returns the seconds of one product: arithmetic or memory, whichever takes longer."""
+    if product.kind == "attention":
+        return flops_of(product) / hardware.attention_flops
+    m, n, k = product.m, product.n, product.k
+    arithmetic = flops_of(product) / hardware.product_flops
+    memory = product.itemsize * (m * k + k * n + m * n) / hardware.moved
+    return max(arithmetic, memory) + hardware.product_seconds
+
+
+def collective_seconds(
+    kind: Collective, calls: float, num_bytes: float, hardware: Hardware
+) -> float:
+    """Returns the seconds of collective calls with so many bytes in all. A ring sends (W - 1) / W
+    of them once for a gather or a reduction to shards, twice for a sum on all ranks. Within a node
+    every GPU has a link; nodes share their network."""
+    ranks = kind.size
+    if ranks <= 1:
+        return 0.0
+    nodes = max(1, -(-ranks // hardware.gpus_per_node))
+    within = min(ranks, hardware.gpus_per_node)
+    passes = 2.0 if "reduce" in kind.operation and "scatter" not in kind.operation else 1.0
+    over_links = num_bytes * (within - 1) / within / hardware.link if within > 1 else 0.0
+    over_network = num_bytes * (nodes - 1) / nodes / hardware.network if nodes > 1 else 0.0
+    latency = hardware.call_seconds + (nodes - 1) * hardware.node_seconds
+    return passes * max(over_links, over_network) + calls * latency
+
+
+def network_bytes(work: dict[str, Work], hardware: Hardware) -> tuple[float, float]:
+    """Returns the bytes that a step sends within a node, per GPU, and out of a node."""
+    within = between = 0.0
+    for phase in work.values():
+        for kind, num_bytes in phase.sent.items():
+            passes = 2.0 if "reduce" in kind.operation and "scatter" not in kind.operation else 1.0
+            nodes = max(1, -(-kind.size // hardware.gpus_per_node))
+            inside = min(kind.size, hardware.gpus_per_node)
+            within += passes * num_bytes * (inside - 1) / max(1, inside)
+            between += passes * num_bytes * (nodes - 1) / nodes
+    return within, between
