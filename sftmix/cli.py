@@ -85,6 +85,13 @@ def _at_least_one(text: str) -> int:
     return number
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}, expected more than 0")
+    return value
+
+
 def _temperature(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
@@ -368,6 +375,59 @@ COMMANDS: dict[str, tuple[str, Arguments]] = {
             **DEBUG,
         },
     ),
+    "plan": (
+        "what a run needs, before it starts: memory, network, time, price, disk",
+        {
+            "config": {
+                "nargs": "?",
+                "metavar": "CONFIG",
+                "help": "YAML file, or a name that `sftmix configs` lists",
+            },
+            "overrides": CONFIG["overrides"],
+            "--gpus": {
+                "type": _at_least_one,
+                "default": 8,
+                "metavar": "N",
+                "help": "GPUs of the run (default 8)",
+            },
+            "--gpu": {
+                "default": "H100",
+                "metavar": "TYPE",
+                "help": "H100 (default), H200, A100, ..., or a file of --calibrate",
+            },
+            "--nodes": {
+                "type": _at_least_one,
+                "metavar": "K",
+                "help": "over which they are spread (default: 8 GPUs each)",
+            },
+            "--interconnect": {
+                "type": _positive,
+                "default": 3200.0,
+                "metavar": "GBPS",
+                "help": "network of a node in Gb/s (default 3200: eight adapters of 400)",
+            },
+            "--price": {"type": _positive, "metavar": "USD", "help": "of a GPU for an hour"},
+            "--examples": {
+                "type": _at_least_one,
+                "metavar": "N",
+                "help": "examples, where the data are not prepared",
+            },
+            "--tokens": {
+                "type": _positive,
+                "metavar": "MEAN",
+                "help": "tokens of an example, where the data are not prepared",
+            },
+            "--sweep": {"metavar": "gpus=8,16,...,1024", "help": "a line for each number of GPUs"},
+            "--to": {"type": Path, "metavar": "FOLDER", "help": "also write plan.json and a page"},
+            "--json": {"action": "store_true", "help": "print one JSON object instead of lines"},
+            "--calibrate": {
+                "type": Path,
+                "metavar": "FILE",
+                "help": "measure --gpus ranks of this machine's CPU instead, for --gpu FILE",
+            },
+            **DEBUG,
+        },
+    ),
     "doctor": (
         "look for what would make a run fail or compute wrong numbers, on this machine and others",
         {
@@ -545,6 +605,7 @@ class _Parser(argparse.ArgumentParser):
 EXAMPLES = {
     "inspect": "inspect quickstart --num 1",
     "export": "export quickstart --to my-model",
+    "plan": "plan recipes/llama3.1-8b-alpaca --gpus 8 --gpu H100",
     "launch": "launch recipes/llama3.1-8b-alpaca --hostfile hostfile",
     "study": "study studies/quickstart",
     "chat": "chat runs/quickstart --against runs/quickstart/baseline/model",
@@ -645,6 +706,10 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         run_tasks(options)
         return 0
+    if options.command == "plan":
+        from sftmix.planning.command import plan_run
+
+        return plan_run(options)
     if options.command == "answers":
         from sftmix.evaluation.judges.answers import write_all_answers
 

@@ -70,7 +70,7 @@ class Peak:
 class Counted:
     """What was done, and what was alive. peaks: by phase. calls, sent: calls and bytes by kind of
     collective. products: how often each kind was computed. moved: bytes that all other operations
-    read and write. operations: calls into torch, by phase."""
+    read and write. operations: calls into torch; hooks: modules that ZeRO-3 looked at; by phase."""
 
     peaks: dict[str, Peak] = field(default_factory=dict)
     calls: Counter[Collective] = field(default_factory=Counter)
@@ -78,8 +78,9 @@ class Counted:
     products: Counter[Product] = field(default_factory=Counter)
     moved: Counter[Part] = field(default_factory=Counter)
     operations: Counter[str] = field(default_factory=Counter)
+    hooks: Counter[str] = field(default_factory=Counter)
 
-    COUNTERS = ("calls", "sent", "products", "moved", "operations")
+    COUNTERS = ("calls", "sent", "products", "moved", "operations", "hooks")
 
     def add(self, other: Counted, times: float = 1) -> None:
         """Adds what another did, so many times; of the peaks too, purpose by purpose."""
@@ -218,6 +219,10 @@ class Counting(TorchDispatchMode):
                 self.counted.products[Product(self.phase, "product", m, n, k, itemsize)] += 1
             self.counted.moved[Part(self.phase, ROWS)] += 3 * rows * vocab_size * itemsize
         self.note_workspace(workspace_bytes(hidden, weight))
+
+    def note_hook(self) -> None:
+        """Counts a module that ZeRO-3 looks at."""
+        self.counted.hooks[self.phase] += 1
 
     def note_workspace(self, num_bytes: int) -> None:
         """Counts memory that an operation uses and frees where torch does not show it."""

@@ -164,6 +164,26 @@ def loading_universal(engine: Any, is_universal: bool) -> Iterator[None]:
         engine._config.load_universal_checkpoint = False
 
 
+@contextlib.contextmanager
+def on_fetch(called: Callable[[], None]) -> Iterator[None]:
+    """Within it, `called` is called whenever ZeRO-3 gathers the weights of a module, if they are
+    there already too. These hooks are Python, and most of what ZeRO-3 costs a small model."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    _require(PartitionedParameterCoordinator, "fetch_sub_module")
+    fetch = PartitionedParameterCoordinator.fetch_sub_module
+
+    def counted(self: Any, *args: Any, **options: Any) -> Any:
+        called()
+        return fetch(self, *args, **options)
+
+    PartitionedParameterCoordinator.fetch_sub_module = counted
+    try:
+        yield
+    finally:
+        PartitionedParameterCoordinator.fetch_sub_module = fetch
+
+
 def _require(thing: Any, *names: str) -> None:
     """Raises RuntimeError if DeepSpeed has renamed an attribute: setting the old name would
     silently have no effect."""

@@ -22,7 +22,7 @@ from sftmix.batches.cut import StepCounts
 from sftmix.batches.documents import Documents
 from sftmix.config.schema import Config
 from sftmix.engine.counting import Counted, Counting
-from sftmix.engine.deepspeed_internals import build_no_extension, import_deepspeed
+from sftmix.engine.deepspeed_internals import build_no_extension, import_deepspeed, on_fetch
 from sftmix.engine.engine import Engine
 from sftmix.engine.ranks import Ranks
 from sftmix.loss import packed_attention
@@ -175,7 +175,7 @@ def trace(
     Raises RuntimeError if no step does the same as the one before."""
     seen = Counting(*divisors(batch))
     objective = Objective(mixup_weight=config.mixup.weight, next_token=config.objective)
-    with seen:
+    with seen, on_fetch(seen.note_hook):
         engine = Engine(config, config.model, ranks, None, train=config.train, timer=_Phases(seen))
 
         def step(num_micro_batches: int) -> Counted:

@@ -20,8 +20,8 @@ from sftmix.loss.flops import PEAK_FLOPS
 class Hardware:
     """One kind of machine. memory: bytes of a GPU. peak_flops: dense, in bf16, of the data sheet.
     product_flops: reached by a large product. attention_flops: reached by attention. moved:
-    bytes/s read and written by other operations. operation_seconds: of a call into torch on the
-    host. product_seconds: added to each product. link, network: bytes/s of a GPU within a node, and
+    bytes/s read and written by other operations. updated: by the optimiser. operation_seconds: of a call into torch on the
+    host; hook_seconds: of ZeRO-3, for each module that it looks at. product_seconds: added to each product. link, network: bytes/s of a GPU within a node, and
     of a node to others. call_seconds: of a collective call within a node, and per further node.
     source: where the figures come from."""
 
@@ -31,7 +31,9 @@ class Hardware:
     product_flops: float
     attention_flops: float
     moved: float
+    updated: float
     operation_seconds: float
+    hook_seconds: float
     product_seconds: float
     link: float
     network: float
@@ -59,7 +61,8 @@ PRODUCT_SHARE = 0.807  # measured on an H100: 798 of 989 TFLOP/s, 8192^3 in bf16
 MOVED_SHARE = 0.9  # measured on an H100: 3.0 of 3.35 TB/s, a copy
 ATTENTION_SHARE = 0.45  # assumed: of FlashAttention-2, forward and backward
 LINK_SHARE = 0.8  # assumed: of NCCL
-OPERATION_SECONDS = 8e-6  # assumed: of a call into torch, DeepSpeed's hooks included
+OPERATION_SECONDS = 5e-6  # assumed: of a call into torch
+HOOK_SECONDS = 50e-6  # assumed: of DeepSpeed's Python around a module
 PRODUCT_SECONDS = 5e-6  # assumed: start and end of a kernel
 CALL_SECONDS, NODE_SECONDS = 20e-6, 6e-6  # assumed: of NCCL
 
@@ -84,7 +87,9 @@ def gpu(name: str, *, interconnect: float, gpus_per_node: int) -> Hardware:
         product_flops=PRODUCT_SHARE * peak,
         attention_flops=ATTENTION_SHARE * peak,
         moved=MOVED_SHARE * bandwidth,
+        updated=MOVED_SHARE * bandwidth,
         operation_seconds=OPERATION_SECONDS,
+        hook_seconds=HOOK_SECONDS,
         product_seconds=PRODUCT_SECONDS,
         link=LINK_SHARE * link,
         network=LINK_SHARE * interconnect * 1e9 / 8,

@@ -18,6 +18,7 @@ from sftmix.planning.traces import offload_of, trace_of, traced_world, with_know
 from sftmix.planning.workload import Data, Workload, workload
 from sftmix.train.plan import num_reference_checkpoints
 
+TRACED_TOKENS = 8192  # of a micro-batch; others are scaled, so that a trace serves all of them
 CONTEXT_BYTES = 2 * 2**30  # CUDA context and NCCL: assumed
 FRAGMENTED = 0.08  # of what comes and goes: assumed, of torch's caching allocator
 COMES_AND_GOES = (ACTIVATIONS, ROWS, TEMPORARIES, WORKSPACE, GATHERED)
@@ -150,9 +151,7 @@ def _sized(config: Config, model: ModelConfig) -> ModelConfig:
 
 def _step(config: Config, model: ModelConfig, train: TrainConfig, num_ranks: int) -> Step:
     one = config.model_copy(update={"model": model, "train": train})
-    trace = trace_of(
-        one, world_size=traced_world(one, num_ranks), max_tokens=train.micro_batch_tokens
-    )
+    trace = trace_of(one, world_size=traced_world(one, num_ranks), max_tokens=TRACED_TOKENS)
     return Step(trace, num_ranks, config.engine.zero_stage)
 
 

@@ -43,6 +43,7 @@ class Work:
     products: Counter[Product] = field(default_factory=Counter)
     moved: float = 0.0
     operations: float = 0.0
+    hooks: float = 0.0
     calls: Counter[Collective] = field(default_factory=Counter)
     sent: Counter[Collective] = field(default_factory=Counter)
 
@@ -100,9 +101,9 @@ class Step:
                 if part.phase == "optimiser":
                     share = self._shard
                 found[part.phase].moved += times * share * size_
-        for phase, count in counted.operations.items():
-            if phase in found:
-                found[phase].operations += times * count
+        for phase, work in found.items():
+            work.operations += times * counted.operations[phase]
+            work.hooks += times * counted.hooks[phase]
         for name in ("calls", "sent"):
             for kind, count in getattr(counted, name).items():
                 # of a group smaller than the world, the size stays

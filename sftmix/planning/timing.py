@@ -41,17 +41,18 @@ class Seconds:
 def seconds_of(work: dict[str, Work], hardware: Hardware) -> Seconds:
     """Returns the seconds of a step. work: by phase."""
     total = Seconds(0, 0, 0, 0, 0, 0)
-    for phase in work.values():
-        total = total.plus(_of_phase(phase, hardware))
+    for phase, part in work.items():
+        rate = hardware.updated if phase == "optimiser" else hardware.moved
+        total = total.plus(_of_phase(part, hardware, rate))
     return total
 
 
-def _of_phase(work: Work, hardware: Hardware) -> Seconds:
+def _of_phase(work: Work, hardware: Hardware, rate: float) -> Seconds:
     computing = sum(
         count * product_seconds(product, hardware) for product, count in work.products.items()
     )
-    computing += work.moved / hardware.moved
-    hosting = work.operations * hardware.operation_seconds
+    computing += work.moved / rate
+    hosting = work.operations * hardware.operation_seconds + work.hooks * hardware.hook_seconds
     sending = sum(
         collective_seconds(kind, count, work.sent[kind], hardware)
         for kind, count in work.calls.items()
@@ -77,6 +78,8 @@ def product_seconds(product: Product, hardware: Hardware) -> float:
         return flops_of(product) / hardware.attention_flops
     m, n, k = product.m, product.n, product.k
     arithmetic = flops_of(product) / hardware.product_flops
+    if hardware.is_synchronous:  # measured with the memory that they touch
+        return arithmetic
     memory = product.itemsize * (m * k + k * n + m * n) / hardware.moved
     return max(arithmetic, memory) + hardware.product_seconds
 
@@ -89,14 +92,25 @@ def collective_seconds(
     every GPU has a link; nodes share their network."""
     ranks = kind.size
     if ranks <= 1:
-        return 0.0
+        return calls * hardware.call_seconds
     nodes = max(1, -(-ranks // hardware.gpus_per_node))
     within = min(ranks, hardware.gpus_per_node)
-    passes = 2.0 if "reduce" in kind.operation and "scatter" not in kind.operation else 1.0
+    passes = _passes(kind)
     over_links = num_bytes * (within - 1) / within / hardware.link if within > 1 else 0.0
     over_network = num_bytes * (nodes - 1) / nodes / hardware.network if nodes > 1 else 0.0
     latency = hardware.call_seconds + (nodes - 1) * hardware.node_seconds
     return passes * max(over_links, over_network) + calls * latency
+
+
+def _passes(kind: Collective) -> float:
+    """How often a ring sends the whole tensor."""
+    is_sum_everywhere = "reduce" in kind.operation and "scatter" not in kind.operation
+    return 2.0 if is_sum_everywhere else 1.0
+
+
+def sent_share(kind: Collective) -> float:
+    """Returns the bytes that a rank sends over those of the whole tensor."""
+    return _passes(kind) * (kind.size - 1) / kind.size if kind.size > 1 else 0.0
 
 
 def network_bytes(work: dict[str, Work], hardware: Hardware) -> tuple[float, float]:
@@ -104,7 +118,7 @@ def network_bytes(work: dict[str, Work], hardware: Hardware) -> tuple[float, flo
     within = between = 0.0
     for phase in work.values():
         for kind, num_bytes in phase.sent.items():
-            passes = 2.0 if "reduce" in kind.operation and "scatter" not in kind.operation else 1.0
+            passes = _passes(kind)
             nodes = max(1, -(-kind.size // hardware.gpus_per_node))
             inside = min(kind.size, hardware.gpus_per_node)
             within += passes * num_bytes * (inside - 1) / max(1, inside)

@@ -37,11 +37,7 @@ def _trace(request: dict[str, Any]) -> None:
     settings = loading.hf_config(config.model, needs_weights=False)
     if request["depth"] is not None:
         _cut_layers(settings, request["depth"])
-    sizes = _sizes(settings.to_dict())
-    length = _prime_below(max(8, request["max_tokens"] // DOCUMENTS), sizes)
-    response = _prime_below(max(5, int(length * RESPONSE_SHARE)), sizes)
-    batch = _pair(length, response)
-    counts = StepCounts(DOCUMENTS * response, response)
+    batch, counts, shape = equal_pair(request["max_tokens"], settings)
     ranks = join_fake_world(request["world_size"])
     with without_contents(settings):
         found = trace(config, ranks, batch, counts, has_two=True)
@@ -50,18 +46,31 @@ def _trace(request: dict[str, Any]) -> None:
     print(
         json.dumps(
             {
+                **shape,
                 "world_size": request["world_size"],
-                "tokens": DOCUMENTS * length,
-                "responses": DOCUMENTS * response,
-                "documents": DOCUMENTS,
                 "num_parameters": found.num_parameters,
                 "num_trained_parameters": found.num_trained_parameters,
-                "vocab_size": settings.get_text_config().vocab_size,
                 "one": found.one.as_json(),
                 "two": found.two.as_json(),
             }
         )
     )
+
+
+def equal_pair(max_tokens: int, settings: Any) -> tuple[MicroBatch, StepCounts, dict[str, int]]:
+    """Returns a micro-batch of two equal examples of at most `max_tokens` in all, the counts of its
+    step, and its shape for a `Trace`. settings: transformers config of the model, none of whose
+    numbers divides the examples."""
+    sizes = _sizes(settings.to_dict())
+    length = _prime_below(max(8, max_tokens // DOCUMENTS), sizes)
+    response = _prime_below(max(5, int(length * RESPONSE_SHARE)), sizes)
+    shape = {
+        "tokens": DOCUMENTS * length,
+        "responses": DOCUMENTS * response,
+        "documents": DOCUMENTS,
+        "vocab_size": settings.get_text_config().vocab_size,
+    }
+    return _pair(length, response), StepCounts(DOCUMENTS * response, response), shape
 
 
 def _cut_layers(settings: Any, depth: int) -> None:

@@ -1,0 +1,165 @@
+"""Measures the machine at hand: what small models' steps take, and from that the rates of
+`hardware.py`.
+
+Products are timed by themselves. Memory, network and the host are not: within a step they run at
+other rates (caches, threads, hooks). Real steps of small models of different shapes are timed and
+counted, and the rates are the non-negative least squares of their seconds, each relative to its
+own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sftmix.cluster.local_ranks import first_failure, run_local_ranks
+from sftmix.engine.counting import Counted
+from sftmix.errors import TrainingError
+from sftmix.planning.hardware import Hardware
+from sftmix.planning.measure_worker import middle
+from sftmix.planning.step import PHASES, flops_of
+from sftmix.planning.timing import sent_share
+
+LIMIT_SECONDS = 1800.0
+VOCABULARY = 2000
+# hidden size, layers, tokens of a micro-batch
+MODELS = ((128, 3, 300), (128, 6, 1000), (256, 3, 1000), (384, 2, 500), (320, 4, 2000), (64, 8, 60))
+NO_RATE = 1e-15  # seconds per unit of what took no time that could be told apart
+
+
+def small_config(
+    hidden_size: int, layers: int, *, stage: int, precision: str = "fp32"
+) -> dict[str, Any]:
+    """Returns the config of a small llama."""
+    heads = max(2, hidden_size // 64)
+    architecture = {
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden_size,
+        "intermediate_size": 3 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2 if heads % 2 == 0 else heads,
+        "max_position_embeddings": 8192,
+    }
+    return {
+        "run": {"dir": "none"},
+        "model": {"architecture": architecture},
+        "tokenizer": {"path": "none"},
+        "data": {"path": "none"},
+        "engine": {"zero_stage": stage, "precision": precision},
+    }
+
+
+def measured_steps(
+    requests: Sequence[Mapping[str, Any]], *, num_ranks: int, threads: int
+) -> list[dict[str, Any]]:
+    """Returns what `measure_worker` found for each request, on so many ranks of this machine.
+    Raises TrainingError if a rank fails."""
+    with tempfile.TemporaryDirectory(prefix="sftmix-plan-") as folder:
+        given, result = Path(folder) / "requests.json", Path(folder) / "result.json"
+        given.write_text(json.dumps(list(requests)), encoding="utf-8")
+        command = [sys.executable, "-m", "sftmix.planning.measure_worker", str(given), str(result)]
+        ends = run_local_ranks(
+            command,
+            num_ranks,
+            limit_seconds=LIMIT_SECONDS,
+            environment={"OMP_NUM_THREADS": str(threads)},
+        )
+        failure = first_failure(ends)
+        if failure is not None:
+            lines = [line.strip() for line in failure.splitlines() if line.strip()]
+            raise TrainingError(
+                f"a step could not be measured: {' | '.join(lines[-3:])[-500:]} Run `sftmix doctor`."
+            )
+        found: list[dict[str, Any]] = json.loads(result.read_text(encoding="utf-8"))
+        return found
+
+
+def calibrate(*, num_ranks: int, stages: Sequence[int] = (3, 1)) -> tuple[Hardware, dict[str, Any]]:
+    """Returns this machine's rates for `num_ranks` ranks on its CPU, and the steps behind them."""
+    threads = max(1, (os.cpu_count() or 1) // num_ranks)
+    requests = [
+        {"config": small_config(hidden, layers, stage=stage), "max_tokens": tokens}
+        for stage in stages
+        for hidden, layers, tokens in MODELS
+    ]
+    steps = measured_steps(requests, num_ranks=num_ranks, threads=threads)
+    return fit(steps, num_ranks=num_ranks), {"steps": [_short(step) for step in steps]}
+
+
+def _short(step: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("world_size", "tokens", "num_parameters", "seconds", "threads")
+    return {name: step[name] for name in names}
+
+
+def amounts(counted: Counted) -> NDArray[np.float64]:
+    """Returns what a step does in the units of the rates: FLOPs of products and of attention, bytes
+    moved in the forward and backward, and by the optimiser, operations, ZeRO-3's hooks, bytes sent,
+    calls."""
+    products = counted.products.items()
+    attention = sum(flops_of(p) * n for p, n in products if p.kind == "attention")
+    moved = {phase: 0.0 for phase in PHASES}
+    for part, size in counted.moved.items():
+        if part.phase in moved:
+            moved[part.phase] += size
+    sent = sum(sent_share(kind) * size for kind, size in counted.sent.items())
+    updated = moved.pop("optimiser")
+    return np.array(
+        [
+            sum(flops_of(p) * n for p, n in products) - attention,
+            attention,
+            sum(moved.values()),
+            updated,
+            sum(count for phase, count in counted.operations.items() if phase in PHASES),
+            sum(count for phase, count in counted.hooks.items() if phase in PHASES),
+            sent,
+            sum(counted.calls.values()),
+        ],
+        dtype=np.float64,
+    )
+
+
+def fit(steps: Sequence[Mapping[str, Any]], *, num_ranks: int) -> Hardware:
+    """Returns the rates that explain these steps best."""
+    from scipy.optimize import nnls
+
+    rows, seconds = [], []
+    for step in steps:
+        for name in ("one", "two"):
+            rows.append(amounts(Counted.from_json(step[name])))
+            seconds.append(middle(step["seconds"][name]))
+    table, target = np.array(rows), np.array(seconds)
+    product = 1 / middle([step["product_flops"] for step in steps])
+    others, left = table[:, 1:], 1 - table[:, 0] * product / target
+    scale = np.maximum(others.max(axis=0), 1.0)
+    found = nnls(others / scale / target[:, None], left)[0] / scale
+    attention, moved, updated, operation, hook, sent, call = map(float, np.maximum(found, NO_RATE))
+    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return Hardware(
+        name=f"{num_ranks} ranks of this machine's CPU",
+        memory=memory / num_ranks,
+        peak_flops=1 / product,
+        product_flops=1 / product,
+        attention_flops=1 / attention,
+        moved=1 / moved,
+        updated=1 / updated,
+        operation_seconds=operation,
+        hook_seconds=hook,
+        product_seconds=0.0,
+        link=1 / sent,
+        network=1 / sent,
+        call_seconds=call,
+        node_seconds=0.0,
+        gpus_per_node=num_ranks,
+        is_synchronous=True,
+        source=f"measured: {len(steps)} small models, {len(target)} steps",
+    )

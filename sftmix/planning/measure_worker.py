@@ -1,0 +1,101 @@
+"""A rank that takes real steps: what each does, as in a trace, and how long it takes.
+
+    python -m sftmix.planning.measure_worker REQUEST RESULT     on every rank
+
+REQUEST: a JSON list of configs with their micro-batch; RESULT: written by rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sftmix.config.schema import Config
+from sftmix.engine.engine import Engine
+from sftmix.engine.fake_world import trace
+from sftmix.engine.loading import hf_config
+from sftmix.engine.process_group import init_ranks
+from sftmix.engine.ranks import Ranks
+from sftmix.loss.objective import Objective
+from sftmix.planning.trace_worker import equal_pair
+
+WARM, TIMED = 4, 7  # steps
+PRODUCTS = 20  # of one timing
+
+
+def main() -> None:
+    requests = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    ranks = init_ranks()
+    found = [_measure(request, ranks) for request in requests]
+    if ranks.is_main:
+        Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")
+
+
+def _measure(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    config = Config.model_validate(request["config"])
+    batch, counts, shape = equal_pair(request["max_tokens"], hf_config(config.model))
+    done = trace(config, ranks, batch, counts, has_two=True)
+    assert done.two is not None, "it was asked for"
+    seconds = {"one": _seconds(config, ranks, batch, counts, 1)}
+    seconds["two"] = _seconds(config, ranks, batch, counts, 2)
+    return {
+        **shape,
+        "world_size": ranks.world_size,
+        "num_parameters": done.num_parameters,
+        "num_trained_parameters": done.num_trained_parameters,
+        "one": done.one.as_json(),
+        "two": done.two.as_json(),
+        "seconds": seconds,
+        "product_flops": _product_flops(ranks),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _seconds(config: Config, ranks: Ranks, batch: Any, counts: Any, number: int) -> list[float]:
+    """Returns the seconds of each timed step of `number` micro-batches."""
+    objective = Objective(mixup_weight=config.mixup.weight, next_token=config.objective)
+    engine = Engine(config, config.model, ranks, None, train=config.train)
+    found = []
+    for step in range(WARM + TIMED):
+        ranks.barrier()
+        start = time.perf_counter()
+        for each in range(number):
+            engine.forward_backward(batch, counts, objective, is_last=each == number - 1)
+        engine.step(learning_rate=config.train.learning_rate)
+        if ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        if step >= WARM:
+            found.append(time.perf_counter() - start)
+    engine.close()
+    return found
+
+
+def _product_flops(ranks: Ranks) -> float:
+    """Returns the FLOP/s of float32 products, while all ranks compute them."""
+    rates = []
+    for m, k, n in ((1024, 256, 768), (1024, 768, 256), (1024, 256, 2000), (512, 384, 384)):
+        left, right = torch.randn(m, k), torch.randn(k, n)
+        taken = []
+        for _ in range(TIMED):
+            ranks.barrier()
+            start = time.perf_counter()
+            for _ in range(PRODUCTS):
+                left @ right
+            taken.append((time.perf_counter() - start) / PRODUCTS)
+        rates.append(2 * m * k * n / middle(taken))
+    return middle(rates)
+
+
+def middle(seconds: list[float]) -> float:
+    """Returns the median."""
+    return statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    main()
