@@ -30,7 +30,7 @@ MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
 DATA = sorted((CONFIGS / "data").glob("*.yaml"))
 DEEPSPEED = sorted((CONFIGS / "deepspeed").glob("*.json"))
 ARCHITECTURES = {
-    p.stem: json.loads(p.read_text()) for p in sorted((ROOT / "configs/architectures").glob("*.json"))
+    p.stem: json.loads(p.read_text()) for p in sorted((CONFIGS / "architectures").glob("*.json"))
 }
 
 # Elements in the safetensors files of the model on the Hub, as its page shows them.

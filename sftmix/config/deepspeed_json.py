@@ -79,6 +79,23 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def zero_section(config: Config) -> dict[str, Any]:
+    """Returns `zero_optimization` of a config's DeepSpeed JSON; nothing without one. Raises
+    ConfigError as `read_deepspeed_json`."""
+    path = config.engine.deepspeed
+    section: dict[str, Any] = read_deepspeed_json(path).get("zero_optimization", {}) if path else {}
+    return section
+
+
+def offload_of(config: Config) -> dict[str, bool]:
+    """Returns whether the DeepSpeed JSON moves `optimizer` states and `param`eters to the host."""
+    zero = zero_section(config)
+    return {
+        name: zero.get(f"offload_{name}", {}).get("device", "none") != "none"
+        for name in ("optimizer", "param")
+    }
+
+
 def deepspeed_config(
     config: Config, *, precision: str, world_size: int, max_grad_norm: float
 ) -> dict[str, Any]:

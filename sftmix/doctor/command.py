@@ -17,10 +17,10 @@ from typing import Any
 from sftmix.cluster.hostfile import read_hostfile
 from sftmix.config.schema import Config
 from sftmix.doctor.checks import build, gpus, memory, network, nodes, ranks, storage, versions
-from sftmix.planning.states import Need
 from sftmix.doctor.checks.versions import identity
 from sftmix.doctor.findings import Finding, count, examine
 from sftmix.errors import SftmixError, counted
+from sftmix.planning.states import Need
 
 CONFIG, REFUSED = "config", "sftmix run refuses it"
 Look = tuple[str, Callable[[], list[Finding]]]

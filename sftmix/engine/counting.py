@@ -96,7 +96,9 @@ class Counted:
 
     def is_like(self, other: Counted) -> bool:
         """Whether both are of the same step, done twice."""
-        return all(getattr(self, name) == getattr(other, name) for name in (*self.COUNTERS, "peaks"))
+        return all(
+            getattr(self, name) == getattr(other, name) for name in (*self.COUNTERS, "peaks")
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Returns what `from_json` reads."""
@@ -346,8 +348,8 @@ def _products_of(function: Any, args: Any, found: Any) -> list[tuple[str, int, i
         # The forward has two products; the backward five, one of them the scores again.
         count = 5 if is_backward else 2
         size = query.shape[0] * query.shape[1]
-        each = ("attention", query.shape[2], key.shape[2], size * query.shape[3])
-        return [(*each, query.element_size())] * count
+        k = size * query.shape[3]
+        return [("attention", query.shape[2], key.shape[2], k, query.element_size())] * count
     if _is_product(function):
         raise RuntimeError(f"{function} computes products, and sftmix does not know their size")
     return []

@@ -77,9 +77,8 @@ def measured_steps(
         failure = first_failure(ends)
         if failure is not None:
             lines = [line.strip() for line in failure.splitlines() if line.strip()]
-            raise TrainingError(
-                f"a step could not be measured: {' | '.join(lines[-3:])[-500:]} Run `sftmix doctor`."
-            )
+            reason = " | ".join(lines[-3:])[-500:]
+            raise TrainingError(f"a step could not be measured: {reason} Run `sftmix doctor`.")
         found: list[dict[str, Any]] = json.loads(result.read_text(encoding="utf-8"))
         return found
 
@@ -107,7 +106,7 @@ def amounts(counted: Counted) -> NDArray[np.float64]:
     calls."""
     products = counted.products.items()
     attention = sum(flops_of(p) * n for p, n in products if p.kind == "attention")
-    moved = {phase: 0.0 for phase in PHASES}
+    moved = dict.fromkeys(PHASES, 0.0)
     for part, size in counted.moved.items():
         if part.phase in moved:
             moved[part.phase] += size

@@ -134,8 +134,8 @@ def plan_lines(plan: Plan, price: float | None) -> list[str]:
         "",
         f"a step: {work.real_tokens:,.0f} tokens,"
         f" {work.num_micro_batches:.2g} micro-batches of a rank, at most"
-        f" {work.largest.tokens:,.0f} tokens each; {plan.bytes_within / 1e9:.1f} GB of a rank within"
-        f" its node, {plan.bytes_between / 1e9:.1f} GB out of a node",
+        f" {work.largest.tokens:,.0f} tokens each; {plan.bytes_within / 1e9:.1f} GB of a rank"
+        f" within its node, {plan.bytes_between / 1e9:.1f} GB out of a node",
     ]
     titles = ["stage", "steps", "s/step", "tokens/s/GPU", "MFU", "hours"]
     titles += ["price"] if price is not None else []
@@ -269,5 +269,3 @@ def _write(
     )
     write_text(folder / "index.html", page)
     print(f"page: {folder / 'index.html'}")
-
-

@@ -18,12 +18,16 @@ from sftmix.loss.flops import PEAK_FLOPS
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of machine. memory: bytes of a GPU. peak_flops: dense, in bf16, of the data sheet.
-    product_flops: reached by a large product. attention_flops: reached by attention. moved:
-    bytes/s read and written by other operations. updated: by the optimiser. operation_seconds: of a call into torch on the
-    host; hook_seconds: of ZeRO-3, for each module that it looks at. product_seconds: added to each product. link, network: bytes/s of a GPU within a node, and
-    of a node to others. call_seconds: of a collective call within a node, and per further node.
-    source: where the figures come from."""
+    """One kind of machine.
+
+    memory: bytes of a GPU. peak_flops: dense, in bf16, of the data sheet. product_flops,
+    attention_flops: reached by a large product, and by attention. moved, updated: bytes/s read and
+    written by other operations, and by the optimiser. operation_seconds: of a call into torch on
+    the host. hook_seconds: of ZeRO-3, for each module that it looks at. product_seconds: added to
+    each product. link, network: bytes/s of a GPU within a node, and of a node to others.
+    call_seconds, node_seconds: of a collective call within a node, and per further node.
+    is_synchronous: nothing overlaps, as on a CPU. source: where the figures come from.
+    """
 
     name: str
     memory: float

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from sftmix.config.deepspeed_json import offload_of
 from sftmix.config.schema import Config, ModelConfig, TrainConfig
 from sftmix.engine.counting import ACTIVATIONS, GATHERED, ROWS, TEMPORARIES, WORKSPACE
 from sftmix.planning.hardware import Hardware
 from sftmix.planning.states import Need
 from sftmix.planning.step import Load, Step, Work
 from sftmix.planning.timing import Seconds, network_bytes, seconds_of
-from sftmix.planning.traces import offload_of, trace_of, traced_world, with_known_architecture
+from sftmix.planning.traces import trace_of, traced_world, with_known_architecture
 from sftmix.planning.workload import Data, Workload, workload
 from sftmix.train.plan import num_reference_checkpoints
 
@@ -284,9 +284,7 @@ def _scoring(
     forward = {
         "forward": work["forward"],
         "head": Work(
-            products=Counter(
-                {kind: count / HEAD_PRODUCTS for kind, count in head.products.items()}
-            ),
+            products={kind: count / HEAD_PRODUCTS for kind, count in head.products.items()},
             moved=head.moved / HEAD_PRODUCTS,
             operations=head.operations,
         ),

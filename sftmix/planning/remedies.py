@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from sftmix.config.deepspeed_json import offload_of
 from sftmix.config.schema import Config
 from sftmix.planning.plan import Plan, make_plan
-from sftmix.planning.traces import offload_of
 
 SMALLEST = 1024  # tokens of a micro-batch
 MOST_GPUS = 8  # times as many
@@ -50,15 +50,10 @@ def _kinds(plan: Plan) -> Iterator[Iterator[tuple[str, Config, int]]]:
             (f"engine.zero_stage={stage}", _with_engine(config, zero_stage=stage), gpus)
             for stage in range(config.engine.zero_stage + 1, 4)
         )
-    yield iter(
-        (f"--gpus {times * gpus}", config, times * gpus)
-        for times in (2, 4, MOST_GPUS)
-    )
+    yield iter((f"--gpus {times * gpus}", config, times * gpus) for times in (2, 4, MOST_GPUS))
     if not offload_of(config)["optimizer"]:
         name = "configs/deepspeed/zero3_offload.json"
-        best = _with_engine(
-            config, deepspeed=name, zero_stage=3, activation_checkpointing=True
-        )
+        best = _with_engine(config, deepspeed=name, zero_stage=3, activation_checkpointing=True)
         settings = f"engine.deepspeed={name} engine.zero_stage=3"
         settings += " engine.activation_checkpointing=true"
         yield iter([(settings, best, gpus)])

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from sftmix.config.deepspeed_json import offload_of
 from sftmix.config.schema import Config
 from sftmix.errors import counted
 from sftmix.storage.checkpoints import ADAM_BYTES
-from sftmix.planning.traces import offload_of
 from sftmix.train.plan import num_reference_checkpoints
 
 SUM_BYTES = 4  # float32 sum of its gradients

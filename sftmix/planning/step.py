@@ -7,7 +7,7 @@ shrink: ZeRO-3 sends the same bytes whatever their number.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -40,12 +40,12 @@ class Load(NamedTuple):
 class Work:
     """What a rank does in a phase. products: FLOPs by (kind, m, n, k, itemsize of one of them)."""
 
-    products: Counter[Product] = field(default_factory=Counter)
+    products: dict[Product, float] = field(default_factory=lambda: defaultdict(float))
     moved: float = 0.0
     operations: float = 0.0
     hooks: float = 0.0
-    calls: Counter[Collective] = field(default_factory=Counter)
-    sent: Counter[Collective] = field(default_factory=Counter)
+    calls: dict[Collective, float] = field(default_factory=lambda: defaultdict(float))
+    sent: dict[Collective, float] = field(default_factory=lambda: defaultdict(float))
 
     @property
     def flops(self) -> float:
@@ -155,9 +155,9 @@ class Step:
         if purpose == ROWS:
             return size * load.responses / trace.responses
         if purpose == WORKSPACE:
-            return size and self._workspace(load.responses) / self._workspace(
-                trace.responses
-            ) * size
+            return (
+                size and self._workspace(load.responses) / self._workspace(trace.responses) * size
+            )
         is_sharded = (
             purpose in SHARDED
             or (purpose == "gradients" and self.stage >= 2)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sftmix.config.deepspeed_json import read_deepspeed_json
+from sftmix.config.deepspeed_json import read_deepspeed_json, zero_section
 from sftmix.config.schema import Config, ModelConfig
 from sftmix.config.shipped import CONFIGS
 from sftmix.engine.counting import Counted
@@ -67,7 +67,7 @@ def with_known_architecture(model: ModelConfig) -> ModelConfig:
 
 def traced_world(config: Config, num_ranks: int) -> int:
     """Returns the number of ranks to trace for a run of `num_ranks`."""
-    zero = _zero_section(config)
+    zero = zero_section(config)
     within = int(zero.get("zero_hpz_partition_size", 1))  # ranks that hold all weights together
     return min(num_ranks, max(LARGEST_WORLD, 2 * within if within > 1 else 0))
 
@@ -126,24 +126,7 @@ def _deeper(first: Trace, second: Trace, times: float) -> Trace:
     )
 
 
-def offload_of(config: Config) -> dict[str, bool]:
-    """Returns whether the DeepSpeed JSON moves `optimizer` states and `param`eters to the host."""
-    zero = _zero_section(config)
-    return {
-        name: zero.get(f"offload_{name}", {}).get("device", "none") != "none"
-        for name in ("optimizer", "param")
-    }
-
-
-def _zero_section(config: Config) -> dict[str, Any]:
-    path = config.engine.deepspeed
-    section: dict[str, Any] = read_deepspeed_json(path).get("zero_optimization", {}) if path else {}
-    return section
-
-
-def _request(
-    config: Config, world_size: int, max_tokens: int, depth: int | None
-) -> dict[str, Any]:
+def _request(config: Config, world_size: int, max_tokens: int, depth: int | None) -> dict[str, Any]:
     given = config.model_dump(mode="json")
     # tokens are not read
     given["tokenizer"] = {"path": "none"}

@@ -111,9 +111,7 @@ def workload(
             packs=True,
             square_share=square_share,
         )
-        each = [
-            [_load(data, plan.units[piece]) for piece in pieces] for pieces in ranks
-        ]
+        each = [[_load(data, plan.units[piece]) for piece in pieces] for pieces in ranks]
         costs = [sum(load.tokens + square_share * load.squares for load in one) for one in each]
         slowest = each[int(np.argmax(costs))]
         loads += slowest

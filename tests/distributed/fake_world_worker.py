@@ -55,7 +55,9 @@ def main():
                     "parameters": found.num_parameters,
                     "peaks": {name: peak.total for name, peak in counted.peaks.items()},
                     "purposes": {n: dict(p.by_purpose) for n, p in counted.peaks.items()},
-                    "products": {" ".join(map(str, k)): v for k, v in sorted(counted.products.items())},
+                    "products": {
+                        " ".join(map(str, k)): v for k, v in sorted(counted.products.items())
+                    },
                     "moved": {" ".join(k): v for k, v in sorted(counted.moved.items())},
                     "calls": {" ".join(map(str, k)): v for k, v in sorted(counted.calls.items())},
                     "sent": {" ".join(map(str, k)): v for k, v in sorted(counted.sent.items())},

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 from sftmix.batches.collate import build_micro_batch
 from sftmix.config.schema import Config, ModelConfig
 from sftmix.data.template import ALPACA
-from sftmix.planning.states import Need
 from sftmix.engine.loading import empty_model, hf_config
 from sftmix.engine.lora import (
     adapted_layers,
@@ -35,6 +34,7 @@ from sftmix.loss.objective import Objective, loss_request
 from sftmix.pipeline.order import model_identity
 from sftmix.pipeline.preflight import check
 from sftmix.pipeline.stages.inputs import trained_model
+from sftmix.planning.states import Need
 
 # Plain peft asks for the old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

@@ -7,9 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from sftmix.doctor.checks.gpus import Gpu
-from sftmix.planning.states import Need
 from sftmix.doctor.findings import Finding, Verdict, gib
 from sftmix.errors import counted
+from sftmix.planning.states import Need
 
 ITEM = "memory"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sftmix.cluster.local_ranks import first_failure, run_local_ranks
-from sftmix.planning.states import Need
 from sftmix.doctor.findings import Finding, gib
 from sftmix.errors import SftmixError, counted
+from sftmix.planning.states import Need
 
 TOLERANCE = 1e-5
 SLOW = 2e9  # bytes per second; a GPU on PCIe alone reaches several times as much
