@@ -25,14 +25,17 @@ from sftmix.engine.deepspeed_internals import purposes_of_tensors
 from sftmix.kernels.chunked_linear_mixup import balanced_chunks
 
 GATHERED = "gathered weights"
-# What grows with the tokens of a micro-batch, with its response tokens, and with neither.
-ACTIVATIONS, ROWS, TEMPORARIES = "activations", "rows of responses", "temporaries"
-UNNAMED = (GATHERED, ACTIVATIONS, ROWS, TEMPORARIES)
+# What grows with the tokens of a micro-batch, with the squares of its documents, with its response
+# tokens, and with none of them.
+ACTIVATIONS, SQUARES = "activations", "attention scores"
+ROWS, TEMPORARIES = "rows of responses", "temporaries"
+UNNAMED = (GATHERED, ACTIVATIONS, SQUARES, ROWS, TEMPORARIES)
 WORKSPACE = "logits of a chunk"
 
 
 class Part(NamedTuple):
-    """phase: of the step. grows: as the bytes do, one of ACTIVATIONS, ROWS and TEMPORARIES."""
+    """phase: of the step. grows: as the bytes do, one of ACTIVATIONS, SQUARES, ROWS and
+    TEMPORARIES."""
 
     phase: str
     grows: str
@@ -132,7 +135,11 @@ class Counting(TorchDispatchMode):
 
     def __init__(self, num_tokens: int = 0, num_responses: int = 0) -> None:
         super().__init__()
-        self._divisors = ((ACTIVATIONS, num_tokens), (ROWS, num_responses))
+        self._divisors = (
+            (SQUARES, num_tokens**2),
+            (ACTIVATIONS, num_tokens),
+            (ROWS, num_responses),
+        )
         self.phase = "build"
         self.alive: Counter[str] = Counter()
         self.counted = Counted()

@@ -9,7 +9,7 @@ from typing import Any
 
 from sftmix.config.deepspeed_json import offload_of
 from sftmix.config.schema import Config, ModelConfig, TrainConfig
-from sftmix.engine.counting import ACTIVATIONS, GATHERED, ROWS, TEMPORARIES, WORKSPACE
+from sftmix.engine.counting import ACTIVATIONS, GATHERED, ROWS, SQUARES, TEMPORARIES, WORKSPACE
 from sftmix.planning.hardware import Hardware
 from sftmix.planning.states import Need
 from sftmix.planning.step import Load, Step, Work
@@ -169,6 +169,9 @@ def memory_of(
 ) -> Memory:
     """Returns the memory of a rank at the peak of a step."""
     phases = step.memory(load, train.num_micro_batches)
+    if not hardware.is_synchronous:
+        for items in phases.values():
+            items.pop(SQUARES, None)  # on a GPU no backend of document_attention keeps them
     peak = max(phases, key=lambda phase: sum(phases[phase].values()))
     items = {purpose: size for purpose, size in phases[peak].items() if size > 0}
     moved = offload_of(config)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from sftmix.engine.counting import (
     ACTIVATIONS,
     ROWS,
+    SQUARES,
     TEMPORARIES,
     WORKSPACE,
     Collective,
@@ -89,12 +90,13 @@ class Step:
 
         for product, count in counted.products.items():
             work = found[product.phase]
-            if product.kind == "attention":
+            has_squares = sum(number % length == 0 for number in product[2:5]) > 1
+            if product.kind == "attention" or has_squares:
                 work.products[product] += times * count * of_squares
             else:
                 m, n, k = map(size, product[2:5])
                 work.products[product._replace(m=m, n=n, k=k)] += times * count
-        factors = {ACTIVATIONS: of_tokens, ROWS: of_rows, TEMPORARIES: 1.0}
+        factors = {SQUARES: of_squares, ACTIVATIONS: of_tokens, ROWS: of_rows, TEMPORARIES: 1.0}
         for part, size_ in counted.moved.items():
             if part.phase in found:
                 share = factors[part.grows]
@@ -152,6 +154,9 @@ class Step:
         trace = self.trace
         if purpose == ACTIVATIONS:
             return size * load.tokens / trace.tokens
+        if purpose == SQUARES:
+            length = trace.tokens // trace.documents
+            return size * load.squares / (trace.documents * length**2)
         if purpose == ROWS:
             return size * load.responses / trace.responses
         if purpose == WORKSPACE:
