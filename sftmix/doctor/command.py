@@ -138,12 +138,18 @@ def _items(
         )
     items += [
         ("memory", lambda: memory.check_machine(need, has_gpu=bool(cards))),
-        ("GPU memory", lambda: memory.check_gpus(need, cards)),
+        ("GPU memory", lambda: _check_gpu_memory(need, cards, is_quick=options.quick)),
         (gpus.ITEM, lambda: gpus.check_health(cards)),
     ]
     if not options.quick:
         items.append(("ranks", lambda: _check_ranks(need, num_gpus=len(cards))))
     return items
+
+
+def _check_gpu_memory(need: Need | None, cards: list[gpus.Gpu], *, is_quick: bool) -> list[Finding]:
+    has_time = need is not None and bool(cards) and not is_quick  # a trace takes up to a minute
+    planned = memory.planned_bytes(need) if need is not None and has_time else None
+    return memory.check_gpus(need, cards, planned=planned)
 
 
 def _check_ranks(need: Need | None, *, num_gpus: int) -> list[Finding]:

@@ -117,7 +117,13 @@ def make_plan(config: Config, hardware: Hardware, *, num_ranks: int, data: Data)
         num_ranks=num_ranks,
         data=data,
         work=train,
-        memory=memory_of(config, step, heaviest(config, data, num_ranks), train, hardware),
+        memory=memory_of(
+            config,
+            step,
+            heaviest(config, data, num_ranks),
+            train,
+            on_gpu=not hardware.is_synchronous,
+        ),
         stages=_stages(config, step, train, data, hardware, num_ranks),
         bytes_within=within,
         bytes_between=between,
@@ -164,12 +170,18 @@ def heaviest(config: Config, data: Data, num_ranks: int) -> Load:
     return Load(tokens, share * tokens, tokens * longest)
 
 
-def memory_of(
-    config: Config, step: Step, load: Load, train: Workload, hardware: Hardware
-) -> Memory:
+def memory_on_gpu(config: Config, *, num_ranks: int, data: Data) -> Memory:
+    """Returns the memory of a rank of a run on GPUs. Raises as `make_plan`."""
+    config = _offline(config)
+    step = _step(config, config.model, config.train, num_ranks)
+    train = _workload(config, config.train, data, num_ranks, step.square_share, paired=True)
+    return memory_of(config, step, heaviest(config, data, num_ranks), train, on_gpu=True)
+
+
+def memory_of(config: Config, step: Step, load: Load, train: Workload, *, on_gpu: bool) -> Memory:
     """Returns the memory of a rank at the peak of a step."""
     phases = step.memory(load, train.num_micro_batches)
-    if not hardware.is_synchronous:
+    if on_gpu:
         for items in phases.values():
             items.pop(SQUARES, None)  # on a GPU no backend of document_attention keeps them
     peak = max(phases, key=lambda phase: sum(phases[phase].values()))
@@ -182,7 +194,7 @@ def memory_of(
         or (moved["param"] and name == "weights")
     ]
     offloaded = sum(items.pop(name, 0.0) for name in off)
-    if not hardware.is_synchronous:
+    if on_gpu:
         comes = sum(items.get(name, 0.0) for name in COMES_AND_GOES)
         items |= {FRAGMENTS: FRAGMENTED * comes, CONTEXT: CONTEXT_BYTES}
     return Memory(items, peak, offloaded)

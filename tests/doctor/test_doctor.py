@@ -474,6 +474,27 @@ def test_the_fullest_gpu_and_too_few_gpus_are_named():
     )
 
 
+def test_the_peak_of_a_step_counts_where_it_is_known():
+    """The states of 10^9 parameters on 8 ranks fit; with activations of 100 GB they do not."""
+    need = need_of(10**9)
+    states, planned = (
+        memory.check_gpus(need, [gpu(0)] * 8, planned=planned)[-1]
+        for planned in (None, (100e9, "at its peak in the backward"))
+    )
+    assert (states.verdict, planned.verdict) == ("ok", "bad")
+    assert "without activations" in states.found and "peak in the backward" in planned.found
+
+
+def test_a_model_that_cannot_be_traced_counts_its_states(monkeypatch):
+    def refuse(*_, **__):
+        raise SftmixError("the training step cannot be traced")
+
+    monkeypatch.setattr("sftmix.planning.plan.memory_on_gpu", refuse)
+    need = need_of(10**9)
+    size, when = memory.planned_bytes(need)
+    assert size == need.gpu_bytes and "cannot be traced" in when
+
+
 NVIDIA_SMI = """
 import sys
 if "-p2p" in sys.argv:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sftmix.doctor.checks.gpus import Gpu
 from sftmix.doctor.findings import Finding, Verdict, gib
-from sftmix.errors import counted
+from sftmix.errors import SftmixError, counted
 from sftmix.planning.states import Need
 
 ITEM = "memory"
@@ -66,8 +66,25 @@ def check_machine(
     ]
 
 
-def check_gpus(need: Need | None, gpus: list[Gpu]) -> list[Finding]:
-    """Each GPU holds one rank's shard of the states."""
+def planned_bytes(need: Need) -> tuple[float, str]:
+    """Returns what a rank needs at the peak of a step, and when that is; of a model that cannot be
+    traced its states, without activations."""
+    from sftmix.planning.plan import memory_on_gpu
+    from sftmix.planning.workload import data_of
+
+    data = data_of(need.config, examples=None, tokens=None)
+    try:
+        memory = memory_on_gpu(need.config, num_ranks=need.num_ranks, data=data)
+    except SftmixError as error:
+        return need.gpu_bytes, f"without activations ({error})"
+    return memory.total, f"at its peak in the {memory.peak_phase} (`sftmix plan` has the items)"
+
+
+def check_gpus(
+    need: Need | None, gpus: list[Gpu], *, planned: tuple[float, str] | None = None
+) -> list[Finding]:
+    """Each GPU holds one rank's shard of the states, and the activations of its micro-batch.
+    planned: of `planned_bytes`; default: the states alone."""
     if need is None or not gpus:
         return []
     smallest = min(gpus, key=lambda gpu: gpu.total_bytes - gpu.used_bytes)
@@ -80,11 +97,11 @@ def check_gpus(need: Need | None, gpus: list[Gpu]) -> list[Finding]:
                 "GPU memory", "bad", found, f"Use engine.num_processes={len(gpus)}, or more nodes."
             )
         )
-    needed = need.gpu_bytes
+    needed, when = planned or (need.gpu_bytes, "without activations")
     verdict = _verdict(needed, smallest.total_bytes, free)
     found = (
         f"each of {counted(need.num_ranks, 'rank')} needs {gib(needed)} "
-        f"under ZeRO stage {need.config.engine.zero_stage}, without activations; "
+        f"under ZeRO stage {need.config.engine.zero_stage}, {when}; "
         f"GPU {smallest.index} has {gib(free)} free of {gib(smallest.total_bytes)}."
     )
     remedy = (
@@ -103,5 +120,5 @@ def check_gpus(need: Need | None, gpus: list[Gpu]) -> list[Finding]:
     ]
 
 
-def _verdict(needed: int, total: int, available: int) -> Verdict:
+def _verdict(needed: float, total: int, available: int) -> Verdict:
     return "bad" if needed > total else "warning" if needed > 0.8 * available else "ok"

@@ -1,0 +1,325 @@
+"""Predicted against published tokens per second and GPU.
+
+    python benchmarks/planner_published.py [--out FILE.json]
+
+No row is tuned: the rates are those of `sftmix plan --gpu`, and one factor for all that were
+compiled. Most rows are of other frameworks, some of a model that stands in for the published one,
+and the settings that a source does not give are assumed; each row says so. Selective checkpointing
+counts as none. Sharding within the node counts as a run on one node.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import side_by_side
+import torch
+
+from sftmix.config.reader import load_config
+from sftmix.planning.hardware import Hardware, gpu
+from sftmix.planning.plan import TRACED_TOKENS
+from sftmix.planning.step import Load, Step
+from sftmix.planning.timing import seconds_of
+from sftmix.planning.traces import trace_of, traced_world, with_known_architecture
+
+# Of compiled models, assumed once for all rows: bytes that fusion does not spare, and calls left.
+FUSED_BYTES, FUSED_CALLS = 0.5, 0.3
+A800_LINK = 200e9  # bytes/s per direction, of its data sheet; else an A100
+
+
+@dataclass(frozen=True)
+class Row:
+    """published: tokens per second and GPU. assumed: what the source does not say."""
+
+    source: str
+    recipe: str
+    gpu: str
+    gpus: int
+    per_node: int
+    sequence: int
+    batch: int
+    published: float
+    compiled: bool = False
+    checkpointing: bool = False
+    stage: int = 3
+    lora: bool = False
+    micro_batches: int = 1
+    network: float = 3200.0
+    assumed: str = ""
+
+
+TITAN = "torchtitan benchmarks/llama3_h100_202412"
+KEMPNER = "KempnerForge benchmarks/mfu_scaling"
+ROWS = (
+    Row(f"{TITAN}, eager", "llama3.1-8b", "H100", 8, 8, 8192, 1, 5762),
+    Row(f"{TITAN}, compiled", "llama3.1-8b", "H100", 8, 8, 8192, 1, 6667, compiled=True),
+    Row(f"{TITAN}, eager", "llama3.1-8b", "H100", 128, 8, 8192, 1, 5605, assumed="network"),
+    Row(
+        f"{TITAN}, compiled",
+        "llama3.1-8b",
+        "H100",
+        128,
+        8,
+        8192,
+        1,
+        6514,
+        compiled=True,
+        assumed="network",
+    ),
+    Row(
+        "accelerate examples/torch_native_parallelism",
+        "llama3.1-8b",
+        "H100",
+        8,
+        8,
+        8192,
+        1,
+        8000,
+        compiled=True,
+        assumed="no checkpointing",
+    ),
+    Row(
+        KEMPNER,
+        "llama3.1-8b",
+        "H200",
+        1,
+        4,
+        4096,
+        2,
+        10471,
+        compiled=True,
+        checkpointing=True,
+        assumed="batch",
+    ),
+    Row(
+        KEMPNER,
+        "llama3.1-8b",
+        "H200",
+        4,
+        4,
+        4096,
+        2,
+        9746,
+        compiled=True,
+        checkpointing=True,
+        assumed="batch",
+    ),
+    Row(
+        KEMPNER,
+        "qwen2.5-14b",
+        "H200",
+        8,
+        4,
+        4096,
+        2,
+        4426,
+        checkpointing=True,
+        assumed="stand-in for 14.84B; batch, network",
+    ),
+    Row(
+        "fms-fsdp README, HSDP",
+        "mistral-7b",
+        "H100",
+        8,
+        8,
+        4096,
+        2,
+        9600,
+        compiled=True,
+        network=800,
+        assumed="stand-in for Llama-2-7B; batch",
+    ),
+    Row(
+        "fms-fsdp README",
+        "llama3.3-70b",
+        "H100",
+        96,
+        8,
+        4096,
+        2,
+        890,
+        compiled=True,
+        checkpointing=True,
+        network=800,
+        assumed="stand-in for Llama-2-70B; batch",
+    ),
+    Row(
+        "ms-swift Megatron quick start, ZeRO-3",
+        "qwen2.5-14b",
+        "A800",
+        8,
+        8,
+        8192,
+        1,
+        1551,
+        checkpointing=True,
+        micro_batches=2,
+    ),
+    Row(
+        "ms-swift Megatron quick start, ZeRO-2",
+        "qwen2.5-14b",
+        "A800",
+        8,
+        8,
+        8192,
+        1,
+        1588,
+        checkpointing=True,
+        micro_batches=2,
+        stage=2,
+    ),
+    Row(
+        "torchtitan#1690",
+        "qwen2.5-32b",
+        "H100",
+        8,
+        8,
+        4096,
+        1,
+        1874,
+        compiled=True,
+        checkpointing=True,
+        assumed="stand-in for Qwen3-32B; length, batch",
+    ),
+    Row(
+        "NeMo AutoModel performance summary",
+        "llama3.3-70b",
+        "H100",
+        64,
+        8,
+        8192,
+        1,
+        867,
+        checkpointing=True,
+        assumed="length, batch, checkpointing, network",
+    ),
+    Row(
+        "DeepSpeed#8255, DeepCompile",
+        "qwen3-14b",
+        "H200",
+        8,
+        8,
+        2048,
+        4,
+        4650,
+        compiled=True,
+        checkpointing=True,
+        assumed="checkpointing",
+    ),
+    Row(
+        "NeMo AutoModel performance summary, LoRA",
+        "llama3.1-8b",
+        "H100",
+        1,
+        8,
+        4096,
+        1,
+        12473,
+        lora=True,
+        stage=1,
+        assumed="length, batch, no checkpointing",
+    ),
+    Row(
+        "NeMo AutoModel performance summary, LoRA",
+        "llama3.3-70b",
+        "H100",
+        8,
+        8,
+        4096,
+        1,
+        1092,
+        lora=True,
+        assumed="length, batch, no checkpointing",
+    ),
+    Row(
+        "NeMo AutoModel performance summary, LoRA",
+        "qwen2.5-32b",
+        "H100",
+        8,
+        8,
+        4096,
+        1,
+        2250,
+        lora=True,
+        assumed="length, batch, no checkpointing",
+    ),
+)
+
+
+def hardware_of(row: Row) -> Hardware:
+    """Returns the GPU of a row, with the factors of what was compiled."""
+    name = "A100" if row.gpu == "A800" else row.gpu
+    found = gpu(name, interconnect=row.network, gpus_per_node=row.per_node)
+    if row.gpu == "A800":
+        found = replace(found, link=found.link * A800_LINK / 300e9)
+    if row.compiled:
+        found = replace(
+            found,
+            moved=found.moved / FUSED_BYTES,
+            operation_seconds=found.operation_seconds * FUSED_CALLS,
+            hook_seconds=found.hook_seconds * FUSED_CALLS,
+        )
+    return found
+
+
+def predict(row: Row) -> dict[str, Any]:
+    """Returns a row with its prediction."""
+    overrides = [
+        f"engine.activation_checkpointing={str(row.checkpointing).lower()}",
+        f"engine.zero_stage={row.stage}",
+        *(["engine.deepspeed="] if row.stage < 3 else []),
+        *(["model.lora={rank: 16}"] if row.lora else []),
+    ]
+    config = load_config(f"recipes/{row.recipe}-alpaca", overrides)
+    config = config.model_copy(update={"model": with_known_architecture(config.model)})
+    trace = trace_of(config, world_size=traced_world(config, row.gpus), max_tokens=TRACED_TOKENS)
+    tokens = row.sequence * row.batch
+    step = Step(trace, row.gpus, row.stage)
+    work = step.work(Load(tokens, tokens, tokens * row.sequence), row.micro_batches)
+    seconds = seconds_of(work, hardware_of(row))
+    total = tokens * row.micro_batches
+    return {
+        **vars(row),
+        "predicted": total / seconds.expected,
+        "range": [total / seconds.slow, total / seconds.fast],
+        "ratio": total / seconds.expected / row.published,
+        "computing": seconds.computing,
+        "hosting": seconds.hosting,
+        "sending": seconds.sending,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for row in ROWS:
+        found = predict(row)
+        rows.append(found)
+        print(
+            f"{row.source:<48} {row.recipe:<13} {row.gpus:>4} x {row.gpu:<5}"
+            f" {row.published:>7,.0f} {found['predicted']:>7,.0f} {found['ratio']:.2f}",
+            flush=True,
+        )
+    errors = [abs(row["ratio"] - 1) for row in rows]
+    summary = {
+        "target": 0.25,
+        "within": sum(error <= 0.25 for error in errors),
+        "of": len(errors),
+        "median": statistics.median(errors),
+        "largest": max(errors),
+    }
+    print(json.dumps(summary))
+    if options.out is not None:
+        machine = side_by_side.machine(torch.device("cpu"), "benchmarks/planner_published.py")
+        options.out.write_text(json.dumps({**machine, "summary": summary, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
