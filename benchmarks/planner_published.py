@@ -294,6 +294,21 @@ def predict(row: Row) -> dict[str, Any]:
     }
 
 
+def table(content: dict[str, Any]) -> list[str]:
+    """Returns the table of docs/planning.md."""
+    lines = [
+        "| source | model | GPUs | published | predicted | ratio | assumed |",
+        "| --- | --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    for row in content["rows"]:
+        gpus = f"{row['gpus']} x {row['gpu']}"
+        lines.append(
+            f"| {row['source']} | {row['recipe']} | {gpus} | {row['published']:,}"
+            f" | {row['predicted']:,.0f} | {row['ratio']:.2f} | {row['assumed']} |"
+        )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)

@@ -428,6 +428,10 @@ COMMANDS: dict[str, tuple[str, Arguments]] = {
             **DEBUG,
         },
     ),
+    "scale": (
+        "how far a step goes: simulated over GPUs, models, layouts and networks",
+        {**CONFIG, **DEBUG},
+    ),
     "doctor": (
         "look for what would make a run fail or compute wrong numbers, on this machine and others",
         {
@@ -605,6 +609,7 @@ class _Parser(argparse.ArgumentParser):
 EXAMPLES = {
     "inspect": "inspect quickstart --num 1",
     "export": "export quickstart --to my-model",
+    "scale": "scale scaling/networks",
     "plan": "plan recipes/llama3.1-8b-alpaca --gpus 8 --gpu H100",
     "launch": "launch recipes/llama3.1-8b-alpaca --hostfile hostfile",
     "study": "study studies/quickstart",
@@ -662,9 +667,11 @@ def _list_configs() -> None:
         if name.startswith(("bases/", "data/", "models/"))
     }
     studies = {name: runs.pop(name) for name in list(runs) if name.startswith("studies/")}
+    scaling = {name: runs.pop(name) for name in list(runs) if name.startswith("scaling/")}
     for title, group in (
         ("to run", runs),
         ("for `sftmix study`", studies),
+        ("for `sftmix scale`", scaling),
         ("parts of a config of your own, under `base:`", parts),
     ):
         width = max(map(len, group))
@@ -710,6 +717,11 @@ def _dispatch(options: argparse.Namespace) -> int:
         from sftmix.planning.command import plan_run
 
         return plan_run(options)
+    if options.command == "scale":
+        from sftmix.planning.scaling import scale
+
+        scale(options)
+        return 0
     if options.command == "answers":
         from sftmix.evaluation.judges.answers import write_all_answers
 

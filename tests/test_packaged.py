@@ -17,6 +17,7 @@ from sftmix.config.reader import load_config
 from sftmix.config.shipped import describe_configs, find_config
 from sftmix.config.study import load_study
 from sftmix.errors import ConfigError
+from sftmix.planning.scaling import load_scale_study
 
 CONFIGS = ROOT / "configs"
 
@@ -64,6 +65,10 @@ def test_every_name_that_is_listed_loads_or_is_a_part(empty_folder):
         if name.startswith("studies/"):
             study = load_study(name)
             assert len(study.settings.seeds) >= 5 and study.settings.dir == Path("runs") / name
+        if name.startswith("scaling/"):
+            scaling = load_scale_study(name, [])
+            assert scaling.dir == Path("runs") / name
+            assert all(load_config(own) for own in scaling.configs)
 
 
 def test_a_config_of_ones_own_is_made_of_the_packages_parts(empty_folder):

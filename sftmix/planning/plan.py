@@ -121,7 +121,7 @@ def make_plan(config: Config, hardware: Hardware, *, num_ranks: int, data: Data)
             config,
             step,
             heaviest(config, data, num_ranks),
-            train,
+            train.num_micro_batches,
             on_gpu=not hardware.is_synchronous,
         ),
         stages=_stages(config, step, train, data, hardware, num_ranks),
@@ -175,12 +175,22 @@ def memory_on_gpu(config: Config, *, num_ranks: int, data: Data) -> Memory:
     config = _offline(config)
     step = _step(config, config.model, config.train, num_ranks)
     train = _workload(config, config.train, data, num_ranks, step.square_share, paired=True)
-    return memory_of(config, step, heaviest(config, data, num_ranks), train, on_gpu=True)
+    return memory_of(
+        config, step, heaviest(config, data, num_ranks), train.num_micro_batches, on_gpu=True
+    )
 
 
-def memory_of(config: Config, step: Step, load: Load, train: Workload, *, on_gpu: bool) -> Memory:
+def step_of(config: Config, num_ranks: int) -> Step:
+    """Returns the training step of a config's target. Raises as `make_plan`."""
+    config = _offline(config)
+    return _step(config, config.model, config.train, num_ranks)
+
+
+def memory_of(
+    config: Config, step: Step, load: Load, num_micro_batches: float, *, on_gpu: bool
+) -> Memory:
     """Returns the memory of a rank at the peak of a step."""
-    phases = step.memory(load, train.num_micro_batches)
+    phases = step.memory(load, num_micro_batches)
     if on_gpu:
         for items in phases.values():
             items.pop(SQUARES, None)  # on a GPU no backend of document_attention keeps them

@@ -15,6 +15,7 @@ from sftmix.planning import calibration, traces
 from sftmix.planning.command import gpu_counts
 from sftmix.planning.hardware import as_json, find, gpu
 from sftmix.planning.plan import make_plan
+from sftmix.planning.scaling import load_scale_study
 from sftmix.planning.states import Need
 from sftmix.planning.step import Load, Step
 from sftmix.planning.timing import collective_seconds, product_seconds, seconds_of
@@ -340,3 +341,62 @@ def test_the_plan_of_one_gpu_sends_nothing(zero, tmp_path):
     machine = gpu("H100", interconnect=100, gpus_per_node=8)
     found = make_plan(config, machine, num_ranks=1, data=equal_data())
     assert found.bytes_within == found.bytes_between == 0
+
+
+def test_the_stated_errors_are_those_of_the_benchmark(monkeypatch):
+    """The lines that every plan prints, and the tables of docs/planning.md."""
+    from processes import ROOT
+
+    from sftmix.planning.errors_measured import ERRORS
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import planner
+    import planner_published
+
+    results = ROOT / "benchmarks/results"
+    content = json.loads((results / "planner_cpu_202611.json").read_text())
+    assert list(ERRORS) == planner.sentences(content)
+    page = (ROOT / "docs/planning.md").read_text()
+    assert "\n".join(planner.table(content)) in page
+    published = json.loads((results / "planner_published.json").read_text())
+    assert "\n".join(planner_published.table(published)) in page
+
+
+def test_a_scaling_study_has_a_point_for_each(zero, tmp_path, capsys):
+    """Weak: all ranks work, and ZeRO-3 sends the same, so a slower network is slower from two nodes
+    on. Strong: ranks beyond the pairs of a step are idle."""
+    architecture = json.dumps({**SIZES, "num_hidden_layers": 2})
+    overrides = [f"model.architecture={architecture}", "engine.precision=bf16"]
+    overrides += [f"engine.deepspeed={zero}"]
+    scale = {
+        "dir": str(tmp_path / "weak"),
+        "configs": ["quickstart"],
+        "layouts": {"small": overrides},
+        "gpus": "4,...,32",
+        "interconnect": [1, 1000],
+    }
+    (tmp_path / "weak.yaml").write_text(json.dumps({"scale": scale}))
+    assert main(["scale", str(tmp_path / "weak.yaml")]) == 0
+    assert "all points are simulated" in capsys.readouterr().out
+    points = json.loads((tmp_path / "weak/points.json").read_text())["points"]
+    assert len(points) == 8 and not any(point["idle_gpus"] for point in points)
+    slow, fast = points[:4], points[4:]
+    for a, b in zip(slow, fast, strict=True):
+        assert a["seconds"] > 2 * b["seconds"] if a["gpus"] > 8 else a["seconds"] == b["seconds"]
+    rows = (tmp_path / "weak/points.csv").read_text().splitlines()
+    assert len(rows) == 9 and rows[0].startswith("config,layout,interconnect,gpus")
+    scale |= {"dir": str(tmp_path / "strong"), "scaling": "strong", "tokens": 32768}
+    (tmp_path / "strong.yaml").write_text(json.dumps({"scale": scale}))
+    assert main(["scale", str(tmp_path / "strong.yaml"), "scale.interconnect=[1000]"]) == 0
+    points = json.loads((tmp_path / "strong/points.json").read_text())["points"]
+    # 32,768 tokens are 8 pairs of 4,096
+    assert [point["idle_gpus"] for point in points] == [0, 0, 8, 24]
+
+
+def test_a_scaling_study_says_what_is_wrong(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text("scale:\n  dir: x\n  configs: [quickstart]\n  netwrks: [1]\n")
+    assert main(["scale", str(file)]) == 2
+    file.write_text("run:\n  dir: x\n")
+    with pytest.raises(ConfigError, match="expected one section, `scale`"):
+        load_scale_study(str(file), [])
