@@ -143,33 +143,34 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def sentences(content: dict[str, Any]) -> list[str]:
-    """Returns the lines that every plan prints (`sftmix/planning/errors_measured.py`)."""
-    found, device = content["summary"], content["device"]
+def sentences(contents: list[dict[str, Any]]) -> list[str]:
+    """Returns the lines that every plan prints (`sftmix/planning/errors_measured.py`). contents: of
+    the files that `--out` wrote."""
+    found = summary([row for content in contents for row in content["rows"]])
 
     def share(kind: str) -> str:
         row = found[kind]
         return (
-            f"{row['within']} of {row['of']} steps within {row['target']:.0%}, median"
+            f"{row['within']} of {row['of']} within {row['target']:.0%}, median"
             f" {row['median']:.1%}, largest {row['largest']:.1%}"
         )
 
     return [
-        f"error of plans, against real steps of small models on a CPU ({device}; not on a GPU):",
+        "error of plans, against real steps of small models on a CPU; on a GPU not measured:",
         f"  memory {share('memory')}",
         f"  bytes sent {share('sent')}",
         f"  seconds, with --calibrate, {share('seconds')}",
     ]
 
 
-def table(content: dict[str, Any]) -> list[str]:
+def table(contents: list[dict[str, Any]]) -> list[str]:
     """Returns the table of docs/planning.md: predicted over measured, of steps of two
     micro-batches."""
     lines = [
         "| case | ranks | memory | bytes sent | seconds |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for row in content["rows"]:
+    for row in (row for content in contents for row in content["rows"]):
         cells = [
             f"{predicted / measured:.3f}" if measured else "-"
             for predicted, measured in (row["two"][kind] for kind in ("memory", "sent", "seconds"))

@@ -133,6 +133,10 @@ class FakeRanks(Ranks):
         """Returns this rank's text."""
         return text
 
+    def same_as_main(self, value: bool) -> bool:
+        """Returns this rank's value."""
+        return value
+
 
 @contextlib.contextmanager
 def without_contents(settings: Any = None) -> Iterator[None]:
@@ -189,7 +193,7 @@ def trace(
 
         before, one = step(1), step(1)
         for _ in range(MAX_STEPS):
-            if one.is_like(before):
+            if ranks.same_as_main(one.is_like(before)):  # all take the same number of steps
                 break
             before, one = one, step(1)
         else:

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from processes import ROOT
 
 from sftmix.cli import main
 from sftmix.config.reader import load_config
@@ -13,6 +14,7 @@ from sftmix.engine.counting import Collective, Counted, Part, Peak, Product
 from sftmix.errors import ConfigError, SftmixError
 from sftmix.planning import calibration, traces
 from sftmix.planning.command import gpu_counts
+from sftmix.planning.errors_measured import ERRORS
 from sftmix.planning.hardware import as_json, find, gpu
 from sftmix.planning.plan import make_plan
 from sftmix.planning.scaling import load_scale_study
@@ -344,22 +346,15 @@ def test_the_plan_of_one_gpu_sends_nothing(zero, tmp_path):
 
 
 def test_the_stated_errors_are_those_of_the_benchmark(monkeypatch):
-    """The lines that every plan prints, and the tables of docs/planning.md."""
-    from processes import ROOT
-
-    from sftmix.planning.errors_measured import ERRORS
-
+    """The lines that every plan prints, and the table of docs/planning.md."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import planner
-    import planner_published
 
-    results = ROOT / "benchmarks/results"
-    content = json.loads((results / "planner_cpu_202611.json").read_text())
-    assert list(ERRORS) == planner.sentences(content)
-    page = (ROOT / "docs/planning.md").read_text()
-    assert "\n".join(planner.table(content)) in page
-    published = json.loads((results / "planner_published.json").read_text())
-    assert "\n".join(planner_published.table(published)) in page
+    names = ("planner_cpu_202611", "planner_2_ranks_cpu_202611")
+    files = [ROOT / f"benchmarks/results/{name}.json" for name in names]
+    contents = [json.loads(file.read_text()) for file in files]
+    assert list(ERRORS) == planner.sentences(contents)
+    assert "\n".join(planner.table(contents)) in (ROOT / "docs/planning.md").read_text()
 
 
 def test_a_scaling_study_has_a_point_for_each(zero, tmp_path, capsys):
