@@ -368,7 +368,7 @@ def test_a_scaling_study_has_a_point_for_each(zero, tmp_path, capsys):
         "configs": ["quickstart"],
         "layouts": {"small": overrides},
         "gpus": "4,...,32",
-        "interconnect": [1, 1000],
+        "interconnect": [0.01, 1000],
     }
     (tmp_path / "weak.yaml").write_text(json.dumps({"scale": scale}))
     assert main(["scale", str(tmp_path / "weak.yaml")]) == 0
