@@ -349,12 +349,18 @@ def test_the_stated_errors_are_those_of_the_benchmark(monkeypatch):
     """The lines that every plan prints, and the table of docs/planning.md."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import planner
+    import planner_published
 
     names = ("planner_cpu_202611",)
     files = [ROOT / f"benchmarks/results/{name}.json" for name in names]
     contents = [json.loads(file.read_text()) for file in files]
     assert list(ERRORS) == planner.sentences(contents)
-    assert "\n".join(planner.table(contents)) in (ROOT / "docs/planning.md").read_text()
+    page = (ROOT / "docs/planning.md").read_text()
+    assert "\n".join(planner.table(contents)) in page
+    published = json.loads((ROOT / "benchmarks/results/planner_published.json").read_text())
+    assert "\n".join(planner_published.table(published)) in page
+    found = published["summary"]
+    assert f"{found['within']} of {found['of']} are within {found['target']:.0%}" in page
 
 
 def test_a_scaling_study_has_a_point_for_each(zero, tmp_path, capsys):
