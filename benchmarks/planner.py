@@ -23,11 +23,10 @@ import side_by_side
 import torch
 
 from sftmix.config.schema import Config
-from sftmix.engine.counting import Counted
+from sftmix.engine.counting import PHASES, Counted
 from sftmix.planning import calibration
-from sftmix.planning.measure_worker import middle
 from sftmix.planning.plan import TRACED_TOKENS
-from sftmix.planning.step import PHASES, Load, Step
+from sftmix.planning.step import Load, Step
 from sftmix.planning.timing import seconds_of
 from sftmix.planning.traces import trace_step
 
@@ -106,7 +105,7 @@ def compare(case: str, request: Any, real: dict[str, Any], hardware: Any) -> dic
                 sum(sum(part.sent.values()) for part in work.values()),
                 sum(counted.sent.values()),
             ],
-            "seconds": [seconds, middle(real["seconds"][name])],
+            "seconds": [seconds, statistics.median(real["seconds"][name])],
             "spread": [min(real["seconds"][name]), max(real["seconds"][name])],
         }
     return row

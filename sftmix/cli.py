@@ -378,11 +378,7 @@ COMMANDS: dict[str, tuple[str, Arguments]] = {
     "plan": (
         "what a run needs, before it starts: memory, network, time, price, disk",
         {
-            "config": {
-                "nargs": "?",
-                "metavar": "CONFIG",
-                "help": "YAML file, or a name that `sftmix configs` lists",
-            },
+            "config": {**CONFIG["config"], "nargs": "?"},
             "overrides": CONFIG["overrides"],
             "--gpus": {
                 "type": _at_least_one,

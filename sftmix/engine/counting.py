@@ -31,6 +31,7 @@ ACTIVATIONS, SQUARES = "activations", "attention scores"
 ROWS, TEMPORARIES = "rows of responses", "temporaries"
 UNNAMED = (GATHERED, ACTIVATIONS, SQUARES, ROWS, TEMPORARIES)
 WORKSPACE = "logits of a chunk"
+PHASES = ("forward", "head", "backward", "optimiser")  # of a step
 
 
 class Part(NamedTuple):
@@ -96,12 +97,6 @@ class Counted:
             mine.total += times * peak.total
             for purpose, size in peak.by_purpose.items():
                 mine.by_purpose[purpose] = mine.by_purpose.get(purpose, 0) + times * size
-
-    def is_like(self, other: Counted) -> bool:
-        """Whether both are of the same step, done twice."""
-        return all(
-            getattr(self, name) == getattr(other, name) for name in (*self.COUNTERS, "peaks")
-        )
 
     def as_json(self) -> dict[str, Any]:
         """Returns what `from_json` reads."""
@@ -227,7 +222,8 @@ class Counting(TorchDispatchMode):
             for m, n, k in sizes:
                 self.counted.products[Product(self.phase, "product", m, n, k, itemsize)] += 1
             self.counted.moved[Part(self.phase, ROWS)] += 3 * rows * vocab_size * itemsize
-        self.note_workspace(workspace_bytes(hidden, weight))
+        kept = workspace_rows(hidden.shape[0], vocab_size, itemsize)
+        self.note_workspace(kept * vocab_size * itemsize)
 
     def note_hook(self) -> None:
         """Counts a module that ZeRO-3 looks at."""
@@ -362,9 +358,7 @@ def _products_of(function: Any, args: Any, found: Any) -> list[tuple[str, int, i
     return []
 
 
-def workspace_bytes(hidden: Tensor, weight: Tensor) -> int:
-    """Returns the bytes of logits that the fused loss keeps at once, for (T, D) rows and a (V, D)
-    weight."""
-    chunks = balanced_chunks(hidden.shape[0], weight.shape[0], hidden.element_size())
-    rows = max((stop - start for start, stop in chunks), default=0)
-    return rows * weight.shape[0] * hidden.element_size()
+def workspace_rows(num_rows: int, vocab_size: int, itemsize: int) -> int:
+    """Returns of how many rows the fused loss keeps the logits at once."""
+    chunks = balanced_chunks(num_rows, vocab_size, itemsize)
+    return max((stop - start for start, stop in chunks), default=0)

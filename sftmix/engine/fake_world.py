@@ -21,7 +21,7 @@ from sftmix.batches.collate import MicroBatch
 from sftmix.batches.cut import StepCounts
 from sftmix.batches.documents import Documents
 from sftmix.config.schema import Config
-from sftmix.engine.counting import Counted, Counting
+from sftmix.engine.counting import PHASES, Counted, Counting
 from sftmix.engine.deepspeed_internals import build_no_extension, import_deepspeed, on_fetch
 from sftmix.engine.engine import Engine
 from sftmix.engine.ranks import Ranks
@@ -36,12 +36,12 @@ MAX_STEPS = 8  # ZeRO-3 learns the order of the modules in the first ones
 @dataclass(frozen=True)
 class Trace:
     """What an optimiser step of one rank does, once it does the same as the step before. one: a
-    step of one micro-batch. two: of two; None if it was not asked for."""
+    step of one micro-batch. two: of two."""
 
     num_parameters: int
     num_trained_parameters: int
     one: Counted
-    two: Counted | None
+    two: Counted
 
 
 def join_fake_world(world_size: int) -> Ranks:
@@ -171,11 +171,9 @@ def without_contents(settings: Any = None) -> Iterator[None]:
         yield
 
 
-def trace(
-    config: Config, ranks: Ranks, batch: MicroBatch, counts: StepCounts, *, has_two: bool = False
-) -> Trace:
-    """Returns what a step of SFTMix does on this rank, of one micro-batch and, if `has_two`, of the
-    same micro-batch twice. ranks: of `join_fake_world`, within `without_contents`; or real ones.
+def trace(config: Config, ranks: Ranks, batch: MicroBatch, counts: StepCounts) -> Trace:
+    """Returns what a step of SFTMix does on this rank, of one micro-batch and of the same one
+    twice. ranks: of `join_fake_world`, within `without_contents`; or real ones.
     Raises RuntimeError if no step does the same as the one before."""
     seen = Counting(*divisors(batch))
     objective = Objective(mixup_weight=config.mixup.weight, next_token=config.objective)
@@ -193,12 +191,12 @@ def trace(
 
         before, one = step(1), step(1)
         for _ in range(MAX_STEPS):
-            if ranks.same_as_main(one.is_like(before)):  # all take the same number of steps
+            if ranks.same_as_main(one == before):  # all take the same number of steps
                 break
             before, one = one, step(1)
         else:
             raise RuntimeError(f"after {MAX_STEPS} steps no two of them are alike")
-        two = step(2) if has_two else None
+        two = step(2)
     found = Trace(engine.num_parameters, engine.num_trained_parameters, one, two)
     engine.close()
     return found
@@ -214,12 +212,10 @@ def divisors(batch: MicroBatch) -> tuple[int, int]:
 class _Phases:
     """A timer of the engine that tells the parts of a step apart."""
 
-    PARTS = ("forward", "head", "backward", "optimiser")
-
     def __init__(self, counting: Counting):
         self._counting = counting
 
     def __call__(self, part: str) -> contextlib.AbstractContextManager[None]:
-        if part in self.PARTS:
+        if part in PHASES:
             return self._counting.during(part)
         return contextlib.nullcontext()

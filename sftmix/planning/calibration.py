@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,11 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftmix.cluster.local_ranks import first_failure, run_local_ranks
-from sftmix.engine.counting import Counted
+from sftmix.engine.counting import PHASES, Counted
 from sftmix.errors import TrainingError
 from sftmix.planning.hardware import Hardware
-from sftmix.planning.measure_worker import middle
-from sftmix.planning.step import PHASES, flops_of
+from sftmix.planning.step import flops_of
 from sftmix.planning.timing import sent_share
 
 LIMIT_SECONDS = 1800.0
@@ -73,7 +73,11 @@ def measured_steps(
             command,
             num_ranks,
             limit_seconds=LIMIT_SECONDS,
-            environment={"OMP_NUM_THREADS": str(threads)},
+            environment={
+                "CUDA_VISIBLE_DEVICES": "",
+                "DS_ACCELERATOR": "cpu",
+                "OMP_NUM_THREADS": str(threads),
+            },
         )
         failure = first_failure(ends)
         if failure is not None:
@@ -141,9 +145,9 @@ def fit(steps: Sequence[Mapping[str, Any]], *, num_ranks: int) -> Hardware:
     for step in steps:
         for name in ("one", "two"):
             rows.append(amounts(Counted.from_json(step[name])))
-            seconds.append(middle(step["seconds"][name]))
+            seconds.append(statistics.median(step["seconds"][name]))
     table, target = np.array(rows), np.array(seconds)
-    product = 1 / middle([step["product_flops"] for step in steps])
+    product = 1 / statistics.median([step["product_flops"] for step in steps])
     others, left = table[:, 1:], 1 - table[:, 0] * product / target
     scale = np.maximum(others.max(axis=0), 1.0)
     found = nnls(others / scale / target[:, None], left)[0] / scale

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shlex
 from dataclasses import asdict
@@ -13,22 +12,20 @@ from typing import Any
 
 from sftmix.config.reader import load_config
 from sftmix.config.schema import Config
-from sftmix.engine.deepspeed_internals import import_deepspeed
 from sftmix.errors import ConfigError, counted
 from sftmix.evaluation.page import aligned, render
 from sftmix.planning import figures
 from sftmix.planning.calibration import calibrate
 from sftmix.planning.errors_measured import ERRORS
+from sftmix.planning.figures import GIB
 from sftmix.planning.hardware import as_json, find
 from sftmix.planning.plan import FREE_SHARE, Plan, make_plan
 from sftmix.planning.remedies import remedies
-from sftmix.planning.workload import data_of
+from sftmix.planning.workload import Data, data_of
 from sftmix.storage import provenance
 from sftmix.storage.files import write_text
 
-GIB = 2**30
 PER_NODE = 8  # GPUs, unless --nodes says otherwise
-INTERCONNECT = 3200.0  # Gb/s of a node with eight adapters of 400
 
 
 def plan_run(options: argparse.Namespace) -> int:
@@ -40,7 +37,8 @@ def plan_run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     command = shlex.join(["sftmix", "plan", options.config, *options.overrides])
     counts = gpu_counts(options.sweep) if options.sweep else [options.gpus]
-    plans = [_plan(config, options, count) for count in counts]
+    data = data_of(config, examples=options.examples, tokens=options.tokens)
+    plans = [_plan(config, options, data, count) for count in counts]
     fixes = [] if plans[0].fits or len(plans) > 1 else remedies(plans[0])
     content = {
         "command": command,
@@ -49,27 +47,29 @@ def plan_run(options: argparse.Namespace) -> int:
         "error": ERRORS,
         "versions": provenance.versions(),
     }
+    lines = (
+        sweep_lines(plans, options.price) if len(plans) > 1 else plan_lines(plans[0], options.price)
+    )
     if options.json:
         print(json.dumps(content, indent=1))
     else:
-        lines = sweep_lines(plans, options.price) if len(plans) > 1 else []
-        lines = lines or plan_lines(plans[0], options.price)
         print("\n".join([*lines, *_fix_lines(fixes), "", *ERRORS]))
     if options.to is not None:
-        _write(options.to, plans, content, options)
+        options.to.mkdir(parents=True, exist_ok=True)
+        write_text(options.to / "plan.json", json.dumps(content, indent=1) + "\n")
+        title, drawn = f"Plan of {options.config}", figures.of_plans(plans)
+        write_page(options.to, title=title, lines=lines, drawn=drawn, command=command)
+        print(f"page: {options.to / 'index.html'}")
     return 0 if any(plan.fits for plan in plans) else 1
 
 
-def _plan(config: Config, options: argparse.Namespace, num_gpus: int) -> Plan:
+def _plan(config: Config, options: argparse.Namespace, data: Data, num_gpus: int) -> Plan:
     per_node = PER_NODE if options.nodes is None or options.sweep else -(-num_gpus // options.nodes)
     hardware = find(options.gpu, interconnect=options.interconnect, gpus_per_node=per_node)
-    data = data_of(config, examples=options.examples, tokens=options.tokens)
     return make_plan(config, hardware, num_ranks=num_gpus, data=data)
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import_deepspeed()
     hardware, facts = calibrate(num_ranks=options.gpus)
     content = as_json(
         hardware,
@@ -151,11 +151,11 @@ def plan_lines(plan: Plan, price: float | None) -> list[str]:
             mfu,
             f"{middle:.2g} [{low:.2g}, {high:.2g}]",
         ]
-        row += [f"{middle * plan.num_ranks * price:,.0f}"] if price is not None else []
+        row += _price(plan, middle, price)
         table.append(row)
     low, middle, high = plan.hours
     total = ["all", "", "", "", "", f"{middle:.2g} [{low:.2g}, {high:.2g}]"]
-    total += [f"{middle * plan.num_ranks * price:,.0f}"] if price is not None else []
+    total += _price(plan, middle, price)
     lines += aligned(titles, [*table, total])
     seconds = plan.target.step
     lines.append(
@@ -163,6 +163,11 @@ def plan_lines(plan: Plan, price: float | None) -> list[str]:
         f" sending {seconds.sending:.3g} s"
     )
     return [*lines, *(f"note: {reason}" for reason in plan.reasons)]
+
+
+def _price(plan: Plan, hours: float, price: float | None) -> list[str]:
+    """Returns the cell of the price of so many hours; none without one."""
+    return [] if price is None else [f"{hours * plan.num_ranks * price:,.0f}"]
 
 
 def largest_first(items: dict[str, float]) -> list[tuple[str, float]]:
@@ -187,7 +192,7 @@ def sweep_lines(plans: list[Plan], price: float | None) -> list[str]:
             f"{plan.hours[1]:.2g} [{plan.hours[0]:.2g}, {plan.hours[2]:.2g}]",
             str(plan.work.idle_ranks),
         ]
-        row += [f"{plan.hours[1] * plan.num_ranks * price:,.0f}"] if price is not None else []
+        row += _price(plan, plan.hours[1], price)
         rows.append(row)
     first = plans[0]
     return [
@@ -251,21 +256,17 @@ def as_dict(plan: Plan, price: float | None) -> dict[str, Any]:
     }
 
 
-def _write(
-    folder: Path, plans: list[Plan], content: dict[str, Any], options: argparse.Namespace
+def write_page(
+    folder: Path, *, title: str, lines: list[str], drawn: list[tuple[str, str]], command: str
 ) -> None:
-    """Writes plan.json and index.html."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "plan.json", json.dumps(content, indent=1) + "\n")
-    lines = sweep_lines(plans, options.price) if len(plans) > 1 else []
+    """Writes index.html. drawn: (caption, SVG) of its figures."""
     page = render(
         "sftmix.planning",
         "plan.html.j2",
-        title=f"Plan of {options.config}",
-        lines=lines or plan_lines(plans[0], options.price),
-        figures=figures.of_plans(plans),
+        title=title,
+        lines=lines,
+        figures=drawn,
         errors=ERRORS,
-        command=content["command"],
+        command=command,
     )
     write_text(folder / "index.html", page)
-    print(f"page: {folder / 'index.html'}")

@@ -23,7 +23,7 @@ from sftmix.engine.loading import hf_config
 from sftmix.engine.process_group import init_ranks
 from sftmix.engine.ranks import Ranks
 from sftmix.loss.objective import Objective
-from sftmix.planning.trace_worker import equal_pair
+from sftmix.planning.trace_worker import as_json, equal_pair
 
 WARM, TIMED = 4, 7  # steps
 PRODUCTS = 20  # of one timing
@@ -40,17 +40,11 @@ def main() -> None:
 def _measure(request: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     config = Config.model_validate(request["config"])
     batch, counts, shape = equal_pair(request["max_tokens"], hf_config(config.model))
-    done = trace(config, ranks, batch, counts, has_two=True)
-    assert done.two is not None, "it was asked for"
+    done = trace(config, ranks, batch, counts)
     seconds = {"one": _seconds(config, ranks, batch, counts, 1)}
     seconds["two"] = _seconds(config, ranks, batch, counts, 2)
     return {
-        **shape,
-        "world_size": ranks.world_size,
-        "num_parameters": done.num_parameters,
-        "num_trained_parameters": done.num_trained_parameters,
-        "one": done.one.as_json(),
-        "two": done.two.as_json(),
+        **as_json(done, shape, ranks.world_size),
         "seconds": seconds,
         "product_flops": _product_flops(ranks),
         "threads": torch.get_num_threads(),
@@ -88,13 +82,8 @@ def _product_flops(ranks: Ranks) -> float:
             for _ in range(PRODUCTS):
                 left @ right
             taken.append((time.perf_counter() - start) / PRODUCTS)
-        rates.append(2 * m * k * n / middle(taken))
-    return middle(rates)
-
-
-def middle(seconds: list[float]) -> float:
-    """Returns the median."""
-    return statistics.median(seconds)
+        rates.append(2 * m * k * n / statistics.median(taken))
+    return statistics.median(rates)
 
 
 if __name__ == "__main__":

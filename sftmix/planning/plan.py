@@ -11,7 +11,7 @@ from sftmix.config.deepspeed_json import offload_of
 from sftmix.config.schema import Config, ModelConfig, TrainConfig
 from sftmix.engine.counting import ACTIVATIONS, GATHERED, ROWS, SQUARES, TEMPORARIES, WORKSPACE
 from sftmix.planning.hardware import Hardware
-from sftmix.planning.states import Need
+from sftmix.planning.states import Need, with_vocabulary
 from sftmix.planning.step import Load, Step, Work
 from sftmix.planning.timing import Seconds, network_bytes, seconds_of
 from sftmix.planning.traces import trace_of, traced_world, with_known_architecture
@@ -26,7 +26,7 @@ CONTEXT, FRAGMENTS = "CUDA context and NCCL (assumed)", "caching and fragmentati
 FREE_SHARE = 0.95  # of a GPU's memory: what a plan may use
 PCIE = 25e9  # bytes/s of a GPU to the host: assumed
 HOST_ADAM = 1e9  # parameters/s that DeepSpeed's CPU Adam updates on a GPU's share of cores: assumed
-READ, WRITE = 1e9, 1e9  # bytes/s of the disk: assumed
+READ = 1e9  # bytes/s of the disk: assumed
 HEAD_PRODUCTS = 3  # of the head in a training step; a forward has one
 STATES = ("weights", "persisted weights", "master weights", "moments", "gradients")
 
@@ -105,9 +105,8 @@ def make_plan(config: Config, hardware: Hardware, *, num_ranks: int, data: Data)
     """Returns the plan of a run. Raises SftmixError for a model that cannot be traced, ConfigError
     for one that cannot be built."""
     config = _offline(config)
-    step = _step(config, config.model, config.train, num_ranks)
-    shares = step.square_share
-    train = _workload(config, config.train, data, num_ranks, shares, paired=True)
+    step = step_of(config, num_ranks)
+    train = _workload(config, data, step, config.train, paired=True)
     per_rank = step.work(train.load, train.num_micro_batches)
     need = Need(config, num_ranks, min(num_ranks, hardware.gpus_per_node))
     within, between = network_bytes(per_rank, hardware)
@@ -139,25 +138,21 @@ def make_plan(config: Config, hardware: Hardware, *, num_ranks: int, data: Data)
 
 def _offline(config: Config) -> Config:
     """Returns the config with the architectures that the package has."""
-    update: dict[str, Any] = {"model": _sized(config, with_known_architecture(config.model))}
+
+    def known(model: ModelConfig) -> ModelConfig:
+        return with_vocabulary(config, with_known_architecture(model))
+
+    update: dict[str, Any] = {"model": known(config.model)}
     if config.reference.model is not None:
-        known = _sized(config, with_known_architecture(config.reference.model))
-        update["reference"] = config.reference.model_copy(update={"model": known})
+        other = known(config.reference.model)
+        update["reference"] = config.reference.model_copy(update={"model": other})
     return config.model_copy(update=update)
 
 
-def _sized(config: Config, model: ModelConfig) -> ModelConfig:
-    """Returns the model with the vocabulary of a tokenizer that the run trains."""
-    given = model.architecture
-    if given is None or "vocab_size" in given or config.tokenizer.train is None:
-        return model
-    size = config.tokenizer.train.vocab_size
-    return model.model_copy(update={"architecture": {**given, "vocab_size": size}})
-
-
-def _step(config: Config, model: ModelConfig, train: TrainConfig, num_ranks: int) -> Step:
-    one = config.model_copy(update={"model": model, "train": train})
-    trace = trace_of(one, world_size=traced_world(one, num_ranks), max_tokens=TRACED_TOKENS)
+def step_of(config: Config, num_ranks: int) -> Step:
+    """Returns the training step of a config's target. Raises as `make_plan`."""
+    config = _offline(config)
+    trace = trace_of(config, world_size=traced_world(config, num_ranks), max_tokens=TRACED_TOKENS)
     return Step(trace, num_ranks, config.engine.zero_stage)
 
 
@@ -172,18 +167,11 @@ def heaviest(config: Config, data: Data, num_ranks: int) -> Load:
 
 def memory_on_gpu(config: Config, *, num_ranks: int, data: Data) -> Memory:
     """Returns the memory of a rank of a run on GPUs. Raises as `make_plan`."""
-    config = _offline(config)
-    step = _step(config, config.model, config.train, num_ranks)
-    train = _workload(config, config.train, data, num_ranks, step.square_share, paired=True)
+    step = step_of(config, num_ranks)
+    train = _workload(config, data, step, config.train, paired=True)
     return memory_of(
         config, step, heaviest(config, data, num_ranks), train.num_micro_batches, on_gpu=True
     )
-
-
-def step_of(config: Config, num_ranks: int) -> Step:
-    """Returns the training step of a config's target. Raises as `make_plan`."""
-    config = _offline(config)
-    return _step(config, config.model, config.train, num_ranks)
 
 
 def memory_of(
@@ -211,20 +199,14 @@ def memory_of(
 
 
 def _workload(
-    config: Config,
-    train: TrainConfig,
-    data: Data,
-    num_ranks: int,
-    square_share: float,
-    *,
-    paired: bool,
+    config: Config, data: Data, step: Step, train: TrainConfig, *, paired: bool
 ) -> Workload:
     return workload(
         data,
         train,
-        num_ranks=num_ranks,
+        num_ranks=step.num_ranks,
         paired=paired,
-        square_share=square_share,
+        square_share=step.square_share,
         seed=config.run.seed,
     )
 
@@ -241,8 +223,9 @@ def _stages(
     stages = []
     if not (config.confidence.models or config.confidence.scores):
         settings, model = config.reference_train, config.reference_model
-        other = step if model == config.model else _step(config, model, settings, num_ranks)
-        plan = _workload(config, settings, data, num_ranks, step.square_share, paired=False)
+        own = config.model_copy(update={"model": model})
+        other = step if model == config.model else step_of(own, num_ranks)
+        plan = _workload(config, data, step, settings, paired=False)
         stages.append(_training("reference", config, other, plan, hardware, num_ranks))
         if "online" not in config.confidence.modes or len(config.confidence.modes) > 1:
             count = num_reference_checkpoints(settings.epochs, config.reference.num_checkpoints)

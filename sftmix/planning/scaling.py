@@ -24,10 +24,11 @@ from sftmix.config.reader import apply_overrides, load_config, read_layers
 from sftmix.config.schema import Float, Int, Section
 from sftmix.config.shipped import find_config
 from sftmix.errors import ConfigError
-from sftmix.evaluation.page import aligned, render
+from sftmix.evaluation.page import aligned
 from sftmix.evaluation.plots import as_svg, new_figure
-from sftmix.planning.command import gpu_counts
+from sftmix.planning.command import gpu_counts, write_page
 from sftmix.planning.errors_measured import ERRORS
+from sftmix.planning.figures import GIB
 from sftmix.planning.hardware import find
 from sftmix.planning.plan import FREE_SHARE, memory_of, step_of
 from sftmix.planning.step import Load
@@ -35,7 +36,6 @@ from sftmix.planning.timing import seconds_of
 from sftmix.storage.files import write_text
 
 SCALE = "scale"
-GIB = 2**30
 
 
 class ScaleStudy(Section):
@@ -116,16 +116,13 @@ def scale(options: argparse.Namespace) -> None:
     content = {"study": study.model_dump(mode="json"), "points": [asdict(p) for p in points]}
     write_text(study.dir / "points.json", json.dumps(content, indent=1) + "\n")
     lines = table_of(points)
-    page = render(
-        "sftmix.planning",
-        "plan.html.j2",
+    write_page(
+        study.dir,
         title=f"Scaling of {options.config}",
         lines=lines,
-        figures=figures_of(points, study.scaling),
-        errors=ERRORS,
+        drawn=figures_of(points, study.scaling),
         command=shlex.join(["sftmix", "scale", options.config, *options.overrides]),
     )
-    write_text(study.dir / "index.html", page)
     print("\n".join([*lines, "", *ERRORS, f"page: {study.dir / 'index.html'}"]))
 
 
@@ -136,6 +133,7 @@ def points_of(study: ScaleStudy) -> list[Point]:
     for name in study.configs:
         for layout, overrides in study.layouts.items():
             config = load_config(name, overrides)
+            steps = {gpus: step_of(config, gpus) for gpus in counts}
             for interconnect in study.interconnect:
                 hardware = find(
                     study.gpu, interconnect=interconnect, gpus_per_node=study.gpus_per_node
@@ -143,7 +141,7 @@ def points_of(study: ScaleStudy) -> list[Point]:
                 first: float | None = None
                 for gpus in counts:
                     busy, load, micro_batches = share_of(study, gpus)
-                    step = step_of(config, gpus)
+                    step = steps[gpus]
                     seconds = seconds_of(step.work(load, micro_batches), hardware)
                     memory = memory_of(
                         config,

@@ -9,12 +9,27 @@ from functools import cached_property
 from typing import Any
 
 from sftmix.config.deepspeed_json import offload_of
-from sftmix.config.schema import Config
+from sftmix.config.schema import Config, ModelConfig
 from sftmix.errors import counted
 from sftmix.storage.checkpoints import ADAM_BYTES
 from sftmix.train.plan import num_reference_checkpoints
 
 SUM_BYTES = 4  # float32 sum of its gradients
+
+
+def with_vocabulary(config: Config, model: ModelConfig) -> ModelConfig:
+    """Returns the model with a size of its vocabulary, which an architecture may leave to the
+    tokenizer."""
+    given = model.architecture
+    if given is None or "vocab_size" in given:
+        return model
+    if config.tokenizer.train is not None:
+        size = config.tokenizer.train.vocab_size
+    else:
+        from sftmix.data.tokenizer import load_tokenizer
+
+        size = len(load_tokenizer(config))
+    return model.model_copy(update={"architecture": {**given, "vocab_size": size}})
 
 
 @dataclass(frozen=True)
@@ -27,21 +42,10 @@ class Need:
 
     @cached_property
     def _empty_target(self) -> Any:
-        """The target on the meta device. An architecture may leave the size of its vocabulary to
-        the tokenizer."""
+        """The target on the meta device."""
         from sftmix.engine.loading import empty_model, hf_config
 
-        model, tokenizer = self.config.model, self.config.tokenizer
-        if model.architecture is not None and "vocab_size" not in model.architecture:
-            if tokenizer.train is not None:
-                size = tokenizer.train.vocab_size
-            else:
-                from sftmix.data.tokenizer import load_tokenizer
-
-                size = len(load_tokenizer(self.config))
-            model = model.model_copy(
-                update={"architecture": {**model.architecture, "vocab_size": size}}
-            )
+        model = with_vocabulary(self.config, self.config.model)
         return empty_model(model, hf_config(model))
 
     @cached_property

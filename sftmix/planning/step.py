@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from sftmix.engine.counting import (
     ACTIVATIONS,
+    PHASES,
     ROWS,
     SQUARES,
     TEMPORARIES,
@@ -20,11 +21,10 @@ from sftmix.engine.counting import (
     Collective,
     Counted,
     Product,
+    workspace_rows,
 )
-from sftmix.kernels.chunked_linear_mixup import balanced_chunks
 from sftmix.planning.traces import Trace
 
-PHASES = ("forward", "head", "backward", "optimiser")
 SHARDED = ("master weights", "moments")  # from ZeRO stage 1 on
 SUB_GROUP_BYTES = 4_000_000_000  # the part of the gradients that ZeRO-3 steps at once, in float32
 
@@ -39,7 +39,7 @@ class Load(NamedTuple):
 
 @dataclass
 class Work:
-    """What a rank does in a phase. products: FLOPs by (kind, m, n, k, itemsize of one of them)."""
+    """What a rank does in a phase. products: how often each is computed."""
 
     products: dict[Product, float] = field(default_factory=lambda: defaultdict(float))
     moved: float = 0.0
@@ -175,6 +175,5 @@ class Step:
             return min(whole, SUB_GROUP_BYTES) if size > 2**20 else size
         return size
 
-    def _workspace(self, responses: float) -> float:
-        chunks = balanced_chunks(max(1, round(responses)), self.trace.vocab_size, 2)
-        return float(max(stop - start for start, stop in chunks))
+    def _workspace(self, responses: float) -> int:
+        return workspace_rows(max(1, round(responses)), self.trace.vocab_size, 2)

@@ -33,10 +33,6 @@ class Seconds:
         mine, others = vars(self).values(), vars(other).values()
         return Seconds(*(a + b for a, b in zip(mine, others, strict=True)))
 
-    def times(self, factor: float) -> Seconds:
-        """Returns all of it so many times."""
-        return Seconds(*(factor * value for value in vars(self).values()))
-
 
 def seconds_of(work: dict[str, Work], hardware: Hardware) -> Seconds:
     """Returns the seconds of a step. work: by phase."""
@@ -93,13 +89,20 @@ def collective_seconds(
     ranks = kind.size
     if ranks <= 1:
         return calls * hardware.call_seconds
-    nodes = max(1, -(-ranks // hardware.gpus_per_node))
-    within = min(ranks, hardware.gpus_per_node)
-    passes = _passes(kind)
-    over_links = num_bytes * (within - 1) / within / hardware.link if within > 1 else 0.0
-    over_network = num_bytes * (nodes - 1) / nodes / hardware.network if nodes > 1 else 0.0
+    within, between = _shares(kind, hardware)
+    nodes = -(-ranks // hardware.gpus_per_node)
     latency = hardware.call_seconds + (nodes - 1) * hardware.node_seconds
-    return passes * max(over_links, over_network) + calls * latency
+    sending = max(num_bytes * within / hardware.link, num_bytes * between / hardware.network)
+    return sending + calls * latency
+
+
+def _shares(kind: Collective, hardware: Hardware) -> tuple[float, float]:
+    """Returns the bytes that a GPU sends within its node, and that a node sends, over those of the
+    whole tensor."""
+    nodes = max(1, -(-kind.size // hardware.gpus_per_node))
+    inside = max(1, min(kind.size, hardware.gpus_per_node))
+    passes = _passes(kind)
+    return passes * (inside - 1) / inside, passes * (nodes - 1) / nodes
 
 
 def _passes(kind: Collective) -> float:
@@ -118,9 +121,7 @@ def network_bytes(work: dict[str, Work], hardware: Hardware) -> tuple[float, flo
     within = between = 0.0
     for phase in work.values():
         for kind, num_bytes in phase.sent.items():
-            passes = _passes(kind)
-            nodes = max(1, -(-kind.size // hardware.gpus_per_node))
-            inside = min(kind.size, hardware.gpus_per_node)
-            within += passes * num_bytes * (inside - 1) / max(1, inside)
-            between += passes * num_bytes * (nodes - 1) / nodes
+            inside, outside = _shares(kind, hardware)
+            within += num_bytes * inside
+            between += num_bytes * outside
     return within, between

@@ -15,7 +15,7 @@ from sftmix.batches.collate import MicroBatch
 from sftmix.batches.cut import StepCounts
 from sftmix.config.schema import Config
 from sftmix.engine import loading
-from sftmix.engine.fake_world import join_fake_world, trace, without_contents
+from sftmix.engine.fake_world import Trace, join_fake_world, trace, without_contents
 
 DOCUMENTS = 2  # one pair
 RESPONSE_SHARE = 0.5
@@ -40,21 +40,21 @@ def _trace(request: dict[str, Any]) -> None:
     batch, counts, shape = equal_pair(request["max_tokens"], settings)
     ranks = join_fake_world(request["world_size"])
     with without_contents(settings):
-        found = trace(config, ranks, batch, counts, has_two=True)
-    assert found.two is not None, "it was asked for"
+        found = trace(config, ranks, batch, counts)
     print()
-    print(
-        json.dumps(
-            {
-                **shape,
-                "world_size": request["world_size"],
-                "num_parameters": found.num_parameters,
-                "num_trained_parameters": found.num_trained_parameters,
-                "one": found.one.as_json(),
-                "two": found.two.as_json(),
-            }
-        )
-    )
+    print(json.dumps(as_json(found, shape, request["world_size"])))
+
+
+def as_json(found: Trace, shape: dict[str, int], world_size: int) -> dict[str, Any]:
+    """Returns what `traces.Trace` reads. shape: of `equal_pair`."""
+    return {
+        **shape,
+        "world_size": world_size,
+        "num_parameters": found.num_parameters,
+        "num_trained_parameters": found.num_trained_parameters,
+        "one": found.one.as_json(),
+        "two": found.two.as_json(),
+    }
 
 
 def equal_pair(max_tokens: int, settings: Any) -> tuple[MicroBatch, StepCounts, dict[str, int]]:
@@ -70,7 +70,7 @@ def equal_pair(max_tokens: int, settings: Any) -> tuple[MicroBatch, StepCounts, 
         "documents": DOCUMENTS,
         "vocab_size": settings.get_text_config().vocab_size,
     }
-    return _pair(length, response), StepCounts(DOCUMENTS * response, response), shape
+    return pair_of(length, response), StepCounts(DOCUMENTS * response, response), shape
 
 
 def _cut_layers(settings: Any, depth: int) -> None:
@@ -99,7 +99,7 @@ def _prime_below(number: int, sizes: set[int]) -> int:
     return number
 
 
-def _pair(length: int, response: int) -> MicroBatch:
+def pair_of(length: int, response: int) -> MicroBatch:
     """Returns a packed pair of examples of `length` tokens, the last `response` of them trained."""
     ids = torch.zeros(DOCUMENTS, length, dtype=torch.int64)
     place = torch.arange(response) + length - response - 1

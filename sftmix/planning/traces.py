@@ -6,6 +6,7 @@ other micro-batches and larger worlds.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -128,8 +129,7 @@ def _deeper(first: Trace, second: Trace, times: float) -> Trace:
 
 def _request(config: Config, world_size: int, max_tokens: int, depth: int | None) -> dict[str, Any]:
     given = config.model_dump(mode="json")
-    # tokens are not read
-    given["tokenizer"] = {"path": "none"}
+    given["tokenizer"] = {"path": "none"}  # it is not read
     settings = read_deepspeed_json(config.engine.deepspeed) if config.engine.deepspeed else {}
     zero = settings.get("zero_optimization", {})
     # DeepSpeed's CPU Adam wants a compiler; what offloading changes is added by formula.
@@ -147,7 +147,6 @@ def _request(config: Config, world_size: int, max_tokens: int, depth: int | None
         **content,
         "config": {name: content["config"][name] for name in kept},
         "mixup": [config.mixup.weight > 0, config.mixup.site],
-        "deepspeed": settings,
         "versions": versions(),
         "code": _code_fingerprint(),
     }
@@ -156,6 +155,7 @@ def _request(config: Config, world_size: int, max_tokens: int, depth: int | None
     return {**content, "key": fingerprint(key)}
 
 
+@functools.cache
 def _code_fingerprint() -> str:
     """Returns a digest of the code that decides what a trace holds."""
     here = Path(__file__).parents[1]

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sftmix.batches.balance import SAMPLED_STEPS
-from sftmix.batches.cut import cut_step
+from sftmix.batches.balance import SAMPLED_STEPS, cut_and_weigh
 from sftmix.batches.examples import TokenisedExamples
 from sftmix.config.schema import Config, TrainConfig
 from sftmix.pairing.matching import Matching, singles
@@ -102,9 +101,8 @@ def workload(
     sampled = min(SAMPLED_STEPS, matching.num_steps(train.batch_size))
     for step in range(sampled):
         plan = matching.units(0, *matching.step(step, train.batch_size))
-        ranks = cut_step(
+        ranks, balance = cut_and_weigh(
             plan,
-            np.arange(len(plan.units)),
             data.num_tokens,
             micro_batch_tokens=train.micro_batch_tokens,
             num_ranks=num_ranks,
@@ -120,7 +118,7 @@ def workload(
         real += sum(load.tokens for one in each for load in one)
         squares += sum(load.squares for one in each for load in one)
         responses += sum(load.responses for one in each for load in one)
-        useful += sum(costs) / (num_ranks * max(costs))
+        useful += balance.useful_share(num_ranks)
         idle.append(sum(cost == 0 for cost in costs))
     steps_of_epoch = max(1, -(-data.num_examples // train.batch_size))
     return Workload(
