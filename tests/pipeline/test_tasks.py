@@ -308,8 +308,9 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(run, tmp_path, tasks):
 
 
 def answers_in(cache):
+    """Count the answers kept. Not read-only: a killed writer leaves a journal to roll back."""
     try:
-        with closing(sqlite3.connect(f"file:{cache}?mode=ro", uri=True)) as database:
+        with closing(sqlite3.connect(f"file:{cache}?mode=rw", uri=True)) as database:
             return database.execute("select count(*) from unnamed").fetchone()[0]
     except sqlite3.OperationalError:  # not made yet, or being written
         return 0
