@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -35,11 +35,13 @@ MAX_STEPS = 8  # ZeRO-3 learns the order of the modules in the first ones
 
 @dataclass(frozen=True)
 class Trace:
-    """What an optimiser step of one rank does, once it does the same as the step before. one: a
-    step of one micro-batch. two: of two."""
+    """What an optimiser step of one rank does, once it does the same as the step before. packs:
+    whether the engine packs the examples, or pads them. one: a step of one micro-batch. two: of
+    two."""
 
     num_parameters: int
     num_trained_parameters: int
+    packs: bool
     one: Counted
     two: Counted
 
@@ -75,9 +77,9 @@ def _probe(model: Any, device: torch.device, *, packs: bool = False) -> LogitTra
 
 
 def _with_contents(function: Any) -> Any:
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **options: Any) -> Any:
         with _disable_current_modes():
-            return function(*args)
+            return function(*args, **options)
 
     return call
 
@@ -173,12 +175,14 @@ def without_contents(settings: Any = None) -> Iterator[None]:
 
 def trace(config: Config, ranks: Ranks, batch: MicroBatch, counts: StepCounts) -> Trace:
     """Returns what a step of SFTMix does on this rank, of one micro-batch and of the same one
-    twice. ranks: of `join_fake_world`, within `without_contents`; or real ones.
+    twice. ranks: of `join_fake_world`, within `without_contents`; or real ones. batch: equal
+    examples, not packed; the engine decides that.
     Raises RuntimeError if no step does the same as the one before."""
     seen = Counting(*divisors(batch))
     objective = Objective(mixup_weight=config.mixup.weight, next_token=config.objective)
     with seen, on_fetch(seen.note_hook):
         engine = Engine(config, config.model, ranks, None, train=config.train, timer=_Phases(seen))
+        batch = _with_contents(laid_out)(batch, packs=engine.packs)
 
         def step(num_micro_batches: int) -> Counted:
             seen.start_again()
@@ -197,9 +201,19 @@ def trace(config: Config, ranks: Ranks, batch: MicroBatch, counts: StepCounts) -
         else:
             raise RuntimeError(f"after {MAX_STEPS} steps no two of them are alike")
         two = step(2)
-    found = Trace(engine.num_parameters, engine.num_trained_parameters, one, two)
+    found = Trace(engine.num_parameters, engine.num_trained_parameters, engine.packs, one, two)
     engine.close()
     return found
+
+
+def laid_out(batch: MicroBatch, *, packs: bool) -> MicroBatch:
+    """Returns the examples packed, or padded: without a token that is padding, transformers drops
+    the mask."""
+    if packs:
+        return batch.packed()
+    mask = batch.attention_mask.clone()
+    mask[-1, 0] = 0
+    return replace(batch, attention_mask=mask)
 
 
 def divisors(batch: MicroBatch) -> tuple[int, int]:

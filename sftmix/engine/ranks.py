@@ -202,9 +202,17 @@ def should_shard(weight_bytes: int, ranks: Ranks) -> bool:
     if ranks.world_size == 1:
         return False
     if ranks.device.type == "cuda":
-        return weight_bytes > torch.cuda.get_device_properties(ranks.device).total_memory / 2
+        return is_too_large(
+            weight_bytes, torch.cuda.get_device_properties(ranks.device).total_memory
+        )
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
-    return weight_bytes * local_ranks > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_ranks
+    return is_too_large(weight_bytes, memory)
+
+
+def is_too_large(weight_bytes: float, memory: float) -> bool:
+    """Returns whether weights leave too little of a rank's memory (bytes) to activations."""
+    return weight_bytes > memory / 2
 
 
 def has_gpu() -> bool:

@@ -59,7 +59,8 @@ def plan_run(options: argparse.Namespace) -> int:
         write_text(options.to / "plan.json", json.dumps(content, indent=1) + "\n")
         title, drawn = f"Plan of {options.config}", figures.of_plans(plans)
         write_page(options.to, title=title, lines=lines, drawn=drawn, command=command)
-        print(f"page: {options.to / 'index.html'}")
+        if not options.json:
+            print(f"page: {options.to / 'index.html'}")
     return 0 if any(plan.fits for plan in plans) else 1
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from sftmix.config.deepspeed_json import offload_of
+from sftmix.config.deepspeed_json import offload_of, zero_section
 from sftmix.config.schema import Config, ModelConfig, TrainConfig
 from sftmix.engine.counting import ACTIVATIONS, GATHERED, ROWS, SQUARES, TEMPORARIES, WORKSPACE
+from sftmix.engine.ranks import is_too_large
 from sftmix.planning.hardware import Hardware
 from sftmix.planning.states import Need, with_vocabulary
 from sftmix.planning.step import Load, Step, Work
@@ -153,7 +154,7 @@ def step_of(config: Config, num_ranks: int) -> Step:
     """Returns the training step of a config's target. Raises as `make_plan`."""
     config = _offline(config)
     trace = trace_of(config, world_size=traced_world(config, num_ranks), max_tokens=TRACED_TOKENS)
-    return Step(trace, num_ranks, config.engine.zero_stage)
+    return Step(trace, num_ranks, config.engine.zero_stage, zero_section(config))
 
 
 def heaviest(config: Config, data: Data, num_ranks: int) -> Load:
@@ -206,6 +207,7 @@ def _workload(
         train,
         num_ranks=step.num_ranks,
         paired=paired,
+        packs=step.trace.packs,
         square_share=step.square_share,
         seed=config.run.seed,
     )
@@ -298,8 +300,10 @@ def _scoring(
         ),
     }
     wanted = config.confidence.sharding
-    weight_bytes = 2 * step.trace.num_parameters
-    is_sharded = wanted == "zero3" or (wanted == "auto" and weight_bytes > 0.6 * hardware.memory)
+    weight_bytes = step.trace.num_parameters * (4 if hardware.is_synchronous else 2)
+    is_sharded = num_ranks > 1 and (
+        wanted == "zero3" or (wanted == "auto" and is_too_large(weight_bytes, hardware.memory))
+    )
     if not is_sharded:
         forward["forward"].calls.clear()
         forward["forward"].sent.clear()

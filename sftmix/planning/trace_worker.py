@@ -52,6 +52,7 @@ def as_json(found: Trace, shape: dict[str, int], world_size: int) -> dict[str, A
         "world_size": world_size,
         "num_parameters": found.num_parameters,
         "num_trained_parameters": found.num_trained_parameters,
+        "packs": found.packs,
         "one": found.one.as_json(),
         "two": found.two.as_json(),
     }
@@ -100,7 +101,7 @@ def _prime_below(number: int, sizes: set[int]) -> int:
 
 
 def pair_of(length: int, response: int) -> MicroBatch:
-    """Returns a packed pair of examples of `length` tokens, the last `response` of them trained."""
+    """Returns a pair of examples of `length` tokens, the last `response` of them trained."""
     ids = torch.zeros(DOCUMENTS, length, dtype=torch.int64)
     place = torch.arange(response) + length - response - 1
     first = torch.arange(response)
@@ -114,7 +115,7 @@ def pair_of(length: int, response: int) -> MicroBatch:
         pairs=torch.stack([first, first + response], dim=1),
         lam=torch.full((response,), 0.5),
         indices=tuple(range(DOCUMENTS)),
-    ).packed()
+    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ SHALLOW = (24, 32)
 @dataclass(frozen=True)
 class Trace:
     """What a step does. tokens, responses: of its micro-batch, of `documents` equal documents.
-    one, two: a step of one micro-batch, and of two."""
+    packs: not padded. one, two: a step of one micro-batch, and of two."""
 
     world_size: int
     tokens: int
@@ -40,6 +40,7 @@ class Trace:
     documents: int
     num_parameters: int
     num_trained_parameters: int
+    packs: bool
     vocab_size: int
     one: Counted
     two: Counted
@@ -132,8 +133,10 @@ def _request(config: Config, world_size: int, max_tokens: int, depth: int | None
     given["tokenizer"] = {"path": "none"}  # it is not read
     settings = read_deepspeed_json(config.engine.deepspeed) if config.engine.deepspeed else {}
     zero = settings.get("zero_optimization", {})
-    # DeepSpeed's CPU Adam wants a compiler; what offloading changes is added by formula.
-    kept_keys = {key: value for key, value in zero.items() if not key.startswith("offload_")}
+    # DeepSpeed's CPU Adam wants a compiler, and its quantisation a GPU; what offloading and ZeRO++
+    # change is added by formula.
+    left_out = ("offload_", "zero_quantized_")
+    kept_keys = {key: value for key, value in zero.items() if not key.startswith(left_out)}
     settings = {**settings, "zero_optimization": kept_keys} if zero else settings
     content: dict[str, Any] = {
         "config": given,
@@ -147,6 +150,7 @@ def _request(config: Config, world_size: int, max_tokens: int, depth: int | None
         **content,
         "config": {name: content["config"][name] for name in kept},
         "mixup": [config.mixup.weight > 0, config.mixup.site],
+        "clips": config.train.max_grad_norm,
         "versions": versions(),
         "code": _code_fingerprint(),
     }

@@ -84,9 +84,17 @@ class Workload:
 
 
 def workload(
-    data: Data, train: TrainConfig, *, num_ranks: int, paired: bool, square_share: float, seed: int
+    data: Data,
+    train: TrainConfig,
+    *,
+    num_ranks: int,
+    paired: bool,
+    packs: bool,
+    square_share: float,
+    seed: int,
 ) -> Workload:
-    """Returns the micro-batches of a training. paired: units are pairs, which stay on a rank."""
+    """Returns the micro-batches of a training. paired: units are pairs, which stay on a rank.
+    packs: not padded."""
     count = len(data.num_tokens)
     if paired:
         order = np.random.default_rng(seed).permutation(count)
@@ -106,18 +114,19 @@ def workload(
             data.num_tokens,
             micro_batch_tokens=train.micro_batch_tokens,
             num_ranks=num_ranks,
-            packs=True,
+            packs=packs,
             square_share=square_share,
         )
-        each = [[_load(data, plan.units[piece]) for piece in pieces] for pieces in ranks]
+        each = [[_load(data, plan.units[piece], packs=packs) for piece in p] for p in ranks]
+        examples = [_load(data, plan.units[piece], packs=True) for p in ranks for piece in p]
         costs = [sum(load.tokens + square_share * load.squares for load in one) for one in each]
         slowest = each[int(np.argmax(costs))]
         loads += slowest
         largest = max([largest, *(load for one in each for load in one)])
         numbers += len(slowest)
-        real += sum(load.tokens for one in each for load in one)
-        squares += sum(load.squares for one in each for load in one)
-        responses += sum(load.responses for one in each for load in one)
+        real += sum(load.tokens for load in examples)
+        squares += sum(load.squares for load in examples)
+        responses += sum(load.responses for load in examples)
         useful += balance.useful_share(num_ranks)
         idle.append(sum(cost == 0 for cost in costs))
     steps_of_epoch = max(1, -(-data.num_examples // train.batch_size))
@@ -134,10 +143,12 @@ def workload(
     )
 
 
-def _load(data: Data, members: Lengths) -> Load:
-    """Returns the load of these units."""
+def _load(data: Data, members: Lengths, *, packs: bool) -> Load:
+    """Returns the load of these units in a micro-batch."""
     chosen = members[members >= 0]
     lengths = data.num_tokens[chosen].astype(np.float64)
+    if not packs:
+        lengths = np.full_like(lengths, lengths.max(initial=0.0))
     return Load(
         float(lengths.sum()), float(data.num_responses[chosen].sum()), float((lengths**2).sum())
     )
