@@ -30,19 +30,29 @@ from sftmix.planning.timing import sent_share
 
 LIMIT_SECONDS = 1800.0
 VOCABULARY = 2000
-# hidden size, layers, tokens of a micro-batch
-MODELS = ((128, 3, 300), (128, 6, 1000), (256, 3, 1000), (384, 2, 500), (320, 4, 2000), (64, 8, 60))
+# family, hidden size, layers, tokens of a micro-batch: products, attention, memory, calls and bytes
+# sent must not grow together, and families differ in their operations
+MODELS = (
+    ("llama", 128, 3, 300),
+    ("llama", 128, 5, 1000),
+    ("llama", 256, 3, 800),
+    ("llama", 384, 2, 400),
+    ("llama", 128, 2, 2000),
+    ("llama", 64, 8, 60),
+    ("gemma2", 160, 3, 700),
+    ("gpt2", 256, 2, 500),
+)
 SMALL_BUCKETS = {"reduce_bucket_size": 200_000, "stage3_prefetch_bucket_size": 200_000}
 NO_RATE = 1e-15  # seconds per unit of what took no time that could be told apart
 
 
 def small_config(
-    hidden_size: int, layers: int, *, stage: int, precision: str = "fp32"
+    family: str, hidden_size: int, layers: int, *, stage: int, precision: str = "fp32"
 ) -> dict[str, Any]:
-    """Returns the config of a small llama."""
+    """Returns the config of a small model. family: a model type of transformers."""
     heads = max(2, hidden_size // 64)
     architecture = {
-        "model_type": "llama",
+        "model_type": family,
         "vocab_size": VOCABULARY,
         "hidden_size": hidden_size,
         "intermediate_size": 3 * hidden_size,
@@ -51,6 +61,18 @@ def small_config(
         "num_key_value_heads": heads // 2 if heads % 2 == 0 else heads,
         "max_position_embeddings": 8192,
     }
+    if family == "gpt2":
+        architecture = {
+            "model_type": family,
+            "vocab_size": VOCABULARY,
+            "n_embd": hidden_size,
+            "n_layer": layers,
+            "n_head": heads,
+            "n_positions": 8192,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        }
+    elif family == "gemma2":
+        architecture |= {"head_dim": hidden_size // heads}
     return {
         "run": {"dir": "none"},
         "model": {"architecture": architecture},
@@ -88,20 +110,31 @@ def measured_steps(
         return found
 
 
+def requests_of(folder: Path, stages: Sequence[int] = (3, 1)) -> list[dict[str, Any]]:
+    """Returns the small steps behind the rates. folder: for a file that they read."""
+    file = folder / "small_buckets.json"
+    settings = {"zero_optimization": {"stage": 3, **SMALL_BUCKETS}}
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    found = []
+    for stage in stages:
+        for number, (family, hidden, layers, tokens) in enumerate(MODELS):
+            config = small_config(family, hidden, layers, stage=stage)
+            if stage == 3 and number % 2:  # so that calls and models do not grow together
+                config["engine"]["deepspeed"] = str(file)
+            found.append({"config": config, "max_tokens": tokens})
+    return found
+
+
+def threads_of(num_ranks: int) -> int:
+    """Returns the threads of each of so many ranks on this machine."""
+    return max(1, (os.cpu_count() or 1) // num_ranks)
+
+
 def calibrate(*, num_ranks: int, stages: Sequence[int] = (3, 1)) -> tuple[Hardware, dict[str, Any]]:
     """Returns this machine's rates for `num_ranks` ranks on its CPU, and the steps behind them."""
-    threads = max(1, (os.cpu_count() or 1) // num_ranks)
-    requests = []
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump({"zero_optimization": {"stage": 3, **SMALL_BUCKETS}}, file)
-        file.flush()
-        for stage in stages:
-            for number, (hidden, layers, tokens) in enumerate(MODELS):
-                config = small_config(hidden, layers, stage=stage)
-                if stage == 3 and number % 2:  # so that calls and models do not grow together
-                    config["engine"]["deepspeed"] = file.name
-                requests.append({"config": config, "max_tokens": tokens})
-        steps = measured_steps(requests, num_ranks=num_ranks, threads=threads)
+    with tempfile.TemporaryDirectory() as folder:
+        requests = requests_of(Path(folder), stages)
+        steps = measured_steps(requests, num_ranks=num_ranks, threads=threads_of(num_ranks))
     return fit(steps, num_ranks=num_ranks), {"steps": [_short(step) for step in steps]}
 
 
@@ -147,7 +180,7 @@ def fit(steps: Sequence[Mapping[str, Any]], *, num_ranks: int) -> Hardware:
             rows.append(amounts(Counted.from_json(step[name])))
             seconds.append(statistics.median(step["seconds"][name]))
     table, target = np.array(rows), np.array(seconds)
-    product = 1 / statistics.median([step["product_flops"] for step in steps])
+    product = 1 / statistics.median(rate for step in steps for rate in step["product_flops"])
     others, left = table[:, 1:], 1 - table[:, 0] * product / target
     scale = np.maximum(others.max(axis=0), 1.0)
     found = nnls(others / scale / target[:, None], left)[0] / scale
@@ -169,6 +202,7 @@ def fit(steps: Sequence[Mapping[str, Any]], *, num_ranks: int) -> Hardware:
         call_seconds=call,
         node_seconds=0.0,
         gpus_per_node=num_ranks,
+        sustained=1.0,
         is_synchronous=True,
         source=f"measured: {len(steps)} small models, {len(target)} steps",
     )

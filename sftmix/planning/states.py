@@ -1,16 +1,19 @@
 """What a config's model needs by formula, without a trace: states of a rank, bytes on disk and
-through the network. Lower bounds without activations, and an independent check of the traced
-states."""
+through the network; and what the machine has for it. Lower bounds without activations, and an
+independent check of the traced states."""
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from sftmix.config.deepspeed_json import offload_of
 from sftmix.config.schema import Config, ModelConfig
-from sftmix.errors import counted
+from sftmix.errors import counted, gib
 from sftmix.storage.checkpoints import ADAM_BYTES
 from sftmix.train.plan import num_reference_checkpoints
 
@@ -174,3 +177,44 @@ class Need:
             }
         reductions = self.num_micro_batches if self.config.engine.zero_stage == 2 else 1
         return {"gather": trained, "reduce": trained * reductions}
+
+
+def why_too_large(need: Need, *, gpu_bytes: int | None, machine: int) -> str | None:
+    """Returns why the states alone are too large; None if they are not. gpu_bytes: of the smallest
+    GPU here; None without one. machine: bytes of this machine's memory."""
+    ranks = counted(need.num_ranks, "rank")
+    if gpu_bytes is not None and need.gpu_bytes > gpu_bytes:
+        return (
+            f"each of {ranks} keeps {gib(need.gpu_bytes)} of weights, gradients and optimiser"
+            f" states, without activations, and a GPU here has {gib(gpu_bytes)}"
+        )
+    needed = need.host_bytes(has_gpu=gpu_bytes is not None)
+    if needed > machine:
+        return (
+            f"the model ({need.described}) needs {gib(needed)} of this machine's memory for"
+            f" {ranks}, without activations, and it has {gib(machine)}"
+        )
+    return None
+
+
+def machine_bytes() -> tuple[int, int]:
+    """Returns (limit, available): of the machine, or of the container if that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = total
+    with suppress(OSError, ValueError, IndexError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
+        )
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):
+            most = int((Path("/sys/fs/cgroup") / limit).read_text())
+            if most < total:
+                total, available = (
+                    most,
+                    min(available, most - int((Path("/sys/fs/cgroup") / used).read_text())),
+                )
+    return total, available

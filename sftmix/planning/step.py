@@ -8,6 +8,7 @@ shrink: ZeRO-3 sends the same bytes whatever their number.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,6 +27,12 @@ from sftmix.engine.counting import (
 from sftmix.planning.traces import Trace
 
 SHARDED = ("master weights", "moments")  # from ZeRO stage 1 on
+# ZeRO++ sends weights in 8 bits and gradients in 4 instead of 16 (arXiv 2306.10209, sections 3.1
+# and 3.3); the scales of the blocks are not counted.
+QUANTISED = {
+    "zero_quantized_weights": ("allgather", 1 / 2),
+    "zero_quantized_gradients": ("reduce_scatter", 1 / 4),
+}
 SUB_GROUP_BYTES = 4_000_000_000  # the part of the gradients that ZeRO-3 steps at once, in float32
 
 
@@ -61,11 +68,13 @@ def flops_of(product: Product) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of `num_ranks` ranks. stage: of ZeRO."""
+    """A step of `num_ranks` ranks. stage: of ZeRO. zero: `zero_optimization` of the DeepSpeed
+    JSON."""
 
     trace: Trace
     num_ranks: int
     stage: int
+    zero: Mapping[str, object] = field(default_factory=dict)
 
     def work(self, load: Load, num_micro_batches: float) -> dict[str, Work]:
         """Returns what a rank does by phase, for so many micro-batches like `load`."""
@@ -111,9 +120,19 @@ class Step:
                 # of a group smaller than the world, the size stays
                 ranks = self.num_ranks if kind.size == trace.world_size else kind.size
                 phase = kind.phase if kind.phase in found else "optimiser"
+                share = self._sent_share(kind) if name == "sent" else 1.0
                 getattr(found[phase], name)[Collective(phase, kind.operation, ranks)] += (
-                    times * count
+                    times * count * share
                 )
+
+    def _sent_share(self, kind: Collective) -> float:
+        """Returns what ZeRO++ leaves of the bytes of a collective."""
+        share = 1.0
+        for key, (operation, left) in QUANTISED.items():
+            is_quantised = kind.phase != "optimiser" and operation in kind.operation
+            if self.zero.get(key) and is_quantised:
+                share *= left
+        return share
 
     @property
     def _shard(self) -> float:

@@ -47,7 +47,7 @@ def _of_phase(work: Work, hardware: Hardware, rate: float) -> Seconds:
     computing = sum(
         count * product_seconds(product, hardware) for product, count in work.products.items()
     )
-    computing += work.moved / rate
+    computing = (computing + work.moved / rate) / hardware.sustained
     hosting = work.operations * hardware.operation_seconds + work.hooks * hardware.hook_seconds
     sending = sum(
         collective_seconds(kind, count, work.sent[kind], hardware)

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from planned import config_of
 from processes import ROOT
 
 from sftmix.cli import main
@@ -17,51 +18,12 @@ from sftmix.planning.command import gpu_counts
 from sftmix.planning.errors_measured import ERRORS
 from sftmix.planning.hardware import as_json, find, gpu
 from sftmix.planning.plan import make_plan
-from sftmix.planning.scaling import load_scale_study
 from sftmix.planning.states import Need
 from sftmix.planning.step import Load, Step
 from sftmix.planning.timing import collective_seconds, product_seconds, seconds_of
 from sftmix.planning.workload import Data, data_of, workload
 
 pytestmark = pytest.mark.recipe  # traces are processes of their own
-SIZES = {
-    "model_type": "llama",
-    "vocab_size": 1003,
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 16384,
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def zero(tmp_path_factory):
-    """A DeepSpeed JSON whose buckets do not hide a small model."""
-    path = tmp_path_factory.mktemp("zero") / "zero.json"
-    section = {"stage": 3, "reduce_bucket_size": 50_000, "stage3_prefetch_bucket_size": 50_000}
-    path.write_text(json.dumps({"zero_optimization": section}))
-    return path
-
-
-def config_of(zero, *overrides, layers=2):
-    architecture = json.dumps({**SIZES, "num_hidden_layers": layers})
-    return load_config(
-        "quickstart",
-        [
-            f"model.architecture={architecture}",
-            "engine.precision=bf16",
-            f"engine.deepspeed={zero}",
-            *overrides,
-        ],
-    )
 
 
 def states(step):
@@ -237,12 +199,28 @@ def train_of(**update):
 def test_a_workload_counts_what_ranks_do():
     """64 equal examples, 16 a step, pairs of 200 tokens: on 4 ranks 2 pairs each, 400 tokens."""
     train = train_of(batch_size=16, micro_batch_tokens=400, epochs=3)
-    found = workload(equal_data(), train, num_ranks=4, paired=True, square_share=0.0, seed=0)
+    settings = {"paired": True, "packs": True, "square_share": 0.0, "seed": 0}
+    found = workload(equal_data(), train, num_ranks=4, **settings)
     assert (found.num_steps, found.num_micro_batches, found.idle_ranks) == (12, 1, 0)
     assert found.load == Load(400, 200, 4 * 100**2) and found.real_tokens == 1600
     assert found.useful_share == 1
-    crowded = workload(equal_data(), train, num_ranks=16, paired=True, square_share=0.0, seed=0)
+    crowded = workload(equal_data(), train, num_ranks=16, **settings)
     assert crowded.idle_ranks == 8 and crowded.useful_share == 0.5
+
+
+def test_a_padded_workload_counts_the_padding():
+    """One micro-batch of 64 examples, half of 50 tokens and half of 150."""
+    lengths = np.repeat([50, 150], 32)
+    data = Data(lengths, lengths // 2, 64, "given")
+    train = train_of(batch_size=64, micro_batch_tokens=10**6)
+    settings = {"num_ranks": 1, "paired": True, "square_share": 0.0, "seed": 0}
+    packed = workload(data, train, packs=True, **settings)
+    padded = workload(data, train, packs=False, **settings)
+    assert packed.load == Load(6400, 3200, 32 * (50**2 + 150**2)) and packed.useful_share == 1
+    assert padded.load == Load(64 * 150, 3200, 64 * 150**2)
+    assert padded.useful_share == pytest.approx(2 / 3)
+    for name in ("real_tokens", "real_squares", "responses"):
+        assert getattr(padded, name) == getattr(packed, name)
 
 
 def test_lengths_that_are_assumed_are_said(tmp_path):
@@ -361,43 +339,3 @@ def test_the_stated_errors_are_those_of_the_benchmark(monkeypatch):
     assert "\n".join(planner_published.table(published)) in page
     found = published["summary"]
     assert f"{found['within']} of {found['of']} are within {found['target']:.0%}" in page
-
-
-def test_a_scaling_study_has_a_point_for_each(zero, tmp_path, capsys):
-    """Weak: all ranks work, and ZeRO-3 sends the same, so a slower network is slower from two nodes
-    on. Strong: ranks beyond the pairs of a step are idle."""
-    architecture = json.dumps({**SIZES, "num_hidden_layers": 2})
-    overrides = [f"model.architecture={architecture}", "engine.precision=bf16"]
-    overrides += [f"engine.deepspeed={zero}"]
-    scale = {
-        "dir": str(tmp_path / "weak"),
-        "configs": ["quickstart"],
-        "layouts": {"small": overrides},
-        "gpus": "4,...,32",
-        "interconnect": [0.01, 1000],
-    }
-    (tmp_path / "weak.yaml").write_text(json.dumps({"scale": scale}))
-    assert main(["scale", str(tmp_path / "weak.yaml")]) == 0
-    assert "all points are simulated" in capsys.readouterr().out
-    points = json.loads((tmp_path / "weak/points.json").read_text())["points"]
-    assert len(points) == 8 and not any(point["idle_gpus"] for point in points)
-    slow, fast = points[:4], points[4:]
-    for a, b in zip(slow, fast, strict=True):
-        assert a["seconds"] > 2 * b["seconds"] if a["gpus"] > 8 else a["seconds"] == b["seconds"]
-    rows = (tmp_path / "weak/points.csv").read_text().splitlines()
-    assert len(rows) == 9 and rows[0].startswith("config,layout,interconnect,gpus")
-    scale |= {"dir": str(tmp_path / "strong"), "scaling": "strong", "tokens": 32768}
-    (tmp_path / "strong.yaml").write_text(json.dumps({"scale": scale}))
-    assert main(["scale", str(tmp_path / "strong.yaml"), "scale.interconnect=[1000]"]) == 0
-    points = json.loads((tmp_path / "strong/points.json").read_text())["points"]
-    # 32,768 tokens are 8 pairs of 4,096
-    assert [point["idle_gpus"] for point in points] == [0, 0, 8, 24]
-
-
-def test_a_scaling_study_says_what_is_wrong(tmp_path):
-    file = tmp_path / "study.yaml"
-    file.write_text("scale:\n  dir: x\n  configs: [quickstart]\n  netwrks: [1]\n")
-    assert main(["scale", str(file)]) == 2
-    file.write_text("run:\n  dir: x\n")
-    with pytest.raises(ConfigError, match="expected one section, `scale`"):
-        load_scale_study(str(file), [])
