@@ -762,9 +762,11 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         rank_log.start(config.run.dir / "logs", place.rank)
     if _is_main():
-        from sftmix.pipeline.preflight import check
+        from sftmix.pipeline.preflight import TRAIN_TARGET, check, check_memory
 
         check(config)
+        if options.command in ("run", *TRAIN_TARGET):
+            check_memory(config)
     if options.command == "inspect":
         from sftmix.data.inspect import inspect
 

@@ -78,3 +78,12 @@ class StoppedError(SftmixError):
     def __init__(self, message: str, exit_code: int = STOPPED):
         super().__init__(message, on_all_ranks=True)
         self.exit_code = exit_code
+
+
+def gib(num_bytes: float) -> str:
+    """Returns a readable size."""
+    return (
+        f"{num_bytes / 2**30:.1f} GiB"
+        if num_bytes >= 2**30 / 10
+        else f"{num_bytes / 2**20:.1f} MiB"
+    )

@@ -54,12 +54,3 @@ def count(findings: list[Finding]) -> dict[Verdict, int]:
     return {
         verdict: sum(finding.verdict == verdict for finding in findings) for verdict in VERDICTS
     }
-
-
-def gib(num_bytes: float) -> str:
-    """Returns a readable size."""
-    return (
-        f"{num_bytes / 2**30:.1f} GiB"
-        if num_bytes >= 2**30 / 10
-        else f"{num_bytes / 2**20:.1f} MiB"
-    )

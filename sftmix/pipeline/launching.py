@@ -73,6 +73,8 @@ def run(
     """
     loaded = config if isinstance(config, Config) else load_config(config, overrides)
     preflight.check(loaded)
+    if stage in (None, *preflight.TRAIN_TARGET):
+        preflight.check_memory(loaded)
     request = Request(stage, force, restart)
     mask = os.umask(0o077)  # only the user may read data and weights
     try:

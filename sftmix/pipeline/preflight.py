@@ -4,6 +4,7 @@ seconds."""
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from sftmix.storage.artifacts import MANIFEST, verify
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+TRAIN_TARGET = ("baseline", "train")  # stages
 
 
 def check(config: Config, *, has_device: bool = True) -> None:
@@ -71,6 +74,31 @@ def check(config: Config, *, has_device: bool = True) -> None:
     _check_fit(config, settings_of)
     for name, model in config.models.items():
         _check_model(model, settings_of[name], name, precision=precision, has_device=has_device)
+
+
+def check_memory(config: Config) -> None:
+    """Raises ConfigError for a target whose states alone are larger than the memory here. What its
+    activations need besides is in `sftmix plan`, which takes longer."""
+    import torch
+
+    from sftmix.engine.ranks import has_gpu
+    from sftmix.planning.states import Need, machine_bytes, why_too_large
+
+    num_ranks = int(os.environ.get("WORLD_SIZE", config.engine.num_processes))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+    cards = range(torch.cuda.device_count() if has_gpu() else 0)
+    sizes = [torch.cuda.get_device_properties(card).total_memory for card in cards]
+    reason = why_too_large(
+        Need(config, num_ranks, local_ranks),
+        gpu_bytes=min(sizes, default=None),
+        machine=machine_bytes()[0],
+    )
+    if reason is not None:
+        raise ConfigError(
+            f"{reason}. Use more ranks, engine.zero_stage=3, offload"
+            " (engine.deepspeed=deepspeed/zero3_offload.json) or a smaller model; `sftmix plan"
+            " CONFIG --gpus N` lists what fits."
+        )
 
 
 def check_scores(source: str, config_path: str, overrides: Sequence[str]) -> str:

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from sftmix.doctor.checks.storage import is_network, mount_of
-from sftmix.doctor.findings import Finding, gib
-from sftmix.errors import counted
+from sftmix.doctor.findings import Finding
+from sftmix.errors import counted, gib
 
 LOCKS, LEFTOVERS = "build locks", "shared memory"
 # A running build changes its folder more often. Only an older lock is called stale, because its

@@ -2,39 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
-from pathlib import Path
-
 from sftmix.doctor.checks.gpus import Gpu
-from sftmix.doctor.findings import Finding, Verdict, gib
-from sftmix.errors import SftmixError, counted
-from sftmix.planning.states import Need
+from sftmix.doctor.findings import Finding, Verdict
+from sftmix.errors import SftmixError, counted, gib
+from sftmix.planning.states import Need, machine_bytes
 
 ITEM = "memory"
-
-
-def machine_bytes() -> tuple[int, int]:
-    """Returns (limit, available): of the machine, or of the container if that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    available = total
-    with suppress(OSError, ValueError, IndexError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(
-            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
-        )
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with suppress(OSError, ValueError):
-            most = int((Path("/sys/fs/cgroup") / limit).read_text())
-            if most < total:
-                total, available = (
-                    most,
-                    min(available, most - int((Path("/sys/fs/cgroup") / used).read_text())),
-                )
-    return total, available
 
 
 def check_machine(

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sftmix.cluster.local_ranks import first_failure, run_local_ranks
-from sftmix.doctor.findings import Finding, gib
-from sftmix.errors import SftmixError, counted
+from sftmix.doctor.findings import Finding
+from sftmix.errors import SftmixError, counted, gib
 from sftmix.planning.states import Need
 
 TOLERANCE = 1e-5

@@ -9,7 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sftmix.doctor.findings import Finding, gib
+from sftmix.doctor.findings import Finding
+from sftmix.errors import gib
 from sftmix.liveness import run_lock
 from sftmix.storage.files import sync_folder, write_text
 
