@@ -4,6 +4,7 @@
 #   with the newest
 # make torture      the long tests of what survives kills
 # make check        lint, formatting and types
+# make bench        speed of everything, 15 minutes on 2 cores, nothing else may run: OUT=bench.json
 SHELL := /bin/bash
 VENV := .venv
 # A pyenv shim is there for versions that are not: each is tried, silently.
@@ -16,7 +17,8 @@ CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/n
 TORCH := $(if $(CONSTRAINTS),$(shell grep '^torch==' constraints-cpu.txt))
 QUICK := not recipe and not distributed and not torture
 
-.PHONY: setup setup-dev quickstart test test-oldest test-newest torture check format clean
+.PHONY: setup setup-dev quickstart test test-oldest test-newest torture bench check format clean
+OUT ?= bench.json
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -44,11 +46,18 @@ quickstart: setup
 	$(VENV)/bin/sftmix study configs/studies/quickstart.yaml --jobs 2
 
 # Two files at a time, each in order, the longest first (tests/conftest.py): tests of several
-# processes wait so much that
-# one at a time leaves half of two cores idle.
+# processes wait so much that one at a time leaves half of two cores idle.
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
-test: setup-dev
+test: setup-dev $(VENV)/triton-3.6
 	$(VENV)/bin/python -m pytest -q $(TWO_AT_A_TIME)
+
+# The triton of GPU images with torch 2.11, for the tests that compile the kernels for GPUs.
+$(VENV)/triton-3.6: $(VENV)/.ready-dev
+	@$(VENV)/bin/pip install --no-deps --target $@ triton==3.6.0 >$(VENV)/triton.log 2>&1 \
+	  || { rm -rf $@; echo "no triton 3.6: tests with it are skipped ($(VENV)/triton.log)"; }
+
+bench: setup-dev
+	$(VENV)/bin/python benchmarks/suite.py --out $(OUT)
 
 # Where torch is pinned, both ends have that one.
 .venv-oldest/.ready: setup.py constraints-cpu.txt constraints-oldest.txt

@@ -6,6 +6,7 @@
 # Parts, each of under 8 minutes; all of them if none is named:
 #   kernels  checks every kernel, times all against the peers, times a whole training step, and
 #            trains the quickstart end to end on ZeRO-3
+#   bench    everything's speed in one table (suite.py)
 #   train    whole trainings of a model of 1.9 G parameters, ZeRO-3, bf16: packed, padded, SFTMix,
 #            TRL
 #   8b       a model of 7 G parameters with the optimiser on the host
@@ -15,13 +16,14 @@
 # what that Python lacks:
 #   pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels -r benchmarks/gpu_wheels.txt
 #   pip wheel --no-deps -w wheels deepspeed==0.19.8        # comes as source only
-# Without a GPU it writes the same files with every row "not measured". Peers without a wheel are
-# rows "not measured".
+# Without a GPU it writes the same files with every row "not measured"; our losses then have the
+# least time that an H100 can take, from their machine code. Peers without a wheel are rows "not
+# measured".
 set -uo pipefail
 cd "$(dirname "$0")/.."
 WHEELS=${1:-}
 PARTS=" ${*:2} "
-[[ $PARTS == "  " ]] && PARTS=" kernels train 8b "
+[[ $PARTS == "  " ]] && PARTS=" kernels bench train 8b "
 ALPACA=${ALPACA:-}
 OUT=${RESULTS:-benchmarks/results}
 mkdir -p "$OUT"
@@ -75,6 +77,7 @@ else
         part "quickstart, end to end" 90 \
             "$PYTHON" -m sftmix.cli run configs/quickstart.yaml run.dir=runs/quickstart-gpu
     fi
+    wanted bench && part bench 480 "$PYTHON" benchmarks/suite.py --out "$OUT/suite_gpu.json"
     if { wanted train || wanted 8b; } && [[ ! -f $ALPACA ]]; then
         failed+=("train, 8b: ALPACA=FILE is not given")
         PARTS=" kernels "

@@ -177,7 +177,7 @@ def ratios(times: dict[str, list[float]], *, is_gpu: bool) -> list[dict[str, Any
         target = on_gpu if is_gpu else elsewhere
         is_best = standard == "best ntp of a peer" and peers
         other = min(peers, key=lambda peer: statistics.median(times[peer])) if is_best else standard
-        if other not in times:
+        if name not in times or other not in times:
             continue
         ratio = statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
         rows.append({"ratio": f"{name} / {other}", "value": ratio, "target": target})
@@ -199,6 +199,18 @@ def peak_bytes(
     if device.type == "cpu":  # a small call first: code and thread pools are no part of the figure
         take_step(function, draw(64, 64, 128, problem.softcap, dtype=dtype, device=device))
     return peak_bytes_of(lambda: take_step(function, problem), device)
+
+
+def add_predictions(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Adds to every row the least milliseconds that an H100 can take, measured or not. Returns how
+    they are predicted."""
+    import predicted_kernels
+
+    for shape, rows in results.items():
+        for row in rows:
+            if "provider" in row:
+                row["predicted_ms"] = predicted_kernels.milliseconds(row["provider"], *parse(shape))
+    return predicted_kernels.METHOD
 
 
 def add_memory(
@@ -280,9 +292,13 @@ def main() -> None:
         "rounds": options.rounds,
     }
     if device.type == "cuda" and not torch.cuda.is_available():
-        rows = [{"provider": name, "not_measured": "no GPU"} for name in providers(options.backend)]
-        report |= {"device": "not measured: no GPU", "results": dict.fromkeys(shapes, rows)}
-        print("no GPU here: every row is not measured")
+        names = providers(options.backend)
+        report["device"] = "not measured: no GPU"
+        report["results"] = {
+            shape: [{"provider": name, "not_measured": "no GPU"} for name in names]
+            for shape in shapes
+        }
+        print("no GPU here: every row is not measured, and ours are predicted")
     else:
         report |= machine(device, "benchmarks/loss_kernels.py", packages=PEERS)
         report["results"] = {}
@@ -307,6 +323,8 @@ def main() -> None:
             ]
             command += ["--backend", options.backend] if options.backend else []
             add_memory(report["results"][shapes[0]], shapes[0], command, dtype)
+    if device.type == "cuda":
+        report["predicted"] = add_predictions(report["results"])
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.out, report)

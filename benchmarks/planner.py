@@ -1,12 +1,12 @@
 """Plans against what real steps on this machine do: memory, bytes sent, seconds.
 
-    python benchmarks/planner.py [--ranks 1 2 4] [--out FILE.json]
+    python benchmarks/planner.py [--ranks 1 2 4] [--cases CASE ...] [--out FILE.json]
 
 For every case a step of rank 0 is traced without contents, and the same step is taken by real ranks
 that are counted and timed. Memory: the most bytes alive in any phase. Sent: bytes of all
 collectives. The traced step has micro-batches of 8,192 tokens, as in a plan, and is scaled to those
 of the real one; with more than 2 ranks it is traced on 2 and scaled too. Seconds: rates of
-`sftmix plan --calibrate` on small llamas, none of which is a case.
+`sftmix plan --calibrate` on small models, none of which is a case, in the same run.
 
 A row beyond its target stays in the table.
 """
@@ -14,8 +14,10 @@ A row beyond its target stays in the table.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"zero_stage": 3, "activation_checkpointing": True},
         {},
     ),
+    "llama, ZeRO-3, padded": ("llama", {"zero_stage": 3, "packing": "off"}, {}),
     "llama, ZeRO-3, LoRA": ("llama", {"zero_stage": 3}, {"lora": {"rank": 8}}),
     "llama, ZeRO-1, LoRA": ("llama", {"zero_stage": 1}, {"lora": {"rank": 8}}),
 }
@@ -72,12 +75,33 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def request_of(case: str, tokens: int, zero: Path) -> dict[str, Any]:
     """Returns what `measure_worker` measures."""
     family, engine, model = CASES[case]
-    config = calibration.small_config(64, 1, stage=3)
+    config = calibration.small_config("llama", 64, 1, stage=3)
     config["model"] = {"architecture": FAMILIES[family], **model}
     config["engine"] = {**config["engine"], **engine}
     if engine["zero_stage"] == 3:
         config["engine"]["deepspeed"] = str(zero)
     return {"config": config, "max_tokens": tokens}
+
+
+def measured(
+    requests: dict[str, Any], ranks: int
+) -> tuple[calibration.Hardware, dict[str, dict[str, Any]]]:
+    """Returns the rates of this machine, and what was measured of every case. Small models and
+    cases take turns in one run, so that a slower minute falls on both."""
+    with tempfile.TemporaryDirectory() as folder:
+        small = calibration.requests_of(Path(folder))
+        turns: list[tuple[str | None, Any]] = []
+        for rate, case in itertools.zip_longest(small, requests):
+            turns += [(None, rate)] if rate is not None else []
+            turns += [(case, requests[case])] if case is not None else []
+        steps = calibration.measured_steps(
+            [request for _, request in turns],
+            num_ranks=ranks,
+            threads=calibration.threads_of(ranks),
+        )
+    pairs = list(zip((case for case, _ in turns), steps, strict=True))
+    rates = calibration.fit([step for case, step in pairs if case is None], num_ranks=ranks)
+    return rates, {case: step for case, step in pairs if case is not None}
 
 
 def peak(counted: Counted) -> float:
@@ -181,19 +205,18 @@ def table(contents: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--tokens", type=int, default=1000)
+    parser.add_argument("--tokens", type=int, default=500)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     zero = Path(__file__).with_name("planner_zero3.json")
     rows, rates = [], {}
     for ranks in options.ranks:
-        hardware, facts = calibration.calibrate(num_ranks=ranks)
+        requests = {case: request_of(case, options.tokens, zero) for case in options.cases}
+        hardware, found = measured(requests, ranks)
         rates[ranks] = vars(hardware)
-        requests = [request_of(case, options.tokens, zero) for case in CASES]
-        threads = facts["steps"][0]["threads"]
-        found = calibration.measured_steps(requests, num_ranks=ranks, threads=threads)
-        for case, request, real in zip(CASES, requests, found, strict=True):
-            rows.append(compare(case, request, real, hardware))
+        for case, real in found.items():
+            rows.append(compare(case, requests[case], real, hardware))
         show(rows)
         if options.out is not None:
             machine = side_by_side.machine(torch.device("cpu"), "benchmarks/planner.py")

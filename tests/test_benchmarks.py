@@ -51,3 +51,72 @@ def test_twins_that_differ_are_refused(monkeypatch):
     other = step.StepResult(loss=2.0, grad_norm=1.002, num_padded_tokens=8, num_micro_batches=1)
     with pytest.raises(AssertionError, match="grad_norm: ntp .ours. 1, ntp .trl. 1.002"):
         step.check_twins({**same, step.TRL_NTP: other}, "fp32")
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """Imports a script of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module
+
+
+def row(value, low, high, better="lower", name="a"):
+    row = {"part": "p", "name": name, "unit": "s", "better": better}
+    return {**row, "value": value, "low": low, "high": high}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (row(1.0, 0.9, 1.1), row(1.2, 1.05, 1.3), "within noise"),  # spreads overlap
+        (row(1.0, 0.9, 1.1), row(1.2, 1.15, 1.3), "WORSE"),
+        (row(1.0, 0.9, 1.1), row(0.8, 0.75, 0.85), "better"),
+        (row(1.0, 1.0, 1.0), row(1.02, 1.02, 1.02), "within noise"),  # too near
+        (row(1.0, 0.9, 1.1, "higher"), row(0.8, 0.75, 0.85, "higher"), "WORSE"),
+        (row(1.0, 0.9, 1.1, "higher"), row(1.2, 1.15, 1.3, "higher"), "better"),
+        (row(1.0, 0.9, 1.1, ""), row(1.2, 1.15, 1.3, ""), "changed"),
+    ],
+)
+def test_a_change_is_what_noise_does_not_explain(benchmarks, before, after, said):
+    assert benchmarks("compare").verdict(before, after) == said
+
+
+def test_files_of_two_machines_are_not_compared_without_a_word(benchmarks, tmp_path):
+    record = {"device": "x", "cpus": 2, "cpu_threads": 2, "commit": "c" * 40}
+    one = {**record, "versions": {"torch": "1"}, "rows": [row(1, 1, 1), row(1, 1, 1, name="b")]}
+    two = {**record, "device": "y", "versions": {"torch": "2"}, "rows": [row(2, 2, 2)]}
+    for name, content in (("one", one), ("two", two)):
+        (tmp_path / name).write_text(json.dumps(content))
+    command = [sys.executable, "benchmarks/compare.py", tmp_path / "one", tmp_path / "two"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr  # worse
+    assert "another machine: device x, then y" in done.stdout
+    assert "another version: torch 1, then 2" in done.stdout
+    assert "only before: p: b" in done.stdout and "2.000  WORSE" in done.stdout
+
+
+def test_the_suite_reads_what_the_benchmarks_write(benchmarks, tmp_path):
+    suite = benchmarks("suite")
+    for part, name, rows in (
+        ("kernels", "kernels_cpu_202611", 16),
+        ("step", "step_cpu_202611", 4),
+        ("train", "train_cpu_202611", 11),
+        ("scoring", "scoring_cpu_202611", 4),
+        ("split", "split_cpu_202611", 1),
+        ("checkpoint", "checkpoint_cpu_202611", 5),
+        ("planner", "planner_cpu_202611", 3),
+    ):
+        content = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+        found = suite.READERS[part](content)
+        assert len(found) == rows, (part, [each.name for each in found])
+        assert all(0 < each.low <= each.value <= each.high for each in found), part
+    assert set(suite.SIZES["cpu"]) == set(suite.SIZES["cuda"]) == set(suite.READERS)
+
+
+def test_a_part_of_the_suite_runs(benchmarks, tmp_path, monkeypatch):
+    suite = benchmarks("suite")
+    small = {"split": ["--rows", "20000", "--rounds", "2"]}
+    (found,) = suite.measure("split", small, tmp_path)
+    assert found.part == "split" and 0 < found.low <= found.value <= found.high
+    with pytest.raises(RuntimeError, match="unrecognized arguments: --no"):
+        suite.measure("split", {"split": ["--no"]}, tmp_path)
