@@ -280,7 +280,7 @@ def test_a_calibration_finds_the_rates_behind_the_seconds():
                 "one": counted[0].as_json(),
                 "two": counted[1].as_json(),
                 "seconds": dict(zip(("one", "two"), seconds, strict=True)),
-                "product_flops": 1e11,
+                "product_flops": [1e11],
             }
         )
     found = calibration.fit(steps, num_ranks=2)
@@ -310,7 +310,7 @@ def find_calibrated():
             "one": counted.as_json(),
             "two": counted.as_json(),
             "seconds": {"one": [1.0] * 3, "two": [1.0] * 3},
-            "product_flops": 1e12,
+            "product_flops": [1e12],
         }
     ]
     return calibration.fit(steps, num_ranks=2)
