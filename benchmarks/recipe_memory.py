@@ -28,6 +28,7 @@ from sftmix.planning.traces import trace_of
 GIB = 2**30
 NUM_GPUS, LORA_GPUS = (1, 2, 4, 8, 16, 32, 64, 128), (2, 4, 8, 16)
 TRACED = 8  # GPUs
+LORA_MODELS = ("llama3.1-8b", "qwen2.5-14b", "qwen2.5-32b", "llama3.3-70b")
 LOAD = Load(8192, 4096, 8192 * 4096)
 MICRO_BATCHES = 2
 LIMIT = FREE_SHARE * gpu("H100", interconnect=3200, gpus_per_node=8).memory
@@ -42,6 +43,7 @@ def config_of(name: str, *, stage: int, offload: bool = False, lora: bool = Fals
         "recipes/llama3.1-8b-alpaca",
         [
             "model.path=",
+            "tokenizer.path=none",  # it is not read
             f"model.architecture={architecture}",
             f"model.lora={json.dumps(ADAPTERS) if lora else ''}",
             "engine.activation_checkpointing=true",
@@ -69,7 +71,12 @@ def row_of(name: str) -> dict[str, Any]:
         "zero3": {n: gib(config, trace, n) for n in NUM_GPUS},
         "offload": [moved.total / GIB, TRACED * moved.offloaded / GIB],
     }
+    if name not in LORA_MODELS:
+        return found
     for stage, sizes in ((1, (1,)), (3, LORA_GPUS)):
+        if stage == 1 and 2 * found["parameters"] > LIMIT:  # the weights alone
+            found["lora_zero1"] = {1: 2 * found["parameters"] / GIB}
+            continue
         config = config_of(name, stage=stage, lora=True)
         trace = trace_of(config, world_size=TRACED, max_tokens=TRACED_TOKENS)
         found[f"lora_zero{stage}"] = {n: gib(config, trace, n) for n in sizes}
@@ -94,6 +101,8 @@ def tables(content: dict[str, Any]) -> list[str]:
         name = row["model"]
         cells = [*map(_cell, row["zero3"].values()), *(f"{size:.0f}" for size in row["offload"])]
         first.append(f"| {name} | {' | '.join(cells)} |")
+        if name not in LORA_MODELS:
+            continue
         cells = [*map(_cell, [*row["lora_zero1"].values(), *row["lora_zero3"].values()])]
         second.append(f"| {name} | {row['adapters']:,} | {' | '.join(cells)} |")
     return ["\n".join(first), "\n".join(second)]

@@ -94,7 +94,7 @@ def step_rows(content: dict[str, Any]) -> list[Row]:
     return [
         Row("step", name, "ms", row["ms"], row["ms_20"], row["ms_80"])
         for name, row in content["providers"].items()
-        if "ms" in row
+        if isinstance(row, dict)  # else why it was not measured
     ]
 
 
@@ -105,7 +105,9 @@ def train_rows(content: dict[str, Any]) -> list[Row]:
             ("real tokens/s", "tokens/s", "higher"),
             ("peak GiB", "GiB", "lower"),
         ):
-            values = [each[arm][name] for each in content["rounds"]]
+            values = [each[arm][name] for each in content["rounds"] if name in each[arm]]
+            if not values:  # TRL's arm has no memory
+                continue
             label = arm if unit == "tokens/s" else f"{arm}, peak memory"
             found.append(row_of("train", label, unit, values, better))
     for name, ratios in content["ratios"].items():

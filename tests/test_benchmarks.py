@@ -98,7 +98,7 @@ def test_files_of_two_machines_are_not_compared_without_a_word(benchmarks, tmp_p
 def test_the_suite_reads_what_the_benchmarks_write(benchmarks, tmp_path):
     suite = benchmarks("suite")
     for part, name, rows in (
-        ("kernels", "kernels_cpu_202611", 16),
+        ("kernels", "kernels_cpu_202611", 10),
         ("step", "step_cpu_202611", 4),
         ("train", "train_cpu_202611", 11),
         ("scoring", "scoring_cpu_202611", 4),

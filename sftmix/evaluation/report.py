@@ -157,10 +157,10 @@ UNITS = (
     " match, the share of held-out responses that greedy decoding writes to the last token."
     " tokens/s: without padding, per second of training. minutes: what you waited for the stage."
 )
-# Measured on 2 cores of an Intel Xeon (README, Results).
+# Measured on 2 cores of an AMD EPYC (README, Results).
 ONE_SEED = (
     "One seed decides nothing: over six seeds of the quickstart study exact match has a standard"
-    " deviation of 7.6 points (NTP) and 7.1 (SFTMix). A study compares several seeds."
+    " deviation of 6.1 points (NTP) and 7.0 (SFTMix). A study compares several seeds."
 )
 HELD_OUT_TITLE = "Held-out loss during training (nats per response token)"
 COST_TITLES = ["minutes", "waited", *NAMES.values(), "tokens", "Wh"]

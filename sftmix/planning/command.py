@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import shlex
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def plan_run(options: argparse.Namespace) -> int:
     if options.config is None:
         raise ConfigError("CONFIG is missing. Example: sftmix plan quickstart --gpus 8.")
     config = load_config(options.config, options.overrides)
-    command = shlex.join(["sftmix", "plan", options.config, *options.overrides])
+    command = _command(options)
     counts = gpu_counts(options.sweep) if options.sweep else [options.gpus]
     data = data_of(config, examples=options.examples, tokens=options.tokens)
     plans = [_plan(config, options, data, count) for count in counts]
@@ -62,6 +63,16 @@ def plan_run(options: argparse.Namespace) -> int:
         if not options.json:
             print(f"page: {options.to / 'index.html'}")
     return 0 if any(plan.fits for plan in plans) else 1
+
+
+def _command(options: argparse.Namespace) -> str:
+    """Returns the command line that makes this plan."""
+    words = ["sftmix", "plan", options.config, *options.overrides, "--gpu", options.gpu]
+    words += ["--sweep", options.sweep] if options.sweep else ["--gpus", str(options.gpus)]
+    for name in ("nodes", "interconnect", "price", "examples", "tokens"):
+        value = getattr(options, name)
+        words += [] if value is None else [f"--{name}", f"{value:g}"]
+    return shlex.join(words)
 
 
 def _plan(config: Config, options: argparse.Namespace, data: Data, num_gpus: int) -> Plan:
@@ -117,8 +128,8 @@ def plan_lines(plan: Plan, price: float | None) -> list[str]:
     lines = [
         f"{counted(plan.num_parameters, 'parameter')}, {plan.num_trained_parameters:,} trained;"
         f" {plan.num_ranks} x {hardware.name}, {counted(nodes, 'node')}",
-        f"data: {plan.data.source}",
-        f"rates: {hardware.source}",
+        *textwrap.wrap(f"data: {plan.data.source}", 100),
+        *textwrap.wrap(f"rates: {hardware.source}", 100),
         "",
         f"memory of a rank: {memory.total / GIB:.1f} GiB of {hardware.memory / GIB:.1f}, at its"
         f" peak in the {memory.peak_phase}: {verdict} (at most {FREE_SHARE:.0%} is planned)",
@@ -133,10 +144,10 @@ def plan_lines(plan: Plan, price: float | None) -> list[str]:
         f" {plan.disk_bytes / 1e9:.0f} GB; start: about {plan.start_seconds:.0f} s to read the"
         " weights",
         "",
-        f"a step: {work.real_tokens:,.0f} tokens,"
-        f" {work.num_micro_batches:.2g} micro-batches of a rank, at most"
-        f" {work.largest.tokens:,.0f} tokens each; {plan.bytes_within / 1e9:.1f} GB of a rank"
-        f" within its node, {plan.bytes_between / 1e9:.1f} GB out of a node",
+        f"a step: {work.real_tokens:,.0f} tokens; of a rank {work.num_micro_batches:.2g} times"
+        f" forward and backward, at most {work.largest.tokens:,.0f} tokens each",
+        f"sent in a step: {plan.bytes_within / 1e9:.1f} GB by a rank within its node,"
+        f" {plan.bytes_between / 1e9:.1f} GB out of a node",
     ]
     titles = ["stage", "steps", "s/step", "tokens/s/GPU", "MFU", "hours"]
     titles += ["price"] if price is not None else []

@@ -22,14 +22,17 @@ def of_plans(plans: list[Plan]) -> list[tuple[str, str]]:
 
 def memory(plans: list[Plan]) -> str:
     """Returns the items of memory by number of GPUs, stacked, as SVG."""
+    from matplotlib import colormaps
+
     figure, axes = new_figure(3.0 if len(plans) == 1 else 4.0)
     names = [str(plan.num_ranks) for plan in plans]
     left = [0.0] * len(plans)
     items = list(dict.fromkeys(name for plan in plans for name in plan.memory.items))
     items.sort(key=lambda name: -plans[0].memory.items.get(name, 0.0))
-    for item in items:
+    colours = colormaps["tab20"]  # the usual cycle has ten
+    for number, item in enumerate(items):
         sizes = [plan.memory.items.get(item, 0.0) / GIB for plan in plans]
-        axes.barh(names, sizes, left=left, label=item, height=0.6)
+        axes.barh(names, sizes, left=left, label=item, height=0.6, color=colours(number))
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     axes.axvline(plans[0].hardware.memory / GIB, color="#b5533c", linestyle="--", linewidth=1)
     axes.set_xlabel("GiB; dashed: the GPU's memory")

@@ -91,4 +91,5 @@ def test_special_functions_are_the_exponentials_of_the_definition(triton):
     for name, figures in report_of("sm_90", triton)["kernels"]["sm_90"].items():
         kind = next((kind for kind in EXPONENTIALS if name.startswith(kind)), None)
         if kind is not None and "soft-capped" not in name:
-            assert figures["special"] == pytest.approx(EXPONENTIALS[kind], abs=0.1), name
+            # and the few by which a running sum is scaled once per tile
+            assert EXPONENTIALS[kind] <= figures["special"] <= 1.1 * EXPONENTIALS[kind], name

@@ -61,14 +61,14 @@ def test_a_scaling_study_says_what_is_wrong(tmp_path):
 def test_plus_plus_sends_half_of_the_weights_and_a_quarter_of_the_gradients(zero, tmp_path):
     """By the formula of ZeRO++, on the same trace."""
     settings = json.loads(zero.read_text())
-    settings["zero_optimization"] |= {
-        "zero_quantized_weights": True,
-        "zero_quantized_gradients": True,
-    }
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    (tmp_path / "plain.json").write_text(json.dumps(settings))
+    for key in ("zero_quantized_weights", "zero_quantized_gradients"):
+        settings["zero_optimization"][key] = True
     (tmp_path / "plus.json").write_text(json.dumps(settings))
     load = Load(1000, 500, 250_000)
     plain, plus = (
-        step_of(config_of(file), 4).work(load, 2) for file in (zero, tmp_path / "plus.json")
+        step_of(config_of(tmp_path / f"{name}.json"), 4).work(load, 2) for name in ("plain", "plus")
     )
 
     def sent(work, operation):
