@@ -28,6 +28,7 @@ from sftmix.engine import state
 from sftmix.engine.engine import Engine
 from sftmix.engine.process_group import init_ranks
 from sftmix.storage import artifacts, checkpoints
+from sftmix.storage.files import write_json
 
 WITH, WITHOUT, AS_TORCH = (
     "save",
@@ -134,7 +135,7 @@ def main() -> None:
         flush=True,
     )
     if options.out is not None:
-        files.write_json(options.out, record | rows)
+        write_json(options.out, record | rows)
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def sentences(contents: list[dict[str, Any]]) -> list[str]:
         )
 
     return [
-        "error of plans, against real steps of small models on a CPU; on a GPU not measured:",
+        "error of plans, against real steps of small models on a CPU; ours on a GPU not measured:",
         f"  memory {share('memory')}",
         f"  bytes sent {share('sent')}",
         f"  seconds, with --calibrate, {share('seconds')}",

@@ -443,6 +443,15 @@ def table(content: dict[str, Any]) -> list[str]:
     return lines
 
 
+def sentence(content: dict[str, Any]) -> str:
+    """Returns the line that every plan prints."""
+    found = content["summary"]
+    return (
+        f"  tokens/s of published GPU runs {found['within']} of {found['of']} within"
+        f" {found['target']:.0%}, median {found['median']:.0%}, largest {found['largest']:.0%}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)

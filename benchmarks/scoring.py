@@ -31,7 +31,7 @@ from sftmix.batches.cut import count_step
 from sftmix.confidence.online import OnlineScores
 from sftmix.confidence.scoring import WorkPlan, score_examples
 from sftmix.engine.engine import Engine
-from sftmix.engine.loading import load_source
+from sftmix.engine.loading import hf_config, load_source
 from sftmix.engine.process_group import init_ranks
 from sftmix.engine.ranks import Ranks
 from sftmix.errors import counted
@@ -180,7 +180,7 @@ def main() -> None:
         engine = Engine(config, config.model, ranks, work.tokenizer, is_sharded=False)
         model = load_source(
             config.model,
-            engine.hf_config,
+            hf_config(config.model, work.tokenizer),  # the engine's own attends within documents
             dtype=next(engine.module.parameters()).dtype,
             seed=config.run.seed,
         )

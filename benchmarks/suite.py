@@ -11,6 +11,7 @@ files.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -30,14 +31,17 @@ import torch
 from sftmix.evaluation.page import aligned
 
 HERE = Path(__file__).parent
-WORDS = "a the model train data loss step of and to is in that for with as on at by from".split()
+SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe ri so tu va we xi yo zu th er in st ou ly".split()
+NUM_WORDS = 5000  # of the generated text, used as often as Zipf's law says
 PLANNED = "recipes/llama3.1-8b-alpaca"
 # Arguments of each benchmark, by the hardware found.
 SIZES: dict[str, dict[str, list[str]]] = {
     "cpu": {
         "kernels": ["--shapes", "1024,512,32000", "--rounds", "6"],
         "step": ["--rounds", "10", "--hidden-size", "192"],
-        "train": ["--examples", "160", "--rounds", "3", "--arms", "packed", "padded", "sftmix"],
+        "train": (
+            "--examples 200 --vocab-size 2000 --rounds 3 --arms packed padded sftmix"
+        ).split(),
         "scoring": ["--limit", "300", "--rounds", "4"],
         "split": ["--rows", "3000000", "--rounds", "3"],
         "checkpoint": ["--hidden-size", "512", "--rounds", "6"],
@@ -172,9 +176,11 @@ def sftmix(*arguments: str) -> list[str]:
 def write_rows(file: Path, count: int) -> None:
     """Writes Alpaca rows whose answers have a long tail of lengths, as real ones have."""
     draw = random.Random(0)
+    words = ["".join(draw.choices(SYLLABLES, k=draw.randint(1, 4))) for _ in range(NUM_WORDS)]
+    weights = list(itertools.accumulate(1 / rank for rank in range(1, NUM_WORDS + 1)))
 
-    def text(words: float) -> str:
-        return " ".join(draw.choice(WORDS) for _ in range(max(3, int(words))))
+    def text(length: float) -> str:
+        return " ".join(draw.choices(words, cum_weights=weights, k=max(3, int(length))))
 
     rows = [
         {
@@ -211,7 +217,7 @@ def data_rows(folder: Path) -> list[Row]:
     settings = [
         f"data.path={folder / 'data.json'}",
         f"run.dir={folder / 'data-run'}",
-        "tokenizer.train={vocab_size: 600}",
+        "tokenizer.train={vocab_size: 2000}",
     ]
     config = folder / "data.yaml"
     config.write_text("run:\n  dir: unused\nmodel:\n  architecture: {model_type: llama}\n")

@@ -100,7 +100,7 @@ def test_the_suite_reads_what_the_benchmarks_write(benchmarks, tmp_path):
     for part, name, rows in (
         ("kernels", "kernels_cpu_202611", 10),
         ("step", "step_cpu_202611", 4),
-        ("train", "train_cpu_202611", 11),
+        ("train", "train_cpu_202611", 7),
         ("scoring", "scoring_cpu_202611", 4),
         ("split", "split_cpu_202611", 1),
         ("checkpoint", "checkpoint_cpu_202611", 5),
@@ -113,10 +113,21 @@ def test_the_suite_reads_what_the_benchmarks_write(benchmarks, tmp_path):
     assert set(suite.SIZES["cpu"]) == set(suite.SIZES["cuda"]) == set(suite.READERS)
 
 
-def test_a_part_of_the_suite_runs(benchmarks, tmp_path, monkeypatch):
-    suite = benchmarks("suite")
-    small = {"split": ["--rows", "20000", "--rounds", "2"]}
-    (found,) = suite.measure("split", small, tmp_path)
-    assert found.part == "split" and 0 < found.low <= found.value <= found.high
+TINY = {
+    "checkpoint": "--hidden-size 64 --rounds 2",
+    "kernels": "--shapes 256,64,1000 --rounds 2 --only sftmix ntp",
+    "scoring": "--limit 40 --rounds 2 --hidden-size 64",
+    "split": "--rows 20000 --rounds 2",
+}
+
+
+@pytest.mark.parametrize("part", TINY)
+def test_a_part_of_the_suite_runs(benchmarks, tmp_path, part):
+    found = benchmarks("suite").measure(part, {part: TINY[part].split()}, tmp_path)
+    assert found and all(row.part == part for row in found)
+    assert all(0 < row.low <= row.value <= row.high for row in found)
+
+
+def test_a_part_that_fails_says_why(benchmarks, tmp_path):
     with pytest.raises(RuntimeError, match="unrecognized arguments: --no"):
-        suite.measure("split", {"split": ["--no"]}, tmp_path)
+        benchmarks("suite").measure("split", {"split": ["--no"]}, tmp_path)

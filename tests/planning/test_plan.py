@@ -16,7 +16,7 @@ from sftmix.errors import ConfigError, SftmixError
 from sftmix.planning import calibration, traces
 from sftmix.planning.command import gpu_counts
 from sftmix.planning.errors_measured import ERRORS
-from sftmix.planning.hardware import as_json, find, gpu
+from sftmix.planning.hardware import SUSTAINED, as_json, find, gpu
 from sftmix.planning.plan import make_plan
 from sftmix.planning.states import Need
 from sftmix.planning.step import Load, Step
@@ -329,13 +329,22 @@ def test_the_stated_errors_are_those_of_the_benchmark(monkeypatch):
     import planner
     import planner_published
 
-    names = ("planner_cpu_202611",)
+    names = ("planner_cpu_202611", "planner_4_ranks_cpu_202611")
     files = [ROOT / f"benchmarks/results/{name}.json" for name in names]
     contents = [json.loads(file.read_text()) for file in files]
-    assert list(ERRORS) == planner.sentences(contents)
     page = (ROOT / "docs/planning.md").read_text()
     assert "\n".join(planner.table(contents)) in page
     published = json.loads((ROOT / "benchmarks/results/planner_published.json").read_text())
     assert "\n".join(planner_published.table(published)) in page
+    expected = [*planner.sentences(contents), planner_published.sentence(published)]
+    assert list(ERRORS) == expected
     found = published["summary"]
-    assert f"{found['within']} of {found['of']} are within {found['target']:.0%}" in page
+    other = found["without_itself"]
+    said = (
+        f"{found['within']} of {found['of']} are within {found['target']:.0%}, the median error is"
+        f" {found['median']:.0%}, the largest {found['largest']:.0%}; with the number fitted to all"
+        f" other rows {other['within']}, {other['median']:.0%} and {other['largest']:.0%}."
+    )
+    assert said in " ".join(page.split())
+    assert f"reach {SUSTAINED:.0%} of the rates" in page and found["used"] == SUSTAINED
+    assert SUSTAINED == pytest.approx(found["fitted"], abs=0.015)
