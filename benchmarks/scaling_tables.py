@@ -84,7 +84,7 @@ def batch(points: Points) -> str:
         enough = min(
             (p for p in found if p["rate"] >= ENOUGH * most["rate"]), key=lambda p: p["tokens"]
         )
-        return f"{enough['tokens']:,}"
+        return f"{enough['tokens']:,}" + (" or more" if enough is most else "")
 
     return pivot(points, _network, _gpus, cell, "tokens of a rank")
 

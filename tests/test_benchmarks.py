@@ -131,3 +131,53 @@ def test_a_part_of_the_suite_runs(benchmarks, tmp_path, part):
 def test_a_part_that_fails_says_why(benchmarks, tmp_path):
     with pytest.raises(RuntimeError, match="unrecognized arguments: --no"):
         benchmarks("suite").measure("split", {"split": ["--no"]}, tmp_path)
+
+
+def result(name):
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+
+
+def test_the_tables_of_kernels_are_those_of_the_results(benchmarks):
+    page = (ROOT / "docs/kernels.md").read_text()
+    code, losses = benchmarks("machine_code"), benchmarks("predicted_kernels")
+    found = code.table(result("machine_code"), rows=8192, columns=128256, width=4096)
+    assert "\n".join(found) in page
+    assert "\n".join(losses.table(result("kernels_gpu"))) in page
+
+
+def test_the_tables_of_scaling_are_those_of_the_results(benchmarks):
+    page = (ROOT / "docs/scaling.md").read_text()
+    for name, table in benchmarks("scaling_tables").tables(result("scaling")).items():
+        assert table in page, name
+
+
+def test_the_least_time_is_that_of_the_slowest_unit(benchmarks):
+    """By hand for a kernel of 12 bytes, 100 instructions and 6 exponentials per column."""
+    code = benchmarks("machine_code")
+    report = {"loaded": 8, "stored": 4, "instructions": 100, "special": 6}
+    seconds = code.seconds_on_h100(report, programs=4096, columns=128256)
+    columns = 4096 * 128256
+    assert seconds["memory"] == pytest.approx(columns * 12 / 3.0e12, rel=0.01)
+    assert seconds["issue"] == pytest.approx(columns * 100 / (132 * 4 * 32 * 1.83e9), rel=0.01)
+    assert seconds["special"] == pytest.approx(columns * 6 / (132 * 16 * 1.83e9), rel=0.01)
+    least = code.bound_of(report, programs=4096, columns=128256)
+    assert least == pytest.approx(max(seconds.values()) + 5e-6)
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;   /* 0x00000a00ff017b82 */
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   MUFU.EX2 R8, R8 ;
+        /*0030*/              @!P0 STG.E.64 desc[UR4][R2.64], R4 ;
+        /*0040*/                   NOP ;
+        /*0050*/               @P1 BRA 0x10 ;
+        /*0060*/                   STG.E desc[UR4][R2.64], R4 ;
+        /*0070*/                   BRA 0x70 ;
+"""
+
+
+def test_machine_code_is_counted_within_its_loops(benchmarks):
+    """One loop of four instructions: 16 bytes read, 8 written, one exponential, for 4 columns."""
+    found = benchmarks("machine_code").per_column(SASS, block=1024, threads=256)
+    expected = {"loops": 1, "instructions": 1.0, "special": 0.25, "loaded": 4.0, "stored": 2.0}
+    assert found == expected
