@@ -12,14 +12,12 @@ GIB = 2**30
 
 
 def tables(content: dict[str, Any]) -> dict[str, str]:
-    """Returns name -> table."""
+    """Returns name -> table of every part that the file has."""
     studies = content["studies"]["found"]
     found = {name: make(studies[name]["points"]) for name, make in STUDY_TABLES.items()}
     found["adapters"] = adapters(studies["layouts"]["points"])
-    found["here"] = here_table(content["here"]["found"])
-    found["published"] = published_table(content["published"]["found"])
-    found["spot"] = spot_table(content["spot"]["found"])
-    return found
+    parts = {"here": here_table, "published": published_table, "spot": spot_table}
+    return found | {n: make(content[n]["found"]) for n, make in parts.items() if n in content}
 
 
 def pivot(
@@ -89,14 +87,6 @@ def batch(points: Points) -> str:
     return pivot(points, _network, _gpus, cell, "tokens of a rank")
 
 
-def mixup(points: Points) -> str:
-    def cell(found: Points) -> str:
-        seconds = {p["layout"]: p["seconds"] for p in found}
-        return f"{seconds['SFTMix'] / seconds['NTP']:.3f}"
-
-    return pivot(points, _model, _gpus, cell, "SFTMix / NTP")
-
-
 def recipe(points: Points) -> str:
     def cell(found: Points) -> str:
         point = _only(found)
@@ -138,7 +128,6 @@ STUDY_TABLES = {
     "networks": networks,
     "within_node": within_node,
     "batch": batch,
-    "mixup": mixup,
     "recipe": recipe,
     "layouts": layouts,
 }

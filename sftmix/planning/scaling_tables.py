@@ -11,8 +11,10 @@ from sftmix.evaluation.plots import as_svg, new_figure
 from sftmix.planning.figures import GIB
 
 SCALES = 0.8  # of the rate of the fewest GPUs: what counts as scaling
+LINE, SIZES = 5, 3  # numbers of GPUs, and of tokens, from which a series says how far, how large
 ENOUGH = 0.9  # of the rate of the largest micro-batch: what counts as enough tokens
 MEASURED = "measured"
+BANDS = 6  # lines up to which their ranges are drawn
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def _how_far(points: Sequence[Point]) -> list[str]:
     """Returns up to how many GPUs each line scales."""
     lines = []
     for line in _groups(points, lambda p: (p.config, p.layout, p.tokens, p.interconnect)):
-        if len(line) < 2 or line[0].hours:
+        if len(line) < LINE or line[0].hours:
             continue
         last = line[0]
         for point in line:
@@ -134,7 +136,7 @@ def _how_large(points: Sequence[Point], length: int) -> list[str]:
     """Returns the fewest tokens of a micro-batch that are nearly as fast as the most."""
     lines = []
     for group in _groups(points, lambda p: (p.config, p.layout, p.interconnect, p.gpus)):
-        if len({point.tokens for point in group}) < 2:
+        if len({point.tokens for point in group}) < SIZES:
             continue
         most = max(group, key=lambda p: p.tokens)
         enough = min((p for p in group if p.rate >= ENOUGH * most.rate), key=lambda p: p.tokens)
@@ -169,6 +171,8 @@ def _name(point: Point) -> str:
 def figures_of(points: Sequence[Point], scaling: str) -> list[tuple[str, str]]:
     """Returns (caption, SVG) per config: the rate over GPUs, or the hours of a run; a line per
     series. Simulated points are open and joined by dashes, measured ones filled."""
+    from matplotlib import colormaps
+
     found = []
     for own in _groups(points, lambda p: p.config):
         figure, axes = new_figure(4.0)
@@ -177,8 +181,9 @@ def figures_of(points: Sequence[Point], scaling: str) -> list[tuple[str, str]]:
             name: len({getattr(p, name) for p in own}) > 1
             for name in ("layout", "tokens", "interconnect")
         }
-        colours: dict[Any, str] = {}
-        for line in lines:
+        colours: dict[Any, Any] = {}
+        wide = colormaps["tab20"] if len(lines) > BANDS else None  # the usual cycle has ten colours
+        for number, line in enumerate(lines):
             first = line[0]
             is_measured = first.kind == MEASURED
             series = (first.layout, first.tokens, first.interconnect)
@@ -187,11 +192,11 @@ def figures_of(points: Sequence[Point], scaling: str) -> list[tuple[str, str]]:
                 [_height(point) for point in line],
                 "s" if is_measured else "o--",
                 markerfacecolor=None if is_measured else "none",
-                color=colours.get(series),
+                color=colours.get(series) or (wide(number % 20) if wide else None),
                 label=_label(first, varies),
             )[0]
             colours[series] = drawn.get_color()
-            if not first.hours:
+            if not first.hours and len(lines) <= BANDS:
                 axes.fill_between(
                     [point.gpus for point in line],
                     [point.rate * point.seconds / point.slow for point in line],
@@ -206,7 +211,7 @@ def figures_of(points: Sequence[Point], scaling: str) -> list[tuple[str, str]]:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("GPUs")
         axes.set_ylabel("hours of all stages" if own[0].hours else "tokens/s per GPU")
-        axes.legend(frameon=False, fontsize=8)
+        figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside lower center")
         kinds = " and ".join(dict.fromkeys(point.kind for point in own))
         found.append((f"{own[0].config}, {scaling}, {kinds}", as_svg(figure)))
     return found

@@ -135,9 +135,10 @@ def test_answers_say_how_far_a_line_scales():
         point(gpus=16, efficiency=0.8),
         point(gpus=32, efficiency=0.7, sending=3.0),
         point(gpus=64, efficiency=0.85, sending=3.0),  # behind the first that does not
+        point(gpus=128, efficiency=0.6, sending=3.0),
     ]
     (said,) = answers(line, 2048)
-    assert "up to 16; 85% on 64, mostly sending" in said
+    assert "up to 16; 60% on 128, mostly sending" in said
 
 
 def test_answers_name_the_fastest_layout_that_fits():
