@@ -53,11 +53,11 @@ def draw(name: str, points: Any, scaling: str) -> None:
 def measured_here(known: Path | None) -> dict[str, Any]:
     """Returns measured and simulated points of processes of this machine. known: a file of
     planner.py with this machine's rates; else they are measured."""
-    weak = load_scale_study("scaling/here", [])
+    weak = load_scale_study("scaling/processes", [])
     rates = rates_of(weak) if known is None else _rates_in(known)
     found: dict[str, Any] = {"rates": {str(n): asdict(rate) for n, rate in rates.items()}}
     for name, overrides in (("weak", []), ("strong", STRONG)):
-        study = load_scale_study("scaling/here", overrides)
+        study = load_scale_study("scaling/processes", overrides)
         points = points_of(study, rates)
         draw(f"here_{name}", points, name)
         found[name] = {
@@ -134,7 +134,7 @@ def _calls(step: Step, load: Load) -> float:
 
 def studies() -> dict[str, Any]:
     """Returns the points and answers of the studies of the package."""
-    assert {path.stem for path in CONFIGS.glob("scaling/*.yaml")} == {*STUDIES, "here"}
+    assert {path.stem for path in CONFIGS.glob("scaling/*.yaml")} == {*STUDIES, "processes"}
     found = {}
     for name in STUDIES:
         study = load_scale_study(f"scaling/{name}", [])
