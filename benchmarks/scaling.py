@@ -38,7 +38,7 @@ FIGURES = Path(__file__).parents[1] / "docs/figures"
 STUDIES = ("networks", "within_node", "batch", "recipe", "layouts")
 DRAWN = ("networks",)  # those of docs/scaling.md
 STRONG = ["scale.scaling=strong", "scale.tokens=[4000]", "scale.micro_batch_tokens=1000"]
-SPOT_WORLDS, SPOT_DEPTH = (64, 256), 4
+SPOT_WORLDS, SPOT_DEPTH = (64, 256, 1024), 4
 
 
 def draw(name: str, points: Any, scaling: str) -> None:
