@@ -18,7 +18,7 @@ import numpy as np
 import side_by_side
 import torch
 
-from sftmix.batches.balance import Balance, cut_and_weigh
+from sftmix.batches.balance import expected_useful_share
 from sftmix.batches.examples import TokenisedExamples
 from sftmix.config.reader import load_config
 from sftmix.data.prepare import prepare
@@ -26,26 +26,6 @@ from sftmix.pairing.matching import Matching
 
 BATCHES = ((32, 1), (32, 8), (32, 16), (64, 8), (64, 16), (128, 8), (128, 16))
 STEPS, MICRO_BATCH_TOKENS = 400, 8192
-
-
-def useful_share(num_tokens: Any, *, batch_size: int, num_ranks: int, packs: bool) -> float:
-    """Returns the useful share over the first steps."""
-    order = np.random.default_rng(0).permutation(len(num_tokens))
-    half = len(order) // 2
-    matching = Matching(order[:half], order[half : 2 * half], order[2 * half :], 0)
-    total = Balance(0.0, 0.0, 0.0)
-    for step in range(STEPS):
-        plan = matching.units(0, *matching.step(step, batch_size))
-        _, balance = cut_and_weigh(
-            plan,
-            num_tokens,
-            micro_batch_tokens=MICRO_BATCH_TOKENS,
-            num_ranks=num_ranks,
-            packs=packs,
-            square_share=0.0,
-        )
-        total = total.plus(balance)
-    return total.useful_share(num_ranks)
 
 
 def main() -> None:
@@ -58,11 +38,21 @@ def main() -> None:
         config = load_config("alpaca-small", [f"data.path={options.data}", "data.held_out_share=0"])
         prepare(config, Path(folder))
         num_tokens = TokenisedExamples(Path(folder) / "train.arrow").num_tokens
+    order = np.random.default_rng(0).permutation(len(num_tokens))
+    half = len(order) // 2
+    matching = Matching(order[:half], order[half : 2 * half], order[2 * half :], 0)
     for batch_size, num_ranks in BATCHES:
         row: dict[str, Any] = {"batch": batch_size, "ranks": num_ranks}
         for name, packs in (("padded", False), ("packed", True)):
-            row[name] = useful_share(
-                num_tokens, batch_size=batch_size, num_ranks=num_ranks, packs=packs
+            row[name] = expected_useful_share(
+                matching,
+                num_tokens,
+                batch_size=batch_size,
+                micro_batch_tokens=MICRO_BATCH_TOKENS,
+                num_ranks=num_ranks,
+                packs=packs,
+                square_share=0.0,
+                num_steps=STEPS,
             )
         rows.append(row)
         print(row, flush=True)

@@ -20,12 +20,12 @@ import torch
 from sftmix.config.reader import load_config
 from sftmix.config.schema import Config
 from sftmix.config.shipped import CONFIGS
+from sftmix.planning.figures import GIB
 from sftmix.planning.hardware import gpu
 from sftmix.planning.plan import FREE_SHARE, TRACED_TOKENS, memory_of
 from sftmix.planning.step import Load, Step
 from sftmix.planning.traces import trace_of
 
-GIB = 2**30
 NUM_GPUS, LORA_GPUS = (1, 2, 4, 8, 16, 32, 64, 128), (2, 4, 8, 16)
 TRACED = 8  # GPUs
 LORA_MODELS = ("llama3.1-8b", "qwen2.5-14b", "qwen2.5-32b", "llama3.3-70b")

@@ -5,25 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sftmix.planning.scaling_tables import ENOUGH, MEASURED
+from sftmix.planning.figures import GIB
+from sftmix.planning.scaling_tables import MEASURED, Point, fewest_enough
 
-Points = list[dict[str, Any]]
-GIB = 2**30
+Points = list[Point]
 
 
 def tables(content: dict[str, Any]) -> dict[str, str]:
     """Returns name -> table of every part that the file has."""
-    studies = content["studies"]["found"]
-    found = {name: make(studies[name]["points"]) for name, make in STUDY_TABLES.items()}
-    found["adapters"] = adapters(studies["layouts"]["points"])
+    studies = {name: points_of(study) for name, study in content["studies"]["found"].items()}
+    found = {name: make(studies[name]) for name, make in STUDY_TABLES.items()}
+    found["adapters"] = adapters(studies["layouts"])
     parts = {"here": here_table, "published": published_table, "spot": spot_table}
     return found | {n: make(content[n]["found"]) for n, make in parts.items() if n in content}
 
 
+def points_of(study: dict[str, Any]) -> Points:
+    """Returns the points of a study in the file."""
+    return [Point(**point) for point in study["points"]]
+
+
 def pivot(
     points: Points,
-    row: Callable[[dict[str, Any]], str],
-    column: Callable[[dict[str, Any]], str],
+    row: Callable[[Point], str],
+    column: Callable[[Point], str],
     cell: Callable[[Points], str],
     corner: str,
 ) -> str:
@@ -41,20 +46,20 @@ def pivot(
     return "\n".join(lines)
 
 
-def _network(point: dict[str, Any]) -> str:
-    return f"{point['interconnect']:g} Gb/s"
+def _network(point: Point) -> str:
+    return f"{point.interconnect:g} Gb/s"
 
 
-def _gpus(point: dict[str, Any]) -> str:
-    return f"{point['gpus']} GPUs"
+def _gpus(point: Point) -> str:
+    return f"{point.gpus} GPUs"
 
 
-def _model(point: dict[str, Any]) -> str:
-    name: str = point["config"]
+def _model(point: Point) -> str:
+    name: str = point.config
     return name.removeprefix("recipes/").rsplit("-", 1)[0]
 
 
-def _only(points: Points) -> dict[str, Any]:
+def _only(points: Points) -> Point:
     (point,) = points
     return point
 
@@ -62,14 +67,14 @@ def _only(points: Points) -> dict[str, Any]:
 def networks(points: Points) -> str:
     def cell(found: Points) -> str:
         point = _only(found)
-        return f"{point['rate']:,.0f} ({point['efficiency']:.0%})"
+        return f"{point.rate:,.0f} ({point.efficiency:.0%})"
 
     return pivot(points, _network, _gpus, cell, "tokens/s per GPU")
 
 
 def within_node(points: Points) -> str:
     def cell(found: Points) -> str:
-        rates = {p["layout"]: p["rate"] for p in found}
+        rates = {p.layout: p.rate for p in found}
         plain = rates.pop("ZeRO-3")
         return ", ".join(f"{name} {rate / plain:.2f}" for name, rate in rates.items())
 
@@ -78,11 +83,8 @@ def within_node(points: Points) -> str:
 
 def batch(points: Points) -> str:
     def cell(found: Points) -> str:
-        most = max(found, key=lambda p: p["tokens"])
-        enough = min(
-            (p for p in found if p["rate"] >= ENOUGH * most["rate"]), key=lambda p: p["tokens"]
-        )
-        return f"{enough['tokens']:,}" + (" or more" if enough is most else "")
+        enough, most = fewest_enough(found)
+        return f"{enough.tokens:,}" + (" or more" if enough is most else "")
 
     return pivot(points, _network, _gpus, cell, "tokens of a rank")
 
@@ -90,21 +92,21 @@ def batch(points: Points) -> str:
 def recipe(points: Points) -> str:
     def cell(found: Points) -> str:
         point = _only(found)
-        fits = "" if point["fits"] else ", does not fit"
-        return f"{point['hours']:.1f} h{fits}"
+        fits = "" if point.fits else ", does not fit"
+        return f"{point.hours:.1f} h{fits}"
 
-    return pivot(points, lambda p: p["layout"], _gpus, cell, "all stages")
+    return pivot(points, lambda p: p.layout, _gpus, cell, "all stages")
 
 
 def layouts(points: Points) -> str:
     def cell(found: Points) -> str:
-        fitting = [p for p in found if p["fits"] and "adapters" not in p["layout"]]
+        fitting = [p for p in found if p.fits and "adapters" not in p.layout]
         if not fitting:
             return "none fits"
-        best = max(fitting, key=lambda p: p["rate"])
+        best = max(fitting, key=lambda p: p.rate)
         return (
-            f"{best['layout']}, {best['tokens']:,} tokens: {best['rate']:,.0f}/s,"
-            f" {best['memory'] / GIB:.0f} GiB"
+            f"{best.layout}, {best.tokens:,} tokens: {best.rate:,.0f}/s,"
+            f" {best.memory / GIB:.0f} GiB"
         )
 
     return pivot(points, _model, _gpus, cell, "full weights")
@@ -112,9 +114,9 @@ def layouts(points: Points) -> str:
 
 def adapters(points: Points) -> str:
     def cell(found: Points) -> str:
-        fitting = [p for p in found if p["fits"]]
+        fitting = [p for p in found if p.fits]
         with_adapters, full = (
-            max((p["rate"] for p in fitting if ("adapters" in p["layout"]) is lora), default=0)
+            max((p.rate for p in fitting if ("adapters" in p.layout) is lora), default=0)
             for lora in (True, False)
         )
         if not with_adapters:
@@ -140,16 +142,18 @@ def here_table(found: dict[str, Any]) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for scaling in ("weak", "strong"):
-        points = found[scaling]["points"]
-        for real in (p for p in points if p["kind"] == MEASURED):
+        points = points_of(found[scaling])
+        for real in (p for p in points if p.kind == MEASURED):
             same = ("layout", "gpus", "tokens")
             (other,) = (
-                p for p in points if p is not real and all(p[name] == real[name] for name in same)
+                p
+                for p in points
+                if p is not real and all(getattr(p, name) == getattr(real, name) for name in same)
             )
             lines.append(
-                f"| {scaling} | {real['layout']} | {real['gpus']} | {other['seconds']:.2f}"
-                f" | {real['seconds']:.2f} [{real['fast']:.2f}, {real['slow']:.2f}]"
-                f" | {other['seconds'] / real['seconds']:.2f} |"
+                f"| {scaling} | {real.layout} | {real.gpus} | {other.seconds:.2f}"
+                f" | {real.seconds:.2f} [{real.fast:.2f}, {real.slow:.2f}]"
+                f" | {other.seconds / real.seconds:.2f} |"
             )
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from measured import result
 from processes import ROOT
 
 TINY_STEP = (
@@ -106,8 +107,7 @@ def test_the_suite_reads_what_the_benchmarks_write(benchmarks, tmp_path):
         ("checkpoint", "checkpoint_cpu_202611", 5),
         ("planner", "planner_cpu_202611", 3),
     ):
-        content = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
-        found = suite.READERS[part](content)
+        found = suite.READERS[part](result(name))
         assert len(found) == rows, (part, [each.name for each in found])
         assert all(0 < each.low <= each.value <= each.high for each in found), part
     assert set(suite.SIZES["cpu"]) == set(suite.SIZES["cuda"]) == set(suite.READERS)
@@ -131,10 +131,6 @@ def test_a_part_of_the_suite_runs(benchmarks, tmp_path, part):
 def test_a_part_that_fails_says_why(benchmarks, tmp_path):
     with pytest.raises(RuntimeError, match="unrecognized arguments: --no"):
         benchmarks("suite").measure("split", {"split": ["--no"]}, tmp_path)
-
-
-def result(name):
-    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
 
 
 def test_the_tables_of_kernels_are_those_of_the_results(benchmarks):

@@ -94,10 +94,11 @@ def expected_useful_share(
     num_ranks: int,
     packs: bool,
     square_share: float,
+    num_steps: int = SAMPLED_STEPS,
 ) -> float:
-    """Returns the useful share of the first steps of an epoch; NaN without steps."""
+    """Returns the useful share of the first `num_steps` steps of an epoch; NaN without steps."""
     total = Balance(0.0, 0.0, 0.0)
-    for number in range(min(SAMPLED_STEPS, matching.num_steps(batch_size))):
+    for number in range(min(num_steps, matching.num_steps(batch_size))):
         plan = matching.units(0, *matching.step(number, batch_size))
         _, balance = cut_and_weigh(
             plan,

@@ -138,8 +138,7 @@ def _how_large(points: Sequence[Point], length: int) -> list[str]:
     for group in _groups(points, lambda p: (p.config, p.layout, p.interconnect, p.gpus)):
         if len({point.tokens for point in group}) < SIZES:
             continue
-        most = max(group, key=lambda p: p.tokens)
-        enough = min((p for p in group if p.rate >= ENOUGH * most.rate), key=lambda p: p.tokens)
+        enough, most = fewest_enough(group)
         examples = max(2, enough.tokens // length) * enough.gpus
         lines.append(
             f"{group[0].config}, {group[0].layout}, {group[0].interconnect:g} Gb/s,"
@@ -147,6 +146,14 @@ def _how_large(points: Sequence[Point], length: int) -> list[str]:
             f" a step, reach {ENOUGH:.0%} of the rate of {most.tokens:,} tokens"
         )
     return lines
+
+
+def fewest_enough(points: Sequence[Point]) -> tuple[Point, Point]:
+    """Returns the point with the fewest tokens that is nearly as fast as the one with the most, and
+    that one."""
+    most = max(points, key=lambda p: p.tokens)
+    fast = [point for point in points if point.rate >= ENOUGH * most.rate]
+    return min(fast, key=lambda p: p.tokens), most
 
 
 def _how_near(points: Sequence[Point]) -> list[str]:
