@@ -136,10 +136,12 @@ STUDY_TABLES = {
 
 
 def here_table(found: dict[str, Any]) -> str:
-    """Simulated over measured seconds, of processes of one machine."""
+    """Simulated and measured seconds of processes of one machine, and the rate of a process over
+    that of one alone."""
     lines = [
-        "| scaling | layout | processes | simulated (s) | measured (s) | ratio |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| scaling | layout | processes | simulated (s) | measured (s) | ratio | rate of a process,"
+        " simulated | measured |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for scaling in ("weak", "strong"):
         points = points_of(found[scaling])
@@ -153,7 +155,8 @@ def here_table(found: dict[str, Any]) -> str:
             lines.append(
                 f"| {scaling} | {real.layout} | {real.gpus} | {other.seconds:.2f}"
                 f" | {real.seconds:.2f} [{real.fast:.2f}, {real.slow:.2f}]"
-                f" | {other.seconds / real.seconds:.2f} |"
+                f" | {other.seconds / real.seconds:.2f}"
+                f" | {other.efficiency:.2f} | {real.efficiency:.2f} |"
             )
     return "\n".join(lines)
 
