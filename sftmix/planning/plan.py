@@ -105,7 +105,7 @@ class Plan:
 def make_plan(config: Config, hardware: Hardware, *, num_ranks: int, data: Data) -> Plan:
     """Returns the plan of a run. Raises SftmixError for a model that cannot be traced, ConfigError
     for one that cannot be built."""
-    config = _offline(config)
+    config = offline(config)
     step = step_of(config, num_ranks)
     train = _workload(config, data, step, config.train, paired=True)
     per_rank = step.work(train.load, train.num_micro_batches)
@@ -137,8 +137,8 @@ def make_plan(config: Config, hardware: Hardware, *, num_ranks: int, data: Data)
     )
 
 
-def _offline(config: Config) -> Config:
-    """Returns the config with the architectures that the package has."""
+def offline(config: Config) -> Config:
+    """Returns the config with the architectures that the package has, and their vocabulary."""
 
     def known(model: ModelConfig) -> ModelConfig:
         return with_vocabulary(config, with_known_architecture(model))
@@ -152,7 +152,7 @@ def _offline(config: Config) -> Config:
 
 def step_of(config: Config, num_ranks: int) -> Step:
     """Returns the training step of a config's target. Raises as `make_plan`."""
-    config = _offline(config)
+    config = offline(config)
     trace = trace_of(config, world_size=traced_world(config, num_ranks), max_tokens=TRACED_TOKENS)
     return Step(trace, num_ranks, config.engine.zero_stage, zero_section(config))
 

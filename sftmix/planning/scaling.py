@@ -33,7 +33,7 @@ from sftmix.planning.calibration import calibrate, measured_steps
 from sftmix.planning.command import gpu_counts, write_page
 from sftmix.planning.errors_measured import ERRORS
 from sftmix.planning.hardware import Hardware, find
-from sftmix.planning.plan import FREE_SHARE, make_plan, memory_of, step_of
+from sftmix.planning.plan import FREE_SHARE, make_plan, memory_of, offline, step_of
 from sftmix.planning.scaling_tables import Point, Series, answers, figures_of, table_of
 from sftmix.planning.step import Load
 from sftmix.planning.timing import seconds_of
@@ -211,7 +211,7 @@ def _measured(study: ScaleStudy, config: Config, series: Series, ranks: int) -> 
     """Returns what as many processes of this machine take."""
     busy, load, micro_batches = share_of(study, series.tokens, ranks)
     request = {
-        "config": config.model_dump(mode="json") | {"tokenizer": {"path": "none"}},
+        "config": offline(config).model_dump(mode="json") | {"tokenizer": {"path": "none"}},
         "max_tokens": round(load.tokens),
         "micro_batches": [micro_batches],
     }

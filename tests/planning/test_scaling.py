@@ -6,7 +6,10 @@ import pytest
 from planned import SIZES, config_of
 
 from sftmix.cli import main
+from sftmix.config.schema import Config
+from sftmix.engine.loading import hf_config
 from sftmix.errors import ConfigError
+from sftmix.planning import scaling
 from sftmix.planning.plan import step_of
 from sftmix.planning.scaling import ScaleStudy, load_scale_study, share_of
 from sftmix.planning.scaling_tables import Point, answers, figures_of, table_of
@@ -105,6 +108,27 @@ def test_a_study_of_whole_runs_has_their_hours(zero, tmp_path, capsys):
     hours = {(p["layout"], p["gpus"]): p["hours"] for p in points}
     assert hours["own", 2] > hours["scores at hand", 2] > 0
     assert "2 GPUs: scores at hand" in said and "is the fastest that fits" in said
+
+
+def test_the_measured_step_has_the_model_of_the_simulated_one(tmp_path, monkeypatch):
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        "scale: {dir: x, configs: [alpaca-small], gpus: '2', gpu: here, tokens: [1000], length: 500}"
+    )
+    asked = []
+
+    def steps(requests, **_):
+        asked.extend(requests)
+        return [{"seconds": {"1": [1.0]}, "tokens": 1000} for _ in requests]
+
+    monkeypatch.setattr(scaling, "measured_steps", steps)
+    monkeypatch.setattr(scaling, "_simulated", lambda study, config, series, here, n: point(gpus=n))
+    points = scaling.points_of(scaling.load_scale_study(str(study), []), {2: None})
+    assert [p.kind for p in points] == ["simulated", "measured"]
+    (request,) = asked
+    model = Config.model_validate(request["config"]).model
+    # Of the tokenizer that the config trains; a Llama that says nothing has 32,000.
+    assert hf_config(model).vocab_size == 4000
 
 
 def point(**given):
