@@ -113,7 +113,8 @@ def test_a_study_of_whole_runs_has_their_hours(zero, tmp_path, capsys):
 def test_the_measured_step_has_the_model_of_the_simulated_one(tmp_path, monkeypatch):
     study = tmp_path / "study.yaml"
     study.write_text(
-        "scale: {dir: x, configs: [alpaca-small], gpus: '2', gpu: here, tokens: [1000], length: 500}"
+        "scale: {dir: x, configs: [alpaca-small], gpus: '2', gpu: here, tokens: [1000],"
+        " length: 500}"
     )
     asked = []
 
