@@ -431,7 +431,7 @@ FOUND_BEFORE_ANYTHING_STARTS = {
             "data.sources=[{path: GIVEN/rows.jsonl}]",
             "data.format=qa",
         ],
-        "`format` and `columns` belong to `path`",
+        "`ignore_columns` belong to `path`",
         "give them to each source",
     ),
     "DeepSpeed file is a folder": (

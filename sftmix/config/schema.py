@@ -138,22 +138,40 @@ class TokenizerConfig(Section):
             " tokenizer's own, or `alpaca` where it has none."
         ),
     )
+    date: str = Field(
+        "2024-07-26",
+        pattern=r"^\d{4}-\d\d-\d\d$",
+        description="Day that a chat template which reads the clock is given, so that data repeat.",
+    )
 
 
 class DataSource(Section):
     path: str = Field(
         description=(
-            "File (.json, .jsonl, .csv, .parquet; also .gz, .xz, .zst), saved `datasets` folder, or"
-            " Hub name."
+            "File (.json, .jsonl, .ndjson, .csv, .tsv, .parquet; also .gz, .xz, .zst), pattern such"
+            " as part-*.jsonl, folder of files, saved `datasets` folder, or Hub name."
         )
     )
     format: str = Field(
-        "auto", description="auto, alpaca, prompt, qa, dolly, messages or sharegpt."
+        "auto",
+        description=(
+            "auto, messages, sharegpt, alpaca, dolly, prompt, choice, medmcqa, qa or text."
+        ),
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Column of the file for each field of the format."
     )
-    split: str = Field("train", description="Split of a Hub dataset or a saved DatasetDict.")
+    use_columns: list[str] = Field(
+        default_factory=list, description="Read only these columns; default: all of the format."
+    )
+    ignore_columns: list[str] = Field(
+        default_factory=list,
+        description="Leave out these columns, or keys of messages (messages.tool_calls).",
+    )
+    split: str = Field("train", description="Split of a Hub dataset, folder or saved DatasetDict.")
+    subset: str | None = Field(
+        None, description="Configuration of a Hub dataset, or sub-folder of a folder."
+    )
     weight: Float = Field(
         1.0, gt=0, description="Share of this source's examples that is used; 2.0 uses each twice."
     )
@@ -170,6 +188,10 @@ class GeneratorConfig(Section):
     noisy_share: Share = Field(0.15, description="Share of training examples with a wrong answer.")
 
 
+# settings of a source that stand beside `path`
+_OF_PATH = ("format", "columns", "use_columns", "ignore_columns")
+
+
 class DataConfig(Section):
     path: str | None = Field(
         None, description="One source; shorthand for `sources` with one entry."
@@ -182,6 +204,25 @@ class DataConfig(Section):
     )
     format: str = Field("auto", description="Format of `path`.")
     columns: dict[str, str] = Field(default_factory=dict, description="Column mapping of `path`.")
+    use_columns: list[str] = Field(
+        default_factory=list, description="Read only these columns of `path`."
+    )
+    ignore_columns: list[str] = Field(
+        default_factory=list,
+        description="Leave out these columns of `path`, or keys of messages (messages.tool_calls).",
+    )
+    on_error: Literal["fail", "skip"] = Field(
+        "fail",
+        description="Bad rows: fail names all of them; skip writes them to data/skipped.jsonl.",
+    )
+    control_tokens: Literal["text", "keep"] = Field(
+        "text",
+        description="Names of control tokens (<s>, <|im_end|>) in the data: text, or the tokens.",
+    )
+    loss_on_inserted: bool = Field(
+        False,
+        description="Loss also on what the chat template inserts, such as an empty thought.",
+    )
     limit: Int | None = Field(
         None, ge=2, description="Use this many examples, drawn with the seed, instead of all."
     )
@@ -202,16 +243,18 @@ class DataConfig(Section):
             raise ValueError(
                 f"give exactly one of `path`, `sources` and `generator`; found {given or 'none'}"
             )
-        if self.path is None and (self.columns or self.format != "auto"):
+        of_path = {key: getattr(self, key) for key in _OF_PATH}
+        if self.path is None and any(value and value != "auto" for value in of_path.values()):
             raise ValueError(
-                "`format` and `columns` belong to `path`; with `sources`, give them to each source"
+                f"`{'`, `'.join(_OF_PATH)}` belong to `path`; with `sources`, give them to each"
+                " source"
             )
         return self
 
     @property
     def all_sources(self) -> list[DataSource]:
         if self.path is not None:
-            return [DataSource(path=self.path, format=self.format, columns=self.columns)]
+            return [DataSource(path=self.path, **{key: getattr(self, key) for key in _OF_PATH})]
         return self.sources
 
 
@@ -358,7 +401,7 @@ class ConfidenceConfig(Section):
         description="Column of the table to take for the confidence; higher is more confident.",
     )
     allow_differences: list[
-        Literal["tokenizer", "template", "mask_policy", "max_length", "dtype"]
+        Literal["tokenizer", "template", "mask_policy", "max_length", "dtype", "date"]
     ] = Field(
         default_factory=list,
         description="In what a table from elsewhere may differ from this data.",

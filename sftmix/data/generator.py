@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 
 from sftmix.config.schema import GeneratorConfig
-from sftmix.data.formats import Example, content_hash
+from sftmix.data.conversations import Example, content_hash
 
 WORDS = (
     "amber basil cedar delta ember fjord grove haven indigo jade kelp lotus maple nectar olive"

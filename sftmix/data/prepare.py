@@ -5,9 +5,10 @@ Writes into its folder
     train.arrow, held_out.arrow   one row per example: ids, tokens, response mask, messages
     tokenizer/                    the tokenizer with the chat template of the run
     dropped.jsonl, truncated.jsonl   example_id, place and reason of what is missing or cut
+    skipped.jsonl                 place and problem of bad rows (data.on_error: skip)
     summary.json                  the counts, as printed
 
-Every example that was read is in exactly one of: train, held out, dropped, left out by
+Every example that was read is in exactly one of: train, held out, dropped, skipped, left out by
 `data.limit`.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -27,18 +29,14 @@ import pyarrow as pa
 
 from sftmix.config.schema import Config, DataSource
 from sftmix.data import generator, readers
-from sftmix.data.formats import (
-    BadRow,
-    Example,
-    check_format,
-    content_hash,
-    detect_format,
-    to_messages,
-)
-from sftmix.data.template import MASK_POLICY, ChatEncoder, choose_template
+from sftmix.data.conversations import BadRow, Example
+from sftmix.data.encoding import ChatEncoder
+from sftmix.data.formats import check_format, columns_of, detect_format, read_row
+from sftmix.data.template import MASK_POLICY, choose_template, reads_clock
 from sftmix.data.tokenizer import (
     load_tokenizer,
     render_for_training,
+    template_text,
     tokenizer_identity,
     train_tokenizer,
     with_template,
@@ -70,17 +68,20 @@ ENCODE_BATCH = 1000
 
 @dataclass
 class Summary:
-    """Counts of the data stage. num_read = train + held_out + sum(dropped) + num_left_out."""
+    """Counts of the data stage. num_read = train + held_out + sum(dropped) + num_skipped +
+    num_left_out. notes: sentences on what was given and is not used as it stands."""
 
     num_read: int = 0
     num_train: int = 0
     num_held_out: int = 0
     num_left_out: int = 0
+    num_skipped: int = 0
     num_duplicates: int = 0
     num_truncated: int = 0
     num_tokens: int = 0
     num_response_tokens: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """Returns the summary for the screen."""
@@ -94,6 +95,10 @@ class Summary:
             "have the same content as an earlier one and are kept",
         )
         others = (
+            (
+                self.num_skipped,
+                f"{self.num_skipped:,} skipped as bad rows (data/skipped.jsonl)",
+            ),
             (self.num_left_out, f"{self.num_left_out:,} left out by data.limit and source weights"),
             (self.num_duplicates, f"{copies} (ids end in -2, -3, ...)"),
             (
@@ -109,6 +114,7 @@ class Summary:
                 f"{count:,} dropped: {reason} (data/dropped.jsonl)"
                 for reason, count in sorted(self.dropped.items())
             ),
+            *self.notes,
         ]
 
 
@@ -119,6 +125,7 @@ def data_settings(config: Config) -> dict[str, Any]:
         "content": [readers.source_identity(source) for source in config.data.all_sources],
         "tokenizer": tokenizer_identity(config),
         "mask_policy": MASK_POLICY,
+        "date": config.tokenizer.date,
         "seed": config.run.seed,
     }
 
@@ -130,7 +137,8 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
     Raises DataError for bad rows (all of them listed), an unsuitable template, or too little data.
     """
     summary = Summary()
-    train, held_out, noisy = _read(config, summary)
+    bad = readers.BadRows(folder / "skipped.jsonl" if config.data.on_error == "skip" else None)
+    train, held_out, noisy = _read(config, summary, bad)
     with (
         accessing(folder / "dropped.jsonl"),
         (folder / "dropped.jsonl").open("w", encoding="utf-8") as dropped_file,
@@ -147,18 +155,25 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
         )
         train, held_out = _limit(train, held_out, config, summary)
         tokenizer = _tokenizer(config, train, folder)
-        encoder = ChatEncoder(tokenizer)
+        encoder = ChatEncoder(
+            tokenizer,
+            date=config.tokenizer.date,
+            keep_control_tokens=config.data.control_tokens == "keep",
+            loss_on_inserted=config.data.loss_on_inserted,
+        )
         # Includes the tokenizer and its template, because every exported model contains them.
         vocabulary = tokenizer.backend_tokenizer.to_str()
-        identity = hashlib.sha256((tokenizer.chat_template + vocabulary).encode())
+        template = template_text(tokenizer)
+        identity = hashlib.sha256((template + vocabulary).encode())
         fingerprints = {
             "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
-            "template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
+            "template": hashlib.sha256(template.encode()).hexdigest(),
             "mask_policy": MASK_POLICY,
             "max_length": config.data.max_length,
+            **({"date": config.tokenizer.date} if reads_clock(template) else {}),
         }
         for name, part in (("train", train), ("held_out", held_out)):
-            rows = _encode(part, encoder, config, noisy, drop, truncated_file)
+            rows = _encode(part, encoder, config, noisy, drop, truncated_file, bad, summary)
             counts = _write_arrow(folder / f"{name}.arrow", rows, identity)
             setattr(summary, f"num_{name}", counts["examples"])
             summary.num_truncated += counts["truncated"]
@@ -167,6 +182,8 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
                     counts["tokens"],
                     counts["response_tokens"],
                 )
+    bad.raise_if_any()
+    summary.notes += [f"{what}: {count:,}" for what, count in sorted((+encoder.counts).items())]
     with accessing(folder / "tokenizer"):
         tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "summary.json", {**vars(summary), "dropped": dict(summary.dropped)})
@@ -180,18 +197,22 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
     return summary, identity.hexdigest(), {**fingerprints, "data": identity.hexdigest()}
 
 
-def _read(config: Config, summary: Summary) -> tuple[list[Example], list[Example], set[str]]:
+def _read(
+    config: Config, summary: Summary, bad: readers.BadRows
+) -> tuple[list[Example], list[Example], set[str]]:
     if config.data.generator is not None:
         train, held_out, noisy = generator.generate(config.data.generator, seed=config.run.seed)
         summary.num_read = len(train) + len(held_out)
         return train, held_out, noisy
-    bad = readers.BadRows()
     examples = [
         e
         for source in config.data.all_sources
         for e in _weighted(source, _read_source(source, bad, summary), config, summary)
     ]
     bad.raise_if_any()
+    summary.notes += bad.notes
+    summary.num_read += bad.count
+    summary.num_skipped = bad.count
     if not examples:
         raise DataError("the data holds no example. Check data.path.")
     times: Counter[str] = Counter()
@@ -216,18 +237,42 @@ def _read(config: Config, summary: Summary) -> tuple[list[Example], list[Example
 
 
 def _read_source(source: DataSource, bad: readers.BadRows, summary: Summary) -> list[Example]:
-    check_format(source.format, source.columns)
+    columns = columns_of(source)
+    check_format(source.format, columns)
     examples = []
     name = source.format
+    unused: Counter[str] = Counter()
+    found: set[str] = set()
+    num_unanswered = 0
     for place, row in readers.read_rows(source, bad):
-        summary.num_read += 1
         if name == "auto":
-            name = detect_format(row, place, source.columns)
+            name = detect_format(row, place, columns)
+        found |= row.keys()
         try:
-            messages, group = to_messages(row, name, source.columns)
-            examples.append(Example(content_hash(messages), messages, place, group))
+            read = read_row(row, name, columns)
         except BadRow as error:
-            bad.add(place, f"{error} (format {name})")
+            bad.add(place, f"{error} (format {name})", row)
+            continue
+        unused.update(read.unused)
+        num_unanswered += read.unanswered
+        examples.append(Example(read.content_id, read.messages, place, read.group, read.tools))
+    if unused:
+        names = ", ".join(f"{key} ({count:,})" for key, count in sorted(unused.items()))
+        summary.notes.append(
+            f"{source.path}: not used, with the number of rows: {names}. data.ignore_columns leaves"
+            " out without this line"
+        )
+    if num_unanswered:
+        summary.notes.append(
+            f"{source.path}: {counted(num_unanswered, 'turn')} after the last answer left out"
+        )
+    useless = sorted({*columns.only, *(n for n in columns.ignored if "." not in n)} - found)
+    if useless and found:
+        raise DataError(
+            f"{source.path}: data.use_columns or data.ignore_columns names {useless}, which no row"
+            f" has; the columns are {sorted(found)}. Correct the names."
+        )
+    summary.num_read += len(examples)
     return examples
 
 
@@ -237,7 +282,12 @@ def _weighted(
     """Returns the examples `weight` times: whole copies, and a seeded draw for the remaining
     fraction."""
     whole, fraction = divmod(source.weight, 1)
-    count = round(fraction * len(examples))
+    count = math.floor(fraction * len(examples) + 0.5)
+    if examples and not whole and not count:
+        summary.notes.append(
+            f"{source.path}: none of its {counted(len(examples), 'example')} is used: the weight"
+            f" {source.weight:g} rounds to nothing"
+        )
     drawn = _drawn(examples, count, lambda n, e: (config.run.seed, source.path, e.example_id, n))
     summary.num_read += (int(whole) - 1) * len(examples) + count if whole else 0
     summary.num_left_out += 0 if whole else len(examples) - count
@@ -276,9 +326,10 @@ def _uniform(*key: object) -> float:
 
 
 def _has_response(example: Example, drop: Any) -> bool:
-    if all(m["content"].strip() for m in example.messages if m["role"] == "assistant"):
+    trained = [example.messages[n] for n in example.trained_turns]
+    if trained and all(m["content"].strip() or m.get("tool_calls") for m in trained):
         return True
-    drop(example, "empty response")
+    drop(example, "empty response" if trained else "no turn carries loss")
     return False
 
 
@@ -286,7 +337,7 @@ def _tokenizer(config: Config, train: list[Example], folder: Path) -> PreTrained
     if config.tokenizer.train is None:
         return load_tokenizer(config)
     template = choose_template(config.tokenizer.chat_template, None)
-    texts = render_for_training([example.messages for example in train], template)
+    texts = render_for_training(train, template)
     tokenizer = train_tokenizer(texts, config.tokenizer.train, folder / "sentencepiece")
     return with_template(tokenizer, config.tokenizer.chat_template)
 
@@ -301,16 +352,19 @@ def _encode(
     noisy: set[str],
     drop: Any,
     truncated_file: Any,
+    bad: readers.BadRows,
+    summary: Summary,
 ) -> Iterator[Row]:
     """Yields the columns of SCHEMA for every example that is not dropped."""
     limit = config.data.max_length
     for start in range(0, len(part), ENCODE_BATCH):
         batch = part[start : start + ENCODE_BATCH]
-        for example, encoded in zip(
-            batch,
-            encoder.encode([e.messages for e in batch], [e.place for e in batch]),
-            strict=True,
-        ):
+        for example, encoded in zip(batch, encoder.encode(batch), strict=True):
+            if isinstance(encoded, BadRow):
+                summary.num_skipped += 1
+                if example.example_id == example.content_id:  # not a copy of another
+                    bad.add(example.place, str(encoded))
+                continue
             if isinstance(encoded, str):
                 drop(example, encoded)
                 continue

@@ -10,46 +10,64 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
 from sftmix.config.schema import DataSource
+from sftmix.data.files import TABLES, find_files, kind_of
+from sftmix.data.formats import FIELDS
 from sftmix.errors import DataError, counted
-from sftmix.storage.files import looks_local, sha256_of_file
+from sftmix.storage.failures import accessing
+from sftmix.storage.files import sha256_of_file
 from sftmix.storage.provenance import fingerprint
 
 Row = dict[str, Any]
 
-COMPRESSED = (".gz", ".xz", ".zst")
-TEXT_FORMATS = (".json", ".jsonl", ".csv")
 MAX_LISTED = 20  # bad rows in one message
 # a truncated or damaged file, or another format
 UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
 
 class BadRows:
-    """Collects the problems of single rows, so that one error reports all of them."""
+    """Collects the problems of single rows, so that one error reports all of them. notes: sentences
+    on what is not read.
 
-    def __init__(self) -> None:
+    skip_to: file that receives place, problem and, where it was read, row of each; None: bad rows
+    are an error.
+    """
+
+    def __init__(self, skip_to: Path | None = None) -> None:
         self.count = 0
         self.listed: list[str] = []
+        self.notes: list[str] = []
+        self._skip_to = skip_to
+        if skip_to is not None:
+            with accessing(skip_to):
+                skip_to.write_text("")
 
-    def add(self, place: str, problem: str) -> None:
+    def add(self, place: str, problem: str, row: Row | None = None) -> None:
         self.count += 1
-        if self.count <= MAX_LISTED:
+        if self._skip_to is not None:
+            record = {"place": place, "problem": problem} | ({} if row is None else {"row": row})
+            with accessing(self._skip_to), self._skip_to.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, default=str) + "\n")
+        elif self.count <= MAX_LISTED:
             self.listed.append(f"{place}: {problem}")
 
     def raise_if_any(self) -> None:
-        if not self.count:
+        """Raises DataError with all of them, unless they are skipped."""
+        if not self.count or self._skip_to is not None:
             return
         more = f"\n... and {self.count - MAX_LISTED} more" if self.count > MAX_LISTED else ""
         found = counted(self.count, "bad row. Fix or remove it;", "bad rows. Fix or remove them;")
         raise DataError(
-            "\n".join(self.listed) + more + f"\n{found} bad rows are never skipped silently."
+            "\n".join(self.listed) + more + f"\n{found} bad rows are never skipped silently"
+            " (data.on_error=skip leaves them out and lists them)."
         )
 
 
@@ -58,24 +76,47 @@ def read_rows(source: DataSource, bad: BadRows) -> Iterator[tuple[str, Row]]:
 
     Raises DataError for a source that does not exist or is of an unknown kind.
     """
-    path = Path(source.path)
-    kind = _kind(path) if path.is_file() else None
-    if kind in TEXT_FORMATS:
-        try:
-            with _open(path) as file:
-                yield from (_read_csv if kind == ".csv" else _read_json)(path, file, bad)
-        except UNREADABLE as error:
-            raise DataError(
-                f"{path}: cannot be read: {error}. Check that the file is whole and of the kind"
-                " its name says."
-            ) from None
+    files = find_files(source)
+    if files is None:
+        folder = Path(source.path)
+        rows = _read_saved_dataset(folder, source) if folder.is_dir() else _read_hub(source)
+        yield from _numbered(source.path, rows)
         return
-    rows: Iterable[Row]
+    if files.others:
+        bad.notes.append(f"{source.path}: files not read: {', '.join(files.others)}")
+    for path in files.paths:
+        yield from _read_file(path, bad)
+
+
+def _read_file(path: Path, bad: BadRows) -> Iterator[tuple[str, Row]]:
+    kind = kind_of(path)
     if kind == ".parquet":
-        rows = _read_parquet(path)
-    else:
-        rows = _read_saved_dataset(path, source) if path.is_dir() else _read_hub(source)
-    yield from ((f"{path}:row {number}", row) for number, row in enumerate(rows, start=1))
+        yield from _numbered(path, _read_parquet(path))
+        return
+    try:
+        with _open(path) as file:
+            if kind in TABLES:
+                yield from _read_csv(path, file, bad, "\t" if kind == ".tsv" else ",")
+            else:
+                yield from _read_json(path, file, bad)
+    except UNREADABLE as error:
+        raise DataError(
+            f"{path}: cannot be read: {error}. Check that the file is whole and of the kind"
+            " its name says."
+        ) from None
+
+
+def _numbered(name: object, rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
+    """Rows of Arrow data. Arrow gives every struct the keys of all; those without a value are left
+    out below the columns."""
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}:row {number}", {key: _without_nulls(value) for key, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def source_identity(source: DataSource) -> str:
@@ -92,7 +133,9 @@ def source_identity(source: DataSource) -> str:
                 if p.is_file()
             }
         )
-    _check_hub_name(source)
+    files = find_files(source)
+    if files is not None:
+        return fingerprint({p.as_posix(): sha256_of_file(p) for p in files.paths})
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -102,50 +145,111 @@ def source_identity(source: DataSource) -> str:
         raise _not_reachable(source, error) from None
 
 
-def check_source(source: DataSource) -> None:
-    """Raises DataError for a local path that does not exist or is of an unknown kind. Reads
-    nothing."""
-    path = Path(source.path)
-    if path.is_file():
-        _kind(path)
-    elif not path.exists():
-        _check_hub_name(source)
-
-
-def _kind(path: Path) -> str:
-    """Returns the suffix that names the format of a file, without that of the compression."""
-    endings = [s for s in path.suffixes if s not in COMPRESSED]
-    kind = endings[-1] if endings else ""
-    if kind not in (*TEXT_FORMATS, ".parquet"):
-        raise DataError(
-            f"{path}: unknown kind of file. Expected {', '.join(TEXT_FORMATS)} (also"
-            f" {', '.join(COMPRESSED)}) or .parquet."
-        )
-    return kind
-
-
 def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         import pyarrow
 
         # Does not use the package zstandard, which takes the end of a truncated file for the end of
         # its content.
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
     openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
-    return cast(IO[bytes], openers.get(path.suffix, Path.open)(path, "rb"))
+    return cast(IO[bytes], openers.get(path.suffix.lower(), Path.open)(path, "rb"))
 
 
 def _read_json(path: Path, file: IO[bytes], bad: BadRows) -> Iterator[tuple[str, Row]]:
-    start = file.peek(1)[:1] if hasattr(file, "peek") else b""
-    if start in (b"[", b"", b" ", b"\n", b"\t", b"\r", b"\xef"):
-        content = file.read()
-        if content.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"[":
-            yield from _read_json_array(path, content, bad)
+    """Lines of objects, one array of objects, or one object that holds such an array."""
+    first = file.readline()
+    while first and not first.strip(b"\xef\xbb\xbf \r\n\t"):
+        first += file.readline()
+    start = first.lstrip(b"\xef\xbb\xbf \r\n\t")
+    if start[:1] == b"[":
+        text = _decoded(path, first + file.read())
+        end = yield from _read_array(path, text, text.index("["), bad)
+        if text[end:].strip():
+            behind = len(text) - len(text[end:].lstrip())
+            number = text.count("\n", 0, behind) + 1
+            raise DataError(f"{path}:{number}: text after the end of the array. Remove it.")
+        return
+    rest: Iterable[bytes] = file
+    second = file.readline()
+    if not second.strip() or not _is_json(start):
+        content = first + second + file.read()
+        whole = _keys_of_file(content)
+        if whole is not None:
+            yield from _rows_of_keys(path, *whole, bad)
             return
-        file = io.BytesIO(content)
-    for number, line in enumerate(file, start=1):
+        rest = io.BytesIO(content)
+    else:
+        rest = itertools.chain(io.BytesIO(first + second), file)
+    for number, line in enumerate(rest, start=1):
         if line.strip() and (row := _parse(line, f"{path}:{number}", bad)) is not None:
             yield f"{path}:{number}", row
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _keys_of_file(content: bytes) -> tuple[str, list[tuple[str, int, Any]]] | None:
+    """Returns the text of a file that is one JSON object, and (key, place of its value, value) of
+    each of its keys; None for another content."""
+    try:
+        text = content.decode("utf-8-sig")
+        if not isinstance(json.loads(text, parse_constant=_no_constants), dict):
+            return None
+    except (ValueError, RecursionError):
+        return None
+    decoder = json.JSONDecoder(object_pairs_hook=_no_duplicates)
+    position, found = text.index("{") + 1, []
+    while (key_at := _skip(text, position, " \t\r\n,")) is not None and text[key_at] != "}":
+        try:
+            key, position = decoder.raw_decode(text, key_at)
+            value_at = _skip(text, position, " \t\r\n:")
+            assert value_at is not None, "the object was parsed"
+            value, position = decoder.raw_decode(text, value_at)
+        except ValueError:  # a key that occurs twice
+            return None
+        found.append((key, value_at, value))
+    return text, found
+
+
+def _skip(text: str, position: int, characters: str) -> int | None:
+    """Returns the place of the next character that is none of these."""
+    return next((n for n in range(position, len(text)) if text[n] not in characters), None)
+
+
+def _rows_of_keys(
+    path: Path, text: str, items: list[tuple[str, int, Any]], bad: BadRows
+) -> Iterator[tuple[str, Row]]:
+    """Yields the rows of the one list of objects that an object holds; the object itself, if its
+    lists are fields of a format."""
+    lists = [
+        (key, at)
+        for key, at, value in items
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+    ]
+    is_row = any(key in FIELDS for key, _, _ in items)
+    if is_row or not lists:
+        if text.strip() and items:
+            yield (
+                f"{path}:{text.count(chr(10), 0, text.index('{')) + 1}",
+                {key: value for key, _, value in items},
+            )
+        return
+    if len(lists) > 1:
+        raise DataError(
+            f"{path}: one JSON object with the lists {', '.join(repr(key) for key, _ in lists)}."
+            " Expected one list of rows; write each to a file of its own."
+        )
+    [(key, at)] = lists
+    others = [name for name, _, _ in items if name != key]
+    if others:
+        bad.notes.append(f"{path}: rows are the list {key!r}; not read: {', '.join(others)}")
+    yield from _read_array(path, text, at, bad)
 
 
 def _parse(line: bytes, place: str, bad: BadRows) -> Row | None:
@@ -169,17 +273,23 @@ def _parse(line: bytes, place: str, bad: BadRows) -> Row | None:
     return None
 
 
-def _read_json_array(path: Path, content: bytes, bad: BadRows) -> Iterator[tuple[str, Row]]:
-    """Decodes element by element, to find the line of each."""
+def _decoded(path: Path, content: bytes) -> str:
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise DataError(
             f"{path}:{line}: not UTF-8 at byte {error.start} of the file. Save it as UTF-8."
         ) from None
+
+
+def _read_array(
+    path: Path, text: str, start: int, bad: BadRows
+) -> Generator[tuple[str, Row], None, int]:
+    """Decodes the array at `start` element by element, to find the line of each. Returns where it
+    ends."""
     decoder = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
-    position, line, counted = text.index("[") + 1, 1, 0
+    position, line, counted = start + 1, 1, 0
     expect_item, has_items = True, False
     while True:
         while position < len(text) and text[position] in " \t\r\n":
@@ -189,9 +299,7 @@ def _read_json_array(path: Path, content: bytes, bad: BadRows) -> Iterator[tuple
         if position >= len(text):
             raise DataError(f"{place}: the array does not end with `]`. Is the file cut off?")
         if text[position] == "]" and not (expect_item and has_items):
-            if text[position + 1 :].strip():
-                raise DataError(f"{place}: text after the end of the array. Remove it.")
-            return
+            return position + 1
         if not expect_item:
             if text[position] != ",":
                 raise DataError(
@@ -228,7 +336,9 @@ def _no_constants(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _read_csv(path: Path, file: IO[bytes], bad: BadRows) -> Iterator[tuple[str, Row]]:
+def _read_csv(
+    path: Path, file: IO[bytes], bad: BadRows, delimiter: str
+) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(1 << 30)
     line = 0
 
@@ -238,7 +348,7 @@ def _read_csv(path: Path, file: IO[bytes], bad: BadRows) -> Iterator[tuple[str, 
             yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
 
     try:
-        reader = csv.DictReader(lines(), strict=True)
+        reader = csv.DictReader(lines(), strict=True, delimiter=delimiter)
         names = list(reader.fieldnames or [])
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -288,21 +398,11 @@ def _read_saved_dataset(path: Path, source: DataSource) -> Iterable[Row]:
     return loaded[source.split] if is_split else loaded
 
 
-def _check_hub_name(source: DataSource) -> None:
-    name = source.path
-    if looks_local(name) or Path(name).suffix in (*TEXT_FORMATS, *COMPRESSED, ".parquet"):
-        raise DataError(
-            f"data: {name} does not exist. Give the path of a file or folder, or a Hub name such as"
-            " `owner/name`."
-        )
-
-
 def _read_hub(source: DataSource) -> Iterable[Row]:
-    _check_hub_name(source)
     import datasets
 
     try:
-        return datasets.load_dataset(source.path, split=source.split)
+        return datasets.load_dataset(source.path, source.subset, split=source.split)
     except (OSError, ValueError, ConnectionError) as error:
         raise _not_reachable(source, error) from None
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftmix.config.schema import Config, TokenizerTrainConfig
-from sftmix.data.formats import Message
+from sftmix.data.conversations import Example
 from sftmix.data.template import choose_template, rendering
 from sftmix.errors import ConfigError, DataError, first_line
 from sftmix.storage.failures import accessing
@@ -87,16 +88,32 @@ def with_template(tokenizer: PreTrainedTokenizerBase, named: str | None) -> PreT
     return tokenizer
 
 
-def render_for_training(conversations: list[tuple[Message, ...]], template: str) -> list[str]:
+def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the chat template; of several, all of them with their names."""
+    template = tokenizer.chat_template
+    return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+
+
+def render_for_training(examples: list[Example], template: str) -> list[str]:
     """Returns the rendered conversations without special tokens, as text to train a tokenizer
     on."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    with rendering("training examples"):
-        rendered: Any = render_jinja_template(
-            [list(c) for c in conversations], chat_template=template, bos_token="", eos_token=""
-        )
-    return list(rendered[0])
+    texts = []
+    for example in examples:
+        if example.is_text:
+            texts.append(example.messages[0]["content"])
+            continue
+        with rendering("training examples"):
+            rendered: Any = render_jinja_template(
+                [list(example.messages)],
+                tools=list(example.tools) or None,
+                chat_template=template,
+                bos_token="",
+                eos_token="",
+            )
+        texts += rendered[0]
+    return texts
 
 
 def train_tokenizer(

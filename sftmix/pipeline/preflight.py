@@ -30,8 +30,8 @@ def check(config: Config, *, has_device: bool = True) -> None:
     present.
     """
     from sftmix.config.deepspeed_json import deepspeed_config
-    from sftmix.data.formats import check_format
-    from sftmix.data.readers import check_source
+    from sftmix.data.files import find_files
+    from sftmix.data.formats import check_format, columns_of
     from sftmix.data.template import choose_template
     from sftmix.engine.deepspeed_internals import check_zero_section
     from sftmix.engine.loading import hf_config
@@ -39,8 +39,8 @@ def check(config: Config, *, has_device: bool = True) -> None:
     from sftmix.engine.ranks import has_gpu
 
     for source in config.data.all_sources:
-        check_source(source)
-        check_format(source.format, source.columns)
+        find_files(source)
+        check_format(source.format, columns_of(source))
     precision = resolve_precision(config.engine.precision)
     if has_device:
         check_device_computes_in(precision)

@@ -1,18 +1,20 @@
-"""Rows of six formats become the same shape, and a row that lacks something is refused with what it
+"""Rows of all formats become the same shape, and a row that lacks something is refused with what it
 lacks."""
 
 import pytest
 
-from sftmix.data.formats import (
-    FORMATS,
-    BadRow,
-    Example,
-    check_format,
-    content_hash,
-    detect_format,
-    to_messages,
-)
+from sftmix.data.conversations import BadRow, Example, content_hash
+from sftmix.data.formats import FORMATS, Columns, check_format, detect_format, read_row
 from sftmix.errors import DataError
+
+
+def to_messages(row, format_name, columns):
+    found = read_row(row, format_name, Columns(columns))
+    return found.messages, found.group
+
+
+def detected(row, columns=None, **further):
+    return detect_format(row, "file:1", Columns(columns or {}, **further))
 
 
 def conversation(*contents, system=None):
@@ -31,6 +33,7 @@ def sharegpt(*turns):
     return {"conversations": [{"from": who, "value": text} for who, text in turns]}
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 2}}}
 TURNS = [*conversation("p", "r", "q", "s", system="y")]
 CASES = {
     "alpaca": ("alpaca", {"instruction": "p", "output": "r"}, conversation("p", "r")),
@@ -87,6 +90,118 @@ CASES = {
         {"messages": [{**turn, "name": "x"} for turn in TURNS]},
         tuple(TURNS),
     ),
+    "messages of parts": (
+        "messages",
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "p"}, {"type": "text", "text": "q"}],
+                },
+                {"role": "assistant", "content": "r"},
+            ]
+        },
+        conversation("pq", "r"),
+    ),
+    "roles by other names": (
+        "messages",
+        {
+            "messages": [
+                {"role": "developer", "content": "y"},
+                {"role": "Human", "content": "p"},
+                {"role": "Model", "content": "r"},
+            ]
+        },
+        conversation("p", "r", system="y"),
+    ),
+    "messages with a thought, weights and nulls": (
+        "messages",
+        {
+            "messages": [
+                {"role": "user", "content": "p", "tool_calls": None},
+                {"role": "assistant", "content": "r", "weight": 0},
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "s", "reasoning_content": "t", "weight": 1},
+            ]
+        },
+        (
+            {"role": "user", "content": "p"},
+            {"role": "assistant", "content": "r", "train": False},
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "s", "reasoning_content": "t"},
+        ),
+    ),
+    "messages with a call": (
+        "messages",
+        {
+            "messages": [
+                {"role": "user", "content": "p"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": '{"a": 2}'}}],
+                },
+                {"role": "tool", "content": "3", "tool_call_id": "1", "name": "f"},
+                {"role": "assistant", "content": "r"},
+            ]
+        },
+        (
+            {"role": "user", "content": "p"},
+            {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": "1"}]},
+            {"role": "tool", "content": "3", "tool_call_id": "1", "name": "f"},
+            {"role": "assistant", "content": "r"},
+        ),
+    ),
+    "sharegpt with a call and a system column": (
+        "sharegpt",
+        {
+            **sharegpt(
+                ("human", "p"),
+                ("function_call", '{"name": "f", "arguments": {"a": 2}}'),
+                ("observation", "3"),
+                ("gpt", "r"),
+            ),
+            "system": "y",
+        },
+        (
+            {"role": "system", "content": "y"},
+            {"role": "user", "content": "p"},
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "content": "3"},
+            {"role": "assistant", "content": "r"},
+        ),
+    ),
+    "alpaca with history": (
+        "alpaca",
+        {"instruction": "q", "output": "s", "system": "y", "history": [["p", "r"]]},
+        tuple(TURNS),
+    ),
+    "prompt and completion of messages": (
+        "prompt",
+        {"prompt": [*TURNS[:4]], "completion": [TURNS[4]]},
+        (*TURNS[:2], {**TURNS[2], "train": False}, *TURNS[3:]),
+    ),
+    "choice of letters": (
+        "choice",
+        {"question": "p", "options": {"A": "x", "B": "z"}, "answer": "z", "answer_idx": "B"},
+        conversation("p\n\nA. x\nB. z", "B. z"),
+    ),
+    "choice from a list": (
+        "choice",
+        {"question": "p", "options": ["x", "z"], "answer": 0},
+        conversation("p\n\nA. x\nB. z", "A. x"),
+    ),
+    "choice of labels": (
+        "choice",
+        {"question": "p", "options": {"label": ["A", "B"], "text": ["x", "z"]}, "answer": "B"},
+        conversation("p\n\nA. x\nB. z", "B. z"),
+    ),
+    "medmcqa": (
+        "medmcqa",
+        {"question": "p", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 2},
+        conversation("p\n\nA. w\nB. x\nC. y\nD. z", "C. y"),
+    ),
+    "text": ("text", {"text": "p"}, ({"role": "text", "content": "p"},)),
     "messages with trailing questions": (
         "messages",
         {"messages": [*TURNS, TURNS[1], TURNS[1]]},
@@ -113,7 +228,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_row_is_detected_and_turned_into_messages(case):
     format_name, row, messages = CASES[case]
-    assert detect_format(row, "file:1", {}) == format_name
+    assert detected(row) == format_name
     assert to_messages(row, format_name, {}) == (messages, None)
 
 
@@ -123,16 +238,16 @@ def test_every_format_has_a_case():
 
 def test_detection_prefers_whole_conversations():
     row = {"instruction": "p", "output": "r", "messages": TURNS}
-    assert detect_format(row, "file:1", {}) == "messages"
+    assert detected(row) == "messages"
 
 
 def test_detection_names_the_place_the_columns_and_the_formats():
     with pytest.raises(
         DataError, match=r"file:1: no known format has the columns \['output', 'text'\]"
     ) as caught:
-        detect_format({"text": "t", "output": "r"}, "file:1", {})
-    for name, (required, _, _) in FORMATS.items():
-        assert f"{name}: {', '.join(required)}" in str(caught.value)
+        detected({"text": "t", "output": "r"})
+    for name, found in FORMATS.items():
+        assert f"{name}: {', '.join(found.required)}" in str(caught.value)
 
 
 @pytest.mark.parametrize(("value", "group"), [("maths", "maths"), (3, "3"), (None, None)])
@@ -153,7 +268,7 @@ def test_columns_map_fields_to_the_columns_of_the_file():
         "input": "another",
         "group": "another",
     }
-    assert detect_format(row, "file:1", columns) == "alpaca"
+    assert detected(row, columns) == "alpaca"
     assert to_messages(row, "alpaca", columns) == (conversation("p\n\nq", "r"), "t")
 
 
@@ -172,9 +287,9 @@ HALF = "half of a pair: \ud83d"
         ("qa", {**QA, "answer": 4}, {}, "field 'answer' is int, expected text"),
         (
             "prompt",
-            {"prompt": ["p"], "completion": "r"},
+            {"prompt": [{"role": "user", "content": "p"}], "completion": "r"},
             {},
-            "field 'prompt' is list, expected text",
+            "field 'completion' is str, expected a list of turns",
         ),
         (
             "alpaca",
@@ -217,6 +332,86 @@ def test_a_row_that_lacks_something_is_refused_with_what_it_lacks(
         to_messages(row, format_name, columns)
 
 
+def test_what_is_not_used_is_named_and_can_be_left_out():
+    row = {
+        "id": 7,
+        "lang": None,
+        "messages": [
+            {"role": "user", "content": "p", "name": "x"},
+            {"role": "assistant", "content": "r", "weight": 0, "refusal": None},
+            {"role": "assistant", "content": "s"},
+            {"role": "user", "content": "q"},
+        ],
+    }
+    found = read_row(row, "messages", Columns({}))
+    assert found.unused == {"id", "messages.name"}
+    assert found.unanswered == 1
+    ignored = Columns({}, ignored=("id", "messages.name", "messages.weight"))
+    found = read_row(row, "messages", ignored)
+    assert found.unused == set()
+    assert "train" not in found.messages[1]
+    assert read_row(row, "messages", Columns({}, only=("messages",))).unused == {"messages.name"}
+
+
+def test_a_mapping_without_effect_is_refused():
+    with pytest.raises(DataError, match=r"format messages, so that data.columns maps \['output'\]"):
+        detected({"messages": TURNS}, {"output": "x"})
+    with pytest.raises(DataError, match=r"data.ignore_columns names \['a'\], which are also used"):
+        check_format("qa", Columns({"answer": "a"}, ignored=("a",)))
+    with pytest.raises(DataError, match=r"maps to \['a'\], which data.use_columns does not name"):
+        check_format("qa", Columns({"answer": "a"}, only=("question",)))
+
+
+@pytest.mark.parametrize(
+    ("format_name", "row", "message"),
+    [
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "content": "r", "weight": 0.5}]},
+            "'weight' is 0.5, expected 0 or 1",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "content": [{"type": "image_url"}]}]},
+            "a part of the kind 'image_url'",
+        ),
+        ("messages", {"messages": TURNS, "system": "z"}, "both hold a system message"),
+        ("messages", {"messages": TURNS, "tools": "[{"}, "'tools' is text, but not the JSON"),
+        (
+            "sharegpt",
+            sharegpt(("human", "p"), ("function_call", "f()")),
+            "turn 2 of 'conversations' is text, but not the JSON of a function call",
+        ),
+        (
+            "alpaca",
+            {"instruction": "p", "output": "r", "history": [["q"]]},
+            "pair 1 of 'history' is not",
+        ),
+        ("choice", {"question": "p", "options": ["x", "z"], "answer": "w"}, "none of the options"),
+        ("choice", {"question": "p", "options": ["x"], "answer": "x"}, "holds no two options"),
+        (
+            "medmcqa",
+            {"question": "p", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 4},
+            "'cop' is 4, expected 0 to 3",
+        ),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused(format_name, row, message):
+    with pytest.raises(BadRow, match=message):
+        read_row(row, format_name, Columns({}))
+
+
+def test_tools_are_part_of_the_id():
+    row = {"messages": TURNS}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    plain, with_tools = (
+        read_row(r, "messages", Columns({})) for r in (row, {**row, "tools": tools})
+    )
+    assert with_tools.tools == tuple(tools)
+    assert plain.content_id != with_tools.content_id
+    assert read_row({**row, "tools": "[]"}, "messages", Columns({})) == plain
+
+
 QUESTION = {"role": "user", "content": "p"}
 
 
@@ -229,8 +424,8 @@ QUESTION = {"role": "user", "content": "p"}
         (["p"], "turn 1 of 'messages' has no 'role' and 'content'"),
         ([QUESTION, {"role": "assistant"}], "turn 2 of 'messages' has no 'role' and 'content'"),
         (
-            [QUESTION, {"role": "tool", "content": "r"}],
-            "turn 2 of 'messages' has the role 'tool', expected one of",
+            [QUESTION, {"role": "critic", "content": "r"}],
+            "turn 2 of 'messages' has the role 'critic', expected one of",
         ),
         (
             [QUESTION, {"role": None, "content": "r"}],
@@ -246,7 +441,7 @@ QUESTION = {"role": "user", "content": "p"}
         ),
         (
             [QUESTION, {"role": "assistant", "content": ["r"]}],
-            "turn 2 of 'messages' is list, expected text",
+            "turn 2 of 'messages' has a part of the kind 'str'; expected text, or parts",
         ),
         ([QUESTION, {"role": "assistant", "content": HALF}], "an unpaired surrogate"),
         ([QUESTION], "no turn of 'messages' is the assistant's"),
@@ -266,7 +461,7 @@ def test_a_conversation_with_a_bad_turn_is_refused_with_its_number(turns, messag
             {"output": "r"},
             (
                 r"maps \['output'\], which format 'qa' does not have; it has \['answer', 'group',"
-                r" 'question'\]"
+                r" 'question', 'system'\]"
             ),
         ),
         (
@@ -278,17 +473,17 @@ def test_a_conversation_with_a_bad_turn_is_refused_with_its_number(turns, messag
 )
 def test_an_unknown_format_or_field_is_refused(format_name, columns, message):
     with pytest.raises(DataError, match=message):
-        check_format(format_name, columns)
+        check_format(format_name, Columns(columns))
 
 
 @pytest.mark.parametrize("format_name", ["auto", *FORMATS])
 def test_a_known_format_takes_a_mapping_of_its_fields_and_of_the_group(format_name):
-    required, optional, _ = FORMATS.get(format_name, (("question",), ("context",), None))
-    check_format(format_name, dict.fromkeys((*required, *optional, "group"), "column"))
+    fields = FORMATS[format_name].fields if format_name in FORMATS else {"question", "context"}
+    check_format(format_name, Columns(dict.fromkeys(fields, "column")))
 
 
 def example_id(row, columns=None):
-    format_name = detect_format(row, "file:1", columns or {})
+    format_name = detected(row, columns)
     return content_hash(to_messages(row, format_name, columns or {})[0])
 
 

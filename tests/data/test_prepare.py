@@ -14,10 +14,10 @@ from tokenizers_for_tests import character_tokenizer
 
 from sftmix.batches.examples import TokenisedExamples
 from sftmix.config.schema import Config, GeneratorConfig
-from sftmix.data.formats import content_hash
+from sftmix.data.conversations import Example, content_hash
+from sftmix.data.encoding import ChatEncoder
 from sftmix.data.generator import generate
 from sftmix.data.prepare import Summary, data_settings, prepare
-from sftmix.data.template import ChatEncoder
 from sftmix.data.tokenizer import tokenizer_from
 from sftmix.errors import DataError
 from sftmix.storage.provenance import fingerprint
@@ -129,6 +129,7 @@ def run(tmp_path):
             == summary.num_train
             + summary.num_held_out
             + summary.dropped.total()
+            + summary.num_skipped
             + summary.num_left_out
         )
         assert (summary.num_train, summary.num_held_out) == (
@@ -460,7 +461,7 @@ def check_against_encoder(prepared, tokenizer):
     for example_id, example in prepared.kept.items():
         messages = tuple(json.loads(example["messages"]))
         assert parts_of(example_id)[0] == content_hash(messages)
-        [(ids, mask)] = encoder.encode([messages], ["file:1"])
+        [(ids, mask)] = encoder.encode([Example(example_id, messages, "file:1")])
         ids, mask = ids[: example["num_tokens"]], mask[: example["num_tokens"]]
         assert example["input_ids"] == ids.tolist() and example["response_mask"] == mask.tolist()
         assert (
@@ -545,6 +546,43 @@ def test_a_conversation_learns_all_of_its_answers_and_an_empty_one_drops_it(tmp_
     assert prepared.summary.dropped == {"empty response": 1}
 
 
+def test_bad_rows_are_skipped_where_that_is_asked_for_and_written_down(tmp_path, config, run):
+    prepared = run(config([row("a"), row(None), *ROWS], on_error="skip"))
+    [line] = (tmp_path / "data" / "skipped.jsonl").read_text().splitlines()
+    skipped = json.loads(line)
+    assert skipped["place"].endswith("rows.jsonl:2") and skipped["row"] == row(None)
+    assert "is null, expected text" in skipped["problem"]
+    summary = prepared.summary
+    assert summary.num_skipped == 1 and summary.num_read == len(ROWS) + 2
+    assert "1 skipped as bad rows (data/skipped.jsonl)" in summary.lines()
+
+
+def test_a_row_that_the_template_refuses_is_one_row(tmp_path, config, run):
+    template = tmp_path / "no_system.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    )
+    refused = {"prompt": "p", "completion": "r", "system": "y"}
+    given = config([*ROWS, refused], chat_template=str(template))
+    with pytest.raises(DataError) as caught:
+        run(given)
+    first, last = str(caught.value).splitlines()
+    assert first.endswith(
+        f"rows.jsonl:{len(ROWS) + 1}: the chat template refuses the conversation: no system."
+    )
+    assert last.startswith("1 bad row.")
+
+
+def test_what_is_not_used_is_said_once_with_its_number(config, run):
+    prepared = run(config([{**r, "id": n} for n, r in enumerate(ROWS)]))
+    [note] = prepared.summary.notes
+    assert f"not used, with the number of rows: id ({len(ROWS)})" in note
+    assert not run(config(ROWS)).summary.notes
+    with pytest.raises(DataError, match=r"names \['nr'\], which no row has"):
+        run(config(ROWS, ignore_columns=["nr"]))
+
+
 def test_bad_rows_of_all_files_are_listed_together(tmp_path, config, run):
     write(tmp_path / "first.jsonl", [row("a"), row(None), row("b")])
     write(tmp_path / "second.jsonl", [{"question": "q", "answer": "a"}, row("c")])
@@ -557,7 +595,8 @@ def test_bad_rows_of_all_files_are_listed_together(tmp_path, config, run):
     assert str(caught.value).splitlines() == [
         f"{tmp_path}/first.jsonl:2: field 'prompt' is null, expected text (format prompt)",
         f"{tmp_path}/second.jsonl:2: no field 'question' (format qa)",
-        "2 bad rows. Fix or remove them; bad rows are never skipped silently.",
+        "2 bad rows. Fix or remove them; bad rows are never skipped silently (data.on_error=skip"
+        " leaves them out and lists them).",
     ]
 
 

@@ -11,8 +11,9 @@ import pytest
 import zstandard
 
 from sftmix.config.schema import Config, DataSource
+from sftmix.data.files import find_files
 from sftmix.data.prepare import prepare
-from sftmix.data.readers import MAX_LISTED, BadRows, check_source, read_rows, source_identity
+from sftmix.data.readers import MAX_LISTED, BadRows, read_rows, source_identity
 from sftmix.errors import DataError
 
 GOOD = b'{"a": "x"}'
@@ -163,7 +164,7 @@ def test_an_element_that_is_no_object_is_named_and_the_others_are_read(tmp_path,
         (b',\n{"a": "x', "rows.json:3: not valid JSON: Unterminated string"),
         (b",\n" + GOOD, "rows.json:3: the array does not end with `]`. Is the file cut off"),
         (b",\n", "rows.json:3: the array does not end with `]`. Is the file cut off"),
-        (b"\n]\n" + GOOD, "rows.json:3: text after the end of the array"),
+        (b"\n]\n" + GOOD, "rows.json:4: text after the end of the array"),
     ],
     ids=(
         "malformed NaN key-twice NUL bad-UTF-8 deep no-comma two-commas cut-in-text"
@@ -324,16 +325,70 @@ def test_a_damaged_saved_dataset_is_refused(saved, file, content):
         read(saved / "one")
 
 
-def test_a_folder_that_is_no_saved_dataset_is_refused(tmp_path):
-    write(tmp_path, "rows.jsonl", GOOD)
-    with pytest.raises(DataError, match=r"not a folder written by `datasets.save_to_disk`"):
+def test_a_folder_without_a_file_of_data_is_refused(tmp_path):
+    write(tmp_path, "README.md", GOOD)
+    with pytest.raises(DataError, match=r"no file of data is in this folder"):
         read(tmp_path)
+
+
+def names(path, **options):
+    """Returns the names of the files that a source reads."""
+    return [p.name for p in find_files(DataSource(path=str(path), **options)).paths]
+
+
+def test_a_folder_a_pattern_and_upper_case_endings_are_read(tmp_path):
+    for name in ("b.JSONL", "a.ndjson", "README.md", ".hidden.jsonl"):
+        write(tmp_path, name, GOOD)
+    bad = BadRows()
+    rows = [row for _, row in read_rows(DataSource(path=str(tmp_path)), bad)]
+    assert rows == [{"a": "x"}] * 2
+    assert bad.notes == [f"{tmp_path}: files not read: README.md"]
+    assert names(tmp_path) == ["a.ndjson", "b.JSONL"]
+    assert names(f"{tmp_path}/*.JSONL") == ["b.JSONL"]
+    with pytest.raises(DataError, match="no file matches"):
+        names(f"{tmp_path}/*.csv")
+
+
+def test_a_snapshot_gives_the_split_that_is_asked_for(tmp_path):
+    for name in ("train-00001-of-00002.jsonl", "train-00000-of-00002.jsonl", "test.jsonl"):
+        write(tmp_path, name, GOOD)
+    assert names(tmp_path) == ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]
+    assert names(tmp_path, split="test") == ["test.jsonl"]
+    with pytest.raises(DataError, match=r"no file has the split 'dev' in its name; there are"):
+        names(tmp_path, split="dev")
+    write(tmp_path, "more.jsonl", GOOD)
+    with pytest.raises(DataError, match=r"more.jsonl has no split in its name, and others have"):
+        names(tmp_path)
+
+
+def test_the_columns_of_a_tsv_are_separated_by_tabs(tmp_path):
+    assert read(write(tmp_path, "a.tsv", b"q\ta\nx, y\tz\n")) == [("2", {"q": "x, y", "a": "z"})]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_rows_may_be_the_one_list_of_an_object(tmp_path, indent):
+    content = json.dumps({"version": "1", "data": [{"a": "x"}, {"a": "y"}]}, indent=indent)
+    path, bad = write(tmp_path, "a.json", content.encode()), BadRows()
+    found = list(read_rows(DataSource(path=str(path)), bad))
+    assert [row for _, row in found] == [{"a": "x"}, {"a": "y"}]
+    places = [place.removeprefix(f"{path}:") for place, _ in found]
+    assert places == (["1", "1"] if indent is None else ["4", "7"])
+    assert bad.notes == [f"{path}: rows are the list 'data'; not read: version"]
+
+
+def test_an_object_with_a_conversation_is_a_row_and_one_with_two_lists_is_refused(tmp_path):
+    conversation = {"messages": [{"role": "user", "content": "p"}]}
+    content = json.dumps(conversation, indent=1).encode()
+    assert read(write(tmp_path, "a.json", content)) == [("1", conversation)]
+    content = json.dumps({"train": [{"a": "x"}], "test": [{"a": "x"}]}).encode()
+    with pytest.raises(DataError, match="one JSON object with the lists 'train', 'test'"):
+        read(write(tmp_path, "b.json", content))
 
 
 @pytest.mark.parametrize("name", ["rows.txt", "rows", "rows.gz", "rows.jsonl.bak", "rows.txt.xz"])
 def test_an_unknown_kind_of_file_is_refused_with_the_known_ones(tmp_path, name):
     with pytest.raises(
-        DataError, match=r"unknown kind of file. Expected .json, .jsonl, .csv .* or .parquet"
+        DataError, match=r"unknown kind of file. Expected .json, .jsonl, .ndjson, .csv"
     ):
         read(write(tmp_path, name, GOOD))
 
@@ -343,7 +398,7 @@ def test_an_unknown_kind_of_file_is_refused_with_the_known_ones(tmp_path, name):
 )
 @pytest.mark.parametrize(
     "use",
-    [check_source, source_identity, lambda source: read(source.path)],
+    [find_files, source_identity, lambda source: read(source.path)],
     ids=["check", "identity", "read"],
 )
 def test_a_missing_path_is_refused(tmp_path, monkeypatch, path, use):
@@ -356,13 +411,12 @@ def test_a_hub_dataset_is_read_by_its_split_and_a_silent_hub_is_named(tmp_path, 
     import datasets
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [{"a": name}, {"a": split}])
-    assert read("owner/name", split="test") == [
-        ("row 1", {"a": "owner/name"}),
-        ("row 2", {"a": "test"}),
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: [{"a": [*names, split]}])
+    assert read("owner/name", split="test", subset="main") == [
+        ("row 1", {"a": ["owner/name", "main", "test"]})
     ]
 
-    def unreachable(name, split):
+    def unreachable(*names, split):
         raise ConnectionError
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)

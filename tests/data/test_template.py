@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from tokenizers_for_tests import CHARACTERS, character_tokenizer
 
-from sftmix.data.template import ALPACA, CHATML, ChatEncoder, choose_template
+from sftmix.data.conversations import BadRow, Example, content_hash
+from sftmix.data.encoding import ChatEncoder
+from sftmix.data.template import ALPACA, CHATML, choose_template
 from sftmix.errors import ConfigError, DataError
 
 CHATML_WITH_DEFAULT_SYSTEM = (
@@ -39,9 +41,15 @@ ONE_TURN = TWO_TURNS[:2]
 SYSTEM = ({"role": "system", "content": "S"}, *ONE_TURN)
 
 
+def example(messages, place="file:1", tools=()):
+    return Example(content_hash(messages, tools), messages, place, tools=tools)
+
+
 def encode(template, conversation, specials=(), **options):
     tokenizer = character_tokenizer(specials, chat_template=template, **options)
-    [encoded] = ChatEncoder(tokenizer).encode([conversation], ["file:1"])
+    [encoded] = ChatEncoder(tokenizer).encode([example(conversation)])
+    if isinstance(encoded, BadRow):
+        raise DataError(f"file:1: {encoded}")
     return tokenizer, encoded
 
 
@@ -134,15 +142,12 @@ def test_the_default_template_ends_every_turn(conversation):
 
 def test_a_batch_gives_what_its_members_give_alone():
     tokenizer = character_tokenizer(IM, chat_template=CHATML)
-    together = ChatEncoder(tokenizer).encode([ONE_TURN, TWO_TURNS, SYSTEM], ["a", "b", "c"])
+    together = ChatEncoder(tokenizer).encode([*map(example, (ONE_TURN, TWO_TURNS, SYSTEM))])
     for conversation, (ids, mask) in zip((ONE_TURN, TWO_TURNS, SYSTEM), together, strict=True):
-        [(alone, alone_mask)] = ChatEncoder(tokenizer).encode([conversation], ["x"])
+        [(alone, alone_mask)] = ChatEncoder(tokenizer).encode([example(conversation)])
         assert np.array_equal(ids, alone) and np.array_equal(mask, alone_mask)
 
 
-COUNTS_MESSAGES = (
-    "{{ messages | length }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
-)
 DROPS_OLD_ANSWERS = (  # as templates of reasoning models do with earlier thoughts
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ':' }}{% if loop.last or m['role'] =="
     " 'user' %}{{ m['content'] }}{% endif %}{{ '<|im_end|>' }}{% endfor %}{% if"
@@ -153,20 +158,19 @@ DROPS_OLD_ANSWERS = (  # as templates of reasoning models do with earlier though
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (DROPS_OLD_ANSWERS, "renders the text up to turn 2 differently"),
+        (DROPS_OLD_ANSWERS, r"does not write the text of turn 2 \(assistant\)"),
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "no end-of-turn token"),
         (
             "{% for m in messages %}{{ m['role'] }}{{ eos_token }}{% endfor %}",
-            "does not render the assistant's text",
+            "does not write the text of turn 1",
         ),
         (
             (
                 "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] + eos_token"
                 " }}{% endfor %}"
             ),
-            "nothing before the response",
+            r"does not write the text of turn 1 \(user\)",
         ),
-        (COUNTS_MESSAGES, "renders the prompt before turn 2 differently"),
         ("{{ raise_exception('only haiku') }}", "refuses the conversation: only haiku"),
         ("{{ ''.__class__.__mro__ }}", "refuses the conversation"),
         (
@@ -202,7 +206,7 @@ def test_a_token_over_the_border_of_the_response_drops_the_example_with_a_reason
         tuple({"role": r, "content": c} for r, c in (("user", "a"), ("assistant", answer)))
         for answer in ("c", "b")
     ]
-    crossing, clean = ChatEncoder(tokenizer).encode(conversations, ["x", "y"])
+    crossing, clean = ChatEncoder(tokenizer).encode([*map(example, conversations)])
     assert crossing == "a token reaches over the border between prompt and response"
     assert clean[1].tolist() == [False, False, True, True]
 
@@ -227,7 +231,7 @@ def test_a_template_that_fails_on_the_texts_of_a_new_tokenizer_is_refused(templa
     with pytest.raises(
         DataError, match="training examples: the chat template refuses the conversation"
     ):
-        render_for_training(TWO_TURNS if isinstance(TWO_TURNS[0], tuple) else [TWO_TURNS], template)
+        render_for_training([example(TWO_TURNS)], template)
 
 
 def test_an_unknown_filter_is_found_before_any_data_is_read(tmp_path):
