@@ -105,7 +105,7 @@ class ChatEncoder:
             self._escaping.check(text)
         if example.is_text:
             return self._plain(example)
-        frame = self._framed(example)
+        frame = self.frame(example.place)
         with rendering():
             rendered = place_slots(example.messages, example.tools, self._render)
         self.counts["thoughts of earlier turns that the chat template leaves out"] += (
@@ -159,21 +159,22 @@ class ChatEncoder:
         )
         return found[0], found[1]
 
-    def _framed(self, example: Example) -> Frame:
-        """Returns the frame of the template, by a plain question and its answer."""
+    def frame(self, place: str) -> Frame:
+        """Returns the frame of the template, by a plain question and its answer. place: for errors.
+        Raises DataError if no conversation could be trained with this template."""
         if self._frame is None:
-            with rendering(example.place):
+            with rendering(place):
                 try:
                     found = place_slots((QUESTION, ANSWER), (), self._render)
                 except BadRow as error:
-                    raise DataError(f"{example.place}: {error}.") from None
+                    raise DataError(f"{place}: {error}.") from None
                 asked = self._render([QUESTION], generation_prompt=True)
                 bare = self._render([QUESTION])
             question, answer = found.placed
             end = self._ends.search(found.text, answer.stop)
             if end is None:
                 raise DataError(
-                    f"{example.place}: the chat template writes no end-of-turn token after the"
+                    f"{place}: the chat template writes no end-of-turn token after the"
                     " assistant's text, so the model would never learn to stop. Name a template"
                     " that writes one (tokenizer.chat_template)."
                 )
@@ -352,3 +353,10 @@ class ChatEncoder:
                 " another with tokenizer.chat_template"
             )
         return ids, mask
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the id of the token that the chat template writes after an assistant's text."""
+    end = ChatEncoder(tokenizer).frame("chat template").end
+    number: Any = tokenizer.convert_tokens_to_ids(end)
+    return int(number)

@@ -386,7 +386,7 @@ class Engine:
 
         def write(tensors: Tensors) -> None:
             shell = empty_model(self._model_config, self.hf_config, dtype=self._dtype)
-            write_model(folder, shell, tensors, tokenizer)
+            write_model(folder, shell, tensors, tokenizer, self._model_config)
             check_exported(folder, self._dtype, buffers)
 
         write_on_main(self.ranks, folder, self.named_tensors(), write)

@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sftmix.data.template import marker_ids
+from sftmix.config.schema import ModelConfig
+from sftmix.data.encoding import end_of_turn
 from sftmix.engine.loading import (
     layout_of,
     quiet_transformers,
@@ -27,6 +28,7 @@ from sftmix.engine.ranks import Ranks
 from sftmix.errors import ArtifactError
 from sftmix.storage import faults
 from sftmix.storage.failures import accessing, describe
+from sftmix.storage.files import read_record, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,22 +147,25 @@ def on_cpu(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def write_model(
-    folder: Path, shell: Any, tensors: Tensors, tokenizer: PreTrainedTokenizerBase
+    folder: Path,
+    shell: Any,
+    tensors: Tensors,
+    tokenizer: PreTrainedTokenizerBase,
+    source: ModelConfig,
 ) -> None:
     """Writes a Hugging Face folder, each tensor as it arrives. shell: the model on the meta device,
-    which defines names and files. What transformers converts on saving is held as a whole first."""
-    from transformers import GenerationConfig
-
+    which defines names and files. What transformers converts on saving is held as a whole first.
+    source: the model that was trained, whose generation config stays."""
     with quiet_transformers():
-        generation = GenerationConfig.from_model_config(shell.config)
-        generation.eos_token_id = generation_end_ids(tokenizer, shell.config)
-        generation.pad_token_id = tokenizer.pad_token_id
-        shell.generation_config = generation
         layout = layout_of(shell, folder)
         if layout is None:
             shell.save_pretrained(folder, state_dict=on_cpu(tensors))
         else:
             _write_weights(folder, layout, dict(saved_tensors(shell)), tensors)
+    write_json(
+        folder / "generation_config.json",
+        generation_settings(source, shell.config, tokenizer),
+    )
     tokenizer.save_pretrained(folder)
 
 
@@ -179,19 +184,34 @@ def _write_weights(
                 file.write(key, tensor)
 
 
-def generation_end_ids(tokenizer: PreTrainedTokenizerBase, config: Any) -> list[int]:
-    """Returns the ids that end a response: the tokenizer's and the config's end of sequence, and
-    the token that the chat template writes after an assistant's turn."""
-    ids = {tokenizer.eos_token_id}
-    configured = getattr(config, "eos_token_id", None)
-    ids.update(configured if isinstance(configured, list) else [configured])
-    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    prompt = tokenizer.apply_chat_template(
-        conversation[:1], tokenize=False, add_generation_prompt=True
-    )
-    whole = tokenizer.apply_chat_template(conversation, tokenize=False)
-    special = marker_ids(tokenizer)
-    turn = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
-    ends = [token for token in turn if token in special]
-    ids.update(ends[-1:])
-    return sorted(i for i in ids if i is not None)
+def generation_settings(
+    source: ModelConfig, config: Any, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Returns the generation config of the source with its own settings, or an empty one, and the
+    ids that end a response: those of the source, the tokenizer's and the config's end of sequence,
+    and the token that the chat template writes after an assistant's text. config: of the model."""
+    from transformers.utils.hub import cached_file
+
+    settings: dict[str, Any] = {}
+    if source.path is not None:
+        file = cached_file(
+            source.path,
+            "generation_config.json",
+            revision=source.revision or "main",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        settings = (file and read_record(Path(file))) or {}
+    ends = [
+        *_as_list(settings.get("eos_token_id")),
+        tokenizer.eos_token_id,
+        *_as_list(getattr(config, "eos_token_id", None)),
+        end_of_turn(tokenizer),
+    ]
+    settings["eos_token_id"] = [number for number in dict.fromkeys(ends) if number is not None]
+    settings.setdefault("pad_token_id", tokenizer.pad_token_id)
+    return settings
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from sftmix.config.schema import ModelConfig
 from sftmix.data.template import ALPACA
-from sftmix.engine.export import TensorFile, write_model, write_on_main
+from sftmix.engine.export import TensorFile, generation_settings, write_model, write_on_main
 from sftmix.engine.loading import empty_model, hf_config, saved_tensors, tensors_of_files
 from sftmix.errors import ArtifactError
 
@@ -100,7 +100,8 @@ def test_an_exported_file_is_the_one_that_transformers_writes(tmp_path, name, dt
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=dtype)
     shell = empty_model(model, config, dtype=dtype)
     tensors = iter(list(saved_tensors(loaded))[::-1])  # the order does not matter
-    write_model(tmp_path / "ours", shell, tensors, character_tokenizer(chat_template=ALPACA))
+    tokenizer = character_tokenizer(chat_template=ALPACA)
+    write_model(tmp_path / "ours", shell, tensors, tokenizer, model)
     for path in (tmp_path / "whole").glob("*.safetensors*"):
         ours, theirs = (folder / path.name for folder in (tmp_path / "ours", tmp_path / "whole"))
         assert ours.read_bytes() == theirs.read_bytes(), path.name
@@ -109,6 +110,24 @@ def test_an_exported_file_is_the_one_that_transformers_writes(tmp_path, name, dt
         saved_tensors(again), saved_tensors(loaded), strict=True
     ):
         assert torch.equal(tensor, expected), key
+
+
+PHI = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def test_the_generation_config_of_the_source_stays_and_the_ends_are_added(tmp_path):
+    tokenizer = character_tokenizer(("<|end|>",), chat_template=PHI)
+    config = SimpleNamespace(eos_token_id=2)
+    given = {"do_sample": False, "temperature": 0.6, "eos_token_id": [40, 2], "pad_token_id": 9}
+    (tmp_path / "generation_config.json").write_text(json.dumps(given))
+    found = generation_settings(ModelConfig(path=str(tmp_path)), config, tokenizer)
+    assert found == {**given, "eos_token_id": [40, 2, 3]}  # 3: what Phi writes behind an answer
+    (tmp_path / "generation_config.json").unlink()
+    found = generation_settings(ModelConfig(path=str(tmp_path)), config, tokenizer)
+    assert found == {"eos_token_id": [2, 3], "pad_token_id": tokenizer.pad_token_id}
 
 
 def test_a_file_with_tensors_of_several_dtypes(tmp_path):
