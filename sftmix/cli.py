@@ -463,6 +463,10 @@ COMMANDS: dict[str, tuple[str, Arguments]] = {
         },
     ),
     "configs": ("list the configs that come with sftmix, which CONFIG takes by name", {}),
+    "config": (
+        "print the JSON schema of a config, for editors that complete and check YAML",
+        {"what": {"choices": ["schema"]}},
+    ),
     "scores": ("show, check, merge or export score tables", {}),
 }
 SCORES: dict[str, tuple[str, Arguments]] = {
@@ -614,6 +618,7 @@ EXAMPLES = {
     "answers": "answers runs/quickstart --questions mt_bench_questions.jsonl --to answers",
     "judge": "judge answers --judge gpt-4 --price 30 60",
     "configs": "configs",
+    "config": "config schema > sftmix.schema.json",
     "scores": "scores show runs/quickstart/confidence",
     "scores show": "scores show runs/quickstart/confidence",
     "scores check": "scores check runs/quickstart/confidence quickstart",
@@ -684,6 +689,13 @@ def _list_configs() -> None:
 def _dispatch(options: argparse.Namespace) -> int:
     if options.command == "configs":
         _list_configs()
+        return 0
+    if options.command == "config":
+        import json
+
+        from sftmix.config.shipped import json_schema
+
+        print(json.dumps(json_schema(), indent=2))
         return 0
     if options.command == "doctor":
         from sftmix.doctor.command import examine_machine

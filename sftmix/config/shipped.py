@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import Any
 
 CONFIGS = (Path(__file__).parent / "files").resolve()  # a link in a checkout, a folder in a wheel
 
@@ -47,3 +48,18 @@ def nearest_config(path: Path) -> str:
     if near:
         return f"Did you mean {known[near[0]]}?"
     return "Give the path of a YAML file, or a name that `sftmix configs` lists."
+
+
+def json_schema() -> dict[str, Any]:
+    """Returns the JSON schema (2020-12) of a config file. A file may leave out what its `base` has,
+    so no section is required."""
+    from sftmix.config.schema import Config
+
+    schema = Config.model_json_schema()
+    del schema["required"]
+    names = {"type": "string"}
+    schema["properties"]["base"] = {
+        "description": "Config, or configs, that this one changes.",
+        "anyOf": [names, {"type": "array", "items": names}],
+    }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
