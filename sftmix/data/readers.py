@@ -233,6 +233,16 @@ def _rows_of_keys(
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
     ]
     is_row = any(key in FIELDS for key, _, _ in items)
+    if (
+        not is_row
+        and not lists
+        and len(items) > 1
+        and all(isinstance(v, dict) for _, _, v in items)
+    ):
+        raise DataError(
+            f"{path}: one JSON object of {len(items):,} objects, the first under {items[0][0]!r}."
+            " Expected a list of rows, or one row per line; write the objects as such."
+        )
     if is_row or not lists:
         if text.strip() and items:
             yield (

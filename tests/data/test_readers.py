@@ -383,6 +383,9 @@ def test_an_object_with_a_conversation_is_a_row_and_one_with_two_lists_is_refuse
     content = json.dumps({"train": [{"a": "x"}], "test": [{"a": "x"}]}).encode()
     with pytest.raises(DataError, match="one JSON object with the lists 'train', 'test'"):
         read(write(tmp_path, "b.json", content))
+    content = json.dumps({"1": {"a": "x"}, "2": {"a": "x"}}).encode()
+    with pytest.raises(DataError, match="one JSON object of 2 objects, the first under '1'"):
+        read(write(tmp_path, "c.json", content))
 
 
 @pytest.mark.parametrize("name", ["rows.txt", "rows", "rows.gz", "rows.jsonl.bak", "rows.txt.xz"])
