@@ -182,6 +182,13 @@ def test_what_the_template_inserts_carries_loss_where_that_is_asked_for():
     assert learnt(encoder_of("phi3", loss_on_inserted=True), ONE) == ["Yes.<|end|>\n</s>"]
 
 
+def test_a_template_that_turns_the_conversation_round_is_refused():
+    backwards = CHATML.replace("in messages %}", "in messages[::-1] %}")
+    tokenizer = character_tokenizer(IM_TOKENS, chat_template=backwards)
+    with pytest.raises(DataError, match="writes the turns in another order"):
+        ChatEncoder(tokenizer).encode([example(TWO)])
+
+
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"town": "Ulm"}}}
 TOOLS = ({"type": "function", "function": {"name": "look", "parameters": {}}},)
 CALLING = (
