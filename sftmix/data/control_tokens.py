@@ -58,7 +58,7 @@ class Escaping:
             if self.backend.token_to_id(names[text]) != number:
                 raise DataError(
                     f"tokenizer: its special token {text!r} has no id of its own, so that it cannot"
-                    " be told from the same text in the data. Set data.control_tokens to `keep`."
+                    " be told from the same text in the data. Use another (tokenizer.path)."
                 )
 
     def escape(self, text: str) -> str:

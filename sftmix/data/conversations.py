@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, Any]
+Tools = tuple[dict[str, Any], ...]
 
 PLAIN = frozenset(("role", "content"))
 TEXT_ROLE = "text"
@@ -59,7 +60,7 @@ class Example:
     messages: tuple[Message, ...]
     place: str
     group: str | None = None
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: Tools = ()
 
     @property
     def content_id(self) -> str:
@@ -79,7 +80,7 @@ class Example:
         ]
 
 
-def content_hash(messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...] = ()) -> str:
+def content_hash(messages: tuple[Message, ...], tools: Tools = ()) -> str:
     """Returns 32 hex digits of the SHA-256 of the roles, the contents, and what else there is."""
     canonical: list[Any] = [
         [m["role"], m["content"], *([further] if (further := _further(m)) else [])]
@@ -176,7 +177,7 @@ def content_text(content: Any, where: str) -> str:
     return "".join(texts)
 
 
-def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
+def read_tools(value: Any) -> Tools:
     """Returns the tools of a row: a list of JSON schemas, or the JSON text of one."""
     if value is None or value == "":
         return ()

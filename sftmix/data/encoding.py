@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftmix.data.control_tokens import Escaping, pattern_of
-from sftmix.data.conversations import BadRow, Example, Message, texts_of
-from sftmix.data.slots import Placed, Rendered, Tools, place_slots
+from sftmix.data.conversations import BadRow, Example, Message, Tools, texts_of
+from sftmix.data.slots import Placed, Rendered, place_slots
 from sftmix.data.template import at_date, marker_ids, rendering
 from sftmix.errors import DataError
 
@@ -201,8 +201,8 @@ class ChatEncoder:
         if ours != list(theirs):
             raise DataError(
                 "tokenizer: with its special tokens renamed it gives other ids, so that quotations"
-                f" of them cannot be told apart: {ours} against {theirs} for {text!r}. Set"
-                " data.control_tokens to `keep`."
+                f" of them cannot be told apart: {ours} against {theirs} for {text!r}. Use"
+                " another tokenizer (tokenizer.path)."
             )
 
     def _check_calls(self, example: Example, rendered: Rendered) -> None:

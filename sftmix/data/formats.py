@@ -27,6 +27,7 @@ from sftmix.data.conversations import (
     TEXT_ROLE,
     BadRow,
     Message,
+    Tools,
     content_hash,
     read_tools,
     read_turns,
@@ -34,7 +35,6 @@ from sftmix.data.conversations import (
 from sftmix.errors import DataError
 
 GROUP = "group"
-Tools = tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from sftmix.data.conversations import BadRow, Message
+from sftmix.data.conversations import BadRow, Message, Tools
 
-Tools = tuple[dict[str, Any], ...]
 Render = Callable[[list[Message], Tools], str]
 
 # Letters and digits only: nothing that a template strips, splits or escapes.
@@ -62,7 +61,7 @@ class Rendered:
 def place_slots(messages: tuple[Message, ...], tools: Tools, render: Render) -> Rendered:
     """Returns the rendered conversation and where its texts are. Raises BadRow if a text is not
     there exactly once and in order, and what `render` raises."""
-    if any(MARKER.search(text) for m in messages for text in (m["content"],)):
+    if any(MARKER.search(m["content"]) for m in messages):
         raise BadRow("it holds the text by which the response mask is found (Zq7slot...)")
     marked, slots = mark(messages)
     text, pattern = render(list(messages), tools), render(marked, tools)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,7 @@ def choose_template(named: str | None, own: str | None) -> str:
     return text
 
 
+@functools.lru_cache(maxsize=8)  # for every conversation, of one or two templates
 def at_date(template: str, date: str) -> str:
     """Returns a template that reads `date` (ISO 8601) wherever it reads the clock, so that the same
     data gives the same tokens on every day.
@@ -78,7 +80,7 @@ def at_date(template: str, date: str) -> str:
     """
     day = datetime.date.fromisoformat(date)
     dated = _CLOCK.sub(lambda match: repr(day.strftime(match[2])), template)
-    if re.search(r"strftime_now\s*\(", dated):
+    if reads_clock(dated):
         raise DataError(
             "tokenizer.chat_template: it reads the clock with a format that is not a text in the"
             " template, so that its date cannot be fixed. Write the format into strftime_now(...)."
