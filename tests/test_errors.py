@@ -743,7 +743,8 @@ def commands(parser, *words):
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_the_example_of_every_command_is_one(words, parser):
-    example = shlex.split(parser.epilog.removeprefix("Example: sftmix "))
+    line, _, _file = parser.epilog.removeprefix("Example: sftmix ").partition(" > ")
+    example = shlex.split(line)
     assert tuple(example[: len(words)]) == words
     options = _parser().parse_args(example)
     assert packaged(getattr(options, "config", None) or "quickstart")
