@@ -9,12 +9,14 @@ VERSION = next(
     if line.startswith("__version__")
 )
 # peft imports accelerate; neither is needed where all weights are trained
-LORA = ["peft>=0.21,<1", "accelerate>=1.0"]
+LORA = ["peft>=0.21,<1", "accelerate>=1.10.1"]
+# sftmix.integrations.trl
+TRL = ["trl>=1.16,<2"]
 # `sftmix tasks` runs lm-evaluation-harness, `sftmix judge` asks through openai and counts by
 # alpaca_eval, which imports pkg_resources: setuptools 81 is the last that may have it
 EVAL = [
     "lm-eval>=0.4.13,<0.5",
-    "accelerate>=1.0",
+    "accelerate>=1.10.1",
     "alpaca-eval>=0.6.6,<0.7",
     "openai>=1.60",
     "scikit-learn>=1.5,<1.10",  # alpaca_eval names arguments that 1.10 drops
@@ -72,9 +74,11 @@ setup(
     extras_require={
         "lora": LORA,
         "eval": EVAL,
+        "trl": TRL,
         "dev": [
             *LORA,
             *EVAL,
+            *TRL,
             TRITON,
             "pytest>=8",
             "pytest-xdist>=3.8",

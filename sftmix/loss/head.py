@@ -66,56 +66,64 @@ class HeadProjection(nn.Module):
 
     def forward(self, hidden: Tensor, request: Request | None) -> Tensor | HeadResult:
         with self.timer("head"):
-            return self._compute(hidden, request)
+            return head_output(hidden, request, self.weight, self.bias, self.transform)
 
-    def _compute(self, hidden: Tensor, request: Request | None) -> Tensor | HeadResult:
-        weight, bias, transform = self.weight, self.bias, self.transform
-        if request is None:
-            return nn.functional.linear(hidden, weight, bias)
-        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, request.rows)
-        if isinstance(request, ScoreRequest):
-            losses = linear_token_scores(
-                rows,
-                weight,
-                request.labels,
-                bias,
-                transform.scale,
-                transform.softcap,
-                backend=request.backend,
-            )
-            return ScoreResult(*losses)
-        if isinstance(request, MixedRequest):
-            logits = nn.functional.linear(rows, weight, bias)
-            mixup = mixup_cross_entropy(
-                logits,
-                None,
-                request.labels,
-                request.lam,
-                transform.scale,
-                transform.softcap,
-                backend=request.backend,
-            )
-            return MixedResult(mixup.sum() / max(1, request.num_mixup_tokens))
-        fused = fused_linear_mixup_cross_entropy(
+
+def head_output(
+    hidden: Tensor,
+    request: Request | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+) -> Tensor | HeadResult:
+    """Returns what is requested of hidden states (B, S, D); without a request the logits (B, S, V),
+    before the transform. weight: (V, D). bias: (V,)."""
+    if request is None:
+        return nn.functional.linear(hidden, weight, bias)
+    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, request.rows)
+    if isinstance(request, ScoreRequest):
+        losses = linear_token_scores(
             rows,
             weight,
             request.labels,
-            request.pairs,
-            request.lam,
-            request.mixup_weight,
             bias,
             transform.scale,
             transform.softcap,
-            request.num_ntp_tokens,
-            request.num_mixup_tokens,
-            request.backend,
-            ntp_weight=request.next_token.ntp_weight,
-            weighting=request.next_token.token_weighting,
-            alpha=request.next_token.eaft_alpha,
-            label_smoothing=request.next_token.label_smoothing,
-            row_weights=request.row_weights,
+            backend=request.backend,
         )
-        return LossResult(*fused, auxiliary=torch.zeros_like(fused.loss))
+        return ScoreResult(*losses)
+    if isinstance(request, MixedRequest):
+        logits = nn.functional.linear(rows, weight, bias)
+        mixup = mixup_cross_entropy(
+            logits,
+            None,
+            request.labels,
+            request.lam,
+            transform.scale,
+            transform.softcap,
+            backend=request.backend,
+        )
+        return MixedResult(mixup.sum() / max(1, request.num_mixup_tokens))
+    fused = fused_linear_mixup_cross_entropy(
+        rows,
+        weight,
+        request.labels,
+        request.pairs,
+        request.lam,
+        request.mixup_weight,
+        bias,
+        transform.scale,
+        transform.softcap,
+        request.num_ntp_tokens,
+        request.num_mixup_tokens,
+        request.backend,
+        ntp_weight=request.next_token.ntp_weight,
+        weighting=request.next_token.token_weighting,
+        alpha=request.next_token.eaft_alpha,
+        label_smoothing=request.next_token.label_smoothing,
+        row_weights=request.row_weights,
+    )
+    return LossResult(*fused, auxiliary=torch.zeros_like(fused.loss))
 
 
 class LossHead:
@@ -124,20 +132,24 @@ class LossHead:
 
     Not a module: ZeRO-3 adds a hook to the input of every module and expects its output in the
     backward, which the stub never takes part in. The module with the parameters is the projection.
+
+    projection: a HeadProjection, or the head of `computing`. joins_graph: the stub depends on the
+    loss, though no gradient comes from it. DDP looks in the model's output for what is trained.
     """
 
-    def __init__(self, projection: HeadProjection):
+    def __init__(self, projection: Any, *, joins_graph: bool = False):
         self.projection = projection
+        self.joins_graph = joins_graph
         self.request: Request | ProbeRequest | None = None
         self.result: HeadResult | None = None
 
     @property
     def weight(self) -> Tensor:
-        return self.projection.weight
+        return self.projection.weight  # type: ignore[no-any-return]
 
     @property
     def bias(self) -> Tensor | None:
-        return self.projection.bias
+        return getattr(self.projection, "bias", None)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         if isinstance(self.request, ProbeRequest):
@@ -147,7 +159,47 @@ class LossHead:
             return output  # logits
         assert self.result is None, "the model called its head twice in one forward"
         self.result = output
-        return hidden.new_zeros(*hidden.shape[:-1], 1)
+        stub = hidden.new_zeros(*hidden.shape[:-1], 1)
+        if self.joins_graph and isinstance(output, LossResult):
+            stub = stub + 0 * output.loss.to(stub.dtype)
+        return stub
+
+
+@contextlib.contextmanager
+def computing(
+    model: Any, request: Request | ProbeRequest, transform: LogitTransform
+) -> Iterator[LossHead]:
+    """Within the context the head of `model` computes the request, and keeps it in `result`.
+
+    For a trainer that owns the model: the head stays a module of its parent, with its names,
+    parameters and hooks (ZeRO-3, FSDP), and afterwards the model is as it was. Under autocast the
+    products have its dtype, as those of the head's own forward. Raises ConfigError where the model
+    names no head.
+    """
+    parent_name, _, attribute = (name := head_name(model)).rpartition(".")
+    module, parent = model.get_submodule(name), model.get_submodule(parent_name)
+    own_forward = vars(module).get("forward")
+
+    def forward(hidden: Tensor, request: Request) -> Tensor | HeadResult:
+        weight, bias = module.weight, getattr(module, "bias", None)
+        kind = hidden.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(kind, enabled=False):
+            return head_output(hidden, request, weight, bias, transform)
+
+    head = LossHead(module, joins_graph=True)
+    head.request = request
+    module.forward = forward
+    vars(parent)[attribute] = head  # Python finds it before the module of that name
+    try:
+        yield head
+    finally:
+        del vars(parent)[attribute], module.forward
+        if own_forward is not None:
+            module.forward = own_forward
 
 
 class CausalLMWithLoss(nn.Module):

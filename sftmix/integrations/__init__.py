@@ -1,0 +1,1 @@
+"""The method in the trainers of other libraries."""
