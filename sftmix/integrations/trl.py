@@ -197,6 +197,10 @@ class SFTMixTrainer(SFTTrainer):  # type: ignore[misc]
     Raises ConfigError for what the method excludes, DataError for missing or infinite confidences.
     """
 
+    train_dataset: Any
+    data_collator: Any
+    _signature_columns: Any
+
     def __init__(self, model: Any, args: SFTMixConfig | None = None, **options: Any):
         args = args or SFTMixConfig(output_dir="trainer_output")
         if not isinstance(args, SFTMixConfig):
