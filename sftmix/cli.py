@@ -65,6 +65,18 @@ STAGE: Arguments = {
 TO: Arguments = {
     "--to": {"type": Path, "required": True, "metavar": "FOLDER", "help": "a new folder"}
 }
+EXPORT: Arguments = {
+    "--to": {"type": Path, "metavar": "FOLDER", "help": "a new folder"},
+    "--push": {
+        "metavar": "OWNER/NAME",
+        "help": "a repository on the Hugging Face Hub, private; made where it does not exist",
+    },
+    "--public": {"action": "store_true", "help": "with --push: for everybody to see"},
+    "--replace": {
+        "action": "store_true",
+        "help": "with --push: take the place of files that the repository holds",
+    },
+}
 TABLE: Arguments = {
     "table": {"metavar": "TABLE", "help": "folder, Parquet file, or Hub name"},
 }
@@ -145,11 +157,11 @@ COMMANDS: dict[str, tuple[str, Arguments]] = {
         },
     ),
     "export": (
-        "copy a trained model to a folder of your own",
+        "copy a trained model to a folder of your own, or to the Hugging Face Hub",
         {
             **CONFIG,
             **DEBUG,
-            **TO,
+            **EXPORT,
             "--which": {"default": "sftmix", "help": "sftmix (default) or baseline"},
             "--adapter": {
                 "action": "store_true",
@@ -501,8 +513,8 @@ SCORES: dict[str, tuple[str, Arguments]] = {
         },
     ),
     "scores export": (
-        "a folder with a dataset card, ready for the Hub",
-        {**TABLE, **TO, **DEBUG},
+        "a folder with a dataset card, ready for the Hub or pushed to it",
+        {**TABLE, **EXPORT, **DEBUG},
     ),
 }
 
@@ -763,8 +775,12 @@ def _dispatch(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     if options.command == "export":
         from sftmix.pipeline.export import export
+        from sftmix.storage.hub import Target, deliver
 
-        print(export(config, which=options.which, to=options.to, adapter=options.adapter))
+        def write(to: Path) -> Path:
+            return export(config, which=options.which, to=to, adapter=options.adapter)
+
+        print(deliver(write, Target.of(options), beside=config.run.dir))
         return 0
     translate()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

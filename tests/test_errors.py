@@ -689,13 +689,17 @@ def test_debug_shows_the_traceback(config):
         ),
         (["run", "CONFIG", "--fast"], "unrecognized arguments: --fast"),
         (["run", "CONFIG", "train.epochs=1", "--fast", "log.every_steps=1"], "--fast"),
-        (["export", "CONFIG"], "--to is missing. Example: sftmix export quickstart --to my-model"),
+        (
+            ["scores", "merge", "table"],
+            (
+                "--to is missing. Example: sftmix scores merge runs/one/confidence"
+                " runs/two/confidence --to runs/both"
+            ),
+        ),
+        (["scores", "merge"], "TABLE and --to are missing"),
         (
             ["export"],
-            (
-                "CONFIG and --to are missing (CONFIG: a YAML file, or a name that `sftmix configs`"
-                " lists)"
-            ),
+            "CONFIG is missing (CONFIG: a YAML file, or a name that `sftmix configs` lists)",
         ),
         (["scores", "check", "table"], "CONFIG is missing"),
         (["inspect", "CONFIG", "--num", "many"], "invalid int value: 'many'"),

@@ -16,6 +16,7 @@ from sftmix.confidence.table_files import CONFIDENCE, PERPLEXITY, refuse_existin
 from sftmix.errors import counted
 from sftmix.storage.artifacts import new_staging
 from sftmix.storage.files import write_text
+from sftmix.storage.hub import Target, deliver
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -32,7 +33,11 @@ def run(options: argparse.Namespace) -> None:
                 for line in merge_scores(options.tables, options.to).lines()
             ]
         case _:
-            lines = [str(export_scores(options.table, options.to))]
+            lines = [
+                deliver(
+                    lambda to: export_scores(options.table, to), Target.of(options), kind="dataset"
+                )
+            ]
     print("\n".join(lines))
 
 

@@ -8,7 +8,9 @@ import pytest
 import yaml
 from processes import ROOT
 from score_tables import FINGERPRINTS, IDS, NAN, SUMS, own_table, table
+from stub_hub import stub_hub
 
+from sftmix.cli import main
 from sftmix.confidence.commands import export_scores, show_scores
 from sftmix.confidence.table import fit_scores, read_scores
 from sftmix.errors import ArtifactError
@@ -28,6 +30,16 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     table(folder / "t", sums={**SUMS, 30: np.array([NAN, 1e6, 1.0, 2.0])})
     return export_scores(str(folder / "t"), folder / "hub")
+
+
+def test_a_table_is_pushed_as_a_data_set(exported, tmp_path, monkeypatch):
+    table(tmp_path / "t", sums={**SUMS, 30: np.array([NAN, 1e6, 1.0, 2.0])})
+    with stub_hub(monkeypatch) as hub:
+        assert main(["scores", "export", str(tmp_path / "t"), "--push", "me/scores"]) == 0
+        repository = hub.repositories["dataset", "me/scores"]
+    del repository.files[".gitattributes"]
+    files = {path.name: path.read_bytes() for path in exported.iterdir()}
+    assert repository.private and repository.files == files
 
 
 def without_nan(columns):

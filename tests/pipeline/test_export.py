@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from stub_hub import stub_hub
 from tokenizers_for_tests import character_tokenizer
 
 from sftmix.cli import main
@@ -295,6 +296,21 @@ def test_exported_files_have_the_users_own_modes(mask, modes, make_run, tmp_path
         for path in [to, *to.rglob("*")]:
             found[path.is_dir()].add(stat.S_IMODE(path.stat().st_mode))
         assert found == {True: {modes[0]}, False: {modes[1]}}
+
+
+def test_a_push_has_what_the_folder_has(make_run, tmp_path, monkeypatch, capsys):
+    file, _ = make_run()
+    target = tmp_path / "out"
+    with stub_hub(monkeypatch) as hub:
+        assert main(["export", str(file), "--push", "me/model", "--to", str(target)]) == 0
+        assert capsys.readouterr().out == f"{hub.url}/me/model\n"
+        repository = hub.repositories["model", "me/model"]
+    del repository.files[".gitattributes"]
+    assert repository.private and repository.files == {
+        path.relative_to(target).as_posix(): path.read_bytes()
+        for path in target.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize(
