@@ -26,7 +26,8 @@ class Repository:
 @dataclass
 class StubHub:
     """url: address. repositories: (kind, name) -> Repository. failing: answers of the next
-    requests, as (part of the path, status); status None breaks the connection. requests: what was asked, in order."""
+    requests, as (part of the path, status); status None breaks the connection. requests: what
+    was asked, in order."""
 
     url: str = ""
     repositories: dict = field(default_factory=dict)
