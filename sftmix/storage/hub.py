@@ -137,7 +137,7 @@ def _persistently(call: Callable[[], _Answer], repo: str, wait: Callable[[float]
     """Returns the answer of a call, tried again where another try may help."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
-        HTTPError,
+        HTTPError,  # type: ignore[attr-defined]  # httpx's or httpx2's, by version
         LocalTokenNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
