@@ -22,6 +22,8 @@ EVAL = [
     "scikit-learn>=1.5,<1.10",  # alpaca_eval names arguments that 1.10 drops
     "setuptools<82",
 ]
+# log.trackers; the tests have MLflow's client alone, which can write files
+TRACKERS = {"wandb": "wandb>=0.22", "mlflow": "mlflow>=3.5", "trackio": "trackio>=0.30"}
 # torch for CUDA and ROCm brings triton. Elsewhere it is for the tests alone, which interpret and
 # compile the kernels: 1 GB that no run without a GPU needs.
 TRITON = "triton>=3.5; platform_system == 'Linux'"
@@ -75,10 +77,14 @@ setup(
         "lora": LORA,
         "eval": EVAL,
         "trl": TRL,
+        **{name: [text] for name, text in TRACKERS.items()},
         "dev": [
             *LORA,
             *EVAL,
             *TRL,
+            TRACKERS["wandb"],
+            TRACKERS["trackio"],
+            "mlflow-skinny>=3.5",
             TRITON,
             "pytest>=8",
             "pytest-xdist>=3.8",

@@ -632,6 +632,17 @@ class EvaluationConfig(Section):
 class LogConfig(Section):
     every_steps: Int = Field(10, ge=1, description="Steps between two lines of metrics.")
     tensorboard: bool = Field(True, description="Also write TensorBoard event files.")
+    trackers: list[Literal["wandb", "mlflow", "trackio"]] = Field(
+        default_factory=list,
+        description=(
+            "Also send metrics there (pip install 'sftmix[wandb]', and so on): a run per training"
+            " stage, with TensorBoard's names and steps."
+        ),
+    )
+    project: str | None = Field(
+        None,
+        description="Project or experiment there. Default: the environment's, or `sftmix`.",
+    )
     profile_steps: tuple[Int, Int] | None = Field(
         None,
         description=(

@@ -37,6 +37,7 @@ def check(config: Config, *, has_device: bool = True) -> None:
     from sftmix.engine.loading import hf_config
     from sftmix.engine.precision import check_device_computes_in, resolve_precision
     from sftmix.engine.ranks import has_gpu
+    from sftmix.train.trackers import check_installed
 
     for source in config.data.all_sources:
         find_files(source)
@@ -68,6 +69,7 @@ def check(config: Config, *, has_device: bool = True) -> None:
                 config, precision=precision, world_size=1, max_grad_norm=train.max_grad_norm
             )
             check_zero_section(settings["zero_optimization"], str(config.engine.deepspeed))
+    check_installed(config.log.trackers)
     choose_template(config.tokenizer.chat_template, None)
     # before the tokenizer, whose loader also reads the model's config but has worse errors
     settings_of = {name: hf_config(model, name=name) for name, model in config.models.items()}

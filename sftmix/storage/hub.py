@@ -135,9 +135,9 @@ def _refuse_unfit(found: Any, repo: str, *, public: bool, replace: bool) -> None
 
 def _persistently(call: Callable[[], _Answer], repo: str, wait: Callable[[float], object]) -> Any:
     """Returns the answer of a call, tried again where another try may help."""
-    from huggingface_hub.errors import (
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
         HfHubHTTPError,
-        HTTPError,  # type: ignore[attr-defined]  # httpx's or httpx2's, by version
+        HTTPError,  # of httpx or httpx2
         LocalTokenNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,

@@ -1,4 +1,4 @@
-"""Metrics of a training stage: JSON lines, TensorBoard, and output on the terminal.
+"""Metrics of a training stage: JSON lines, TensorBoard, trackers, and output on the terminal.
 
 A terminal gets a progress bar; a log file gets one plain line every N steps. Losses are in nats:
 per response token (NTP), per mixed position (Mixup). Tokens per second of training
@@ -42,6 +42,7 @@ from sftmix.train.meter import (
     Meter,
     PartTimer,
 )
+from sftmix.train.trackers import Trackers
 
 if TYPE_CHECKING:
     from sftmix.loss.flops import ModelFlops
@@ -75,8 +76,8 @@ SKIPPED = "steps/skipped (steps)"
 HELD_OUT = "held_out/loss (nats/token)"
 HELD_OUT_EXACT = "held_out/exact match (share)"
 
-# TensorBoard: key of a line -> tag and description. Every run has the same tags, so that curves of
-# several runs overlay.
+# TensorBoard and trackers: key of a line -> tag and description. Every run has the same tags, so
+# that curves of several runs overlay.
 _MEAN = "mean over the steps since the last point."
 _RATE = "per second of training since the last point, on all ranks"
 SCALARS = {
@@ -143,9 +144,9 @@ class RunLog:
     """Collects the metrics of one training stage. `metrics` is the JSONL file; only rank 0 writes
     or prints.
 
-    meter: started with the stage. parts: times the parts of steps. flops: of the model. peak_flops:
-    of the device, in FLOP/s; None if unknown. Windowed values are means over the steps since the
-    last line. All ranks must call every method.
+    trackers: used on rank 0. meter: started with the stage. parts: times the parts of steps. flops:
+    of the model. peak_flops: of the device, in FLOP/s; None if unknown. Windowed values are means
+    over the steps since the last line. All ranks must call every method.
     """
 
     def __init__(
@@ -155,6 +156,7 @@ class RunLog:
         *,
         metrics: Path,
         tensorboard: Path | None,
+        trackers: Trackers | None = None,
         every_steps: int,
         has_mixup: bool,
         has_router: bool,
@@ -172,6 +174,7 @@ class RunLog:
         self.joules = 0.0  # of all ranks, up to the last line; NaN if unknown
         self._energy = EnergyCounter(ranks.device, is_first=ranks.local_rank == 0)
         self._metrics, self._tensorboard = metrics, tensorboard
+        self._trackers = trackers if ranks.is_main else None
         self._file: Any = None
         self._writer: Any = None
         self._bar: Any = None
@@ -240,6 +243,8 @@ class RunLog:
                 self._writer = _summary_writer(
                     self._tensorboard, purge_step=after + 1 if after else None
                 )
+        if self._trackers is not None:
+            self._trackers.start(resumes=after > 0)
         if self.ranks.is_main and sys.stdout.isatty():
             self._bar = progress_bar()
             self._bar.start()
@@ -370,6 +375,8 @@ class RunLog:
         with self._tensorboard_may_fail():
             if self._writer is not None:
                 self._writer.close()
+        if self._trackers is not None:
+            self._say(self._trackers.finish())
 
     def facts(self) -> dict[str, float]:
         """Returns the facts of the whole stage, for the report."""
@@ -404,6 +411,9 @@ class RunLog:
         with self._tensorboard_may_fail():
             if self._writer is not None:
                 self._write_scalars(step, line)
+        if self._trackers is not None:
+            values = {tag: line[key] for key, (tag, _) in SCALARS.items() if key in line}
+            self._say(self._trackers.log(values, step))
         losses = f"ntp {line[NTP]:.4f}" + (f" mixup {line[MIXUP]:.4f}" if self.has_mixup else "")
         rate = f"{line[REAL_RATE]:,.0f} tok/s"
         if self._bar is not None:
@@ -418,10 +428,14 @@ class RunLog:
         text = f"{self.stage} {step}/{self.num_steps} held out {held_out.loss:.4f}"
         text += f", exact match {held_out.exact_match:.1%}"
         text += " (the lowest loss so far)" if held_out.is_best else ""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, flush=True)
+        self._say([text])
+
+    def _say(self, lines: list[str]) -> None:
+        for text in lines:
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, highlight=False)
+            else:
+                print(text, flush=True)
 
     def _write_scalars(self, step: int, line: dict[str, float]) -> None:
         """Writes a point of each TensorBoard curve; `SummaryWriter.add_scalar` takes no

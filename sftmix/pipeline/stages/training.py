@@ -15,7 +15,7 @@ from sftmix.batches.balance import expected_useful_share
 from sftmix.batches.examples import TokenisedExamples
 from sftmix.confidence.online import OnlineScores
 from sftmix.confidence.scoring import WorkPlan, score_examples
-from sftmix.config.schema import ModelConfig, TrainConfig
+from sftmix.config.schema import Config, ModelConfig, TrainConfig
 from sftmix.engine.engine import Engine
 from sftmix.engine.precision import DTYPES
 from sftmix.engine.process_group import use_threads
@@ -31,6 +31,7 @@ from sftmix.train.loop import TrainingRun, train
 from sftmix.train.meter import PartTimer, StepTrace, describe_time
 from sftmix.train.plan import TrainingPlan
 from sftmix.train.skipped_steps import SkippedSteps
+from sftmix.train.trackers import TrackedStage, Trackers
 
 ENOUGH = 0.8  # useful share of the ranks' time, below which a larger batch is named
 BEST = "best"
@@ -184,6 +185,7 @@ def _log(
         engine.ranks,
         metrics=context.kept / "metrics.jsonl",
         tensorboard=logs / "tensorboard" / name if settings.tensorboard else None,
+        trackers=_trackers(context.config, name),
         every_steps=settings.every_steps,
         has_mixup=has_mixup,
         has_router=engine.module.has_router,
@@ -192,6 +194,21 @@ def _log(
         flops=engine.flops,
         peak_flops=peak_flops(engine.ranks.device, DTYPES[engine.precision]),
     )
+
+
+def _trackers(config: Config, name: str) -> Trackers | None:
+    if not config.log.trackers:
+        return None
+    logs = config.run.dir / "logs"
+    stage = TrackedStage(
+        project=config.log.project,
+        group=config.run.dir.resolve().name,
+        stage=name,
+        config=config.model_dump(mode="json"),
+        folder=logs / "trackers",
+    )
+    state = logs / "trackers" / f"{name}.json"
+    return Trackers(config.log.trackers, stage, state=state)
 
 
 def _say_idle(run: TrainingRun) -> None:
