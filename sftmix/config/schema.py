@@ -7,6 +7,7 @@ key=value` overrides single fields by their dotted name. Reading the file is in
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+
+TEMPLATE_DATE = "2024-07-26"
 
 
 def _off(value: Any) -> Any:
@@ -139,10 +142,25 @@ class TokenizerConfig(Section):
         ),
     )
     date: str = Field(
-        "2024-07-26",
+        TEMPLATE_DATE,
         pattern=r"^\d{4}-\d\d-\d\d$",
         description="Day that a chat template which reads the clock is given, so that data repeat.",
     )
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        """YAML reads 2024-07-26 as a date."""
+        return value.isoformat() if type(value) is datetime.date else value
+
+    @field_validator("date")
+    @classmethod
+    def _is_a_day(cls, text: str) -> str:
+        try:
+            datetime.date.fromisoformat(text)
+        except ValueError as error:
+            raise ValueError(f"expected a day such as {TEMPLATE_DATE}; {error}") from None
+        return text
 
 
 class DataSource(Section):

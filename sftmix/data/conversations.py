@@ -185,7 +185,14 @@ def read_tools(value: Any) -> Tools:
     tools = [_json(tool, "field 'tools'", "a tool") for tool in tools] if tools else []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("field 'tools' is not a list of JSON objects")
-    return tuple(tools)
+    return tuple(_as_function(tool) for tool in tools)
+
+
+def _as_function(tool: dict[str, Any]) -> dict[str, Any]:
+    """Returns a tool in OpenAI's form, which templates read; ShareGPT files have the function
+    alone."""
+    is_bare = "function" not in tool and isinstance(tool.get("name"), str)
+    return {"type": "function", "function": tool} if is_bare else tool
 
 
 def _json(value: Any, where: str, what: str) -> Any:

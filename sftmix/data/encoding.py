@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sftmix.config.schema import TEMPLATE_DATE
 from sftmix.data.control_tokens import Escaping, pattern_of
 from sftmix.data.conversations import BadRow, Example, Message, Tools, texts_of
 from sftmix.data.slots import Placed, Rendered, place_slots
@@ -66,7 +67,7 @@ class ChatEncoder:
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        date: str = "2024-07-26",
+        date: str = TEMPLATE_DATE,
         keep_control_tokens: bool = False,
         loss_on_inserted: bool = False,
     ):

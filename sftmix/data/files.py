@@ -6,6 +6,9 @@ import glob
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from sftmix.config.schema import DataSource
 from sftmix.errors import DataError
@@ -81,13 +84,18 @@ def _known(path: Path) -> Path:
 
 
 def _of_folder(folder: Path, source: DataSource) -> Files:
-    """Files whose names have a split (`train-00000-of-00002.parquet`) are those of the split asked
-    for; without such names, all are read."""
+    """Files are those that the folder's README names for the subset and split (`configs`, as on the
+    Hub); else those whose names have the split (`train-00000-of-00002.parquet`); without such
+    names, all are read."""
     files = sorted(
         p
         for p in folder.rglob("*")
         if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)
     )
+    card = _of_card(folder, files, source)
+    if card is not None:
+        others = [p.relative_to(folder).as_posix() for p in files if p not in card]
+        return Files([_known(file) for file in card], others)
     if source.subset is not None:
         files = _of_subset(folder, files, source.subset)
     data = [p for p in files if kind_of(p) and p.name not in DESCRIPTIONS]
@@ -114,6 +122,68 @@ def _of_folder(folder: Path, source: DataSource) -> Files:
             f" as {folder}/part-*.jsonl."
         )
     return Files(chosen, others)
+
+
+def _of_card(folder: Path, files: list[Path], source: DataSource) -> list[Path] | None:
+    """Returns the files that the README of a Hub data set names for the subset and split; None
+    where it names none. Raises DataError for a subset or a split that it does not name."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    try:
+        settings = yaml.safe_load(front[1]) if front else None
+    except yaml.YAMLError:
+        return None
+    found = settings.get("configs") if isinstance(settings, dict) else None
+    named = {
+        str(config["config_name"]): config
+        for config in (found if isinstance(found, list) else [])
+        if isinstance(config, dict) and "config_name" in config and config.get("data_files")
+    }
+    if not named:
+        return None
+    standard = [name for name, config in named.items() if config.get("default") is True]
+    chosen = source.subset or next(
+        (name for name in (*standard, "default") if name in named),
+        next(iter(named)) if len(named) == 1 else None,
+    )
+    if chosen not in named:
+        problem = f"names no {chosen!r}" if chosen else "names several configurations"
+        raise DataError(
+            f"{card} {problem}; there are {', '.join(sorted(named))}. Set `subset` of the source"
+            " (data.sources)."
+        )
+    patterns = _patterns(named[chosen]["data_files"])
+    if source.split not in patterns:
+        raise DataError(
+            f"{card}: the configuration {chosen!r} has no split {source.split!r}; there are"
+            f" {', '.join(sorted(patterns))}. Set `split` of the source (data.sources)."
+        )
+    inner = str(named[chosen].get("data_dir") or "")
+    paths = [
+        p for pattern in patterns[source.split] for p in sorted((folder / inner).glob(pattern))
+    ]
+    kept = [p for p in dict.fromkeys(paths) if p in files]
+    if not kept:
+        raise DataError(
+            f"{card} names {', '.join(patterns[source.split])} for the split {source.split!r}, and"
+            f" {folder} has no such file. Download the whole snapshot."
+        )
+    return kept
+
+
+def _patterns(data_files: Any) -> dict[str, list[str]]:
+    """Returns the patterns of each split of `data_files`, in all its forms: a pattern, a list of
+    patterns, or a list of {split, path}."""
+    entries = data_files if isinstance(data_files, list) else [data_files]
+    patterns: dict[str, list[str]] = {}
+    for entry in entries:
+        split, paths = ("train", entry)
+        if isinstance(entry, dict):
+            split, paths = str(entry.get("split", "train")), entry.get("path", [])
+        for pattern in paths if isinstance(paths, list) else [paths]:
+            patterns.setdefault(split, []).append(str(pattern))
+    return patterns
 
 
 def _of_subset(folder: Path, files: list[Path], subset: str) -> list[Path]:

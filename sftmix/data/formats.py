@@ -17,6 +17,7 @@ used, or named to the user, or refused.
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -270,9 +271,15 @@ def _options(value: Any) -> dict[str, str]:
     return dict(value)
 
 
+def _number(value: Any) -> Any:
+    """Returns a whole number that a table without types holds as text, else the value."""
+    return int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]+", value) else value
+
+
 def _choice(fields: dict[str, Any], *_: set[str]) -> list[Message]:
     options = _options(fields["options"])
-    answer, letter = fields["answer"], fields.get("answer_idx")
+    letter = fields.get("answer_idx")
+    answer = fields["answer"] if fields["answer"] in options.values() else _number(fields["answer"])
     if isinstance(answer, int) and not isinstance(answer, bool):
         letter, answer = (list(options)[answer] if 0 <= answer < len(options) else None), None
     if letter is None:
@@ -285,7 +292,7 @@ def _choice(fields: dict[str, Any], *_: set[str]) -> list[Message]:
 
 def _medmcqa(fields: dict[str, Any], *_: set[str]) -> list[Message]:
     options = {key[-1].upper(): _text(fields, key) for key in ("opa", "opb", "opc", "opd")}
-    number = fields["cop"]
+    number = _number(fields["cop"])
     if number not in (0, 1, 2, 3):
         raise BadRow(
             f"field 'cop' is {number!r}, expected 0 to 3 (a to d, as the Hub's data set counts)"

@@ -145,7 +145,7 @@ def test_a_key_that_resembles_none_is_refused_with_the_known_keys(tmp_path):
     file, place = write(tmp_path, with_value(("log", "zzz"), MARK))
     assert refusal(file) == [
         f"{place}: `log.zzz` is an unknown key. Known keys here: every_steps, tensorboard,"
-        " profile_steps."
+        " trackers, project, profile_steps."
     ]
 
 

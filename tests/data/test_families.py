@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from tokenizers_for_tests import character_tokenizer
 
+from sftmix.config.reader import load_config
 from sftmix.data.conversations import BadRow, Example, content_hash
 from sftmix.data.encoding import ChatEncoder
 from sftmix.data.template import at_date
-from sftmix.errors import DataError
+from sftmix.errors import ConfigError, DataError
 
 IM = "<|im_start|>{role}\n{text}<|im_end|>\n"
 TURN = "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -241,6 +242,16 @@ def test_a_template_that_reads_the_clock_is_given_a_day():
     assert first == again != other
     with pytest.raises(DataError, match="a format that is not a text"):
         at_date("{{ strftime_now(x) }}", "2024-07-26")
+
+
+def test_a_day_is_text_or_what_yaml_makes_of_it_and_one_that_is_none_is_refused():
+    for given in ("2024-10-01", "'2024-10-01'"):
+        found = load_config("quickstart", [f"tokenizer.date={given}"])
+        assert found.tokenizer.date == "2024-10-01"
+    with pytest.raises(ConfigError, match="month must be in 1..12"):
+        load_config("quickstart", ["tokenizer.date=2024-99-99"])
+    with pytest.raises(ConfigError, match="expected a day such as 2024-07-26; month must be"):
+        load_config("quickstart", ["tokenizer.date='2024-99-99'"])
 
 
 def test_a_plain_text_carries_loss_on_everything_behind_its_first_token():

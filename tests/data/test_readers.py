@@ -447,3 +447,49 @@ def test_the_identity_of_a_folder_changes_with_its_content_and_not_with_its_name
     state = saved / "other" / "test" / "state.json"  # deep inside
     state.write_bytes(state.read_bytes() + b"\n")
     assert identity(saved / "other") != before
+
+
+CARD = """---
+configs:
+- config_name: all
+  default: true
+  data_files:
+  - split: train
+    path: data/train-*
+  - split: test
+    path: [extra/held.jsonl, data/held.jsonl]
+- config_name: small
+  data_files: small/*.jsonl
+---
+# A set
+"""
+
+
+def test_the_card_of_a_snapshot_says_which_files_a_split_has(tmp_path):
+    (tmp_path / "README.md").write_text(CARD)
+    for folder in ("data", "extra", "small"):
+        (tmp_path / folder).mkdir()
+    for name in ("data/train-1.jsonl", "data/train-0.jsonl", "extra/held.jsonl", "small/x.jsonl"):
+        write(tmp_path, name, GOOD)
+
+    def found(**settings):
+        files = find_files(DataSource(path=str(tmp_path), **settings))
+        return [p.relative_to(tmp_path).as_posix() for p in files.paths]
+
+    assert found() == ["data/train-0.jsonl", "data/train-1.jsonl"]
+    assert found(split="test") == ["extra/held.jsonl"]
+    assert found(subset="small") == ["small/x.jsonl"]
+    with pytest.raises(DataError, match="names no 'tiny'; there are all, small"):
+        found(subset="tiny")
+    with pytest.raises(DataError, match="'small' has no split 'test'; there are train"):
+        found(subset="small", split="test")
+    (tmp_path / "README.md").write_text(CARD.replace("  default: true\n", ""))
+    with pytest.raises(DataError, match="names several configurations; there are all, small"):
+        found()
+    (tmp_path / "README.md").write_text(CARD.replace("data/train-*", "data/none-*"))
+    with pytest.raises(DataError, match="names data/none-. for the split 'train', and .* has no"):
+        found()
+    # a card that names no files leaves the names of files to say it
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    with pytest.raises(DataError, match="no split in its name"):
+        found()

@@ -185,6 +185,13 @@ def test_a_prompt_that_fills_the_context_has_an_empty_answer_that_is_counted(
     assert "1 empty: the prompt fills the context" in capsys.readouterr().out
 
 
+def test_a_template_that_reads_the_clock_is_told_one_day(model):
+    writer = TransformersWriter(str(model))
+    writer._tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"
+    ids = writer.prompt_ids([{"role": "user", "content": "ab"}])
+    assert writer._tokenizer.decode(ids).endswith("26 Jul 2024 ab")
+
+
 def test_vllm_is_asked_for_the_same_prompts_and_settings(model, monkeypatch):
     """A stand-in with vLLM's interface: vLLM itself needs a GPU."""
     asked = []

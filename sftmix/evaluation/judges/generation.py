@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sftmix.config.schema import TEMPLATE_DATE
+from sftmix.data.template import at_date
 from sftmix.data.tokenizer import tokenizer_from, with_template
 from sftmix.errors import ConfigError
 from sftmix.evaluation.models import load_for_generation, sampling_of
@@ -44,7 +46,9 @@ class Writer(ABC):
         """Returns an answer per prompt; each leaves room for one."""
 
     def prompt_ids(self, turns: Sequence[dict[str, str]]) -> list[int]:
-        """Returns the tokens of a conversation, up to where the answer begins.
+        """Returns the tokens of a conversation, up to where the answer begins. A template that
+        reads the clock is told the day that it is told in training, unless that was set, so that
+        the same answers come on every day.
 
         Raises ConfigError if the template refuses it.
         """
@@ -52,7 +56,10 @@ class Writer(ABC):
 
         try:
             encoded: Any = self._tokenizer.apply_chat_template(
-                list(turns), add_generation_prompt=True, return_dict=True
+                list(turns),
+                chat_template=at_date(self._tokenizer.get_chat_template(), TEMPLATE_DATE),
+                add_generation_prompt=True,
+                return_dict=True,
             )
         except TemplateError as error:
             raise ConfigError(f"The chat template refuses a conversation: {error}.") from None
