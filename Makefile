@@ -4,6 +4,7 @@
 #   with the newest
 # make torture      the long tests of what survives kills
 # make check        lint, formatting and types
+# make docs         the pages of docs/ as a site, in site/; ends at a link that leads nowhere
 # make bench        speed of everything, 15 minutes on 2 cores, nothing else may run: OUT=bench.json
 SHELL := /bin/bash
 VENV := .venv
@@ -17,7 +18,7 @@ CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/n
 TORCH := $(if $(CONSTRAINTS),$(shell grep '^torch==' constraints-cpu.txt))
 QUICK := not recipe and not distributed and not torture
 
-.PHONY: setup setup-dev quickstart test test-oldest test-newest torture bench check format clean
+.PHONY: setup setup-dev quickstart test test-oldest test-newest torture bench docs check format clean
 OUT ?= bench.json
 
 setup: $(VENV)/.ready
@@ -55,6 +56,9 @@ test: setup-dev $(VENV)/triton-3.6
 $(VENV)/triton-3.6: $(VENV)/.ready-dev
 	@$(VENV)/bin/pip install --no-deps --target $@ triton==3.6.0 >$(VENV)/triton.log 2>&1 \
 	  || { rm -rf $@; echo "no triton 3.6: tests with it are skipped ($(VENV)/triton.log)"; }
+
+docs: setup-dev
+	$(VENV)/bin/mkdocs build --strict
 
 bench: setup-dev
 	$(VENV)/bin/python benchmarks/suite.py --out $(OUT)

