@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from processes import ROOT, sftmix
+from safetensors import safe_open
 from tiny import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -528,6 +529,15 @@ def test_export_copies_a_verified_model(finished, tmp_path):
     assert again.returncode == 2 and "not an empty folder" in again.stderr
 
 
+def names_in(folder):
+    """Returns the names of the tensors of a folder's safetensors files."""
+    found = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= set(file.keys())
+    return found
+
+
 def test_adapters_are_trained_merged_scored_and_exported(finished, tmp_path):
     from peft import AutoPeftModelForCausalLM
 
@@ -544,6 +554,16 @@ def test_adapters_are_trained_merged_scored_and_exported(finished, tmp_path):
     assert "score" in stages_run(output)[0] and not (folder / "reference" / "adapter").exists()
     sftmix("export", QUICKSTART, *options, "--to", str(tmp_path / "merged"))
     sftmix("export", QUICKSTART, *options, "--to", str(tmp_path / "adapter"), "--adapter")
+    # What vLLM's loaders read (vllm/lora/peft_helper.py and utils.py, model_loader/weight_utils.py):
+    # the source's names of weights, and an adapter without whole modules beside it.
+    assert names_in(tmp_path / "merged") == names_in(start)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["r"] == 4 and settings["lora_alpha"] and settings["bias"] == "none"
+    assert not settings["modules_to_save"] and not settings["use_dora"]
+    layers = {name.removesuffix(".weight") for name in names_in(start)}
+    for name in names_in(tmp_path / "adapter"):
+        layer = re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", name)[1]
+        assert layer in layers and layer.split(".")[-1] in str(settings["target_modules"])
     ids = torch.arange(5, 40)[None]
     with torch.no_grad():
         before, merged, adapted = (
