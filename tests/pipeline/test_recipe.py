@@ -554,8 +554,9 @@ def test_adapters_are_trained_merged_scored_and_exported(finished, tmp_path):
     assert "score" in stages_run(output)[0] and not (folder / "reference" / "adapter").exists()
     sftmix("export", QUICKSTART, *options, "--to", str(tmp_path / "merged"))
     sftmix("export", QUICKSTART, *options, "--to", str(tmp_path / "adapter"), "--adapter")
-    # What vLLM's loaders read (vllm/lora/peft_helper.py and utils.py, model_loader/weight_utils.py):
-    # the source's names of weights, and an adapter without whole modules beside it.
+    # What vLLM's loaders read (vllm/lora/peft_helper.py, vllm/lora/utils.py and
+    # vllm/model_executor/model_loader/weight_utils.py): the source's names of weights, and an
+    # adapter without whole modules beside it.
     assert names_in(tmp_path / "merged") == names_in(start)
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert settings["r"] == 4 and settings["lora_alpha"] and settings["bias"] == "none"
