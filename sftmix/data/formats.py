@@ -51,6 +51,12 @@ class Columns:
     def column(self, field: str) -> str:
         return self.mapping.get(field, field)
 
+    def has_key(self, row: dict[str, Any], name: str) -> bool:
+        """Returns whether a turn of the row has the key of `field.key`."""
+        field, _, key = name.partition(".")
+        turns = row.get(self.column(field))
+        return isinstance(turns, list) and any(isinstance(t, dict) and key in t for t in turns)
+
     def given(self, row: dict[str, Any]) -> dict[str, Any]:
         """Returns the columns that may be used."""
         return {

@@ -243,11 +243,13 @@ def _read_source(source: DataSource, bad: readers.BadRows, summary: Summary) -> 
     name = source.format
     unused: Counter[str] = Counter()
     found: set[str] = set()
+    missed = {name for name in columns.ignored if "." in name}  # keys that no message has had
     num_unanswered = 0
     for place, row in readers.read_rows(source, bad):
         if name == "auto":
             name = detect_format(row, place, columns)
         found |= row.keys()
+        missed = {key for key in missed if not columns.has_key(row, key)}
         try:
             read = read_row(row, name, columns)
         except BadRow as error:
@@ -266,11 +268,13 @@ def _read_source(source: DataSource, bad: readers.BadRows, summary: Summary) -> 
         summary.notes.append(
             f"{source.path}: {counted(num_unanswered, 'turn')} after the last answer left out"
         )
-    useless = sorted({*columns.only, *(n for n in columns.ignored if "." not in n)} - found)
+    wanted = {*columns.only, *(n for n in columns.ignored if "." not in n or n in missed)}
+    useless = sorted(wanted - found)
     if useless and found:
         raise DataError(
             f"{source.path}: data.use_columns or data.ignore_columns names {useless}, which no row"
-            f" has; the columns are {sorted(found)}. Correct the names."
+            f" has; the columns are {sorted(found)}, and keys of messages are named as in"
+            " messages.name. Correct the names."
         )
     summary.num_read += len(examples)
     return examples

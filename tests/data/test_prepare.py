@@ -581,6 +581,15 @@ def test_what_is_not_used_is_said_once_with_its_number(config, run):
     assert not run(config(ROWS)).summary.notes
     with pytest.raises(DataError, match=r"names \['nr'\], which no row has"):
         run(config(ROWS, ignore_columns=["nr"]))
+    turns = [{"role": "user", "content": "p", "name": "x"}, {"role": "assistant", "content": "r"}]
+    rows = [{"messages": [*turns, {"role": "user", "content": str(n)}, turns[1]]} for n in range(9)]
+    [note] = run(config(rows)).summary.notes
+    assert "messages.name (9)" in note
+    assert not run(config(rows, ignore_columns=["messages.name"])).summary.notes
+    with pytest.raises(
+        DataError, match=r"names \['messages.nam'\], which no row has.*messages.name"
+    ):
+        run(config(rows, ignore_columns=["messages.nam"]))
 
 
 def test_bad_rows_of_all_files_are_listed_together(tmp_path, config, run):
