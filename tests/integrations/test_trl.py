@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from families import FAMILIES
 from naive import model_from, ours_of
+from peft import LoraConfig
 from processes import ROOT, run_ranks
 from safetensors.torch import load_file
 from score_tables import table as score_table
@@ -92,6 +93,23 @@ def test_the_model_is_as_it_was_and_evaluated_by_trl(tmp_path):
     assert logged["loss"] == pytest.approx(mean, rel=1e-5)
     assert set(model.state_dict()) == names and model.get_output_embeddings() is head
     assert "forward" not in vars(head) and model(input_ids=ids).logits.shape[-1] == 97
+
+
+def test_adapters_are_trained_and_start_from_the_same_loss(tmp_path):
+    whole, adapted = (
+        trainer_of(
+            model_from(FAMILIES["llama"][0], dtype=torch.float32), tmp_path / name, **options
+        )
+        for name, options in (("whole", {}), ("adapted", {"peft_config": LoraConfig(r=4)}))
+    )
+    before = {name: p.detach().clone() for name, p in adapted.model.named_parameters()}
+    losses = []
+    for trainer in (whole, adapted):
+        trainer.train()
+        losses.append([e["loss"] for e in trainer.state.log_history if "ntp_loss" in e])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # adapters begin at nothing
+    moved = {n for n, p in adapted.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and all("lora_B" in name for name in moved)
 
 
 def test_pairs_are_neighbours_at_even_places_and_new_in_each_epoch():

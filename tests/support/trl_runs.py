@@ -57,12 +57,13 @@ def settings(folder, **changes):
     )
 
 
-def trainer_of(model, folder, data=None, **changes):
+def trainer_of(model, folder, data=None, *, peft_config=None, **changes):
     return SFTMixTrainer(
         model,
         settings(folder, **changes),
         train_dataset=tokenised() if data is None else data,
         processing_class=character_tokenizer(),
+        peft_config=peft_config,
     )
 
 
