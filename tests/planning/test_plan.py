@@ -289,6 +289,27 @@ def test_a_calibration_finds_the_rates_behind_the_seconds():
     assert ours == pytest.approx(list(rates[1:]), rel=1e-3)
 
 
+def test_seconds_that_scatter_do_not_make_a_calibration_fast():
+    """Half of its own steps take longer than predicted."""
+    draw = np.random.default_rng(4)
+    rates = np.array([1e-11, 3e-11, 2e-10, 4e-10, 5e-6, 1e-4, 1e-9, 2e-4])
+    steps, table, target = [], [], []
+    for _ in range(16):
+        counted = [synthetic_step(draw) for _ in range(2)]
+        rows = [calibration.amounts(each) for each in counted]
+        seconds = [float(row @ rates) * np.exp(0.3 * draw.standard_normal()) for row in rows]
+        table += rows
+        target += seconds
+        step = {"one": counted[0].as_json(), "two": counted[1].as_json(), "product_flops": [1e11]}
+        step["seconds"] = {name: [s] for name, s in zip(("one", "two"), seconds, strict=True)}
+        steps.append(step)
+    found = calibration.fit(steps, num_ranks=2)
+    ours = [1 / found.product_flops, 1 / found.attention_flops, 1 / found.moved, 1 / found.updated]
+    ours += [found.operation_seconds, found.hook_seconds, 1 / found.link, found.call_seconds]
+    predicted = np.array(table) @ np.array(ours)
+    assert np.median(np.array(target) / predicted) == pytest.approx(1)
+
+
 def test_seconds_of_a_calibrated_machine_are_what_was_fitted(zero):
     """The model of time and the fit count the same things."""
     config = config_of(zero)
