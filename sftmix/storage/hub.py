@@ -95,13 +95,14 @@ def push_folder(
         return _persistently(lambda: call(repo_type=kind, **options), repo, wait)
 
     try:
-        found = ask(api.repo_info, repo_id=repo)
+        found = ask(api.repo_info, repo_id=repo, files_metadata=True)
     except HFValidationError as error:
         raise ConfigError(f"--push: {first_line(error)} Expected owner/name.") from None
     except RepositoryNotFoundError:
         repo = ask(api.create_repo, repo_id=repo, private=not public, exist_ok=True).repo_id
     else:
-        _refuse_unfit(found, repo, public=public, replace=replace)
+        is_there = not _differences(folder, found)  # an earlier push was cut off after its commit
+        _refuse_unfit(found, repo, public=public, replace=replace or is_there)
     url = ask(
         api.upload_folder,
         repo_id=repo,
@@ -109,7 +110,11 @@ def push_folder(
         commit_message=f"Exported by sftmix {__version__}",
         delete_patterns="*" if replace else None,
     ).repo_url
-    _compare(folder, ask(api.repo_info, repo_id=repo, files_metadata=True), repo)
+    if wrong := _differences(folder, ask(api.repo_info, repo_id=repo, files_metadata=True)):
+        raise ArtifactError(
+            f"{repo} differs from what was uploaded in {counted(len(wrong), 'file')}, first"
+            f" {wrong[0]}. Somebody else may write there; push again with --replace."
+        )
     return str(url)
 
 
@@ -174,10 +179,12 @@ def _persistently(call: Callable[[], _Answer], repo: str, wait: Callable[[float]
     raise AssertionError("the last try returns or raises")
 
 
-def _compare(folder: Path, listed: Any, repo: str) -> None:
-    """Raises ArtifactError unless the repository lists the files of the folder, with their sizes
-    and, of large ones, their hashes."""
-    there = {file.rfilename: file for file in listed.siblings if file.rfilename not in OF_THE_HUB}
+def _differences(folder: Path, listed: Any) -> list[str]:
+    """Returns the names of files that are not in both the folder and the repository's list, with
+    one size and, where the Hub lists hashes (of large files), one hash."""
+    there = {
+        file.rfilename: file for file in listed.siblings or () if file.rfilename not in OF_THE_HUB
+    }
     here = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
     wrong = sorted(set(there) ^ set(here))
     for name in sorted(set(there) & set(here)):
@@ -186,11 +193,7 @@ def _compare(folder: Path, listed: Any, repo: str) -> None:
             lfs is None or lfs.sha256 == sha256_of_file(here[name])
         )
         wrong += [] if is_same else [name]
-    if wrong:
-        raise ArtifactError(
-            f"{repo} differs from what was uploaded in {counted(len(wrong), 'file')}, first"
-            f" {wrong[0]}. Somebody else may write there; push again with --replace."
-        )
+    return wrong
 
 
 def _files(folder: Path) -> list[Path]:

@@ -61,6 +61,16 @@ def test_files_of_others_stay_unless_they_are_to_be_replaced(hub, folder):
     assert pushed(hub) == files_of(folder)
 
 
+def test_what_is_there_already_is_no_obstacle(hub, folder):
+    """As after a push that was cut off between its commit and the comparison."""
+    push_folder(folder, "me/model")
+    assert push_folder(folder, "me/model") == f"{hub.url}/me/model"
+    assert pushed(hub) == files_of(folder)
+    (folder / "config.json").write_text('{"a": 1}')
+    with pytest.raises(ConfigError, match="holds 4 files already"):
+        push_folder(folder, "me/model")
+
+
 def test_nobody_sees_an_export_by_accident(hub, folder):
     hub.repositories["model", "me/open"] = Repository(private=False)
     hub.repositories["model", "me/closed"] = Repository(private=True)
