@@ -1,4 +1,4 @@
-"""The rank of this process, from the environment variables of its launcher.
+"""The rank of this process, from the environment variables of its launcher; the machine's memory.
 
 torchrun and DeepSpeed set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. OpenMPI's
 mpirun and srun set other variables and no address; `translate` adds the usual ones. The rest of
@@ -11,7 +11,9 @@ import os
 import re
 import socket
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from sftmix.cluster.hostfile import is_host_name
@@ -222,3 +224,26 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def machine_bytes() -> tuple[int, int]:
+    """Returns (limit, available): of the machine, or of the container if that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = total
+    with suppress(OSError, ValueError, IndexError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
+        )
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):
+            most = int((Path("/sys/fs/cgroup") / limit).read_text())
+            if most < total:
+                total, available = (
+                    most,
+                    min(available, most - int((Path("/sys/fs/cgroup") / used).read_text())),
+                )
+    return total, available

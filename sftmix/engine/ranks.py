@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sftmix.cluster.environment import machine_bytes
 from sftmix.storage import provenance
 
 # Numbers the counters of this process; equal on all ranks, because all ranks create them together.
@@ -197,8 +198,8 @@ def _leaders_group(storage: tuple[int, ...]) -> Any:
 
 def should_shard(weight_bytes: int, ranks: Ranks) -> bool:
     """Returns whether a model is too large for a rank to hold it whole with room for activations.
-    The limit is half of a GPU's memory; on a CPU, half of the machine's memory divided by its
-    ranks."""
+    The limit is half of a GPU's memory; on a CPU, half of the machine's memory (or the
+    container's) divided by its ranks."""
     if ranks.world_size == 1:
         return False
     if ranks.device.type == "cuda":
@@ -206,8 +207,7 @@ def should_shard(weight_bytes: int, ranks: Ranks) -> bool:
             weight_bytes, torch.cuda.get_device_properties(ranks.device).total_memory
         )
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_ranks
-    return is_too_large(weight_bytes, memory)
+    return is_too_large(weight_bytes, machine_bytes()[0] / local_ranks)
 
 
 def is_too_large(weight_bytes: float, memory: float) -> bool:

@@ -83,8 +83,9 @@ def check_memory(config: Config) -> None:
     activations need besides is in `sftmix plan`, which takes longer."""
     import torch
 
+    from sftmix.cluster.environment import machine_bytes
     from sftmix.engine.ranks import has_gpu
-    from sftmix.planning.states import Need, machine_bytes, why_too_large
+    from sftmix.planning.states import Need, why_too_large
 
     num_ranks = int(os.environ.get("WORLD_SIZE", config.engine.num_processes))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sftmix.cluster.environment import machine_bytes
 from sftmix.cluster.local_ranks import first_failure, run_local_ranks
 from sftmix.engine.counting import PHASES, Counted
 from sftmix.errors import TrainingError
@@ -189,7 +190,7 @@ def fit(steps: Sequence[Mapping[str, Any]], *, num_ranks: int) -> Hardware:
     # of 20%. So that half of the steps take longer than predicted, and half less:
     rates *= np.median(target / (table @ rates))
     product, attention, moved, updated, operation, hook, sent, call = map(float, rates)
-    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    memory = float(machine_bytes()[0])
     return Hardware(
         name=f"{num_ranks} ranks of this machine's CPU",
         memory=memory / num_ranks,

@@ -1,14 +1,11 @@
 """What a config's model needs by formula, without a trace: states of a rank, bytes on disk and
-through the network; and what the machine has for it. Lower bounds without activations, and an
-independent check of the traced states."""
+through the network. Lower bounds without activations, and an independent check of the traced
+states."""
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from sftmix.config.deepspeed_json import offload_of
@@ -195,26 +192,3 @@ def why_too_large(need: Need, *, gpu_bytes: int | None, machine: int) -> str | N
             f" {ranks}, without activations, and it has {gib(machine)}"
         )
     return None
-
-
-def machine_bytes() -> tuple[int, int]:
-    """Returns (limit, available): of the machine, or of the container if that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    available = total
-    with suppress(OSError, ValueError, IndexError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(
-            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
-        )
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with suppress(OSError, ValueError):
-            most = int((Path("/sys/fs/cgroup") / limit).read_text())
-            if most < total:
-                total, available = (
-                    most,
-                    min(available, most - int((Path("/sys/fs/cgroup") / used).read_text())),
-                )
-    return total, available

@@ -2,10 +2,10 @@
 
 import pytest
 
+from sftmix.cluster import environment
 from sftmix.config.reader import load_config
 from sftmix.errors import ConfigError
 from sftmix.pipeline import preflight
-from sftmix.planning import states
 from sftmix.planning.states import Need, why_too_large
 
 GIB = 2**30
@@ -43,7 +43,7 @@ def test_on_a_cpu_all_ranks_share_the_memory():
 def test_a_run_that_cannot_fit_is_refused_before_it_starts(monkeypatch):
     config = load_config("quickstart")
     preflight.check_memory(config)
-    monkeypatch.setattr(states, "machine_bytes", lambda: (1 << 20, 1 << 20))
+    monkeypatch.setattr(environment, "machine_bytes", lambda: (1 << 20, 1 << 20))
     with pytest.raises(ConfigError, match="it has 1.0 MiB.*sftmix plan CONFIG --gpus N"):
         preflight.check_memory(config)
     monkeypatch.setenv("WORLD_SIZE", "1000000")

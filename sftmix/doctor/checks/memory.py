@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from sftmix.cluster.environment import machine_bytes
 from sftmix.doctor.checks.gpus import Gpu
 from sftmix.doctor.findings import Finding, Verdict
 from sftmix.errors import SftmixError, counted, gib
-from sftmix.planning.states import Need, machine_bytes
+from sftmix.planning.states import Need
 
 ITEM = "memory"
 
