@@ -80,7 +80,7 @@ def read_rows(source: DataSource, bad: BadRows) -> Iterator[tuple[str, Row]]:
     if files is None:
         folder = Path(source.path)
         rows = _read_saved_dataset(folder, source) if folder.is_dir() else _read_hub(source)
-        yield from _numbered(source.path, rows)
+        yield from numbered(source.path, rows)
         return
     if files.others:
         bad.notes.append(f"{source.path}: files not read: {', '.join(files.others)}")
@@ -91,7 +91,7 @@ def read_rows(source: DataSource, bad: BadRows) -> Iterator[tuple[str, Row]]:
 def _read_file(path: Path, bad: BadRows) -> Iterator[tuple[str, Row]]:
     kind = kind_of(path)
     if kind == ".parquet":
-        yield from _numbered(path, _read_parquet(path))
+        yield from numbered(path, _read_parquet(path))
         return
     try:
         with _open(path) as file:
@@ -106,8 +106,8 @@ def _read_file(path: Path, bad: BadRows) -> Iterator[tuple[str, Row]]:
         ) from None
 
 
-def _numbered(name: object, rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
-    """Rows of Arrow data. Arrow gives every struct the keys of all; those without a value are left
+def numbered(name: object, rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
+    """Yields (place, row) of Arrow data, as a JSON file would have them. Arrow gives every struct the keys of all; those without a value are left
     out below the columns."""
     for number, row in enumerate(rows, start=1):
         yield f"{name}:row {number}", {key: _without_nulls(value) for key, value in row.items()}

@@ -33,6 +33,7 @@ from sftmix.confidence.table_files import string_column
 from sftmix.config.schema import MixupConfig
 from sftmix.data.conversations import BadRow
 from sftmix.data.formats import Columns, detect_format, read_row
+from sftmix.data.readers import numbered
 from sftmix.errors import ArtifactError, ConfigError, DataError, counted
 from sftmix.kernels.backends import BACKENDS
 from sftmix.loss.head import computing
@@ -116,8 +117,7 @@ def with_confidence(
     ids: list[str] = []
     times: dict[str, int] = {}
     columns = Columns({}, (), ())
-    for number, row in enumerate(dataset):
-        place = f"row {number} of the dataset"
+    for place, row in numbered("dataset", dataset):
         try:
             found = read_row(row, detect_format(row, place, columns), columns).content_id
         except BadRow as error:

@@ -22,7 +22,10 @@ pytest.importorskip("trl")
 from trl_runs import MU, settings, tokenised, trainer_of
 
 from sftmix.batches.collate import build_micro_batch
+from sftmix.config.schema import DataSource
 from sftmix.data.conversations import content_hash
+from sftmix.data.formats import Columns, read_row
+from sftmix.data.readers import BadRows, read_rows
 from sftmix.errors import ArtifactError, ConfigError, DataError
 from sftmix.integrations.trl import PairSampler, SFTMixTrainer, with_confidence
 from sftmix.loss.requests import LossRequest
@@ -203,6 +206,27 @@ def test_scores_of_the_engine_train_conversations_and_a_stopped_run_resumes_alik
     assert len(mixed) == 6 and min(mixed[:2]) > 0
 
 
+def test_a_data_set_of_arrow_has_the_ids_of_its_file(tmp_path):
+    """Arrow gives each call the arguments of all, without values."""
+    rows = conversations(3)
+    for row, arguments in zip(rows, ({"a": 1}, {"b": 2}, {}), strict=True):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        answers = [{"role": "tool", "content": "3"}, {"role": "assistant", "content": "r"}]
+        row["messages"][1]["tool_calls"] = [call]
+        row["messages"] += answers
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = Columns({}, (), ())
+    ids = [
+        read_row(row, "messages", columns).content_id
+        for _, row in read_rows(DataSource(path=str(file)), BadRows())
+    ]
+    sums = {10: np.arange(3.0)}
+    table = score_table(tmp_path / "scores", ids=ids, counts=[4] * 3, sums=sums)
+    found = with_confidence(Dataset.from_list(rows), table)
+    assert found["example_id"][:] == ids
+
+
 def test_examples_without_a_score_and_unreadable_rows_are_refused(tmp_path):
     rows = conversations(4)
     table = score_table(
@@ -211,7 +235,7 @@ def test_examples_without_a_score_and_unreadable_rows_are_refused(tmp_path):
     with pytest.raises(ArtifactError, match="no score for 1 example of 4"):
         with_confidence(Dataset.from_list(rows), table)
     rows[2]["messages"][1]["role"] = "narrator"
-    with pytest.raises(DataError, match="row 2 of the dataset: .*narrator"):
+    with pytest.raises(DataError, match="dataset:row 3: .*narrator"):
         with_confidence(Dataset.from_list(rows), table)
 
 
