@@ -107,8 +107,8 @@ def _read_file(path: Path, bad: BadRows) -> Iterator[tuple[str, Row]]:
 
 
 def numbered(name: object, rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
-    """Yields (place, row) of Arrow data, as a JSON file would have them. Arrow gives every struct the keys of all; those without a value are left
-    out below the columns."""
+    """Yields (place, row) of Arrow data, as a JSON file would have them. Arrow gives every struct
+    the keys of all; those without a value are left out below the columns."""
     for number, row in enumerate(rows, start=1):
         yield f"{name}:row {number}", {key: _without_nulls(value) for key, value in row.items()}
 
