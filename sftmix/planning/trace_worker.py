@@ -1,5 +1,5 @@
-"""Traces one step in a world that is not there: reads a request of `traces.py` from standard input,
-writes the trace to standard output as its last line."""
+"""Traces one step in a world that is not there. Arguments: a file with a request of `traces.py`,
+and one to write the trace to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import gc
 import json
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,16 +24,17 @@ RESPONSE_SHARE = 0.5
 
 def main() -> None:
     gc.disable()  # the process is short, and collections take a tenth of its time
-    request = json.load(sys.stdin)
+    given, made = map(Path, sys.argv[1:])
+    request = json.loads(given.read_text(encoding="utf-8"))
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(request["deepspeed"], file)
         file.flush()
         if request["deepspeed"]:
             request["config"]["engine"]["deepspeed"] = file.name
-        _trace(request)
+        made.write_text(json.dumps(_trace(request)), encoding="utf-8")
 
 
-def _trace(request: dict[str, Any]) -> None:
+def _trace(request: dict[str, Any]) -> dict[str, Any]:
     config = Config.model_validate(request["config"])
     settings = loading.hf_config(config.model, needs_weights=False)
     if request["depth"] is not None:
@@ -41,8 +43,7 @@ def _trace(request: dict[str, Any]) -> None:
     ranks = join_fake_world(request["world_size"])
     with without_contents(settings):
         found = trace(config, ranks, batch, counts)
-    print()
-    print(json.dumps(as_json(found, shape, request["world_size"])))
+    return as_json(found, shape, request["world_size"])
 
 
 def as_json(found: Trace, shape: dict[str, int], world_size: int) -> dict[str, Any]:

@@ -11,10 +11,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sftmix.config.deepspeed_json import read_deepspeed_json, zero_section
 from sftmix.config.schema import Config, ModelConfig
@@ -178,37 +180,41 @@ def cache_folder() -> Path:
     return Path(root) / "sftmix" / "traces"
 
 
+def start_python(arguments: list[str], environment: dict[str, str], output: IO[str]) -> Any:
+    """Starts `python ARGUMENTS`; both of its streams go to a file."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+    )
+
+
 def _run(requests: Sequence[dict[str, Any]]) -> list[Trace]:
     """Returns the traces of these requests: kept ones, and new ones side by side."""
     folder = cache_folder()
     files = [folder / f"{request['key']}.json" for request in requests]
     missing = [pair for pair in zip(requests, files, strict=True) if not pair[1].is_file()]
     threads = {"OMP_NUM_THREADS": "1"} if len(missing) > 1 else {}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "sftmix.planning.trace_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **threads, "CUDA_VISIBLE_DEVICES": ""},
-        )
-        for _ in missing
-    ]
-    for process, (request, _) in zip(started, missing, strict=True):
-        assert process.stdin is not None, "it is a pipe"
-        process.stdin.write(json.dumps(request))
-        process.stdin.close()
-        process.stdin = None
-    for process, (_, file) in zip(started, missing, strict=True):
-        output, errors = process.communicate()
-        if process.returncode:
-            lines = [line for line in errors.splitlines() if line.strip()]
-            reason = lines[-1].removeprefix("[rank0]: ") if lines else "no message"
-            raise SftmixError(
-                f"the training step cannot be traced: {reason[:400]} Check that the model runs"
-                " (`sftmix run`), and report this with the model's config.json."
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, output.strip().splitlines()[-1])
+    environment = {**os.environ, **threads, "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryDirectory(prefix="sftmix-trace") as work, ExitStack() as logs:
+        started = []
+        for number, (request, file) in enumerate(missing):
+            given, made = (Path(work) / f"{number}.{kind}.json" for kind in ("request", "trace"))
+            given.write_text(json.dumps(request))
+            log = logs.enter_context(Path(work, f"{number}.log").open("w+"))
+            command = ["-m", "sftmix.planning.trace_worker", str(given), str(made)]
+            started.append((start_python(command, environment, log), log, made, file))
+        for process, log, made, file in started:
+            if process.wait():
+                log.seek(0)
+                lines = [line for line in log if line.strip()]
+                reason = lines[-1].strip().removeprefix("[rank0]: ") if lines else "no message"
+                raise SftmixError(
+                    f"the training step cannot be traced: {reason[:400]} Check that the model runs"
+                    " (`sftmix run`), and report this with the model's config.json."
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(file, made.read_text(encoding="utf-8"))
     return [Trace.from_json(json.loads(file.read_text(encoding="utf-8"))) for file in files]

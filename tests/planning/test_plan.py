@@ -1,7 +1,6 @@
 """Plans: what is traced against formulas and other traces, what is scaled, and the command."""
 
 import json
-import subprocess
 from collections import Counter
 
 import numpy as np
@@ -97,7 +96,7 @@ def test_a_trace_is_made_once(zero, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a kept trace was made again")
 
-    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(traces, "start_python", refuse)
     again = traces.trace_step(config, world_size=2, max_tokens=1000)
     assert again == first
     with pytest.raises(AssertionError):  # what decides a trace is part of its name
