@@ -2,7 +2,7 @@
 # make test         set up with the tools of development, then run all tests
 # make test-oldest  the quick tests with the oldest versions that setup.py allows, make test-newest
 #   with the newest
-# make torture      the long tests of what survives kills
+# make torture      the long form of tests: more kills, more launchers, more shapes
 # make check        lint, formatting and types
 # make docs         the pages of docs/ as a site, in site/; ends at a link that leads nowhere
 # make bench        speed of everything, 15 minutes on 2 cores, nothing else may run: OUT=bench.json
@@ -25,13 +25,13 @@ setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
 
 # $(call install,FOLDER,ARGUMENTS): into the environment in FOLDER, made where it is missing. What
-# pip says goes to a
-# file, and to the screen where it fails.
+# pip says goes to a file, and to the screen where it fails. Python compiles what it imports when it
+# does: all of it at once takes as long as the rest of the installation.
 define install
 @test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=/path/python3"; exit 1; }
 @test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 @echo "pip install $(2)  (into $(1), minutes the first time; what pip says: $(1)/pip.log)"
-@$(1)/bin/pip install $(2) >$(1)/pip.log 2>&1 || { cat $(1)/pip.log; exit 1; }
+@$(1)/bin/pip install --no-compile $(2) >$(1)/pip.log 2>&1 || { cat $(1)/pip.log; exit 1; }
 endef
 
 $(VENV)/.ready: setup.py constraints-cpu.txt
@@ -54,7 +54,7 @@ test: setup-dev $(VENV)/triton-3.6
 
 # The triton of GPU images with torch 2.11, for the tests that compile the kernels for GPUs.
 $(VENV)/triton-3.6: $(VENV)/.ready-dev
-	@$(VENV)/bin/pip install --no-deps --target $@ triton==3.6.0 >$(VENV)/triton.log 2>&1 \
+	@$(VENV)/bin/pip install --no-compile --no-deps --target $@ triton==3.6.0 >$(VENV)/triton.log 2>&1 \
 	  || { rm -rf $@; echo "no triton 3.6: tests with it are skipped ($(VENV)/triton.log)"; }
 
 docs: setup-dev

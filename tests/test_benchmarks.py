@@ -121,7 +121,13 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("part", TINY)
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(part, marks=pytest.mark.torture if part in ("kernels", "split") else ())
+        for part in TINY
+    ],
+)
 def test_a_part_of_the_suite_runs(benchmarks, tmp_path, part):
     found = benchmarks("suite").measure(part, {part: TINY[part].split()}, tmp_path)
     assert found and all(row.part == part for row in found)

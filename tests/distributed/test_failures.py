@@ -70,7 +70,7 @@ def test_a_rank_that_is_late_is_no_alarm(folder, undisturbed, monkeypatch):
 @pytest.mark.parametrize(
     "action",
     [
-        "exit0",
+        pytest.param("exit0", marks=TORTURE),
         pytest.param("leave", marks=TORTURE),
         "raise",
         pytest.param("segfault", marks=TORTURE),
@@ -223,7 +223,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_by_all_named_and_ends_the_run_
     assert refused.returncode == 2 and refused.stdout.count("no gradient was finite from step") == 1
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=TORTURE), 2])
 def test_an_export_that_cannot_be_written_is_one_line_on_all_ranks(folder, undisturbed, num_ranks):
     done = reference(folder, num_ranks, check=False, fault="export.write:0:1:enospc")
     output = done.stdout + done.stderr

@@ -207,6 +207,7 @@ def test_what_a_rank_died_of_is_named_and_the_code_is_no_success(folder):
     ), output[-3000:]
 
 
+@TORTURE
 def test_one_node_at_a_time_on_the_machine_itself(folder, on_one_host):
     """`--node-rank`, as in Kubernetes: each node starts its own part, and no ssh is asked."""
     port = free_port()

@@ -62,7 +62,12 @@ def test_a_sigterm_in_the_middle_of_a_save_loses_nothing(folder, undisturbed, nu
 
 @pytest.mark.parametrize(
     ("num_ranks", "times"),
-    [(2, 1), (1, 1), pytest.param(2, 2, marks=TORTURE), pytest.param(1, 2, marks=TORTURE)],
+    [
+        (2, 1),
+        pytest.param(1, 1, marks=TORTURE),
+        pytest.param(2, 2, marks=TORTURE),
+        pytest.param(1, 2, marks=TORTURE),
+    ],
 )
 def test_control_c_saves_and_exits_with_130_and_a_second_ends_at_once(
     folder, undisturbed, num_ranks, times

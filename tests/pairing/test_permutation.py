@@ -71,11 +71,12 @@ def test_known_answers_do_not_change() -> None:
 
 
 KNOWN_SHORT = [5, 1, 6, 0, 7, 3, 2, 4]
+LONG = pytest.mark.torture
 KNOWN_LONG = [57698199, 81068731, 28460915, 20490294]
 KNOWN_BETA = [0.439536364529057, 0.48123141307195416]
 
 
-@pytest.mark.parametrize("n", [2, 3, 4, 5])
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=LONG), 4, pytest.param(5, marks=LONG)])
 def test_all_permutations_of_few_are_equally_likely_over_keys(n: int) -> None:
     codes = {order: code for code, order in enumerate(itertools.permutations(range(n)))}
     counts = np.zeros(len(codes))

@@ -444,7 +444,13 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(launcher, marks=pytest.mark.torture if launcher == "torchrun" else ())
+        for launcher in LAUNCHERS
+    ],
+)
 def test_two_processes_of_any_launcher_train_as_one_does(finished, copy_of, launcher):
     import os
 

@@ -93,6 +93,7 @@ def test_a_killed_study_goes_on_where_it_was(finished, tmp_path):
         assert one["differences"] == other["differences"]
 
 
+@pytest.mark.torture
 def test_jobs_side_by_side_give_the_same(finished, tmp_path):
     done = sftmix("study", str(write(tmp_path)), *TINY, "--jobs", "2")
     assert "job 2: seeds 1" in done.stdout and "trial 2/2: sftmix, seed 1" in done.stdout
@@ -121,6 +122,7 @@ def test_jobs_that_are_stopped_say_so_and_go_on(finished, tmp_path):
         )
 
 
+@pytest.mark.torture
 def test_a_job_that_fails_is_named(tmp_path):
     hot = "    hot: {train: {learning_rate: 1.0e+30}, limits: {skipped_steps: 1}}\n"
     file = write(tmp_path, ARMS.replace("    sftmix: {}\n", hot))
