@@ -25,8 +25,8 @@ setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
 
 # $(call install,FOLDER,ARGUMENTS): into the environment in FOLDER, made where it is missing. What
-# pip says goes to a file, and to the screen where it fails. Python compiles what it imports when it
-# does: all of it at once takes as long as the rest of the installation.
+# pip says goes to a file, and to the screen where it fails. pip would compile on one core, for as
+# long as the rest of the installation takes.
 define install
 @test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=/path/python3"; exit 1; }
 @test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
@@ -34,13 +34,18 @@ define install
 @$(1)/bin/pip install --no-compile $(2) >$(1)/pip.log 2>&1 || { cat $(1)/pip.log; exit 1; }
 endef
 
+# Some files of packages are templates and no Python.
+compile = @$(1)/bin/python -m compileall -qq -j 0 $(1)/lib || true
+
 $(VENV)/.ready: setup.py constraints-cpu.txt
 	$(if $(TORCH),$(call install,$(VENV),"$(TORCH)"))
 	$(call install,$(VENV),$(CONSTRAINTS) -e .)
+	$(call compile,$(VENV))
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(call install,$(VENV),$(CONSTRAINTS) -e '.[dev]')
+	$(call compile,$(VENV))
 	@touch $@
 
 quickstart: setup
@@ -51,6 +56,8 @@ quickstart: setup
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 test: setup-dev $(VENV)/triton-3.6
 	$(VENV)/bin/python -m pytest -q $(TWO_AT_A_TIME)
+# Tests start hundreds of processes: what one has compiled, the others need not.
+test torture: export PYTHONDONTWRITEBYTECODE :=
 
 # The triton of GPU images with torch 2.11, for the tests that compile the kernels for GPUs.
 $(VENV)/triton-3.6: $(VENV)/.ready-dev
@@ -68,11 +75,13 @@ bench: setup-dev
 	$(if $(TORCH),$(call install,.venv-oldest,"$(TORCH)"))
 	@sed $(if $(TORCH),-e '/^torch==/d') constraints-oldest.txt >.venv-oldest/constraints.txt
 	$(call install,.venv-oldest,$(CONSTRAINTS) -c .venv-oldest/constraints.txt -e '.[dev]')
+	$(call compile,.venv-oldest)
 	@touch $@
 
 .venv-newest/.ready: setup.py constraints-cpu.txt
 	$(if $(TORCH),$(call install,.venv-newest,"$(TORCH)"))
 	$(call install,.venv-newest,--upgrade --upgrade-strategy eager $(CONSTRAINTS) -e '.[dev]')
+	$(call compile,.venv-newest)
 	@touch $@
 
 test-oldest test-newest: test-%: .venv-%/.ready
