@@ -160,6 +160,7 @@ def test_two_nodes_give_the_losses_of_one_host_and_each_rank_has_its_log(
     assert attempt["outcome"] == 0 and "ended" in attempt
 
 
+@TORTURE
 def test_sigterm_saves_and_the_code_is_75_though_torchrun_ends_with_1(folder, on_one_host):
     process = launch(folder, "--launcher", "torchrun")
     wait_for(

@@ -46,7 +46,9 @@ def test_a_percentile_bootstrap_of_5_seeds_would_not():
     assert ((low <= 0) & (high >= 0)).mean() < 0.9
 
 
-@pytest.mark.parametrize(("kind", "seeds"), [("normal", 10), ("heavy", 5)])
+@pytest.mark.parametrize(
+    ("kind", "seeds"), [pytest.param("normal", 10, marks=pytest.mark.torture), ("heavy", 5)]
+)
 def test_at_most_5_percent_of_studies_without_a_difference_show_one(seeds, kind):
     """Four arms against one control, so the comparisons depend on each other."""
     rng = np.random.default_rng(100 + seeds)

@@ -132,7 +132,7 @@ def test_training_over_hosts_gives_the_losses_of_as_many_ranks_on_one(
 
 @pytest.mark.parametrize(
     "is_shared",
-    [False, pytest.param(True, marks=TORTURE)],
+    [pytest.param(False, marks=TORTURE), pytest.param(True, marks=TORTURE)],
     ids=["disks of their own", "shared storage"],
 )
 def test_a_host_that_is_cut_off_is_named_and_the_same_command_goes_on_once_it_is_back(
