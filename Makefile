@@ -18,7 +18,8 @@ CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/n
 TORCH := $(if $(CONSTRAINTS),$(shell grep '^torch==' constraints-cpu.txt))
 QUICK := not recipe and not distributed and not torture
 
-.PHONY: setup setup-dev quickstart test test-oldest test-newest torture bench docs check format clean
+.PHONY: setup setup-dev quickstart test test-oldest test-newest torture bench docs check format
+.PHONY: clean
 OUT ?= bench.json
 
 setup: $(VENV)/.ready
@@ -61,7 +62,8 @@ test torture: export PYTHONDONTWRITEBYTECODE :=
 
 # The triton of GPU images with torch 2.11, for the tests that compile the kernels for GPUs.
 $(VENV)/triton-3.6: $(VENV)/.ready-dev
-	@$(VENV)/bin/pip install --no-compile --no-deps --target $@ triton==3.6.0 >$(VENV)/triton.log 2>&1 \
+	@$(VENV)/bin/pip install --no-compile --no-deps --target $@ triton==3.6.0 \
+	  >$(VENV)/triton.log 2>&1 \
 	  || { rm -rf $@; echo "no triton 3.6: tests with it are skipped ($(VENV)/triton.log)"; }
 
 docs: setup-dev
