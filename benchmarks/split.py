@@ -25,11 +25,11 @@ import pyarrow.parquet as pq
 import side_by_side
 import torch
 
+from sftmix.cluster.liveness.progress import Progress
+from sftmix.cluster.liveness.stopping import StopRequest
 from sftmix.confidence.table_files import CONFIDENCE
 from sftmix.config.schema import Config
 from sftmix.data.prepare import SCHEMA
-from sftmix.liveness.progress import Progress
-from sftmix.liveness.stopping import StopRequest
 from sftmix.pipeline.context import StageContext
 from sftmix.pipeline.stages import split
 from sftmix.storage.files import write_json

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from sftmix import __version__
 from sftmix.cluster.environment import launched_rank, translate
+from sftmix.cluster.liveness import processes
 from sftmix.errors import INTERRUPTED, SftmixError, StoppedError
-from sftmix.liveness import processes
 
 if TYPE_CHECKING:
     from sftmix.config.schema import Config

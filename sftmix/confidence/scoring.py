@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from sftmix.batches.collate import build_micro_batch
 from sftmix.batches.examples import TokenisedExamples
+from sftmix.cluster.liveness.progress import progress_bar
 from sftmix.confidence.calibration import NUM_BINS, NUM_COLUMNS, binned
 from sftmix.confidence.units import UnitScores
 from sftmix.engine.engine import Engine
 from sftmix.engine.ranks import Ranks
-from sftmix.liveness.progress import progress_bar
 from sftmix.storage import faults
 
 

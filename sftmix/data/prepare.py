@@ -206,8 +206,8 @@ def _read(
         return train, held_out, noisy
     examples = [
         e
-        for source in config.data.all_sources
-        for e in _weighted(source, _read_source(source, bad, summary), config, summary)
+        for number, source in enumerate(config.data.all_sources)
+        for e in _weighted(number, source, _read_source(source, bad, summary), config, summary)
     ]
     bad.raise_if_any()
     summary.notes += bad.notes
@@ -281,10 +281,11 @@ def _read_source(source: DataSource, bad: readers.BadRows, summary: Summary) -> 
 
 
 def _weighted(
-    source: DataSource, examples: list[Example], config: Config, summary: Summary
+    number: int, source: DataSource, examples: list[Example], config: Config, summary: Summary
 ) -> list[Example]:
     """Returns the examples `weight` times: whole copies, and a seeded draw for the remaining
-    fraction."""
+    fraction. The draw depends on the source's number and not on its path: a data set that is moved
+    gives the same examples."""
     whole, fraction = divmod(source.weight, 1)
     count = math.floor(fraction * len(examples) + 0.5)
     if examples and not whole and not count:
@@ -292,7 +293,7 @@ def _weighted(
             f"{source.path}: none of its {counted(len(examples), 'example')} is used: the weight"
             f" {source.weight:g} rounds to nothing"
         )
-    drawn = _drawn(examples, count, lambda n, e: (config.run.seed, source.path, e.example_id, n))
+    drawn = _drawn(examples, count, lambda n, e: (config.run.seed, number, e.example_id, n))
     summary.num_read += (int(whole) - 1) * len(examples) + count if whole else 0
     summary.num_left_out += 0 if whole else len(examples) - count
     return examples * int(whole) + drawn

@@ -24,13 +24,13 @@ from torch.nn.functional import log_softmax
 
 from sftmix.batches.collate import MicroBatch, build_micro_batch
 from sftmix.batches.cut import StepCounts
+from sftmix.cluster.liveness import processes
 from sftmix.config.schema import Config
 from sftmix.engine.deepspeed_internals import import_deepspeed
 from sftmix.engine.engine import Engine
 from sftmix.engine.loading import hf_config, load_source
 from sftmix.engine.process_group import init_ranks
 from sftmix.engine.ranks import Ranks
-from sftmix.liveness import processes
 from sftmix.loss.objective import Objective
 
 RESULT = "result.json"

@@ -19,6 +19,7 @@ from torch import Tensor
 from sftmix.batches.collate import MicroBatch
 from sftmix.batches.cut import StepCounts
 from sftmix.batches.documents import Documents
+from sftmix.cluster.liveness.progress import Progress
 from sftmix.config.deepspeed_json import deepspeed_config
 from sftmix.config.schema import Config, ModelConfig, TrainConfig
 from sftmix.engine.deepspeed_internals import (
@@ -53,7 +54,6 @@ from sftmix.engine.precision import (
     resolve_precision,
 )
 from sftmix.engine.ranks import Ranks
-from sftmix.liveness.progress import Progress
 from sftmix.loss.flops import flops_of
 from sftmix.loss.head import CausalLMWithLoss, Timer, no_timer
 from sftmix.loss.logit_transform import find_logit_transform

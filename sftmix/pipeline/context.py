@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from sftmix.cluster.liveness.progress import Progress
+from sftmix.cluster.liveness.run_lock import RunLock
+from sftmix.cluster.liveness.stopping import StopRequest
 from sftmix.config.schema import Config
 from sftmix.engine.ranks import Ranks
-from sftmix.liveness.progress import Progress
-from sftmix.liveness.run_lock import RunLock
-from sftmix.liveness.stopping import StopRequest
 from sftmix.storage import artifacts
 from sftmix.storage.unfinished import Identity
 from sftmix.train.meter import Meter

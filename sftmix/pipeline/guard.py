@@ -1,8 +1,8 @@
 """One writer per run folder, and ranks that end together.
 
-`holding` makes this run the only writer of its folder (`sftmix/liveness/run_lock.py`). A `Guard`
-starts the heartbeats of all ranks (`sftmix/liveness/heartbeats.py`) and ends them: quietly where
-all ranks end in the same way, else with the first cause, on all ranks.
+`holding` makes this run the only writer of its folder (`sftmix/cluster/liveness/`, `run_lock.py`).
+A `Guard` starts the heartbeats of all ranks (`heartbeats.py`) and ends them: quietly where all ranks
+end in the same way, else with the first cause, on all ranks.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import socket
 import traceback
 from collections.abc import Iterator, Sequence
 
+from sftmix.cluster.liveness import processes, run_lock
+from sftmix.cluster.liveness.heartbeats import Watch, listen
+from sftmix.cluster.liveness.progress import Progress
+from sftmix.cluster.liveness.run_lock import RunLock
+from sftmix.cluster.liveness.stopping import STOP_FILE
 from sftmix.config.reader import dump_config
 from sftmix.config.schema import Config
 from sftmix.engine.ranks import Ranks
 from sftmix.errors import ArtifactError, SftmixError, StoppedError
-from sftmix.liveness import processes, run_lock
-from sftmix.liveness.heartbeats import Watch, listen
-from sftmix.liveness.progress import Progress
-from sftmix.liveness.run_lock import RunLock
-from sftmix.liveness.stopping import STOP_FILE
 from sftmix.storage.files import write_text
 
 LOGS, SEEN = "logs", ".seen_"

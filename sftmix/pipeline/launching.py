@@ -34,6 +34,7 @@ from sftmix.cluster.launch_commands import (
     ssh_command,
     stage_options,
 )
+from sftmix.cluster.liveness.stopping import STOP_FILE, asking_to_stop
 from sftmix.cluster.run_commands import run_commands
 from sftmix.cluster.templates import print_template
 from sftmix.config.reader import dump_config, load_config
@@ -41,7 +42,6 @@ from sftmix.config.schema import Config
 from sftmix.engine.process_group import threads_of_rank
 from sftmix.engine.ranks import has_gpu
 from sftmix.errors import INTERRUPTED, STOPPED, ConfigError, StoppedError, TrainingError, counted
-from sftmix.liveness.stopping import STOP_FILE, asking_to_stop
 from sftmix.pipeline import preflight
 from sftmix.pipeline.guard import ATTEMPT, holding
 from sftmix.pipeline.run import (

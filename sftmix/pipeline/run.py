@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from sftmix.cluster.environment import rank_of
+from sftmix.cluster.liveness.processes import Process
+from sftmix.cluster.liveness.run_lock import RunLock
+from sftmix.cluster.liveness.stopping import StopRequest
 from sftmix.config.reader import dump_config
 from sftmix.config.schema import Config
 from sftmix.engine.process_group import init_ranks, use_threads
 from sftmix.engine.ranks import Ranks
-from sftmix.liveness.processes import Process
-from sftmix.liveness.run_lock import RunLock
-from sftmix.liveness.stopping import StopRequest
 from sftmix.pipeline import unshared_folder
 from sftmix.pipeline.context import ALONE, Facts, Stage, StageContext
 from sftmix.pipeline.guard import Guard, holding

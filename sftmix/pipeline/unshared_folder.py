@@ -25,12 +25,12 @@ from typing import IO
 import numpy as np
 import torch
 
+from sftmix.cluster.liveness.progress import Progress
+from sftmix.cluster.liveness.run_lock import RunLock
 from sftmix.confidence.units import UnitFolder, UnitScores
 from sftmix.config.schema import Config
 from sftmix.engine.ranks import Ranks
 from sftmix.errors import ArtifactError
-from sftmix.liveness.progress import Progress
-from sftmix.liveness.run_lock import RunLock
 from sftmix.pipeline.guard import SEEN, Guard, holding
 from sftmix.storage import artifacts
 from sftmix.storage.files import write_text

@@ -32,16 +32,28 @@ from sftmix.planning.timing import sent_share
 LIMIT_SECONDS = 1800.0
 VOCABULARY = 2000
 # family, hidden size, layers, tokens of a micro-batch: products, attention, memory, calls and bytes
-# sent must not grow together, and families differ in their operations
+# sent must not grow together, and families differ in their operations. All activations have more
+# than the 32,768 elements from which on torch computes with all threads: fewer cost less.
 MODELS = (
     ("llama", 128, 3, 300),
     ("llama", 128, 5, 1000),
     ("llama", 256, 3, 800),
     ("llama", 384, 2, 400),
     ("llama", 128, 2, 2000),
-    ("llama", 64, 8, 60),
+    ("llama", 64, 8, 600),
     ("gemma2", 160, 3, 700),
     ("gpt2", 256, 2, 500),
+)
+# Each with ZeRO-3, with another stage in turn, and some as plans often have them.
+OTHER_STAGES = (0, 1, 2)
+LORA, CHECKPOINTING = {"lora": {"rank": 8}}, {"activation_checkpointing": True}
+VARIANTS: tuple[tuple[int, dict[str, Any], dict[str, Any]], ...] = (  # of MODELS, model, engine
+    (0, {}, CHECKPOINTING),
+    (2, LORA, {}),
+    (3, LORA, {}),
+    (5, {}, CHECKPOINTING),
+    (6, LORA, {}),
+    (7, {}, CHECKPOINTING),
 )
 SMALL_BUCKETS = {"reduce_bucket_size": 200_000, "stage3_prefetch_bucket_size": 200_000}
 NO_RATE = 1e-15  # seconds per unit of what took no time that could be told apart
@@ -111,18 +123,24 @@ def measured_steps(
         return found
 
 
-def requests_of(folder: Path, stages: Sequence[int] = (3, 1)) -> list[dict[str, Any]]:
+def requests_of(folder: Path) -> list[dict[str, Any]]:
     """Returns the small steps behind the rates. folder: for a file that they read."""
     file = folder / "small_buckets.json"
     settings = {"zero_optimization": {"stage": 3, **SMALL_BUCKETS}}
     file.write_text(json.dumps(settings), encoding="utf-8")
+    numbers = range(len(MODELS))
+    steps = [(number, 3, {}, {}) for number in numbers]
+    steps += [(number, OTHER_STAGES[number % len(OTHER_STAGES)], {}, {}) for number in numbers]
+    steps += [(number, 3, model, engine) for number, model, engine in VARIANTS]
     found = []
-    for stage in stages:
-        for number, (family, hidden, layers, tokens) in enumerate(MODELS):
-            config = small_config(family, hidden, layers, stage=stage)
-            if stage == 3 and number % 2:  # so that calls and models do not grow together
-                config["engine"]["deepspeed"] = str(file)
-            found.append({"config": config, "max_tokens": tokens})
+    for number, stage, model, engine in steps:
+        family, hidden, layers, tokens = MODELS[number]
+        config = small_config(family, hidden, layers, stage=stage)
+        config["model"] |= model
+        config["engine"] |= engine
+        if stage == 3 and number % 2:  # so that calls and models do not grow together
+            config["engine"]["deepspeed"] = str(file)
+        found.append({"config": config, "max_tokens": tokens})
     return found
 
 
@@ -131,10 +149,10 @@ def threads_of(num_ranks: int) -> int:
     return max(1, (os.cpu_count() or 1) // num_ranks)
 
 
-def calibrate(*, num_ranks: int, stages: Sequence[int] = (3, 1)) -> tuple[Hardware, dict[str, Any]]:
+def calibrate(*, num_ranks: int) -> tuple[Hardware, dict[str, Any]]:
     """Returns this machine's rates for `num_ranks` ranks on its CPU, and the steps behind them."""
     with tempfile.TemporaryDirectory() as folder:
-        requests = requests_of(Path(folder), stages)
+        requests = requests_of(Path(folder))
         steps = measured_steps(requests, num_ranks=num_ranks, threads=threads_of(num_ranks))
     return fit(steps, num_ranks=num_ranks), {"steps": [_short(step) for step in steps]}
 

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sftmix.cluster.liveness.stopping import StopRequest, exit_code_of
 from sftmix.config.schema import CheckpointConfig
 from sftmix.engine.process_group import use_threads
 from sftmix.engine.ranks import Ranks
 from sftmix.errors import ArtifactError, StoppedError
-from sftmix.liveness.stopping import StopRequest, exit_code_of
 from sftmix.storage import artifacts, faults, provenance
 from sftmix.storage.checkpoints import (
     ADAM_BYTES,

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from sftmix.batches.balance import Balance
 from sftmix.batches.collate import MicroBatch
 from sftmix.batches.cut import StepCounts
+from sftmix.cluster.liveness.progress import progress_bar
 from sftmix.engine.ranks import Ranks
-from sftmix.liveness.progress import progress_bar
 from sftmix.storage.failures import accessing, describe
 from sftmix.storage.files import write_text
 from sftmix.train.energy import EnergyCounter

@@ -10,8 +10,8 @@ import pytest
 from processes import ROOT
 
 from sftmix.cluster.environment import first_host, launched_rank, rank_of, translate
+from sftmix.cluster.liveness.stopping import asking_to_stop
 from sftmix.errors import ConfigError
-from sftmix.liveness.stopping import asking_to_stop
 
 SRUN = {
     "SLURM_JOB_ID": "1234",

@@ -21,12 +21,12 @@ import torch
 from matchings import match_parts
 
 from sftmix.batches.examples import TokenisedExamples
+from sftmix.cluster.liveness.stopping import StopRequest
 from sftmix.config.schema import Config
 from sftmix.data.tokenizer import tokenizer_from
 from sftmix.engine.engine import Engine
 from sftmix.engine.process_group import init_ranks
 from sftmix.errors import SftmixError
-from sftmix.liveness.stopping import StopRequest
 from sftmix.loss.objective import Objective
 from sftmix.storage import faults, provenance
 from sftmix.storage.checkpoints import OWN_DIGEST

@@ -20,12 +20,12 @@ from naive import model_from
 from processes import ROOT
 
 from sftmix.cluster import exports
+from sftmix.cluster.liveness import run_lock
 from sftmix.cluster.local_ranks import first_failure, run_local_ranks
 from sftmix.config.reader import load_config
 from sftmix.doctor.checks import build, gpus, memory, network, nodes, ranks, storage, versions
 from sftmix.doctor.findings import Finding, count, examine
 from sftmix.errors import SftmixError
-from sftmix.liveness import run_lock
 from sftmix.planning.states import Need
 
 GIB = 2**30

@@ -10,8 +10,8 @@ import threading
 import time
 from pathlib import Path
 
+from sftmix.cluster.liveness import run_lock
 from sftmix.errors import ArtifactError
-from sftmix.liveness import run_lock
 
 folder, action = Path(sys.argv[1]), sys.argv[2]
 if len(sys.argv) > 3:

@@ -12,9 +12,9 @@ import threading
 import time
 from pathlib import Path
 
-from sftmix.liveness import processes
-from sftmix.liveness.heartbeats import Watch, listen
-from sftmix.liveness.progress import Position
+from sftmix.cluster.liveness import processes
+from sftmix.cluster.liveness.heartbeats import Watch, listen
+from sftmix.cluster.liveness.progress import Position
 
 folder, rank, world, port, token, *options = sys.argv[1:]
 settings = dict(option.split("=") for option in options)

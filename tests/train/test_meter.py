@@ -11,10 +11,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sftmix.batches.balance import Balance
 from sftmix.batches.cut import StepCounts
+from sftmix.cluster.liveness.stopping import StopRequest
 from sftmix.config.schema import CheckpointConfig, TrainConfig
 from sftmix.engine.ranks import Ranks
 from sftmix.errors import ArtifactError
-from sftmix.liveness.stopping import StopRequest
 from sftmix.loss.objective import Objective
 from sftmix.loss.requests import LossResult
 from sftmix.pairing.matching import singles

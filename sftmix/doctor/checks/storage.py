@@ -9,9 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sftmix.cluster.liveness import run_lock
 from sftmix.doctor.findings import Finding
 from sftmix.errors import gib
-from sftmix.liveness import run_lock
 from sftmix.storage.files import sync_folder, write_text
 
 NETWORK = frozenset(

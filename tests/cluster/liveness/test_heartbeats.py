@@ -13,9 +13,9 @@ from itertools import permutations
 import pytest
 from processes import ROOT
 
-from sftmix.liveness import processes
-from sftmix.liveness.last_words import LastWords
-from sftmix.liveness.progress import Position
+from sftmix.cluster.liveness import processes
+from sftmix.cluster.liveness.last_words import LastWords
+from sftmix.cluster.liveness.progress import Position
 
 WORKER = ROOT / "tests/support/watch_worker.py"
 TOKEN = "0123abcd"

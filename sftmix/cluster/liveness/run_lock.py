@@ -26,8 +26,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sftmix.cluster.liveness import processes
 from sftmix.errors import ArtifactError, SftmixError
-from sftmix.liveness import processes
 from sftmix.storage.files import read_record, write_json
 
 ATTEMPTS = "attempts"

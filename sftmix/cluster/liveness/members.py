@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sftmix.liveness.lines import Connection
-from sftmix.liveness.progress import Position
+from sftmix.cluster.liveness.lines import Connection
+from sftmix.cluster.liveness.progress import Position
 
 
 @dataclass(frozen=True)

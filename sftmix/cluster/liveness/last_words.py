@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from sftmix.liveness import processes
+from sftmix.cluster.liveness import processes
 
 STACKS = "stacks"
 # For a silent rank to write its stacks, which ends it. 1 s was too little on a busy machine, and

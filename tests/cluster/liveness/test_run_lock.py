@@ -9,8 +9,8 @@ import threading
 import pytest
 from processes import ROOT
 
+from sftmix.cluster.liveness import run_lock
 from sftmix.errors import ArtifactError
-from sftmix.liveness import run_lock
 from sftmix.storage.files import write_json
 
 WORKER = ROOT / "tests/support/run_lock_worker.py"

@@ -33,11 +33,11 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from sftmix.liveness import processes
-from sftmix.liveness.last_words import LastWords, end, end_silent
-from sftmix.liveness.lines import Connection, Message, listen
-from sftmix.liveness.members import Member, Peer, Verdict, member_of
-from sftmix.liveness.progress import Position, Progress
+from sftmix.cluster.liveness import processes
+from sftmix.cluster.liveness.last_words import LastWords, end, end_silent
+from sftmix.cluster.liveness.lines import Connection, Message, listen
+from sftmix.cluster.liveness.members import Member, Peer, Verdict, member_of
+from sftmix.cluster.liveness.progress import Position, Progress
 
 __all__ = ["Watch", "listen"]
 
