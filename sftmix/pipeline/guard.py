@@ -1,8 +1,8 @@
 """One writer per run folder, and ranks that end together.
 
 `holding` makes this run the only writer of its folder (`sftmix/cluster/liveness/`, `run_lock.py`).
-A `Guard` starts the heartbeats of all ranks (`heartbeats.py`) and ends them: quietly where all ranks
-end in the same way, else with the first cause, on all ranks.
+A `Guard` starts the heartbeats of all ranks (`heartbeats.py`) and ends them: quietly where all
+ranks end in the same way, else with the first cause, on all ranks.
 """
 
 from __future__ import annotations

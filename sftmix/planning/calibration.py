@@ -47,7 +47,8 @@ MODELS = (
 # Each with ZeRO-3, with another stage in turn, and some as plans often have them.
 OTHER_STAGES = (0, 1, 2)
 LORA, CHECKPOINTING = {"lora": {"rank": 8}}, {"activation_checkpointing": True}
-VARIANTS: tuple[tuple[int, dict[str, Any], dict[str, Any]], ...] = (  # of MODELS, model, engine
+Settings = dict[str, Any]
+VARIANTS: tuple[tuple[int, Settings, Settings], ...] = (  # number in MODELS, model, engine
     (0, {}, CHECKPOINTING),
     (2, LORA, {}),
     (3, LORA, {}),
@@ -129,6 +130,7 @@ def requests_of(folder: Path) -> list[dict[str, Any]]:
     settings = {"zero_optimization": {"stage": 3, **SMALL_BUCKETS}}
     file.write_text(json.dumps(settings), encoding="utf-8")
     numbers = range(len(MODELS))
+    steps: list[tuple[int, int, Settings, Settings]]
     steps = [(number, 3, {}, {}) for number in numbers]
     steps += [(number, OTHER_STAGES[number % len(OTHER_STAGES)], {}, {}) for number in numbers]
     steps += [(number, 3, model, engine) for number, model, engine in VARIANTS]
