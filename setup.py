@@ -10,6 +10,8 @@ VERSION = next(
 )
 # peft imports accelerate; neither is needed where all weights are trained
 LORA = ["peft>=0.21,<1", "accelerate>=1.10.1"]
+# models that read images: the processor of SmolVLM wants it
+VISION = ["num2words>=0.5.14"]
 # sftmix.integrations.trl
 TRL = ["trl>=1.16,<2"]
 # `sftmix tasks` runs lm-evaluation-harness, `sftmix judge` asks through openai and counts by
@@ -75,11 +77,13 @@ setup(
     ],
     extras_require={
         "lora": LORA,
+        "vision": VISION,
         "eval": EVAL,
         "trl": TRL,
         **{name: [text] for name, text in TRACKERS.items()},
         "dev": [
             *LORA,
+            *VISION,
             *EVAL,
             *TRL,
             TRACKERS["wandb"],

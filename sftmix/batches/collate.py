@@ -16,6 +16,7 @@ from torch import Tensor
 from sftmix.batches.cut import Units
 from sftmix.batches.documents import Documents, pack
 from sftmix.batches.examples import TokenisedExamples
+from sftmix.batches.images import ImageInputs
 from sftmix.batches.mixed_inputs import MixedInputs, mix_inputs
 from sftmix.batches.pair_rows import pair_rows
 from sftmix.pairing.matching import StepUnits
@@ -33,7 +34,9 @@ class MicroBatch:
     empty in a micro-batch that a rank runs only to stay in lock step. mixed_inputs: the third
     sequences, where mixing happens at the input embeddings. documents: of a packed micro-batch, in
     which B is 1 for the tensors above: its examples follow one another in one row. row_weights:
-    (T,) float32, factors of the rows' next-token losses, where the objective weights examples."""
+    (T,) float32, factors of the rows' next-token losses, where the objective weights examples.
+    images: further arguments of the model's forward, where the data set has images; the last of the
+    B rows may then be there for its image alone."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -46,10 +49,12 @@ class MicroBatch:
     mixed_inputs: MixedInputs | None = None
     documents: Documents | None = None
     row_weights: Tensor | None = None
+    images: dict[str, Tensor] | None = None
 
     @property
     def num_real_tokens(self) -> int:
-        return int(self.attention_mask.sum()) if self.indices else 0
+        rows = self.attention_mask[: len(self.indices)]  # a packed micro-batch has one
+        return int(rows.sum())
 
     def sum_by_example(self, values: Tensor) -> Tensor:
         """Returns (B,) float64: sums of (T,) values over each example's response tokens, on the
@@ -69,14 +74,22 @@ class MicroBatch:
             moved["row_weights"] = self.row_weights.to(device, non_blocking=True)
         if self.documents is not None:
             moved["documents"] = self.documents.to(device)
+        if self.images is not None:
+            moved["images"] = {
+                name: tensor.to(device, non_blocking=True) for name, tensor in self.images.items()
+            }
         return replace(self, **moved)
 
     def pinned(self) -> MicroBatch:
         """Returns the same micro-batch in page-locked memory."""
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in TENSORS})
+        pinned: dict[str, Any] = {name: getattr(self, name).pin_memory() for name in TENSORS}
+        if self.images is not None:
+            pinned["images"] = {name: value.pin_memory() for name, value in self.images.items()}
+        return replace(self, **pinned)
 
     def packed(self) -> MicroBatch:
         """Returns the same examples one after another in one row, without padding."""
+        assert self.images is None, "the engine packs no model that reads images"
         documents, tokens, place = pack(self.attention_mask)
         ids = self.input_ids.reshape(1, -1)[:, tokens]
         mixed_inputs = self.mixed_inputs and self.mixed_inputs.packed(place)
@@ -118,6 +131,7 @@ def collate(
         pad_id=pad_id,
         mixes_inputs=mixes_inputs,
         packs=packs,
+        images=examples.images(indices),
     )
 
 
@@ -129,9 +143,12 @@ def build_micro_batch(
     pad_id: int,
     mixes_inputs: bool = False,
     packs: bool = False,
+    images: ImageInputs | None = None,
 ) -> MicroBatch:
     """Returns a micro-batch of (ids, response mask) examples; `partners` lists (confident,
     unconfident, lam)."""
+    if images is not None and images.filler is not None:
+        tokens = [*tokens, (images.filler, np.zeros(len(images.filler), dtype=bool))]
     width = max((len(ids) for ids, _ in tokens), default=1)
     input_ids = np.full((max(1, len(tokens)), width), pad_id, dtype=np.int64)
     attention = np.zeros_like(input_ids)
@@ -156,5 +173,6 @@ def build_micro_batch(
         lam=found.lam,
         indices=indices,
         mixed_inputs=mix_inputs(tokens, partners, width=width) if mixes_inputs else None,
+        images=None if images is None else images.of_batch(ids),
     )
     return padded.packed() if packs else padded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from sftmix.batches.images import ExampleImages, ImageInputs
 from sftmix.errors import ArtifactError, DataError, counted
 
 
@@ -29,6 +31,7 @@ class TokenisedExamples:
             "numpy"
         )
         self.example_ids: pa.ChunkedArray = self.table.data.table["example_id"]
+        self._folder = path.parent
 
     def __len__(self) -> int:
         return len(self.example_ids)
@@ -47,9 +50,24 @@ class TokenisedExamples:
         """(N,) int64."""
         return self.column("num_response_tokens").astype(np.int64)
 
+    @cached_property
+    def _images(self) -> ExampleImages | None:
+        if "images" not in self.table.column_names:
+            return None
+        return ExampleImages(self._folder, self.table.data.table["images"])
+
+    def images(self, indices: Sequence[int]) -> ImageInputs | None:
+        """Returns the images of a micro-batch; None if no example of the data set has any."""
+        return None if self._images is None else self._images.of(indices)
+
     def check_single_spans(self) -> None:
         """Raises DataError for an example whose response tokens are not one span, as in a
-        conversation of several turns."""
+        conversation of several turns, and for a data set with images."""
+        if self._images is not None:
+            raise DataError(
+                "mixup.site is input_embeddings, which cannot interpolate images, and the data has"
+                " some. Use mixup.site=head."
+            )
         masks = self.table.data.table.column("response_mask").combine_chunks()
         flat = masks.values.to_numpy(zero_copy_only=False)
         starts = np.diff(flat.astype(np.int8), prepend=0) == 1

@@ -136,6 +136,7 @@ def _score_piece(
         indices=tuple(piece.tolist()),
         pad_id=pad_id,
         packs=engine.packs,
+        images=examples.images(piece.tolist()),
     )
     faults.point("score.forward")
     scores = engine.score(batch)

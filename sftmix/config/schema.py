@@ -89,7 +89,11 @@ class LoraConfig(Section):
 
 class ModelConfig(Section):
     path: str | None = Field(
-        None, description="Folder or Hub name of a Hugging Face causal language model."
+        None,
+        description=(
+            "Folder or Hub name of a Hugging Face causal language model, or of one that also reads"
+            " images."
+        ),
     )
     architecture: dict[str, Any] | None = Field(
         None,
@@ -111,6 +115,14 @@ class ModelConfig(Section):
         description="Train low-rank adapters beside frozen weights; default: train all weights.",
     )
 
+    train_vision: bool = Field(
+        False,
+        description=(
+            "Of a model that reads images: also train its vision tower and what connects it to the"
+            " language model; default: the language model alone."
+        ),
+    )
+
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
         if (self.path is None) == (self.architecture is None):
@@ -119,6 +131,10 @@ class ModelConfig(Section):
             )
         if self.architecture is not None and "model_type" not in self.architecture:
             raise ValueError("`architecture` needs a `model_type`, for example `llama`")
+        if self.train_vision and self.lora is not None:
+            raise ValueError(
+                "`lora` trains adapters in the language model alone; remove it or `train_vision`"
+            )
         return self
 
 

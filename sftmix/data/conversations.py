@@ -6,6 +6,7 @@ A message is {role, content}, with these keys where they have something to say:
     tool_calls          [{type, function: {name, arguments}}] of an assistant
     name, tool_call_id  of a tool's answer
     train               False: the turn carries no loss
+    images              digests of its images; the content holds an `IMAGE` for each
 
 Roles are system, user, assistant and tool; `text` for plain text, the only message of its example.
 """
@@ -22,6 +23,7 @@ Message = dict[str, Any]
 Tools = tuple[dict[str, Any], ...]
 
 PLAIN = frozenset(("role", "content"))
+IMAGE = "\ufffc"  # Unicode's sign for an object within a text
 TEXT_ROLE = "text"
 # lower case -> role
 ROLES = {
@@ -43,6 +45,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 # of an assistant's turn: 0 or false leaves it without loss
 TRAIN_KEYS = ("weight", "train", "loss")
 TOOL_KEYS = ("name", "tool_call_id")
+IMAGE_KINDS = ("image", "image_url")
 
 
 class BadRow(ValueError):
@@ -65,6 +68,11 @@ class Example:
     @property
     def content_id(self) -> str:
         return self.example_id.partition("-")[0]
+
+    @property
+    def images(self) -> list[str]:
+        """Digests of the images, in order."""
+        return [digest for m in self.messages for digest in m.get("images", ())]
 
     @property
     def is_text(self) -> bool:
@@ -141,7 +149,9 @@ def _read_turn(
     elif content is not None or not calls:
         if content_key not in turn:
             raise BadRow(f"{where} has no {role_key!r} and {content_key!r}")
-        message["content"] = content_text(content, where)
+        message["content"], images = content_and_images(content, where)
+        if images:
+            message["images"] = images
     if role == "assistant":
         thought = next((turn[key] for key in REASONING if turn.get(key)), None)
         if thought is not None:
@@ -159,22 +169,29 @@ def _read_turn(
     return message, used
 
 
-def content_text(content: Any, where: str) -> str:
-    """Returns text, or the joined texts of a list of parts. Raises BadRow for anything else."""
+def content_and_images(content: Any, where: str) -> tuple[str, list[Any]]:
+    """Returns a text, or the joined texts of a list of parts with `IMAGE` for every image; and the
+    images: what a part says of one, None for one of the row's column. Raises BadRow for anything
+    else."""
     if not isinstance(content, list):
         if not isinstance(content, str):
             raise BadRow(f"{where} is {type(content).__name__}, expected text")
-        return content
-    texts = []
+        return content, []
+    texts, images = [], []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind != "text" or not isinstance(part.get("text"), str):
+        if kind in IMAGE_KINDS:
+            texts.append(IMAGE)
+            named = {key: part[key] for key in part if key not in ("type", "text", "index")}
+            images.append(named if any(value is not None for value in named.values()) else None)
+        elif kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
             raise BadRow(
                 f"{where} has a part of the kind {kind!r}; expected text, or parts"
-                ' {"type": "text", "text": ...}'
+                ' {"type": "text", "text": ...}, or of the kind image'
             )
-        texts.append(part["text"])
-    return "".join(texts)
+    return "".join(texts), images
 
 
 def read_tools(value: Any) -> Tools:

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from sftmix.config.schema import TEMPLATE_DATE
 from sftmix.data.control_tokens import Escaping, pattern_of
-from sftmix.data.conversations import BadRow, Example, Message, Tools, texts_of
+from sftmix.data.conversations import IMAGE, BadRow, Example, Message, Tools, texts_of
+from sftmix.data.images import ImageStore
 from sftmix.data.slots import Placed, Rendered, place_slots
 from sftmix.data.template import at_date, marker_ids, rendering
-from sftmix.errors import DataError
+from sftmix.errors import DataError, counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,8 +60,8 @@ class ChatEncoder:
 
     date: what a template that reads the clock is told, ISO 8601. keep_control_tokens: the names of
     control tokens in the texts of users are control tokens. loss_on_inserted: what the template
-    writes in the assistant's turn by itself carries loss, too. counts: what was found so far that a
-    user should know.
+    writes in the assistant's turn by itself carries loss, too. images: of the examples, for a model
+    that reads them. counts: what was found so far that a user should know.
     """
 
     def __init__(
@@ -70,8 +71,11 @@ class ChatEncoder:
         date: str = TEMPLATE_DATE,
         keep_control_tokens: bool = False,
         loss_on_inserted: bool = False,
+        images: ImageStore | None = None,
     ):
         self.tokenizer = tokenizer
+        self._images = images
+        self._as_parts = False
         self.special_ids = np.array(sorted(marker_ids(tokenizer)), dtype=np.int64)
         self.counts: Counter[str] = Counter()
         self._date = date
@@ -96,9 +100,54 @@ class ChatEncoder:
         texts = [found[0] for found in written if not isinstance(found, BadRow)]
         encodings = iter(self._escaping.backend.encode_batch(texts, add_special_tokens=False))
         return [
-            found if isinstance(found, BadRow) else self._masked(*found, next(encodings))
-            for found in written
+            found
+            if isinstance(found, BadRow)
+            else self._with_images(example, self._masked(*found, next(encodings)))
+            for example, found in zip(examples, written, strict=True)
         ]
+
+    def _with_images(
+        self, example: Example, encoded: Encoded | str | BadRow
+    ) -> Encoded | str | BadRow:
+        """Returns the example with the tokens of its images in their places."""
+        if self._images is None or not isinstance(encoded, tuple):
+            return encoded
+        ids, mask = encoded
+        processor = self._images.processor
+        places = np.flatnonzero(ids == processor.token_id)
+        digests = example.images
+        if len(places) != len(digests):
+            return BadRow(
+                f"the chat template writes {len(places)} of its {counted(len(digests), 'image')}."
+                " Name one that writes them with tokenizer.chat_template"
+            )
+        parts: list[Encoded] = []
+        start = 0
+        for place, digest in zip(places, digests, strict=True):
+            image = self._images.tokens(digest)
+            parts += [(ids[start:place], mask[start:place]), (image, np.zeros(len(image), bool))]
+            start = int(place) + 1
+        parts.append((ids[start:], mask[start:]))
+        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+    def cuts_image(self, ids: NDArray[np.int32], limit: int) -> bool:
+        """Returns whether the first `limit` ids lack a part of an image."""
+        return self._images is not None and bool(
+            (ids[limit:] == self._images.processor.token_id).any()
+        )
+
+    def _as_read(self, message: Message) -> Message:
+        """Returns a message as templates read it: its content as parts where it has images, or the
+        template wants it so."""
+        read = {key: value for key, value in message.items() if key not in ("train", "images")}
+        content = message["content"]
+        if not content or not (self._as_parts or "images" in message):
+            return read
+        parts: list[dict[str, str]] = []
+        for number, text in enumerate(content.split(IMAGE) if "images" in message else [content]):
+            parts += [{"type": "image"}] if number else []
+            parts += [{"type": "text", "text": text}] if text else []
+        return {**read, "content": parts}
 
     def _written(self, example: Example) -> tuple[str, list[Region]]:
         """Returns the text to tokenise, and its parts that carry loss."""
@@ -151,7 +200,7 @@ class ChatEncoder:
         chosen = self.tokenizer.get_chat_template(tools=list(tools) or None)
         named: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
         found: Any = render_jinja_template(
-            [[{k: v for k, v in m.items() if k != "train"} for m in messages]],
+            [[self._as_read(message) for message in messages]],
             tools=list(tools) or None,
             chat_template=at_date(chosen, self._date),
             add_generation_prompt=generation_prompt,
@@ -165,10 +214,7 @@ class ChatEncoder:
         Raises DataError if no conversation could be trained with this template."""
         if self._frame is None:
             with rendering(place):
-                try:
-                    found = place_slots((QUESTION, ANSWER), (), self._render)
-                except BadRow as error:
-                    raise DataError(f"{place}: {error}.") from None
+                found = self._plain_exchange(place)
                 asked = self._render([QUESTION], generation_prompt=True)
                 bare = self._render([QUESTION])
             question, answer = found.placed
@@ -183,6 +229,17 @@ class ChatEncoder:
             self._check_parity(found.text)
             self._frame = Frame(asked[question.stop :], header, end[0])
         return self._frame
+
+    def _plain_exchange(self, place: str) -> Rendered:
+        """Returns the plain question and answer. Some templates, of models that read images, only
+        write texts that are parts of a list. Raises DataError."""
+        problem = ""
+        for self._as_parts in (False, True):
+            try:
+                return place_slots((QUESTION, ANSWER), (), self._render)
+            except BadRow as error:
+                problem = problem or str(error)
+        raise DataError(f"{place}: {problem}.")
 
     def _split(self, text: str) -> list[str]:
         """Returns the control tokens and the other characters of a text."""

@@ -11,7 +11,8 @@
     text       text: no turns, loss on everything          (continued pre-training)
 
 The format is detected from the columns of a source's first row, or set in the config; `columns`
-maps a field of the format to a column of the file. Every column, and every key of a message, is
+maps a field of the format to a column of the file. For models that read images every format also
+has `images` (or `image`). Every column, and every key of a message, is
 used, or named to the user, or refused.
 """
 
@@ -21,6 +22,7 @@ import re
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sftmix.config.schema import DataSource
@@ -33,9 +35,11 @@ from sftmix.data.conversations import (
     read_tools,
     read_turns,
 )
+from sftmix.data.images import ImageStore, place_images
 from sftmix.errors import DataError
 
 GROUP = "group"
+IMAGES = ("images", "image")  # the images of a row's places
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Format:
 
     @property
     def fields(self) -> set[str]:
-        return {*self.required, *self.optional, GROUP}
+        return {*self.required, *self.optional, GROUP, *IMAGES}
 
 
 def detect_format(row: dict[str, Any], place: str, columns: Columns) -> str:
@@ -128,12 +132,22 @@ def detect_format(row: dict[str, Any], place: str, columns: Columns) -> str:
     )
 
 
-def read_row(row: dict[str, Any], format_name: str, columns: Columns) -> Conversation:
-    """Returns the conversation of a row. Raises BadRow with the reason."""
+def read_row(
+    row: dict[str, Any],
+    format_name: str,
+    columns: Columns,
+    *,
+    images: ImageStore | None = None,
+    base: Path = Path(),
+) -> Conversation:
+    """Returns the conversation of a row. images: receives its images; None: models read text only.
+    base: the folder from which paths of images start. Raises BadRow with the reason."""
     found = FORMATS[format_name]
     given = columns.given(row)
+    if images is None and not set(IMAGES).isdisjoint(columns.mapping):
+        raise BadRow("data.columns maps images, and the models of this config read text only")
     fields: dict[str, Any] = {}
-    for field in (*found.required, *found.optional, GROUP):
+    for field in (*found.required, *found.optional, GROUP, *(IMAGES if images else ())):
         column = columns.column(field)
         if column in given:
             fields[field] = given.pop(column)
@@ -142,7 +156,10 @@ def read_row(row: dict[str, Any], format_name: str, columns: Columns) -> Convers
     unused = {name for name, value in given.items() if value not in (None, "", [], {})}
     group = fields.pop(GROUP, None)
     tools = read_tools(fields.pop("tools", None))
+    of_row = next((fields[name] for name in IMAGES if fields.get(name) is not None), None)
+    fields = {name: value for name, value in fields.items() if name not in IMAGES}
     messages = found.convert(fields, unused, set(columns.ignored))
+    place_images(messages, of_row, images, base)
     kept = len(messages)
     while kept and messages[kept - 1]["role"] not in ("assistant", TEXT_ROLE):
         kept -= 1

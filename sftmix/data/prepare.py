@@ -3,6 +3,7 @@
 Writes into its folder
 
     train.arrow, held_out.arrow   one row per example: ids, tokens, response mask, messages
+    images.arrow                  each image once, where a model reads images
     tokenizer/                    the tokenizer with the chat template of the run
     dropped.jsonl, truncated.jsonl   example_id, place and reason of what is missing or cut
     skipped.jsonl                 place and problem of bad rows (data.on_error: skip)
@@ -14,6 +15,7 @@ Every example that was read is in exactly one of: train, held out, dropped, skip
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -27,11 +29,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from sftmix.batches.images import ImageProcessor, copy_processor, has_processor
 from sftmix.config.schema import Config, DataSource
 from sftmix.data import generator, readers
 from sftmix.data.conversations import BadRow, Example
 from sftmix.data.encoding import ChatEncoder
 from sftmix.data.formats import check_format, columns_of, detect_format, read_row
+from sftmix.data.images import ImageStore
 from sftmix.data.template import MASK_POLICY, choose_template, reads_clock
 from sftmix.data.tokenizer import (
     load_tokenizer,
@@ -62,6 +66,8 @@ SCHEMA = pa.schema(
         ("messages", pa.string()),  # JSON
     ]
 )
+# Numbers in images.arrow; only where an example has one.
+WITH_IMAGES = SCHEMA.append(pa.field("images", pa.list_(pa.int32())))
 # conversations at a time: bounds memory, and keeps the tokenizer's threads busy
 ENCODE_BATCH = 1000
 
@@ -138,7 +144,12 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
     """
     summary = Summary()
     bad = readers.BadRows(folder / "skipped.jsonl" if config.data.on_error == "skip" else None)
-    train, held_out, noisy = _read(config, summary, bad)
+    with contextlib.ExitStack() as opened:
+        processor = image_processor(config)
+        images = (
+            opened.enter_context(ImageStore(folder, processor)) if processor is not None else None
+        )
+        train, held_out, noisy = _read(config, summary, bad, images)
     with (
         accessing(folder / "dropped.jsonl"),
         (folder / "dropped.jsonl").open("w", encoding="utf-8") as dropped_file,
@@ -160,6 +171,7 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
             date=config.tokenizer.date,
             keep_control_tokens=config.data.control_tokens == "keep",
             loss_on_inserted=config.data.loss_on_inserted,
+            images=images,
         )
         # Includes the tokenizer and its template, because every exported model contains them.
         vocabulary = tokenizer.backend_tokenizer.to_str()
@@ -174,7 +186,10 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
         }
         for name, part in (("train", train), ("held_out", held_out)):
             rows = _encode(part, encoder, config, noisy, drop, truncated_file, bad, summary)
-            counts = _write_arrow(folder / f"{name}.arrow", rows, identity)
+            schema = SCHEMA
+            if images is not None and images.numbers:
+                rows, schema = _numbered(rows, images), WITH_IMAGES
+            counts = _write_arrow(folder / f"{name}.arrow", rows, schema, identity)
             setattr(summary, f"num_{name}", counts["examples"])
             summary.num_truncated += counts["truncated"]
             if name == "train":
@@ -186,6 +201,8 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
     summary.notes += [f"{what}: {count:,}" for what, count in sorted((+encoder.counts).items())]
     with accessing(folder / "tokenizer"):
         tokenizer.save_pretrained(folder / "tokenizer")
+        if processor is not None and config.tokenizer_source is not None:
+            copy_processor(config.tokenizer_source, folder / "tokenizer")
     write_json(folder / "summary.json", {**vars(summary), "dropped": dict(summary.dropped)})
     if config.evaluation.trained and summary.num_train < 2:
         raise DataError(
@@ -197,8 +214,17 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
     return summary, identity.hexdigest(), {**fingerprints, "data": identity.hexdigest()}
 
 
+def image_processor(config: Config) -> ImageProcessor | None:
+    """Returns the processor of images beside the tokenizer, or None. Raises ConfigError for one
+    that cannot be loaded."""
+    source = config.tokenizer_source
+    if source is None or not has_processor(source):
+        return None
+    return ImageProcessor(source, load_tokenizer(config))
+
+
 def _read(
-    config: Config, summary: Summary, bad: readers.BadRows
+    config: Config, summary: Summary, bad: readers.BadRows, images: ImageStore | None
 ) -> tuple[list[Example], list[Example], set[str]]:
     if config.data.generator is not None:
         train, held_out, noisy = generator.generate(config.data.generator, seed=config.run.seed)
@@ -207,7 +233,9 @@ def _read(
     examples = [
         e
         for number, source in enumerate(config.data.all_sources)
-        for e in _weighted(number, source, _read_source(source, bad, summary), config, summary)
+        for e in _weighted(
+            number, source, _read_source(source, bad, summary, images), config, summary
+        )
     ]
     bad.raise_if_any()
     summary.notes += bad.notes
@@ -236,7 +264,9 @@ def _read(
     return [e for e in examples if draw[e.content_id] > threshold], held_out, set()
 
 
-def _read_source(source: DataSource, bad: readers.BadRows, summary: Summary) -> list[Example]:
+def _read_source(
+    source: DataSource, bad: readers.BadRows, summary: Summary, images: ImageStore | None
+) -> list[Example]:
     columns = columns_of(source)
     check_format(source.format, columns)
     examples = []
@@ -251,7 +281,7 @@ def _read_source(source: DataSource, bad: readers.BadRows, summary: Summary) -> 
         found |= row.keys()
         missed = {key for key in missed if not columns.has_key(row, key)}
         try:
-            read = read_row(row, name, columns)
+            read = read_row(row, name, columns, images=images, base=_folder_of(place))
         except BadRow as error:
             bad.add(place, f"{error} (format {name})", row)
             continue
@@ -278,6 +308,12 @@ def _read_source(source: DataSource, bad: readers.BadRows, summary: Summary) -> 
         )
     summary.num_read += len(examples)
     return examples
+
+
+def _folder_of(place: str) -> Path:
+    """Returns the folder of the file of a place, `file:line`."""
+    path = Path(place.rpartition(":")[0])
+    return path if path.is_dir() else path.parent
 
 
 def _weighted(
@@ -385,6 +421,9 @@ def _encode(
                     case "drop":
                         drop(example, f"longer than {counted(limit, 'token')}")
                         continue
+                if encoder.cuts_image(ids, limit):
+                    drop(example, f"an image ends after {counted(limit, 'token')}")
+                    continue
                 record = {
                     "example_id": example.example_id,
                     "place": example.place,
@@ -410,15 +449,23 @@ def _encode(
             }
 
 
-def _write_arrow(path: Path, rows: Iterator[Row], identity: Any) -> Counter[str]:
+def _numbered(rows: Iterator[Row], images: ImageStore) -> Iterator[Row]:
+    """Yields the rows with the numbers of their images."""
+    for row in rows:
+        messages = json.loads(row["messages"])
+        digests = [digest for message in messages for digest in message.get("images", ())]
+        yield {**row, "images": [images.numbers[digest] for digest in digests]}
+
+
+def _write_arrow(path: Path, rows: Iterator[Row], schema: pa.Schema, identity: Any) -> Counter[str]:
     counts: Counter[str] = Counter(examples=0, truncated=0, tokens=0, response_tokens=0)
     with (
         accessing(path),
         pa.OSFile(str(path), "wb") as sink,
-        pa.ipc.new_stream(sink, SCHEMA) as writer,
+        pa.ipc.new_stream(sink, schema) as writer,
     ):
         while batch := list(itertools.islice(rows, ENCODE_BATCH)):
-            writer.write_table(pa.Table.from_pylist(batch, schema=SCHEMA))
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
             for row in batch:
                 ids, mask = row["input_ids"], row["response_mask"]
                 key = (path.name, row["example_id"], row["group"], len(ids))

@@ -4,8 +4,8 @@ The conversation is rendered twice: as it is, and with a unique marker in place 
 second one shows what the template writes between the texts, and so where each text begins and ends
 in the first one. No template has to render the beginning of a conversation as it renders the whole.
 
-A text is the content of a turn without white space around it, the thought before an assistant's
-content, and the name of a function that it calls.
+A text is the content of a turn without white space around it, or what stands of it between images,
+the thought before an assistant's content, and the name of a function that it calls.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from sftmix.data.conversations import BadRow, Message, Tools
+from sftmix.data.conversations import IMAGE, BadRow, Message, Tools
 
 Render = Callable[[list[Message], Tools], str]
 
@@ -119,7 +119,9 @@ def mark(messages: tuple[Message, ...]) -> tuple[list[Message], list[Slot]]:
                 )
             )
         else:
-            new["content"] = marked_text(turn, "content", message["content"])
+            content = message["content"]
+            pieces = content.split(IMAGE) if message.get("images") else [content]
+            new["content"] = IMAGE.join(marked_text(turn, "content", text) for text in pieces)
         if message.get("tool_calls"):
             new["tool_calls"] = [
                 {

@@ -19,6 +19,7 @@ from torch import Tensor
 from sftmix.batches.collate import MicroBatch
 from sftmix.batches.cut import StepCounts
 from sftmix.batches.documents import Documents
+from sftmix.batches.images import copy_processor
 from sftmix.cluster.liveness.progress import Progress
 from sftmix.config.deepspeed_json import deepspeed_config
 from sftmix.config.schema import Config, ModelConfig, TrainConfig
@@ -54,6 +55,8 @@ from sftmix.engine.precision import (
     resolve_precision,
 )
 from sftmix.engine.ranks import Ranks
+from sftmix.engine.vision import freeze_vision, reads_images, vision_parameters
+from sftmix.errors import DataError
 from sftmix.loss.flops import flops_of
 from sftmix.loss.head import CausalLMWithLoss, Timer, no_timer
 from sftmix.loss.logit_transform import find_logit_transform
@@ -127,11 +130,16 @@ class Engine:
             is_sharded=self.zero_stage == 3,
             deepspeed_config=settings,
         )
+        self._reads_images = reads_images(self.hf_config)
+        vision = {id(parameter) for parameter in vision_parameters(module)}
+        if train is not None and self._reads_images and not model.train_vision:
+            freeze_vision(module)
         if self.has_adapters:
             add_adapters(module, model, dtype=self._dtype, seed=config.run.seed, name="model")
         if train is not None and config.engine.activation_checkpointing:
             enable_activation_checkpointing(module)
-        own_attention = use_packed_attention(module) if config.engine.packing == "auto" else None
+        may_pack = config.engine.packing == "auto" and not self._reads_images
+        own_attention = use_packed_attention(module) if may_pack else None
         self.packs = own_attention is not None
         self.module = CausalLMWithLoss(module)
         self.module.projection.timer = timer
@@ -140,6 +148,7 @@ class Engine:
             {id(p): tuple(whole_shape(p)) for p in self.module.parameters()},
             is_frozen=self.has_adapters,
             recomputes=train is not None and config.engine.activation_checkpointing,
+            vision=vision,
         )
         optimizer = self._optimizer(train, settings) if train else None
         exact_buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
@@ -161,7 +170,8 @@ class Engine:
         if own_attention is not None:
             self._check_packing(module, own_attention)
         elif config.engine.packing == "auto":
-            self._say_padded("its attention cannot be replaced")
+            reason = "it reads images" if self._reads_images else "its attention cannot be replaced"
+            self._say_padded(reason)
         self.module.projection.transform = find_logit_transform(
             self._deepspeed, ranks.device, packs=self.packs
         )
@@ -240,14 +250,21 @@ class Engine:
         request = loss_request(objective, batch, counts, backend=self.backend)
         with self._timer("forward"):
             result: LossResult = self._deepspeed(
-                batch.input_ids, batch.attention_mask, request, batch.documents
+                batch.input_ids, batch.attention_mask, request, batch.documents, batch.images
             )
         with self._timer("backward"):
             self._deepspeed.backward(result.loss * self.ranks.world_size, scale_wrt_gas=False)
         return result.detached()
 
     def _on_device(self, batch: MicroBatch) -> MicroBatch:
-        """Returns the micro-batch as the model takes it, whichever way it was built."""
+        """Returns the micro-batch as the model takes it, whichever way it was built. Raises
+        DataError for images where the model reads text only."""
+        if batch.images is not None and not self._reads_images:
+            raise DataError(
+                f"the data has images, and a {self.hf_config.model_type} reads text only. Use a"
+                " model of vision and language, or prepare the data with the tokenizer of a model"
+                " of text."
+            )
         if self.packs and batch.documents is None:
             batch = batch.packed()
         return batch.to(self.ranks.device)
@@ -324,6 +341,7 @@ class Engine:
             batch.attention_mask,
             ScoreRequest(batch.rows, batch.labels, self.backend),
             batch.documents,
+            batch.images,
         )
         self._deepspeed.train(was_training)
         return scores.cpu()
@@ -334,7 +352,7 @@ class Engine:
         micro-batch. For tests and small inputs."""
         batch = self._on_device(batch)
         logits: Tensor = self._deepspeed(
-            batch.input_ids, batch.attention_mask, None, batch.documents
+            batch.input_ids, batch.attention_mask, None, batch.documents, batch.images
         )
         return logits
 
@@ -377,7 +395,7 @@ class Engine:
         with template.
 
         transformers says, with a model on the meta device, which tensor belongs into which file
-        under which name, so that `AutoModelForCausalLM.from_pretrained` reads it. Raises
+        under which name, so that `from_pretrained` reads it. Raises
         ArtifactError, on all ranks, if the folder cannot be written.
         """
         buffers = {
@@ -387,6 +405,8 @@ class Engine:
         def write(tensors: Tensors) -> None:
             shell = empty_model(self._model_config, self.hf_config, dtype=self._dtype)
             write_model(folder, shell, tensors, tokenizer, self._model_config)
+            if self._reads_images:
+                copy_processor(tokenizer.name_or_path, folder)
             check_exported(folder, self._dtype, buffers)
 
         write_on_main(self.ranks, folder, self.named_tensors(), write)
@@ -416,7 +436,7 @@ class Engine:
         """Returns a digest of the frozen weights, on every rank; "" if all weights are trained."""
         import deepspeed
 
-        if not self.has_adapters:
+        if all(parameter.requires_grad for parameter in self.module.parameters()):
             return ""
         if not self._frozen_checksum:
             found: list[str] = []

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from sftmix.config.schema import ModelConfig
 from sftmix.data.tokenizer import NOT_LOADED, why_not_loaded
 from sftmix.engine.deepspeed_internals import whole_shape
+from sftmix.engine.vision import auto_class, is_known
 from sftmix.errors import ConfigError, counted, did_you_mean, first_line
 from sftmix.storage.files import looks_local
 
@@ -60,7 +61,7 @@ def hf_config(
     that transformers refuses.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if model.path is not None:
         check_model_folder(model.path, name=name, needs_weights=needs_weights)
@@ -95,7 +96,7 @@ def hf_config(
         raise ConfigError(
             f"{where}: {' '.join(str(cause).split())[:300]} Correct the value."
         ) from None
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if not is_known(config):
         raise ConfigError(
             f"{where} is not a causal language model of transformers. Name one, for example llama."
         )
@@ -226,15 +227,13 @@ def check_attention(
 ) -> None:
     """Raises ConfigError for an attention implementation that cannot be used here: unknown, not
     installed, or not supported by this model."""
-    from transformers import AutoModelForCausalLM
-
     wanted = model.attn_implementation
     if wanted is None:
         return
     problem = None
     try:
         with quiet_transformers(), torch.device("meta"):
-            AutoModelForCausalLM.from_config(
+            auto_class(config).from_config(
                 config, attn_implementation=wanted, trust_remote_code=model.trust_remote_code
             )
     except (*NOT_LOADED, RuntimeError) as error:
@@ -256,10 +255,11 @@ def check_fit(
 ) -> None:
     """Raises ConfigError for a tokenizer larger than the embedding, or examples longer than the
     model's context."""
-    if len(tokenizer) > config.vocab_size:
+    size = config.get_text_config().vocab_size
+    if len(tokenizer) > size:
         raise ConfigError(
             f"{name}: the tokenizer has {counted(len(tokenizer), 'token')}, the model's embedding"
-            f" {counted(config.vocab_size, 'row')}, so some ids would be out of range. Use the"
+            f" {counted(size, 'row')}, so some ids would be out of range. Use the"
             " model's own tokenizer (tokenizer.path), or a model with a larger vocabulary."
         )
     check_context(config, max_length=max_length, name=name)
@@ -267,7 +267,7 @@ def check_fit(
 
 def check_context(config: PretrainedConfig, *, max_length: int, name: str) -> None:
     """Raises ConfigError for examples that may be longer than the model's context."""
-    context = getattr(config, "max_position_embeddings", None)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and max_length > context:
         raise ConfigError(
             f"data.max_length is {max_length}, but the context of {name} is"
@@ -281,7 +281,6 @@ def load_source(
     """Returns an ordinary transformers model on the CPU, with its weights or with seeded random
     ones."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.trust_remote_code}
     if model.attn_implementation:
@@ -290,7 +289,7 @@ def load_source(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             # Drawn in float32 and then rounded: the same start for every precision.
-            random_model: Any = AutoModelForCausalLM.from_config(
+            random_model: Any = auto_class(config).from_config(
                 config, **{**options, "dtype": torch.float32}
             )
         for parameter in random_model.parameters():
@@ -305,7 +304,7 @@ def load_source(
         report: Any
         try:
             # Do not ignore other shapes: our report names them; the error of transformers does not.
-            loaded, report = AutoModelForCausalLM.from_pretrained(
+            loaded, report = auto_class(config).from_pretrained(
                 model.path,
                 config=config,
                 revision=model.revision,
@@ -367,10 +366,8 @@ def empty_model(
     model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype = torch.float32
 ) -> Any:
     """Returns a transformers model on the meta device: only names, shapes and types."""
-    from transformers import AutoModelForCausalLM
-
     with quiet_transformers(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
+        return auto_class(config).from_config(
             config, dtype=dtype, trust_remote_code=model.trust_remote_code
         )
 
@@ -399,7 +396,6 @@ def build_model(
     if not is_sharded:
         return load_source(model, config, dtype=dtype, seed=seed)
     import deepspeed
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
     from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
@@ -412,7 +408,7 @@ def build_model(
     # zero.Init reads the dtype from the config; its `dtype` argument is broken (precision.py).
     init = deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
     with no_init_weights(), prevent_arange_dtype_change(), init:
-        shell = AutoModelForCausalLM.from_config(
+        shell = auto_class(config).from_config(
             config, dtype=dtype, trust_remote_code=model.trust_remote_code, **options
         )
     shell.tie_weights()  # no_init_weights does not do it
@@ -574,7 +570,6 @@ def _computed_buffers(
 ) -> dict[str, Tensor]:
     """Returns the buffers that the constructor of a model computes, without memory for its
     parameters."""
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     register = nn.Module.register_parameter
@@ -589,7 +584,7 @@ def _computed_buffers(
         no_init_weights(),
         mock.patch.object(nn.Module, "register_parameter", register_on_meta),
     ):
-        built = AutoModelForCausalLM.from_config(
+        built = auto_class(config).from_config(
             config, dtype=dtype, trust_remote_code=model.trust_remote_code
         )
     return dict(built.named_buffers())

@@ -5,8 +5,9 @@ published files.
 
 peft inserts the layers into the model (https://arxiv.org/abs/2106.09685,
 https://github.com/huggingface/peft). The head and the embedding get no adapter, because the loss is
-computed in the head's module (`loss/head.py`). The embedding output needs no gradient: activation
-checkpointing is not reentrant here, and ZeRO-3 releases the first layer's weights without one.
+computed in the head's module (`loss/head.py`), and neither does a vision tower. The embedding
+output needs no gradient: activation checkpointing is not reentrant here, and ZeRO-3 releases the
+first layer's weights without one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sftmix.config.schema import LoraConfig, ModelConfig
+from sftmix.engine.vision import vision_parameters
 from sftmix.errors import ConfigError, did_you_mean
 
 ADAPTER = "default"  # peft's name for the only adapter
@@ -49,7 +51,12 @@ def target_names(model: Any, lora: LoraConfig, *, name: str) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    modules = {key: module for key, module in model.named_modules() if key}
+    vision = {id(parameter) for parameter in vision_parameters(model)}
+    modules = {
+        key: module
+        for key, module in model.named_modules()
+        if key and id(getattr(module, "weight", None)) not in vision
+    }
     linear = [
         key
         for key, module in modules.items()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sftmix import __version__
+from sftmix.batches.images import has_processor
 from sftmix.config.schema import Config, LoraConfig
 from sftmix.errors import counted
 from sftmix.storage import provenance
@@ -59,11 +60,14 @@ def model_card(
 
     is_mixup, lora = which == "sftmix", config.model.lora
     base = base_model(config.model.path)
+    source = config.tokenizer_source
+    reads_images = source is not None and has_processor(source)
+    task = "image-text-to-text" if reads_images else "text-generation"
     license_of_base: dict[str, Any] | None = _license_of(config.model.path, base)
     data = ModelCardData(
         model_name=f"{config.run.dir.resolve().name}-{which}{'-adapter' if is_adapter else ''}",
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=["sft", "sftmix", *(["lora"] if is_adapter else [])],
         base_model=base,
         datasets=[source.path for source in config.data.all_sources if _is_hub_name(source.path)]
@@ -85,7 +89,7 @@ def model_card(
             )
         ),
         "## How to use it",
-        _usage(config, is_adapter=is_adapter),
+        _usage(config, task, is_adapter=is_adapter),
         *(["## Results", _results(metrics)] if metrics else []),
         "## How it was made",
         "\n".join(f"- {line}" for line in _facts(config, lora, base, is_adapter=is_adapter)),
@@ -220,13 +224,15 @@ def _results(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _usage(config: Config, *, is_adapter: bool) -> str:
+def _usage(config: Config, task: str, *, is_adapter: bool) -> str:
     if is_adapter and config.model.path is None:
         return (
             "The weights beside this adapter were random, and no model holds them. Use the merged"
             " model."
         )
     loader = "AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM"
+    if task == "image-text-to-text" and not is_adapter:
+        loader = "AutoModelForImageTextToText"
     imports = (
         f"AutoTokenizer\nfrom peft import {loader}" if is_adapter else f"{loader}, AutoTokenizer"
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from sftmix.data.tokenizer import NOT_LOADED, tokenizer_from, why_not_loaded, with_template
 from sftmix.engine.loading import quiet_transformers
+from sftmix.engine.vision import auto_class
 from sftmix.errors import ConfigError
 from sftmix.evaluation.held_out import MODEL_NAMES
 from sftmix.storage.files import sha256_of_file
@@ -113,12 +114,13 @@ def load_for_generation(source: str) -> tuple[Any, Any]:
     Raises ConfigError for what transformers cannot load, and for a tokenizer without a template.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     tokenizer = with_template(tokenizer_from(source), None)
     try:
         with quiet_transformers():
-            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+            loader = auto_class(AutoConfig.from_pretrained(source))
+            model: Any = loader.from_pretrained(source, dtype="auto")
     except NOT_LOADED as error:
         raise not_a_model(source, error) from None
     model.to("cuda" if torch.cuda.is_available() else "cpu")

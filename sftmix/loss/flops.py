@@ -13,6 +13,7 @@ the experts that a token uses count.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,14 +61,20 @@ class ModelFlops:
 
 
 def flops_of(
-    model: Any, sizes: dict[int, tuple[int, ...]], *, is_frozen: bool, recomputes: bool
+    model: Any,
+    sizes: dict[int, tuple[int, ...]],
+    *,
+    is_frozen: bool,
+    recomputes: bool,
+    vision: Set[int] = frozenset(),
 ) -> ModelFlops:
     """Returns the FLOPs of a `CausalLMWithLoss`. sizes: whole shape of each parameter by its id,
-    since ZeRO-3 leaves it empty. is_frozen: only adapters are trained."""
+    since ZeRO-3 leaves it empty. is_frozen: only adapters are trained. vision: ids of parameters of
+    a vision tower, which is not counted."""
     config = model.model.config.get_text_config()
     head = sizes[id(model.projection.weight)]
     inputs = {id(p) for p in model.model.get_input_embeddings().parameters()}
-    outside = inputs | {id(p) for p in model.projection.parameters()}
+    outside = inputs | vision | {id(p) for p in model.projection.parameters()}
     body = sum(_used(sizes[id(p)], config) for p in model.parameters() if id(p) not in outside)
     heads = getattr(config, "num_attention_heads", 0)
     size = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)

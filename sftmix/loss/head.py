@@ -229,9 +229,11 @@ class CausalLMWithLoss(nn.Module):
         attention_mask: Tensor,
         request: Request | ProbeRequest | None,
         documents: Documents | None = None,
+        images: dict[str, Tensor] | None = None,
     ) -> Tensor | HeadResult:
         """input_ids, attention_mask: (B, S). documents: of a packed row (B is 1), for a model whose
-        attention is packed; all its rows must be. Returns LossResult for a LossRequest, ScoreResult
+        attention is packed; all its rows must be. images: further arguments of a model that reads
+        images. Returns LossResult for a LossRequest, ScoreResult
         for a ScoreRequest, otherwise the model's logits (B, S, V or K).
         """
         options = (
@@ -241,7 +243,12 @@ class CausalLMWithLoss(nn.Module):
         )
         with self._noise(request, attention_mask, documents):
             output, result = self._run(
-                request, documents, input_ids=input_ids, attention_mask=attention_mask, **options
+                request,
+                documents,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                **options,
+                **(images or {}),
             )
         if request is None or isinstance(request, ProbeRequest):
             return output.logits  # type: ignore[no-any-return]

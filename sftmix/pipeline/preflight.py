@@ -191,8 +191,9 @@ def _check_fit(config: Config, settings_of: dict[str, PretrainedConfig]) -> None
         settings = settings_of[name]
         check_context(settings, max_length=max_length, name=name)
         is_given = model.path is not None or "vocab_size" in (model.architecture or {})
-        if is_given and size > settings.vocab_size:
+        rows = settings.get_text_config().vocab_size
+        if is_given and size > rows:
             raise ConfigError(
                 f"{name}: tokenizer.train.vocab_size is {size}, the model's embedding has"
-                f" {counted(settings.vocab_size, 'row')}. Lower it."
+                f" {counted(rows, 'row')}. Lower it."
             )

@@ -22,7 +22,7 @@ from sftmix.config.deepspeed_json import read_deepspeed_json, zero_section
 from sftmix.config.schema import Config, ModelConfig
 from sftmix.config.shipped import CONFIGS
 from sftmix.engine.counting import Counted
-from sftmix.errors import SftmixError
+from sftmix.errors import ConfigError, SftmixError
 from sftmix.storage.files import write_text
 from sftmix.storage.provenance import fingerprint, versions
 
@@ -99,11 +99,18 @@ def trace_of(config: Config, *, world_size: int, max_tokens: int) -> Trace:
 
 
 def num_layers(model: ModelConfig) -> int:
-    """Returns the layers of a model; 0 if its config does not say."""
+    """Returns the layers of a model; 0 if its config does not say. Raises ConfigError for one that
+    reads images."""
     from sftmix.engine.loading import hf_config
+    from sftmix.engine.vision import reads_images
 
-    settings = hf_config(model, needs_weights=False).get_text_config()
-    return int(getattr(settings, "num_hidden_layers", 0))
+    settings = hf_config(model, needs_weights=False)
+    if reads_images(settings):
+        raise ConfigError(
+            f"a {settings.model_type} also reads images, and a plan counts no images. Plan its"
+            " language model alone: give its `text_config` as model.architecture."
+        )
+    return int(getattr(settings.get_text_config(), "num_hidden_layers", 0))
 
 
 def _deeper(first: Trace, second: Trace, times: float) -> Trace:
