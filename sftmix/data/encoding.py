@@ -236,10 +236,11 @@ class ChatEncoder:
         problem = ""
         for self._as_parts in (False, True):
             try:
-                return place_slots((QUESTION, ANSWER), (), self._render)
+                with rendering():
+                    return place_slots((QUESTION, ANSWER), (), self._render)
             except BadRow as error:
-                problem = problem or str(error)
-        raise DataError(f"{place}: {problem}.")
+                problem = problem or str(error).rstrip(".")
+        raise DataError(f"{place}: {problem}. Name another with tokenizer.chat_template.")
 
     def _split(self, text: str) -> list[str]:
         """Returns the control tokens and the other characters of a text."""

@@ -373,7 +373,7 @@ def test_a_mapping_without_effect_is_refused():
         (
             "messages",
             {"messages": [{"role": "assistant", "content": [{"type": "image_url"}]}]},
-            "a part of the kind 'image_url'",
+            "has an image, and the models of this config read text only",
         ),
         ("messages", {"messages": TURNS, "system": "z"}, "both hold a system message"),
         ("messages", {"messages": TURNS, "tools": "[{"}, "'tools' is text, but not the JSON"),
@@ -461,7 +461,7 @@ def test_a_conversation_with_a_bad_turn_is_refused_with_its_number(turns, messag
             {"output": "r"},
             (
                 r"maps \['output'\], which format 'qa' does not have; it has \['answer', 'group',"
-                r" 'question', 'system'\]"
+                r" 'image', 'images', 'question', 'system'\]"
             ),
         ),
         (
