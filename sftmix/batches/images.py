@@ -8,8 +8,10 @@ machine, since torchvision's result differs from it.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import io
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,6 +75,9 @@ class ImageProcessor:
             )
         self.token, self.token_id = str(token), int(number)
         self.has_type_ids = TYPE_IDS in self._processor.model_input_names
+        # of what decides how many tokens an image has, and which pixels the tower sees
+        files = [_record(str(folder), name) for name in PROCESSOR_FILES[:2]]
+        self.digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
     def tokens(self, image: bytes) -> NDArray[np.int32]:
         """Returns the (S,) int32 ids that stand for an image."""

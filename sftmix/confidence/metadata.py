@@ -29,8 +29,9 @@ _KINDS = {
 class ScoreMetadata:
     """mode: checkpoints, live, online or models. models: the models that scored (path, revision,
     architecture). checkpoints: steps of the reference run, or indices of the models. fingerprints:
-    tokenizer, template, mask_policy, max_length, dtype, data. dataset: names of the sources.
-    versions, commit: of the packages and the code that scored."""
+    tokenizer, template, mask_policy, max_length, dtype, data, and where they matter date and images
+    (the processor). dataset: names of the sources. versions, commit: of the packages and the code
+    that scored."""
 
     mode: str
     models: list[dict[str, Any]]

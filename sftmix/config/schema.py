@@ -435,7 +435,7 @@ class ConfidenceConfig(Section):
         description="Column of the table to take for the confidence; higher is more confident.",
     )
     allow_differences: list[
-        Literal["tokenizer", "template", "mask_policy", "max_length", "dtype", "date"]
+        Literal["tokenizer", "template", "mask_policy", "max_length", "dtype", "date", "images"]
     ] = Field(
         default_factory=list,
         description="In what a table from elsewhere may differ from this data.",

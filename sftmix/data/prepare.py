@@ -183,6 +183,7 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
             "mask_policy": MASK_POLICY,
             "max_length": config.data.max_length,
             **({"date": config.tokenizer.date} if reads_clock(template) else {}),
+            **({"images": images.processor.digest} if images and images.numbers else {}),
         }
         for name, part in (("train", train), ("held_out", held_out)):
             rows = _encode(part, encoder, config, noisy, drop, truncated_file, bad, summary)

@@ -173,6 +173,36 @@ def test_other_pixels_are_another_example(prepared):
     assert third == f"{first}-2" and second != first and summary.num_duplicates == 1
 
 
+def test_scores_of_other_sizes_of_images_are_not_reused(models, tmp_path):
+    """A fingerprint of the processor travels with them; text alone has none."""
+    found = []
+    for longest in (1024, 512):
+        folder = save_model(tmp_path / f"model{longest}", "qwen2_5_vl")
+        file = folder / "preprocessor_config.json"
+        settings = json.loads(file.read_text())
+        settings["size"]["longest_edge"] = longest
+        file.write_text(json.dumps(settings))
+        found.append(fingerprints_of(tmp_path / f"{longest}", folder, [FORMS["two texts"], PLAIN]))
+    assert found[0]["images"] != found[1]["images"]
+    again = fingerprints_of(tmp_path / "again", models["qwen2_5_vl"], [FORMS["two texts"], PLAIN])
+    assert again["images"] == found[0]["images"]
+    assert "images" not in fingerprints_of(
+        tmp_path / "text", folder, [PLAIN, PLAIN | {"prompt": "?"}]
+    )
+
+
+def fingerprints_of(folder, model, rows):
+    folder.mkdir()
+    (folder / "0.png").write_bytes(picture(0))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "run": {"dir": str(folder / "run")},
+        "model": {"path": str(model)},
+        "data": {"path": str(folder / "rows.jsonl"), "held_out_share": 0.0},
+    }
+    return prepare(Config.model_validate(config), folder)[2]
+
+
 def test_text_that_quotes_a_placeholder_is_text(prepared, models):
     examples, summary = prepared(
         [
