@@ -21,6 +21,7 @@ from sftmix.confidence.metadata import ScoreMetadata
 from sftmix.confidence.table import as_floats, read_confidence
 from sftmix.confidence.table_files import CONFIDENCE
 from sftmix.config.schema import Config, SplitConfig
+from sftmix.data.conversations import IMAGE
 from sftmix.errors import counted
 from sftmix.evaluation.held_out import MODEL_NAMES
 from sftmix.pairing.matching import CONFIDENT, MIDDLE, UNCONFIDENT
@@ -221,12 +222,12 @@ def _row(scored: ScoredExamples, index: np.int64) -> dict[str, Any]:
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    texts = [
+        (m["role"], m["content"].replace(IMAGE, "[image] ")) for m in json.loads(row["messages"])
+    ]
     messages = [
-        (
-            m["role"],
-            m["content"][:MAX_CHARACTERS] + (" ..." if len(m["content"]) > MAX_CHARACTERS else ""),
-        )
-        for m in json.loads(row["messages"])
+        (role, text[:MAX_CHARACTERS] + (" ..." if len(text) > MAX_CHARACTERS else ""))
+        for role, text in texts
     ]
     return {"example_id": row["example_id"], "group": row["group"] or "", "messages": messages}
 

@@ -18,6 +18,9 @@ LENGTHS = np.random.default_rng(0).integers(3, 30, 24)
 class Examples:
     num_tokens, num_response_tokens = LENGTHS, LENGTHS // 3 + 1
 
+    def images(self, indices):
+        return None
+
     def tokens(self, index):
         length = int(LENGTHS[index])
         mask = np.arange(length) >= length - int(self.num_response_tokens[index])

@@ -26,6 +26,9 @@ class Examples:
     num_tokens = np.array([len(ids) for ids, _ in tokens])
     num_response_tokens = np.array([mask.sum() for _, mask in tokens])
 
+    def images(self, indices):
+        return None
+
     def tokens(self, index):
         return tokens[int(index)]
 

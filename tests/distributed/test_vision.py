@@ -97,6 +97,7 @@ def test_the_whole_recipe_and_its_export(tmp_path):
     assert "is padded, not packed: it reads images" in done.stdout
     metrics = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())
     assert metrics
+    assert "[image] Which?" in (tmp_path / "run/report/index.html").read_text()
     exported = tmp_path / "run/sftmix/model"
     _, report = AutoModelForImageTextToText.from_pretrained(exported, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]

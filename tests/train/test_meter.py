@@ -88,6 +88,9 @@ class Examples:
     num_tokens = np.full(NUM_EXAMPLES, REAL)
     num_response_tokens = np.full(NUM_EXAMPLES, RESPONSE)
 
+    def images(self, indices):
+        return None
+
     def tokens(self, index):
         return np.arange(REAL), np.arange(REAL) >= REAL - RESPONSE
 
