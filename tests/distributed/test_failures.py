@@ -72,7 +72,7 @@ def test_a_rank_that_is_late_is_no_alarm(folder, undisturbed, monkeypatch):
     [
         pytest.param("exit0", marks=TORTURE),
         pytest.param("leave", marks=TORTURE),
-        "raise",
+        pytest.param("raise", marks=TORTURE),
         pytest.param("segfault", marks=TORTURE),
         pytest.param("abort", marks=TORTURE),
     ],
@@ -242,6 +242,7 @@ def test_an_export_that_cannot_be_written_is_one_line_on_all_ranks(folder, undis
     assert_completed(folder, undisturbed, num_ranks)
 
 
+@TORTURE
 def test_a_disk_that_is_full_on_one_rank_is_one_line_of_that_rank(folder):
     done = reference(folder, 2, check=False, fault="train.step:1:2:enospc")
     output = done.stdout + done.stderr

@@ -103,7 +103,14 @@ def test_the_loss_is_that_of_the_kept_model_by_transformers(trained):
     ]
 
 
-@pytest.mark.parametrize(("num_ranks", "zero_stage"), [(1, 0), (1, 3), (2, 0), (2, 1), (3, 3)])
+@pytest.mark.parametrize(
+    ("num_ranks", "zero_stage"),
+    [
+        (2, 1),
+        (3, 3),
+        *(pytest.param(*layout, marks=pytest.mark.torture) for layout in ((1, 0), (1, 3), (2, 0))),
+    ],
+)
 def test_other_ranks_and_stages_measure_the_same(
     split, trained_slowly, tmp_path, num_ranks, zero_stage
 ):
@@ -129,7 +136,9 @@ def test_measuring_changes_nothing_else(split, trained, tmp_path):
         assert (a["step"], a[NTP], a["grad_norm"]) == (b["step"], b[NTP], b["grad_norm"])
 
 
-@pytest.mark.parametrize("step", [4, 8, 10])
+@pytest.mark.parametrize(
+    "step", [8, *(pytest.param(step, marks=pytest.mark.torture) for step in (4, 10))]
+)
 def test_a_killed_training_goes_on_bit_for_bit(split, trained, tmp_path, step):
     folder = tmp_path / "run"
     shutil.copytree(split, folder)

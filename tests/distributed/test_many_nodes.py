@@ -221,7 +221,8 @@ def test_one_node_at_a_time_on_the_machine_itself(folder, on_one_host):
     assert losses_of(folder) == on_one_host and not (folder.parent / "ssh.log").exists()
 
 
-@pytest.mark.parametrize("launcher", ["srun", pytest.param("mpirun", marks=TORTURE)])
+@TORTURE
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
 def test_ranks_that_srun_or_mpirun_started_by_themselves(folder, on_one_host, launcher):
     """Without either here: ranks get the variables that they would set, and not RANK."""
     shown = {

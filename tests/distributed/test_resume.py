@@ -84,6 +84,13 @@ def test_every_damage_is_found_before_use_and_the_checkpoint_before_it_taken(two
             assert "step_000006.damaged" in outcome["left"], what  # set aside, not deleted
 
 
+@TORTURE
+def test_every_damage_of_every_file_is_found(data, monkeypatch):
+    monkeypatch.setenv("EVERY_DAMAGE", "1")
+    results = outcomes(data, 2, 3, "undisturbed", "two_checkpoints", "damaged")
+    test_every_damage_is_found_before_use_and_the_checkpoint_before_it_taken(results)
+
+
 def test_a_checkpoint_vouches_for_the_outputs_before_it_too(two_ranks):
     assert_same(two_ranks["damaged_output"], two_ranks["undisturbed"])
     assert {"step_000002.damaged", "step_000004.damaged"} <= set(

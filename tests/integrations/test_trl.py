@@ -281,35 +281,41 @@ def test_the_code_of_the_docs_runs(tmp_path, monkeypatch):
         assert torch.isfinite(parameter).all()
 
 
+ZERO_3 = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": 0.0,
+    "zero_force_ds_cpu_optimizer": False,
+    "zero_allow_untested_optimizer": True,
+}
+
+
+def trained_by_ranks(folder, num_ranks, *arguments):
+    folder.mkdir()
+    run_ranks(WORKER, num_ranks, str(folder), *arguments)
+    return load_file(folder / "model.safetensors"), torch.load(folder / "logged.pt")
+
+
+@pytest.fixture(scope="module")
+def trained_by_one(tmp_path_factory):
+    return trained_by_ranks(tmp_path_factory.mktemp("one") / "run", 1)
+
+
 @pytest.mark.distributed
-def test_two_processes_and_zero_3_train_as_one(tmp_path):
+@pytest.mark.parametrize("layout", ["ZeRO-3", pytest.param("DDP", marks=pytest.mark.torture)])
+def test_two_processes_train_as_one(trained_by_one, tmp_path, layout):
     zero = tmp_path / "zero.json"
-    zero.write_text(
-        json.dumps(
-            {
-                "zero_optimization": {
-                    "stage": 3,
-                    "stage3_param_persistence_threshold": 0,
-                    "stage3_gather_16bit_weights_on_model_save": True,
-                },
-                "train_micro_batch_size_per_gpu": "auto",
-                "gradient_accumulation_steps": "auto",
-                "gradient_clipping": 0.0,
-                "zero_force_ds_cpu_optimizer": False,
-                "zero_allow_untested_optimizer": True,
-            }
-        )
-    )
-    found = []
-    for name, ranks, *arguments in (("one", 1), ("two", 2), ("zero", 2, str(zero))):
-        (tmp_path / name).mkdir()
-        run_ranks(WORKER, ranks, str(tmp_path / name), *arguments)
-        folder = tmp_path / name
-        found.append((load_file(folder / "model.safetensors"), torch.load(folder / "logged.pt")))
-    (weights, logged), *others = found
-    for other_weights, other_logged in others:
-        assert set(other_weights) == set(weights)
-        for name, weight in weights.items():
-            torch.testing.assert_close(other_weights[name], weight, rtol=1e-4, atol=1e-5)
-        for name in ("loss", "ntp_loss", "mixup_loss", "num_tokens"):
-            assert other_logged[name] == pytest.approx(logged[name], rel=1e-5), name
+    zero.write_text(json.dumps(ZERO_3))
+    arguments = [str(zero)] if layout == "ZeRO-3" else []
+    weights, logged = trained_by_one
+    other_weights, other_logged = trained_by_ranks(tmp_path / "run", 2, *arguments)
+    assert set(other_weights) == set(weights)
+    for name, weight in weights.items():
+        torch.testing.assert_close(other_weights[name], weight, rtol=1e-4, atol=1e-5)
+    for name in ("loss", "ntp_loss", "mixup_loss", "num_tokens"):
+        assert other_logged[name] == pytest.approx(logged[name], rel=1e-5), name

@@ -56,11 +56,14 @@ def report_of(target, triton):
 
 
 # The older triton is that of GPU images. Its figures in docs/kernels.md are of sm_90; `make
-# torture` compiles with it for all targets.
-BUILDS = [*((target, "installed") for target in TARGETS), ("sm_90", "3.6")]
-
-
-OLDER_BUILDS = [(target, "3.6") for target in TARGETS if target != "sm_90"]
+# torture` compiles with both for all targets.
+BUILDS = [("sm_90", "installed"), ("sm_100", "installed"), ("sm_90", "3.6")]
+OTHER_BUILDS = [
+    (target, triton)
+    for target in TARGETS
+    for triton in ("installed", "3.6")
+    if (target, triton) not in BUILDS
+]
 
 
 @pytest.fixture(params=["installed", "3.6"])
@@ -87,16 +90,14 @@ def test_kernels_compile_without_spills(target, triton):
 
 
 @pytest.mark.torture
-@pytest.mark.parametrize(("target", "triton"), OLDER_BUILDS, indirect=["triton"])
-def test_the_older_triton_compiles_for_every_target(target, triton):
+@pytest.mark.parametrize(("target", "triton"), OTHER_BUILDS, indirect=["triton"])
+def test_both_tritons_compile_for_every_target(target, triton):
     test_kernels_compile_without_spills(target, triton)
+    if target.startswith("sm_"):
+        test_kernels_move_the_bytes_that_they_must(target, triton)
 
 
-@pytest.mark.parametrize(
-    ("target", "triton"),
-    [build for build in BUILDS if build[0].startswith("sm_")],
-    indirect=["triton"],
-)
+@pytest.mark.parametrize(("target", "triton"), BUILDS, indirect=["triton"])
 def test_kernels_move_the_bytes_that_they_must(target, triton):
     for name, figures in report_of(target, triton)["kernels"][target].items():
         kind = next(kind for kind in LOADED if name.startswith(kind))

@@ -106,6 +106,7 @@ def test_jobs_side_by_side_give_the_same(finished, tmp_path):
     assert "] train: " in (tmp_path / "study/logs/job_1.log").read_text()
 
 
+@pytest.mark.torture
 def test_jobs_that_are_stopped_say_so_and_go_on(finished, tmp_path):
     file = write(tmp_path)
     # each job sends itself SIGTERM in its fifth step
