@@ -48,6 +48,7 @@ TEXT = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
+    "initializer_range": 0.3,  # large enough for positions to show in a loss
 }
 PATCH = 4  # pixels; of merged patches, each a token: 8
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "patch_size": PATCH}
