@@ -49,7 +49,9 @@ def stopped_after(outcome):
     return int(outcome["errors"][0].split("stopped after step ")[1].split(":")[0])
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(
+    "stage", [2, pytest.param(0, marks=TORTURE), pytest.param(1, marks=TORTURE)]
+)
 def test_resumed_runs_are_undisturbed_ones_for_every_zero_stage(data, stage):
     results = outcomes(data, 1, stage, "undisturbed", "stopped_twice", "in_background")
     assert_same(results["stopped_twice"][-1], results["undisturbed"])

@@ -239,7 +239,14 @@ def test_lines_add_up_to_the_totals_wherever_checkpoints_fall(tmp_path, saves, e
     )
 
 
-@pytest.mark.parametrize("kill_after", range(1, 12))
+# before, at and behind a save, and at the end
+@pytest.mark.parametrize(
+    "kill_after",
+    [
+        pytest.param(step, marks=() if step in (1, 5, 6, 11) else pytest.mark.torture)
+        for step in range(1, 12)
+    ],
+)
 @pytest.mark.parametrize(
     "saves", [(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11), (1, 5), (2, 6, 11)], ids=str
 )
