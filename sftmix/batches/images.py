@@ -12,7 +12,6 @@ import hashlib
 import inspect
 import io
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -93,9 +92,7 @@ class ImageProcessor:
         """Every image is an example of its own: models take them in their order, whichever example
         they belong to."""
         opened = [[open_image(image)] for image in images]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return self._processor(text=[self.token] * len(images), images=opened, **options)
+        return self._processor(text=[self.token] * len(images), images=opened, **options)
 
 
 class StoredImages:
@@ -200,9 +197,11 @@ def _load(folder: str, tokenizer: Any) -> Any:
         kind = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda _: parts)})
         taken = inspect.signature(whole.__init__).parameters
         settings = {key: value for key, value in contents[1].items() if key in taken}
-        settings |= dict.fromkeys({"video_processor"} & set(taken))
+        if "video_processor" in taken:
+            settings["video_processor"] = None
         settings["image_processor"] = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        return kind(**{**settings, "tokenizer": tokenizer})
+        settings["tokenizer"] = tokenizer
+        return kind(**settings)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ConfigError(
             f"tokenizer: the processor of images in {folder} cannot be loaded: {first_line(error)}"

@@ -130,6 +130,10 @@ class ChatEncoder:
         parts.append((ids[start:], mask[start:]))
         return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
+    def image_numbers(self, example: Example) -> list[int]:
+        """Returns the rows of the file of images that hold those of an example, in order."""
+        return [self._images.numbers[digest] for digest in example.images] if self._images else []
+
     def cuts_image(self, ids: NDArray[np.int32], limit: int) -> bool:
         """Returns whether the first `limit` ids lack a part of an image."""
         return self._images is not None and bool(

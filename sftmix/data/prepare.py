@@ -187,9 +187,7 @@ def prepare(config: Config, folder: Path) -> tuple[Summary, str, dict[str, Any]]
         }
         for name, part in (("train", train), ("held_out", held_out)):
             rows = _encode(part, encoder, config, noisy, drop, truncated_file, bad, summary)
-            schema = SCHEMA
-            if images is not None and images.numbers:
-                rows, schema = _numbered(rows, images), WITH_IMAGES
+            schema = WITH_IMAGES if images is not None and images.numbers else SCHEMA
             counts = _write_arrow(folder / f"{name}.arrow", rows, schema, identity)
             setattr(summary, f"num_{name}", counts["examples"])
             summary.num_truncated += counts["truncated"]
@@ -397,7 +395,7 @@ def _encode(
     bad: readers.BadRows,
     summary: Summary,
 ) -> Iterator[Row]:
-    """Yields the columns of SCHEMA for every example that is not dropped."""
+    """Yields the columns of WITH_IMAGES for every example that is not dropped."""
     limit = config.data.max_length
     for start in range(0, len(part), ENCODE_BATCH):
         batch = part[start : start + ENCODE_BATCH]
@@ -447,15 +445,8 @@ def _encode(
                 "group": example.group,
                 "place": example.place,
                 "messages": json.dumps(example.messages, ensure_ascii=False),
+                "images": encoder.image_numbers(example),
             }
-
-
-def _numbered(rows: Iterator[Row], images: ImageStore) -> Iterator[Row]:
-    """Yields the rows with the numbers of their images."""
-    for row in rows:
-        messages = json.loads(row["messages"])
-        digests = [digest for message in messages for digest in message.get("images", ())]
-        yield {**row, "images": [images.numbers[digest] for digest in digests]}
 
 
 def _write_arrow(path: Path, rows: Iterator[Row], schema: pa.Schema, identity: Any) -> Counter[str]:

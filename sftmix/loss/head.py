@@ -233,8 +233,8 @@ class CausalLMWithLoss(nn.Module):
     ) -> Tensor | HeadResult:
         """input_ids, attention_mask: (B, S). documents: of a packed row (B is 1), for a model whose
         attention is packed; all its rows must be. images: further arguments of a model that reads
-        images. Returns LossResult for a LossRequest, ScoreResult
-        for a ScoreRequest, otherwise the model's logits (B, S, V or K).
+        images. Returns LossResult for a LossRequest, ScoreResult for a ScoreRequest, otherwise the
+        model's logits (B, S, V or K).
         """
         options = (
             {"output_router_logits": True}

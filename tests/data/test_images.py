@@ -15,6 +15,7 @@ from vision_models import FAMILIES, expected_text, image_processor, picture, sav
 from sftmix.batches.collate import build_micro_batch
 from sftmix.batches.cut import StepCounts
 from sftmix.batches.examples import TokenisedExamples
+from sftmix.batches.images import open_image
 from sftmix.config.schema import Config
 from sftmix.data.prepare import prepare
 from sftmix.errors import ConfigError, DataError
@@ -290,9 +291,9 @@ def test_the_loss_is_that_of_transformers(prepared, models, family):
         ids, mask = (torch.from_numpy(part)[None] for part in examples.tokens(index))
         inputs = {"input_ids": ids.long(), "labels": ids.long().where(mask, -100)}
         if numbers[index]:
-            images = [[open_picture(n)] for n in numbers[index]]
+            images = [[open_image(picture(n))] for n in numbers[index]]
             inputs |= image_processor(family)(images, return_tensors="pt")
-            inputs.pop("rows", None), inputs.pop("cols", None)
+            inputs = {name: inputs[name] for name in inputs if name not in ("rows", "cols")}
         if family == "qwen2_5_vl":
             inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
         size = int(mask.sum())
@@ -309,12 +310,6 @@ def test_the_loss_is_that_of_transformers(prepared, models, family):
     ours = CausalLMWithLoss(model)
     found = ours(batch.input_ids, batch.attention_mask, request, None, batch.images)
     assert float(found.ntp) == pytest.approx(expected / count, rel=1e-5)
-
-
-def open_picture(number):
-    from sftmix.batches.images import open_image
-
-    return open_image(picture(number))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -297,9 +297,8 @@ def test_weights_use_a_share_of_a_source_or_copies_of_it(config, run, weighted):
 def test_a_limit_counts_copies_and_a_fraction_is_drawn_with_the_seed(config, run, weighted):
     prepared = run(config(sources=weighted, limit=12))
     assert len(prepared.kept) == 12 and prepared.summary.num_left_out == 5 + (5 + 10 + 20 + 25 - 12)
-    halves = [run(config(sources=weighted[:1], seed=seed)).kept.keys() for seed in range(4)]
-    assert run(config(sources=weighted[:1], seed=0)).kept.keys() == halves[0]
-    assert len({frozenset(half) for half in halves}) > 1
+    halves = [run(config(sources=weighted[:1], seed=seed)).kept.keys() for seed in (0, 0, 1)]
+    assert halves[0] == halves[1] != halves[2]
 
 
 def test_a_fraction_is_the_same_wherever_its_file_lies(config, run, tmp_path):
